@@ -84,6 +84,7 @@ const (
 	ReasonRelayQuota                                     // this container has too many dials or connections in the handler
 	ReasonRefused                                        // the network refused it (pass, direct)
 	ReasonTimeout                                        // the network did not answer (pass, direct)
+	ReasonReset                                          // reset by either side (pass, direct: the kernel side cannot tell whose)
 
 	reasonCount
 )
@@ -142,6 +143,7 @@ var reasonNames = [reasonCount]string{
 	ReasonRelayQuota:      "relay_quota",
 	ReasonRefused:         "refused",
 	ReasonTimeout:         "timeout",
+	ReasonReset:           "reset",
 }
 
 // Reasons returns every reason, in the order of their values.
