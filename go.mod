@@ -13,3 +13,5 @@ require (
 	github.com/vishvananda/netns v0.0.5
 	golang.org/x/sys v0.50.0
 )
+
+tool github.com/cilium/ebpf/cmd/bpf2go

@@ -3,7 +3,7 @@ package flow
 import "fmt"
 
 // Path says who carries the bytes of a connection. The values are those of
-// enum path in bpf/include/abi.h; a test in package bpf compares them.
+// enum conn_path in bpf/include/abi.h; a test in package bpf compares them.
 type Path uint8
 
 // The paths, cheapest first. PathDeny carries nothing: the application was

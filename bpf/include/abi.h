@@ -1,0 +1,307 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The contract between the kernel side and the process: every map's key and
+ * value, and the enums. Natural alignment, padding spelled out and zeroed.
+ *
+ * Addresses are 16 bytes in network byte order, IPv4 as ::ffff:a.b.c.d, so that
+ * one key serves both families. Ports are in host byte order unless a comment
+ * says otherwise. Times are bpf_ktime_get_ns(): CLOCK_MONOTONIC, ns.
+ */
+#pragma once
+#include <linux/types.h>
+
+/* Changes with every layout or meaning below: a process refuses the pins of
+ * another ABI.
+ */
+#define PL_ABI 1
+
+/* The slot supernets: no instance captures an address of them, whoever owns
+ * it. An instance claims one /16 and one /64.
+ *   240.0.0.0/10 of the reserved class E
+ *   fd70:696c:6c69::/48 a unique local prefix ("pilli")
+ */
+#define PL_SLOT4_SUPER 0xf0000000
+#define PL_SLOT4_SUPER_MASK 0xffc00000
+#define PL_SLOT6_SUPER_W0 0xfd70696c
+#define PL_SLOT6_SUPER_H2 0x6c69
+
+/* Slots per instance: the low 16 bits of the address. The ends of the range
+ * are kept for Pillion itself.
+ */
+#define PL_SLOTS 65536
+#define PL_SLOT_FIRST 1
+#define PL_SLOT_LAST 0xffef /* the last that may name an address */
+#define PL_SLOT_LISTENER 0xfffd /* where the handler listens */
+#define PL_SLOT_CANARY 0xfffe /* where it tests itself */
+
+/* Listeners: worker w of family f (0: IPv4, 1: IPv6) is at
+ * f * PL_WORKERS_MAX + w.
+ */
+#define PL_WORKERS_MAX 32
+
+/* Who carries the bytes. The same as flow.Path. */
+enum conn_path {
+	PATH_NONE,
+	PATH_DENY,
+	PATH_PASS,
+	PATH_DIRECT,
+	PATH_RELAY,
+	PATH_HTTP,
+	PATH_ESCAPED,
+	PATH__COUNT,
+};
+
+/* Why. The same as the first reasons of flow.Reason; the comments are there. */
+enum reason {
+	REASON_NONE,
+	REASON_SERVICE,
+	REASON_DEFAULT,
+	REASON_PROTOCOL,
+	REASON_NETNS,
+	REASON_BOUND_DEVICE,
+	REASON_LOOPBACK,
+	REASON_LINK_LOCAL,
+	REASON_METADATA,
+	REASON_OWN_ADDRESS,
+	REASON_MULTICAST,
+	REASON_SELF,
+	REASON_FOREIGN_SLOT,
+	REASON_EXCLUDED,
+	REASON_DEFAULT_PASS,
+	REASON_NO_ROUTE,
+	REASON_DENIED,
+	REASON_SLOT_ADDRESS,
+	REASON_HANDLER_ABSENT,
+	REASON_HANDLER_STALE,
+	REASON_HANDLER_BUSY,
+	REASON_NO_SLOT,
+	REASON_SLOT_QUOTA,
+	REASON_LIVE_FULL,
+	REASON_CONN_QUOTA,
+	REASON_NO_FAMILY,
+	REASON_NO_MEMORY,
+	REASON_ADMITTED,
+	REASON_PROBE,
+	REASON_NOT_LIVE,
+	REASON_NO_LISTENER,
+	REASON_NO_DECISION,
+	REASON_EXISTING,
+	REASON_UNSENT,
+	REASON_LIVE_LOST,
+	REASON__COUNT,
+};
+
+/* How an application's socket ended, as sockops can tell. */
+enum ending {
+	ENDING_CLOSED, /* FINs both ways */
+	ENDING_RESET, /* established, then reset by either side */
+	ENDING_REFUSED, /* SYN_SENT, and something answered */
+	ENDING_TIMEOUT, /* SYN_SENT, and nothing answered */
+	ENDING__COUNT,
+};
+
+/* Counters beside the reasons: what the conservation law is made of.
+ * Independent hooks write them: DECIDED by connect, UNSENT by connect and
+ * sock_release, the others by sockops.
+ */
+enum tally {
+	TALLY_CONNECTS, /* active opens in scope */
+	TALLY_DECIDED, /* connects that a hook let through, any path */
+	TALLY_DENIED, /* connects that a hook refused */
+	TALLY_UNSENT, /* decided, then refused by the kernel itself */
+	TALLY_ESCAPED, /* active opens without a decision */
+	TALLY_SENT_PASS, /* active opens by the path of their decision */
+	TALLY_SENT_DIRECT,
+	TALLY_SENT_RELAY,
+	TALLY_EVENTS_LOST, /* the ring buffer was full */
+	TALLY__COUNT,
+};
+
+struct ip_addr {
+	__u32 w[4]; /* network byte order */
+};
+
+struct endpoint_key {
+	struct ip_addr addr;
+	__u16 port;
+	__u16 zero;
+};
+
+/* What the kernel side needs of a service. */
+struct service {
+	__u32 id; /* index in the configuration */
+	__u8 on_failure; /* enum on_failure */
+	__u8 zero[3];
+};
+
+enum on_failure {
+	ON_FAILURE_OPEN,
+	ON_FAILURE_CLOSED,
+	ON_FAILURE__COUNT,
+};
+
+/* Deny and exclude rules: longest prefix match. The port comes first, so that
+ * a look-up asks once for the port and once for any port (0).
+ */
+struct rule_key {
+	__u32 prefixlen; /* 32 + bits of addr */
+	__u16 port; /* 0: any */
+	__u16 family; /* 4 or 6: ::/0 is not to match mapped IPv4 */
+	struct ip_addr addr;
+};
+
+#define PL_RULE_PORT_BITS 32
+
+struct prefix_key {
+	__u32 prefixlen; /* bits of addr */
+	struct ip_addr addr;
+};
+
+/* The value of a prefix in routes. */
+enum route_kind {
+	ROUTE_NONE, /* unreachable, prohibit, blackhole: the kernel answers */
+	ROUTE_UNICAST,
+	ROUTE__COUNT,
+};
+
+enum slot_state {
+	SLOT_FREE,
+	SLOT_NAMED, /* a connect hook gave it to an address */
+	SLOT_RESERVED, /* a service has it; never retired while it does */
+	SLOT_RETIRING, /* not handed out, still resolves */
+	SLOT__COUNT,
+};
+
+struct slot {
+	struct ip_addr orig;
+	__u64 used; /* time of the last connect, to the second */
+	__u64 group; /* whose quota it counts against; 0: nobody's */
+	__u32 state; /* enum slot_state */
+	__u32 zero;
+};
+
+/* What one container uses, against its quotas. */
+struct usage {
+	__u64 slots;
+	__u64 conns;
+	__u64 events_lost;
+};
+
+/* Settings that may change while connections run. */
+struct settings {
+	__u32 workers; /* listeners per family */
+	__u32 deny_rules; /* 0: skip the look-up */
+	__u32 exclude_rules;
+	__u32 default_path; /* PATH_PASS or PATH_RELAY */
+	__u32 on_failure; /* enum on_failure */
+	__u32 slot_quota; /* unnamed destinations per container */
+	__u32 conn_quota; /* open relayed connections per container, 0: none */
+	__u32 live_max; /* open relayed connections of all */
+	__u32 families; /* bit 0: IPv4 slots, bit 1: IPv6 slots */
+	__u32 draining; /* 1: shutting down, on_failure decides */
+};
+
+/* What the hooks themselves keep. */
+struct state {
+	__u32 next_slot; /* never used below; then free_slots */
+	__u32 live; /* entries in live */
+};
+
+/* The process's sign of life. */
+struct beat {
+	__u64 stamp; /* 0: the process itself knows that it cannot serve */
+	__u64 max_age;
+	__u32 busy; /* 1: the accept queues are nearly full */
+	__u32 zero;
+};
+
+/* A connection to a slot, named as sk_lookup sees it. */
+struct live_key {
+	struct ip_addr source; /* the application */
+	struct ip_addr slot;
+	__u16 source_port;
+	__u16 slot_port; /* the original port */
+};
+
+struct live {
+	__u64 cookie;
+	__u64 cgroup;
+	__u64 group;
+	__u64 opened;
+	struct ip_addr orig;
+	struct ip_addr bound; /* zero: the application bound no address */
+	__u32 mark;
+	__u32 priority;
+	__u8 tos;
+	__u8 reason; /* enum reason */
+	__u8 canary;
+	__u8 zero[5];
+};
+
+/* The decision on one socket, from the connect hook to its end. */
+struct decision {
+	struct live_key key; /* set by sockops for PATH_RELAY */
+	__u32 mark;
+	struct ip_addr orig;
+	struct ip_addr bound;
+	__u64 cgroup;
+	__u64 group;
+	__u64 opened;
+	__u32 priority;
+	__u16 orig_port;
+	__u8 path; /* enum conn_path */
+	__u8 reason; /* enum reason */
+	__u8 pending; /* decided, and no SYN yet */
+	__u8 own; /* the process tagged it as the handler's */
+	__u8 open; /* counted in live */
+	__u8 followed; /* sockops reports its end */
+	__u8 zero[4];
+};
+
+enum event_kind {
+	EVENT_END, /* a connection ended */
+	EVENT_DENIED, /* a connect was refused */
+	EVENT__COUNT,
+};
+
+/* One record in the ring buffer. */
+struct conn_event {
+	__u64 cookie;
+	__u64 cgroup;
+	__u64 group;
+	__u64 opened;
+	__u64 ended;
+	__u64 sent; /* bytes acknowledged by the peer */
+	__u64 received;
+	struct ip_addr source;
+	struct ip_addr orig;
+	__u32 srtt_us;
+	__u32 retransmits;
+	__u16 source_port;
+	__u16 orig_port;
+	__u8 kind; /* enum event_kind */
+	__u8 path; /* enum conn_path */
+	__u8 reason; /* enum reason */
+	__u8 ending; /* enum ending */
+};
+
+/* Written once, when the instance is created: what a later process needs to
+ * adopt or to sweep it.
+ */
+struct instance {
+	__u32 abi; /* PL_ABI */
+	__u32 slot4; /* first address of the /16, host byte order */
+	__u32 slot6; /* bits 48..63 of the /64, host byte order */
+	__u32 kind; /* enum instance_kind */
+	__u64 netns; /* cookie */
+	__u64 cgroup; /* id of the scope */
+	__u64 pid; /* of the creator, and its start time in clock ticks: */
+	__u64 pid_start; /* together they name one process */
+	__u32 families; /* as in settings */
+	__u32 scope_level; /* depth of the scope's cgroup */
+};
+
+enum instance_kind {
+	INSTANCE_RUN,
+	INSTANCE_EXEC,
+	INSTANCE__COUNT,
+};

@@ -1,0 +1,41 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+#pragma once
+#include "maps.h"
+
+static __always_inline void count(enum reason why)
+{
+	__u64 *n = bpf_map_lookup_elem(&reasons, &why);
+
+	if (n)
+		(*n)++;
+}
+
+static __always_inline void tally(enum tally what)
+{
+	__u64 *n = bpf_map_lookup_elem(&tallies, &what);
+
+	if (n)
+		(*n)++;
+}
+
+/* event_flags wakes the reader only when half of the ring is used; it comes by
+ * itself ten times a second. A wake-up per event costs more than the event.
+ */
+static __always_inline __u64 event_flags(void)
+{
+	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > (1 << 19))
+		return BPF_RB_FORCE_WAKEUP;
+	return BPF_RB_NO_WAKEUP;
+}
+
+/* lost counts an event that found the ring full, so that nobody can hide a
+ * flow by flooding it: the loss is on record, with whose it was.
+ */
+static __always_inline void lost(__u64 group)
+{
+	struct usage *u = bpf_map_lookup_elem(&usage_by_group, &group);
+
+	tally(TALLY_EVENTS_LOST);
+	if (u)
+		__sync_fetch_and_add(&u->events_lost, 1);
+}

@@ -1,0 +1,233 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The core: decisions on plain values. No ctx, no map, no clock, so that any
+ * program type can run it in a test. The entries gather and apply.
+ */
+#pragma once
+#include "net.h"
+
+/* One connect(2), as the entry sees it. */
+struct attempt {
+	struct ip_addr dst; /* what the application asked for, normalised */
+	__u64 netns;
+	__u64 our_netns;
+	__u32 bound_dev; /* SO_BINDTODEVICE, 0: none */
+	__u32 slot4; /* our range, as in config.h */
+	__u32 slot6;
+	__u8 protocol;
+	__u8 self; /* a socket of the handler's own */
+	__u8 own_addr; /* dst is an address of this namespace */
+	__u8 slot_listener; /* dst is a slot, and a handler listens there */
+};
+
+static __always_inline bool is_loopback(const struct ip_addr *a)
+{
+	if (is_mapped(a)) {
+		__u32 ip = bpf_ntohl(a->w[3]);
+
+		return ip >> 24 == 127 || ip == 0;
+	}
+	return !a->w[0] && !a->w[1] && !a->w[2] &&
+	       (!a->w[3] || a->w[3] == bpf_htonl(1));
+}
+
+static __always_inline bool is_link_local(const struct ip_addr *a)
+{
+	if (is_mapped(a))
+		return bpf_ntohl(a->w[3]) >> 16 == 0xa9fe; /* 169.254/16 */
+	return (bpf_ntohl(a->w[0]) & 0xffc00000) == 0xfe800000; /* fe80::/10 */
+}
+
+/* The metadata services of the clouds: who speaks for a workload there can take
+ * its identity, so a relay is never put in between.
+ *   169.254.169.254, 169.254.170.2 (AWS, GCP, Azure, ECS)
+ *   168.63.129.16 (Azure's wire server), 100.100.100.200 (Alibaba)
+ *   fd00:ec2::254 (AWS), fd20:ce::254 (GCP)
+ */
+static __always_inline bool is_metadata(const struct ip_addr *a)
+{
+	if (is_mapped(a)) {
+		__u32 ip = bpf_ntohl(a->w[3]);
+
+		return ip == 0xa9fea9fe || ip == 0xa9feaa02 ||
+		       ip == 0xa83f8110 || ip == 0x646464c8;
+	}
+	if (a->w[1] || a->w[2])
+		return a->w[0] == bpf_htonl(0xfd2000ce) && !a->w[1] &&
+		       !a->w[2] && a->w[3] == bpf_htonl(0x254);
+	return a->w[3] == bpf_htonl(0x254) &&
+	       (a->w[0] == bpf_htonl(0xfd000ec2) ||
+		a->w[0] == bpf_htonl(0xfd2000ce));
+}
+
+static __always_inline bool is_multicast(const struct ip_addr *a)
+{
+	if (is_mapped(a)) {
+		__u32 ip = bpf_ntohl(a->w[3]);
+
+		return ip >> 28 == 0xe || ip == 0xffffffff;
+	}
+	return bpf_ntohl(a->w[0]) >> 24 == 0xff;
+}
+
+/* leave_alone gives the reason not to look at the rules at all, in the order of
+ * docs/design.md section 2, or REASON_NONE. Metadata stands before link-local
+ * because most of it is.
+ */
+static __always_inline enum reason leave_alone(const struct attempt *a)
+{
+	if (a->netns != a->our_netns)
+		return REASON_NETNS;
+	/* Before the protocol: an AnyIP route makes the application's own UDP
+	 * sockets answer on slots too.
+	 */
+	if (in_supernet(&a->dst) && !a->self)
+		return slot_of(&a->dst, a->slot4, a->slot6) < 0 &&
+				       a->slot_listener ?
+			       REASON_FOREIGN_SLOT :
+			       REASON_SLOT_ADDRESS;
+	if (a->protocol != IPPROTO_TCP)
+		return REASON_PROTOCOL;
+	if (a->bound_dev)
+		return REASON_BOUND_DEVICE;
+	if (is_metadata(&a->dst))
+		return REASON_METADATA;
+	if (is_link_local(&a->dst))
+		return REASON_LINK_LOCAL;
+	if (is_loopback(&a->dst))
+		return REASON_LOOPBACK;
+	if (a->own_addr)
+		return REASON_OWN_ADDRESS;
+	if (is_multicast(&a->dst))
+		return REASON_MULTICAST;
+	if (a->self)
+		return REASON_SELF;
+	return REASON_NONE;
+}
+
+/* What the maps say of a destination. */
+struct facts {
+	__u8 denied;
+	__u8 excluded;
+	__u8 service;
+	__u8 default_pass;
+	__u8 routed;
+};
+
+/* by_rules never gives REASON_NONE. */
+static __always_inline enum reason by_rules(const struct facts *f)
+{
+	if (f->denied)
+		return REASON_DENIED;
+	if (f->excluded)
+		return REASON_EXCLUDED;
+	if (f->service)
+		return REASON_SERVICE;
+	if (f->default_pass)
+		return REASON_DEFAULT_PASS;
+	if (!f->routed)
+		return REASON_NO_ROUTE;
+	return REASON_DEFAULT;
+}
+
+/* Whether the handler can take one more connection. */
+struct health {
+	__u64 now;
+	__u64 stamp;
+	__u64 max_age;
+	__u64 conns; /* of this container */
+	__u64 conn_quota; /* 0: none */
+	__u32 live;
+	__u32 live_max;
+	__u8 family; /* slots exist in the destination's family */
+	__u8 draining;
+	__u8 busy;
+	__u8 listener; /* our listener answers on slots */
+};
+
+/* obstacle gives the reason why a connection cannot be redirected now, or
+ * REASON_NONE. Cheap signs first; the caller probes the listener only when the
+ * others are good (listener is then set in a second call).
+ */
+static __always_inline enum reason obstacle(const struct health *h)
+{
+	if (!h->family)
+		return REASON_NO_FAMILY;
+	if (h->draining || !h->listener)
+		return REASON_HANDLER_ABSENT;
+	/* A stamp may be younger than now when it was written on another CPU
+	 * between the two reads.
+	 */
+	if (!h->stamp || (h->now > h->stamp && h->now - h->stamp > h->max_age))
+		return REASON_HANDLER_STALE;
+	if (h->busy)
+		return REASON_HANDLER_BUSY;
+	if (h->live >= h->live_max)
+		return REASON_LIVE_FULL;
+	if (h->conn_quota && h->conns >= h->conn_quota)
+		return REASON_CONN_QUOTA;
+	return REASON_NONE;
+}
+
+/* path_of maps each reason of a connect hook to the path it means. Those that
+ * stand for a failure follow on_failure.
+ */
+static __always_inline enum conn_path path_of(enum reason why, __u32 on_failure)
+{
+	switch (why) {
+	case REASON_SERVICE:
+	case REASON_DEFAULT:
+		return PATH_RELAY;
+	case REASON_DENIED:
+	case REASON_SLOT_ADDRESS:
+		return PATH_DENY;
+	case REASON_HANDLER_ABSENT:
+	case REASON_HANDLER_STALE:
+	case REASON_HANDLER_BUSY:
+	case REASON_NO_SLOT:
+	case REASON_SLOT_QUOTA:
+	case REASON_LIVE_FULL:
+	case REASON_CONN_QUOTA:
+	case REASON_NO_FAMILY:
+	case REASON_NO_MEMORY:
+		return on_failure == ON_FAILURE_CLOSED ? PATH_DENY : PATH_PASS;
+	default:
+		return PATH_PASS;
+	}
+}
+
+/* A packet for one of our slots, as sk_lookup sees it. */
+struct arrival {
+	__u8 tcp;
+	__u8 probe; /* no interface and no remote port: a look-up, no packet */
+	__u8 live;
+	__u8 listener;
+};
+
+/* admit never lets a packet for a slot pass: an AnyIP route makes every
+ * wildcard listener answer on slots.
+ */
+static __always_inline enum reason admit(const struct arrival *p)
+{
+	if (!p->tcp || (!p->live && !p->probe))
+		return REASON_NOT_LIVE;
+	if (!p->listener)
+		return REASON_NO_LISTENER;
+	return p->probe ? REASON_PROBE : REASON_ADMITTED;
+}
+
+/* ending_of tells how a socket ended from the TCP state it left for CLOSE
+ * (BPF_TCP_*), and whether any segment ever came in.
+ */
+static __always_inline enum ending ending_of(__u32 state, __u32 segs_in)
+{
+	switch (state) {
+	case BPF_TCP_SYN_SENT:
+		return segs_in ? ENDING_REFUSED : ENDING_TIMEOUT;
+	case BPF_TCP_ESTABLISHED:
+	case BPF_TCP_FIN_WAIT1:
+	case BPF_TCP_CLOSE_WAIT:
+		return ENDING_RESET;
+	default:
+		return ENDING_CLOSED;
+	}
+}

@@ -1,0 +1,182 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* All maps. Names have at most 15 characters: the kernel truncates. */
+#pragma once
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include "abi.h"
+
+/* writer: loader; reader: loader; deleter: nobody. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct instance);
+} instance SEC(".maps");
+
+/* writer: loader; reader: every hook; deleter: nobody. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct settings);
+} settings SEC(".maps");
+
+/* writer: connect, sockops, loader; reader: the same. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct state);
+} state SEC(".maps");
+
+/* writer: loader, ten times a second; reader: connect. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct beat);
+} beat SEC(".maps");
+
+/* writer: loader; reader: lookup; deleter: the kernel, when a listener closes. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, 2 * PL_WORKERS_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} listeners SEC(".maps");
+
+/* writer, deleter: loader; reader: connect. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct endpoint_key);
+	__type(value, struct service);
+} services SEC(".maps");
+
+/* writer, deleter: loader; reader: connect. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct rule_key);
+	__type(value, __u32);
+} deny SEC(".maps");
+
+/* writer, deleter: loader; reader: connect. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct rule_key);
+	__type(value, __u32);
+} exclude SEC(".maps");
+
+/* The namespace's routes, so that a destination without one is left to the
+ * kernel. writer, deleter: loader, from rtnetlink; reader: connect.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct prefix_key);
+	__type(value, __u32);
+} routes SEC(".maps");
+
+/* The namespace's own addresses. writer, deleter: loader, from rtnetlink;
+ * reader: connect.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct ip_addr);
+	__type(value, __u32);
+} own_addrs SEC(".maps");
+
+/* writer: connect, loader (services); reader: connect; deleter: loader, when a
+ * slot retires.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PL_SLOTS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct ip_addr);
+	__type(value, __u32);
+} slot_by_orig SEC(".maps");
+
+/* writer: connect, loader; reader: getpeername, loader; deleter: loader, by
+ * zeroing.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PL_SLOTS);
+	__type(key, __u32);
+	__type(value, struct slot);
+} slots SEC(".maps");
+
+/* Retired slots, to be named again. writer: loader, connect (when it lost a
+ * race); reader and deleter: connect.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_QUEUE);
+	__uint(max_entries, PL_SLOTS);
+	__type(value, __u32);
+} free_slots SEC(".maps");
+
+/* writer: connect, sockops; reader: connect, loader; deleter: loader, when a
+ * container is gone.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 8192);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u64);
+	__type(value, struct usage);
+} usage_by_group SEC(".maps");
+
+/* Connections to slots: who is not here is not let in. writer: sockops before
+ * the SYN, loader (canary); reader: lookup, loader; deleter: sockops at CLOSE,
+ * loader when it reconciles.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct live_key);
+	__type(value, struct live);
+} live SEC(".maps");
+
+/* writer: connect, sockops, loader (own); reader: sockops, release; deleter:
+ * the kernel, with the socket.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct decision);
+} decisions SEC(".maps");
+
+/* writer: every hook; reader: telemetry. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, REASON__COUNT);
+	__type(key, enum reason);
+	__type(value, __u64);
+} reasons SEC(".maps");
+
+/* writer: every hook; reader: telemetry. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, TALLY__COUNT);
+	__type(key, enum tally);
+	__type(value, __u64);
+} tallies SEC(".maps");
+
+/* writer: connect, sockops; reader and deleter: telemetry/events. A full ring
+ * loses the event, counted in TALLY_EVENTS_LOST and per container.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} events SEC(".maps");

@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* What UAPI headers of the network need libc for, and address arithmetic. */
+#pragma once
+#include <linux/types.h>
+#include <bpf/bpf_endian.h>
+#include "abi.h"
+
+/* Linux's numbers, the same on every architecture that Pillion builds for. */
+#define AF_INET 2
+#define AF_INET6 10
+#define IPPROTO_IP 0
+#define IPPROTO_TCP 6
+#define IPPROTO_IPV6 41
+#define IP_TOS 1
+#define IPV6_TCLASS 67
+#define EADDRNOTAVAIL 99
+#define ECONNREFUSED 111
+
+typedef _Bool bool;
+#define true 1
+#define false 0
+
+/* Four reads and four stores of ctx, one at a time: clang merges neighbours into
+ * 64 bits, which the verifier refuses for ctx.
+ */
+#define LOAD_IP6(from)                                     \
+	((struct ip_addr){ .w = {                          \
+		*(volatile __u32 *)&(from)[0],             \
+		*(volatile __u32 *)&(from)[1],             \
+		*(volatile __u32 *)&(from)[2],             \
+		*(volatile __u32 *)&(from)[3],             \
+	} })
+#define STORE_IP6(to, ip)                                  \
+	do {                                               \
+		*(volatile __u32 *)&(to)[0] = (ip).w[0];   \
+		*(volatile __u32 *)&(to)[1] = (ip).w[1];   \
+		*(volatile __u32 *)&(to)[2] = (ip).w[2];   \
+		*(volatile __u32 *)&(to)[3] = (ip).w[3];   \
+	} while (0)
+
+static __always_inline struct ip_addr mapped(__u32 be_ip4)
+{
+	struct ip_addr a = { .w = { 0, 0, bpf_htonl(0xffff), be_ip4 } };
+
+	return a;
+}
+
+static __always_inline bool is_mapped(const struct ip_addr *a)
+{
+	return !a->w[0] && !a->w[1] && a->w[2] == bpf_htonl(0xffff);
+}
+
+static __always_inline bool is_zero(const struct ip_addr *a)
+{
+	return !(a->w[0] | a->w[1] | a->w[2] | a->w[3]);
+}
+
+/* in_supernet is true for an address that any instance may use as a slot. */
+static __always_inline bool in_supernet(const struct ip_addr *a)
+{
+	if (is_mapped(a))
+		return (bpf_ntohl(a->w[3]) & PL_SLOT4_SUPER_MASK) ==
+		       PL_SLOT4_SUPER;
+	return a->w[0] == bpf_htonl(PL_SLOT6_SUPER_W0) &&
+	       bpf_ntohl(a->w[1]) >> 16 == PL_SLOT6_SUPER_H2;
+}
+
+/* slot_of returns the index of an address in the ranges slot4 and slot6, or -1. */
+static __always_inline int slot_of(const struct ip_addr *a, __u32 slot4,
+				   __u32 slot6)
+{
+	__u32 last = bpf_ntohl(a->w[3]);
+
+	if (is_mapped(a))
+		return (last & 0xffff0000) == slot4 ? (int)(last & 0xffff) : -1;
+	if (a->w[0] != bpf_htonl(PL_SLOT6_SUPER_W0) ||
+	    a->w[1] != bpf_htonl(PL_SLOT6_SUPER_H2 << 16 | slot6))
+		return -1;
+	return !a->w[2] && last < PL_SLOTS ? (int)last : PL_SLOTS - 1;
+}
+
+/* slot_addr returns the address of slot n in the family of like. */
+static __always_inline struct ip_addr
+slot_addr(const struct ip_addr *like, __u32 n, __u32 slot4, __u32 slot6)
+{
+	struct ip_addr a;
+
+	if (is_mapped(like))
+		return mapped(bpf_htonl(slot4 | n));
+	a.w[0] = bpf_htonl(PL_SLOT6_SUPER_W0);
+	a.w[1] = bpf_htonl(PL_SLOT6_SUPER_H2 << 16 | slot6);
+	a.w[2] = 0;
+	a.w[3] = bpf_htonl(n);
+	return a;
+}

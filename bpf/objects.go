@@ -1,0 +1,38 @@
+package bpf
+
+import (
+	"fmt"
+
+	"github.com/cilium/ebpf"
+)
+
+// Names of the programs, as pins and the kernel show them.
+const (
+	ProgConnect4     = "pl_connect4"
+	ProgConnect6     = "pl_connect6"
+	ProgGetpeername4 = "pl_getpeername4"
+	ProgGetpeername6 = "pl_getpeername6"
+	ProgBind4        = "pl_bind4"
+	ProgBind6        = "pl_bind6"
+	ProgRelease      = "pl_release"
+	ProgSockops      = "pl_sockops"
+	ProgLookup       = "pl_lookup"
+)
+
+// Maps are the maps that all programs share. Whoever loaded them closes them.
+type Maps = connectMaps
+
+// Specs parses the three objects. Their maps have the same names and layout, so
+// that one set serves all (MapReplacements); the knobs of include/config.h are
+// each object's own.
+func Specs() ([]*ebpf.CollectionSpec, error) {
+	var all []*ebpf.CollectionSpec
+	for _, load := range []func() (*ebpf.CollectionSpec, error){loadConnect, loadLookup, loadSockops} {
+		spec, err := load()
+		if err != nil {
+			return nil, fmt.Errorf("parse a built-in BPF object: %w", err)
+		}
+		all = append(all, spec)
+	}
+	return all, nil
+}

@@ -1,0 +1,175 @@
+//go:build ignore
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The life of the sockets in scope, from before the SYN to CLOSE. */
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include "include/config.h"
+#include "include/count.h"
+#include "include/decide.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+static __always_inline struct ip_addr local_addr(struct bpf_sock_ops *ctx,
+						 bool v4)
+{
+	if (v4)
+		return mapped(ctx->local_ip4);
+	return LOAD_IP6(ctx->local_ip6);
+}
+
+static __always_inline struct ip_addr remote_addr(struct bpf_sock_ops *ctx,
+						  bool v4)
+{
+	if (v4)
+		return mapped(ctx->remote_ip4);
+	return LOAD_IP6(ctx->remote_ip6);
+}
+
+/* speaks_v4 is true also for an AF_INET6 socket with a mapped peer. */
+static __always_inline bool speaks_v4(struct bpf_sock_ops *ctx)
+{
+	return ctx->family == AF_INET ||
+	       (!ctx->remote_ip6[0] && !ctx->remote_ip6[1] &&
+		ctx->remote_ip6[2] == bpf_htonl(0xffff));
+}
+
+static __always_inline void add(struct decision *d, int by)
+{
+	__u32 zero = 0;
+	struct state *st = bpf_map_lookup_elem(&state, &zero);
+	struct usage *u = bpf_map_lookup_elem(&usage_by_group, &d->group);
+
+	if (st)
+		__sync_fetch_and_add(&st->live, by);
+	if (u)
+		__sync_fetch_and_add(&u->conns, by);
+}
+
+/* let_in enters the connection in live, before its SYN leaves. Without an entry
+ * the lookup program refuses it.
+ */
+static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
+{
+	struct live l = {
+		.cookie = bpf_get_socket_cookie(ctx),
+		.cgroup = d->cgroup,
+		.group = d->group,
+		.opened = d->opened,
+		.orig = d->orig,
+		.bound = d->bound,
+		.mark = d->mark,
+		.priority = d->priority,
+		.reason = d->reason,
+	};
+	int tos = 0;
+
+	if (ctx->family == AF_INET) {
+		if (!bpf_getsockopt(ctx, IPPROTO_IP, IP_TOS, &tos,
+				    sizeof(tos)))
+			l.tos = tos;
+	} else if (!bpf_getsockopt(ctx, IPPROTO_IPV6, IPV6_TCLASS, &tos,
+				   sizeof(tos))) {
+		l.tos = tos;
+	}
+	if (bpf_map_update_elem(&live, &d->key, &l, BPF_ANY)) {
+		count(REASON_LIVE_LOST);
+		return;
+	}
+	d->open = true;
+	add(d, 1);
+}
+
+static __always_inline void on_open(struct bpf_sock_ops *ctx,
+				    struct decision *d)
+{
+	bool v4 = speaks_v4(ctx);
+
+	tally(TALLY_CONNECTS);
+	if (!d || !d->pending) {
+		tally(TALLY_ESCAPED);
+		count(REASON_NO_DECISION);
+		return;
+	}
+	d->pending = false;
+	d->followed = true;
+	d->key.source = local_addr(ctx, v4);
+	d->key.slot = remote_addr(ctx, v4);
+	d->key.source_port = ctx->local_port;
+	d->key.slot_port = bpf_ntohl(ctx->remote_port);
+	switch (d->path) {
+	case PATH_RELAY:
+		tally(TALLY_SENT_RELAY);
+		let_in(ctx, d);
+		break;
+	case PATH_DIRECT:
+		tally(TALLY_SENT_DIRECT);
+		break;
+	default:
+		tally(TALLY_SENT_PASS);
+	}
+	/* One set of flags for every program on the socket: add, never set. */
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags |
+					       BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+static __always_inline void on_close(struct bpf_sock_ops *ctx,
+				     struct decision *d, __u32 from)
+{
+	struct conn_event *e;
+
+	if (!d || !d->followed)
+		return;
+	d->followed = false;
+	if (d->open) {
+		d->open = false;
+		/* The process deletes it when it reconciles; then it has
+		 * counted too.
+		 */
+		if (!bpf_map_delete_elem(&live, &d->key))
+			add(d, -1);
+	}
+	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	if (!e) {
+		lost(d->group);
+		return;
+	}
+	e->cookie = bpf_get_socket_cookie(ctx);
+	e->cgroup = d->cgroup;
+	e->group = d->group;
+	e->opened = d->opened;
+	e->ended = bpf_ktime_get_ns();
+	e->sent = ctx->bytes_acked;
+	e->received = ctx->bytes_received;
+	e->source = d->key.source;
+	e->orig = d->orig;
+	e->srtt_us = ctx->srtt_us >> 3; /* kept times eight */
+	e->retransmits = ctx->total_retrans;
+	e->source_port = d->key.source_port;
+	e->orig_port = d->orig_port;
+	e->kind = EVENT_END;
+	e->path = d->path;
+	e->reason = d->reason;
+	e->ending = ending_of(from, ctx->segs_in);
+	bpf_ringbuf_submit(e, event_flags());
+}
+
+SEC("sockops")
+int pl_sockops(struct bpf_sock_ops *ctx)
+{
+	__u32 op = ctx->op, from = ctx->args[0], to = ctx->args[1];
+	struct bpf_sock *sk = ctx->sk;
+
+	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_STATE_CB) {
+		/* TIMEOUT_INIT, RWND_INIT and the like: -1 is "no opinion". */
+		ctx->reply = -1;
+		return 1;
+	}
+	if (!sk)
+		return 1;
+	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+		on_open(ctx, bpf_sk_storage_get(&decisions, sk, NULL, 0));
+	else if (to == BPF_TCP_CLOSE)
+		on_close(ctx, bpf_sk_storage_get(&decisions, sk, NULL, 0),
+			 from);
+	return 1;
+}

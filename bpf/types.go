@@ -1,0 +1,129 @@
+package bpf
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"unsafe"
+)
+
+// The contract of include/abi.h, in Go. Ports are in host byte order, times are
+// CLOCK_MONOTONIC in nanoseconds, addresses are [IPAddr].
+type (
+	Instance    = abiInstance
+	Settings    = abiSettings
+	State       = abiState
+	Beat        = abiBeat
+	LiveKey     = abiLiveKey
+	Live        = abiLive
+	Decision    = abiDecision
+	Slot        = abiSlot
+	Usage       = abiUsage
+	Service     = abiService
+	EndpointKey = abiEndpointKey
+	RuleKey     = abiRuleKey
+	PrefixKey   = abiPrefixKey
+	ConnEvent   = abiConnEvent
+	// IPAddr is 16 bytes in network byte order, IPv4 as ::ffff:a.b.c.d.
+	IPAddr = abiIpAddr
+)
+
+// Values of enum slot_state.
+const (
+	SlotFree     = uint32(abiSlotStateSLOT_FREE)
+	SlotNamed    = uint32(abiSlotStateSLOT_NAMED)
+	SlotReserved = uint32(abiSlotStateSLOT_RESERVED)
+	SlotRetiring = uint32(abiSlotStateSLOT_RETIRING)
+)
+
+// Values of enum route_kind.
+const (
+	RouteNone    = uint32(abiRouteKindROUTE_NONE)
+	RouteUnicast = uint32(abiRouteKindROUTE_UNICAST)
+)
+
+// Values of enum on_failure.
+const (
+	OnFailureOpen   = uint32(abiOnFailureON_FAILURE_OPEN)
+	OnFailureClosed = uint32(abiOnFailureON_FAILURE_CLOSED)
+)
+
+// Values of enum event_kind.
+const (
+	EventEnd    = uint8(abiEventKindEVENT_END)
+	EventDenied = uint8(abiEventKindEVENT_DENIED)
+)
+
+// Values of enum instance_kind.
+const (
+	InstanceRun  = uint32(abiInstanceKindINSTANCE_RUN)
+	InstanceExec = uint32(abiInstanceKindINSTANCE_EXEC)
+)
+
+// Values of enum ending.
+const (
+	EndingClosed  = uint8(abiEndingENDING_CLOSED)
+	EndingReset   = uint8(abiEndingENDING_RESET)
+	EndingRefused = uint8(abiEndingENDING_REFUSED)
+	EndingTimeout = uint8(abiEndingENDING_TIMEOUT)
+)
+
+// Values of enum tally: what the conservation law is made of.
+const (
+	TallyConnects   = uint32(abiTallyTALLY_CONNECTS)
+	TallyDecided    = uint32(abiTallyTALLY_DECIDED)
+	TallyDenied     = uint32(abiTallyTALLY_DENIED)
+	TallyUnsent     = uint32(abiTallyTALLY_UNSENT)
+	TallyEscaped    = uint32(abiTallyTALLY_ESCAPED)
+	TallySentPass   = uint32(abiTallyTALLY_SENT_PASS)
+	TallySentDirect = uint32(abiTallyTALLY_SENT_DIRECT)
+	TallySentRelay  = uint32(abiTallyTALLY_SENT_RELAY)
+	TallyEventsLost = uint32(abiTallyTALLY_EVENTS_LOST)
+	TallyCount      = uint32(abiTallyTALLY__COUNT)
+)
+
+// Constants of include/abi.h; a test reads the header and compares them.
+const (
+	ABI          = 1
+	Slots        = 65536
+	SlotFirst    = 1
+	SlotLast     = 0xffef
+	SlotListener = 0xfffd
+	SlotCanary   = 0xfffe
+	WorkersMax   = 32
+	// RulePortBits is how many bits of a [RuleKey] stand before the address.
+	RulePortBits = 32
+)
+
+// FromAddr converts an address; IPv4 becomes ::ffff:a.b.c.d. An invalid one is
+// all zero.
+func FromAddr(a netip.Addr) IPAddr {
+	var ip IPAddr
+	if a.IsValid() {
+		b := a.As16()
+		for i := range ip.W {
+			ip.W[i] = binary.NativeEndian.Uint32(b[4*i:])
+		}
+	}
+	return ip
+}
+
+// ToAddr converts back, unmapped. All zero gives an invalid address.
+func ToAddr(ip IPAddr) netip.Addr {
+	if ip.W == [4]uint32{} {
+		return netip.Addr{}
+	}
+	var b [16]byte
+	for i, w := range ip.W {
+		binary.NativeEndian.PutUint32(b[4*i:], w)
+	}
+	return netip.AddrFrom16(b).Unmap()
+}
+
+// ParseEvent reads one record of the ring buffer. ok is false when it has
+// another size than this build's [ConnEvent].
+func ParseEvent(raw []byte) (e ConnEvent, ok bool) {
+	if len(raw) != int(unsafe.Sizeof(e)) {
+		return e, false
+	}
+	return *(*ConnEvent)(unsafe.Pointer(&raw[0])), true
+}
