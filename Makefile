@@ -1,0 +1,70 @@
+# Pillion. `make help` lists the targets.
+
+GO      ?= go
+PREFIX  ?= /usr/local
+DESTDIR ?=
+
+# What building leaves: the binary here, the virtual machine's kernel in vm/.
+BUILD   := build
+PILLION := $(BUILD)/pillion
+
+# A checkout of another user makes git refuse, and the build with it.
+VCS     := $(shell git rev-parse HEAD >/dev/null 2>&1 && echo auto || echo false)
+GOBUILD := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=$(VCS)
+
+# Packages whose tests touch the kernel's global state (programs, cgroups,
+# namespaces) run one at a time; the others run side by side.
+KERNEL_PKGS := ./bpf/... ./loader/... ./cmd/pillion
+BLACKBOX    := ./tests/...
+
+.DEFAULT_GOAL := build
+.PHONY: help build generate check format test test-unit test-kernel test-vm bench demo install clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## compile build/pillion (needs Go alone)
+	$(GOBUILD) -o $(PILLION) ./cmd/pillion
+
+generate: ## compile the BPF programs again (needs clang-19)
+	@scripts/setup.sh generate
+	$(GO) generate ./bpf
+
+check: ## format, vet, import rules, licences, freshness of generated files, shell
+	@scripts/setup.sh check
+	@scripts/check.sh
+
+format: ## rewrite Go and C in the house's format
+	gofmt -w $$(git ls-files '*.go')
+	clang-format-19 -i $$(git ls-files 'bpf/*.c' 'bpf/include/*.h' 'bpf/tests/*.c')
+
+test: ## everything but the virtual machine; as root, since it uses the kernel
+	@[ "$$(id -u)" = 0 ] || { echo 'make test: needs root; make check and make test-unit do not' >&2; exit 1; }
+	@scripts/setup.sh test
+	$(MAKE) check build
+	$(MAKE) test-unit test-kernel
+
+test-unit: ## the tests that need no kernel, under the race detector
+	$(GO) test -race $$($(GO) list ./... | grep -v -E '/(bpf|loader|tests)(/|$$)|/cmd/pillion$$')
+
+test-kernel: build ## the tests that use the kernel and real programs (as root)
+	$(GO) test -race -p 1 -count=1 -timeout 10m $$($(GO) list $(KERNEL_PKGS))
+	PILLION=$(abspath $(PILLION)) $(GO) test -p 1 -count=1 -timeout 15m $(BLACKBOX)
+
+test-vm: ## the attach tests on Debian's 6.1, the oldest supported kernel, in qemu
+	@scripts/setup.sh vm
+	scripts/vm-test.sh $(VM_PKGS)
+
+bench: build ## what a hop costs, beside HAProxy and nginx (as root, some minutes)
+	@scripts/setup.sh bench
+	PILLION=$(abspath $(PILLION)) $(GO) run ./tests/bench $(BENCHFLAGS)
+
+demo: build ## real programs, redirected and balanced (as root, under a minute)
+	@scripts/setup.sh demo
+	scripts/demo.sh $(PILLION)
+
+install: ## copy build/pillion below DESTDIR and PREFIX (make build first)
+	install -D -m 0755 $(PILLION) $(DESTDIR)$(PREFIX)/bin/pillion
+
+clean: ## remove what building leaves
+	rm -rf $(BUILD)
