@@ -66,25 +66,25 @@ const (
 
 // Reasons that only user space gives: how a connection ended.
 const (
-	ReasonClosed           Reason = iota + KernelReasons // both sides ended in order
-	ReasonDownstreamReset                                // the application reset it
-	ReasonUpstreamReset                                  // the endpoint reset it
-	ReasonDialRefused                                    // every attempt failed, the last with ECONNREFUSED
-	ReasonDialTimeout                                    // ... with no answer in time
-	ReasonDialUnreachable                                // ... with no route or an ICMP error
-	ReasonDialFailed                                     // ... with another error
-	ReasonNoEndpoint                                     // the cluster has no endpoint to try
-	ReasonIdleTimeout                                    // no byte moved for relay.idle_timeout
-	ReasonMaxLifetime                                    // open for relay.max_lifetime
-	ReasonNoDescriptors                                  // the descriptor limit was reached
-	ReasonNotOurs                                        // accepted, but no live entry names it
-	ReasonLoop                                           // it would have gone to the handler itself
-	ReasonDrained                                        // ended by shutdown
-	ReasonHandlerLost                                    // the handler was killed while it carried it
-	ReasonRelayQuota                                     // this container has too many dials or connections in the handler
-	ReasonRefused                                        // the network refused it (pass, direct)
-	ReasonTimeout                                        // the network did not answer (pass, direct)
-	ReasonReset                                          // reset by either side (pass, direct: the kernel side cannot tell whose)
+	ReasonClosed          Reason = iota + KernelReasons // both sides ended in order
+	ReasonDownstreamReset                               // the application reset it
+	ReasonUpstreamReset                                 // the endpoint reset it
+	ReasonDialRefused                                   // every attempt failed, the last with ECONNREFUSED
+	ReasonDialTimeout                                   // ... with no answer in time
+	ReasonDialUnreachable                               // ... with no route or an ICMP error
+	ReasonDialFailed                                    // ... with another error
+	ReasonNoEndpoint                                    // the cluster has no endpoint to try
+	ReasonIdleTimeout                                   // no byte moved for relay.idle_timeout
+	ReasonMaxLifetime                                   // open for relay.max_lifetime
+	ReasonNoDescriptors                                 // the descriptor limit was reached
+	ReasonNotOurs                                       // accepted, but no live entry names it
+	ReasonLoop                                          // it would have gone to the handler itself
+	ReasonDrained                                       // ended by shutdown
+	ReasonHandlerLost                                   // the handler was killed while it carried it
+	ReasonRelayQuota                                    // this container has too many dials or connections in the handler
+	ReasonRefused                                       // the network refused it (pass, direct)
+	ReasonTimeout                                       // the network did not answer (pass, direct)
+	ReasonReset                                         // reset by either side (pass, direct: the kernel side cannot tell whose)
 
 	reasonCount
 )

@@ -1,0 +1,156 @@
+package handler
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync/atomic"
+	"time"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/l4"
+	"github.com/pillion-project/pillion/redirect/origdst"
+	"github.com/pillion-project/pillion/redirect/route"
+)
+
+// ErrLoop means that a connection would have come back to a handler, or that an
+// address is none that an application could have been redirected from.
+var ErrLoop = flow.NewError(flow.ReasonLoop, "the destination may not be relayed to")
+
+// Options are what a handler is made of.
+type Options struct {
+	Live  origdst.Live
+	Table *route.Table
+	// Slots are the prefixes that all instances take their slots from: no
+	// handler ever dials there.
+	Slots []netip.Prefix
+	// Listen4 and Listen6 are the addresses to listen on, one listener per
+	// worker; an invalid one is left out.
+	Listen4, Listen6 netip.Addr
+	Workers          int
+	// The rest is as in [l4.Options].
+	DialTimeout, DialBudget, IdleTimeout, MaxLifetime time.Duration
+	Attempts, MaxConns                                int
+	Exempt                                            func(fd int) error
+}
+
+// Handler accepts redirected connections and carries them.
+type Handler struct {
+	resolver  *origdst.Resolver
+	table     atomic.Pointer[route.Table]
+	slots     []netip.Prefix
+	relay     *l4.Relay
+	listeners [2][]int // of IPv4 and IPv6, one per worker
+}
+
+// New opens the listeners. Run serves them, and closes them at its end.
+func New(o Options) (*Handler, error) {
+	h := &Handler{resolver: origdst.NewResolver(o.Live), slots: o.Slots}
+	h.table.Store(o.Table)
+	perWorker, err := h.listen(o)
+	if err != nil {
+		return nil, err
+	}
+	h.relay, err = l4.New(l4.Options{
+		Listeners:   perWorker,
+		DialTimeout: o.DialTimeout,
+		DialBudget:  o.DialBudget,
+		Attempts:    o.Attempts,
+		IdleTimeout: o.IdleTimeout,
+		MaxLifetime: o.MaxLifetime,
+		MaxConns:    o.MaxConns,
+		Exempt:      o.Exempt,
+	}, h)
+	if err != nil {
+		return nil, fmt.Errorf("start relay: %w", err)
+	}
+	return h, nil
+}
+
+func (h *Handler) listen(o Options) ([][]int, error) {
+	perWorker := make([][]int, o.Workers)
+	for family, addr := range []netip.Addr{o.Listen4, o.Listen6} {
+		if !addr.IsValid() {
+			continue
+		}
+		for i := range perWorker {
+			fd, err := l4.Listen(addr, o.Exempt)
+			if err != nil {
+				return nil, errors.Join(err, l4.CloseListeners(perWorker))
+			}
+			perWorker[i] = append(perWorker[i], fd)
+			h.listeners[family] = append(h.listeners[family], fd)
+		}
+	}
+	return perWorker, nil
+}
+
+// Listeners returns the listeners of both families, one per worker, for the
+// kernel side to hand connections to. They stay the handler's.
+func (h *Handler) Listeners() (v4, v6 []int) { return h.listeners[0], h.listeners[1] }
+
+// Run serves until ctx is done and the open connections have ended, or force is
+// done. It owns all threads of the handler.
+func (h *Handler) Run(ctx, force context.Context) error {
+	if err := h.relay.Run(ctx, force); err != nil {
+		return fmt.Errorf("relay: %w", err)
+	}
+	return nil
+}
+
+// SetTable makes new connections go by table. Open ones stay where they are.
+func (h *Handler) SetTable(table *route.Table) { h.table.Store(table) }
+
+// Table returns the table that new connections go by.
+func (h *Handler) Table() *route.Table { return h.table.Load() }
+
+// Direct implements [l4.Director].
+func (h *Handler) Direct(local, remote netip.AddrPort) (l4.Target, error) {
+	d, err := h.resolver.Resolve(local, remote)
+	if err != nil {
+		return l4.Target{}, err
+	}
+	t := l4.Target{Downstream: d}
+	if d.Canary {
+		return t, nil
+	}
+	if s, ok := h.table.Load().Lookup(d.OrigDst); ok {
+		t.Service, t.Cluster = s.Name, s.Cluster
+		return t, nil
+	}
+	// The connect hook leaves all of these alone. If one arrives here all the
+	// same, somebody tries to use the handler as an open relay.
+	if a := d.OrigDst.Addr(); a.IsLoopback() || a.IsUnspecified() || a.IsLinkLocalUnicast() || a.IsMulticast() {
+		return t, fmt.Errorf("relay to %s: %w", d.OrigDst, ErrLoop)
+	}
+	return t, nil
+}
+
+// Allowed implements [l4.Director].
+func (h *Handler) Allowed(to netip.AddrPort) flow.Reason {
+	for _, p := range h.slots {
+		if p.Contains(to.Addr()) {
+			return flow.ReasonLoop
+		}
+	}
+	return flow.ReasonNone
+}
+
+// Ended appends the records of the connections that ended since the last call.
+func (h *Handler) Ended(buf []flow.Record) []flow.Record { return h.relay.Ended(buf) }
+
+// Live returns the open connections.
+func (h *Handler) Live(ctx context.Context) []flow.Record { return h.relay.Live(ctx) }
+
+// Lost counts records that nobody took in time.
+func (h *Handler) Lost() uint64 { return h.relay.Stats().Lost }
+
+// Stats returns the relay's counters.
+func (h *Handler) Stats() l4.Stats { return h.relay.Stats() }
+
+// Backlog returns the fill of the fullest accept queue, from 0 to 1.
+func (h *Handler) Backlog() float64 { return h.relay.Backlog() }
+
+// Progress appends a sign of life of each worker to buf.
+func (h *Handler) Progress(buf []l4.Progress) []l4.Progress { return h.relay.Progress(buf) }

@@ -1,0 +1,277 @@
+package l4
+
+import (
+	"net/netip"
+	"syscall"
+	"time"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"golang.org/x/sys/unix"
+)
+
+// begin takes up an accepted socket.
+func (w *worker) begin(fd int32) {
+	w.counters.accepted.Add(1)
+	remote := w.peer.get()
+	if w.addr.local(fd) != 0 {
+		w.refuse(fd)
+		return
+	}
+	target, err := w.relay.director.Direct(w.addr.get(), remote)
+	switch {
+	case err == nil && target.Downstream.Canary:
+		w.counters.canaries.Add(1)
+		w.refuse(fd)
+		return
+	case flow.ReasonOf(err) == flow.ReasonNotOurs:
+		w.counters.unknown.Add(1)
+		w.refuse(fd)
+		return
+	}
+	c := w.slab.get()
+	c.target = target
+	c.opened, c.active = w.now, w.now
+	c.index = int32(len(w.conns))
+	w.conns = append(w.conns, c)
+	w.relay.live.Add(1)
+	w.adopt(c, down, fd)
+	c.sides[down].nodelay = true // inherited from the listener
+	if err != nil {
+		w.end(c, flow.ReasonOf(err), true)
+		return
+	}
+	// What the application has said already goes out with the dial.
+	w.readFirst(c)
+	if c.dead {
+		return
+	}
+	w.dial(c)
+	if !c.dead && w.watch(fd, epollAll, c.sides[down].gen) != 0 {
+		w.end(c, flow.ReasonNoDescriptors, true)
+	}
+}
+
+// adopt makes fd the socket of side k.
+func (w *worker) adopt(c *conn, k int, fd int32) {
+	s := &c.sides[k]
+	s.fd, s.gen = fd, w.nextGen()
+	w.setFD(fd, c)
+}
+
+// refuse resets a socket that is no connection of ours.
+func (w *worker) refuse(fd int32) {
+	abort(fd)
+	sysClose(fd)
+}
+
+func (w *worker) readFirst(c *conn) {
+	s := &c.sides[down]
+	n, e := sysRead(s.fd, w.buf)
+	switch {
+	case e == unix.EAGAIN:
+	case e != 0:
+		w.end(c, flow.ReasonDownstreamReset, true)
+	case n == 0:
+		s.eof = true
+	default:
+		// Not known to be all: the descriptor is not watched yet, so the
+		// first event says whether there is more.
+		s.rest, s.from = w.buffers.save(w.buf[:n]), 0
+	}
+}
+
+// dial tries endpoints until one is being dialed, or ends the connection.
+func (w *worker) dial(c *conn) {
+	for !c.dead && !w.dialOnce(c) {
+	}
+}
+
+// dialOnce starts one attempt. It returns false if that failed at once, and
+// then another may follow.
+func (w *worker) dialOnce(c *conn) bool {
+	to := c.target.Downstream.OrigDst.AddrPort
+	c.endpoint = nil
+	if cluster := c.target.Cluster; cluster != nil {
+		e, err := cluster.Pick(c.target.Downstream.Cookie, c.tried)
+		if err != nil {
+			why := flow.ReasonOf(err)
+			if c.last != flow.ReasonNone {
+				why = c.last // which is why there is none left
+			}
+			w.end(c, why, true)
+			return true
+		}
+		c.endpoint = e
+		c.tried = append(c.tried, e)
+		to = e.Addr
+		e.Begin()
+	}
+	c.attempts++
+	c.dialing = true
+	w.dialing++
+	w.counters.dials.Add(1)
+	if why := w.relay.director.Allowed(to); why != flow.ReasonNone {
+		w.dialFailed(c, why)
+		return true
+	}
+	// The batch's time is too old to measure a dial by.
+	w.tick()
+	c.dialed = w.now
+	o := &w.relay.options
+	c.deadline = min(w.now+int64(o.DialTimeout), c.opened+int64(o.DialBudget))
+	if e := w.connect(c, to); e != 0 {
+		return w.attemptFailed(c, reasonOf(e))
+	}
+	return true
+}
+
+// connect opens the upstream socket. The errors are those of the dial.
+func (w *worker) connect(c *conn, to netip.AddrPort) syscall.Errno {
+	family := unix.AF_INET6
+	if to.Addr().Is4() {
+		family = unix.AF_INET
+	}
+	fd, e := sysSocket(family)
+	if e != 0 {
+		return e
+	}
+	w.adopt(c, up, fd)
+	s := &c.sides[up]
+	s.local = to.Addr().IsLoopback()
+	if e := w.dress(fd, &c.target.Downstream, to.Addr()); e != 0 {
+		return e
+	}
+	w.addr.set(to)
+	if e := w.addr.connect(fd); e != 0 && e != unix.EINPROGRESS {
+		return e
+	}
+	if e := w.watch(fd, epollAll, s.gen); e != 0 {
+		return unix.ENOMEM
+	}
+	return w.sendFirst(c)
+}
+
+// sendFirst sends what the application has said already: on a local leg the
+// handshake is over when connect returns.
+func (w *worker) sendFirst(c *conn) syscall.Errno {
+	s, d := &c.sides[up], &c.sides[down]
+	if len(d.pending()) == 0 {
+		return 0
+	}
+	n, e := sysSend(s.fd, d.pending())
+	switch e {
+	case 0:
+		w.established(c)
+		s.wrote = true
+		w.took(c, down, n)
+		w.pump(c, down)
+		return 0
+	case unix.EAGAIN:
+		return 0
+	default:
+		return e
+	}
+}
+
+// dress gives the upstream socket what the application's has.
+func (w *worker) dress(fd int32, d *flow.Downstream, to netip.Addr) syscall.Errno {
+	if exempt := w.relay.options.Exempt; exempt != nil {
+		if err := exempt(int(fd)); err != nil {
+			// Dialed all the same, the connection would come back to us.
+			return unix.EPERM
+		}
+	}
+	if d.TOS != 0 {
+		// Refused for none but odd values, and never worth a connection.
+		if to.Is4() {
+			sysSetInt(fd, unix.IPPROTO_IP, unix.IP_TOS, int(d.TOS))
+		} else {
+			sysSetInt(fd, unix.IPPROTO_IPV6, unix.IPV6_TCLASS, int(d.TOS))
+		}
+	}
+	if d.Priority != 0 {
+		sysSetInt(fd, unix.SOL_SOCKET, unix.SO_PRIORITY, int(d.Priority))
+	}
+	if d.Mark != 0 {
+		// The mark may choose the route: without it the bytes could leave by
+		// the wrong one.
+		if e := sysSetInt(fd, unix.SOL_SOCKET, unix.SO_MARK, int(d.Mark)); e != 0 {
+			return e
+		}
+	}
+	return w.bindSource(fd, d.BoundSource, to)
+}
+
+// bindSource leaves the source to the kernel when the application did, or when
+// its choice makes no sense for this endpoint.
+func (w *worker) bindSource(fd int32, source, to netip.Addr) syscall.Errno {
+	if !source.IsValid() || source.Is4() != to.Is4() || source.IsLoopback() != to.IsLoopback() {
+		return 0
+	}
+	sysSetInt(fd, unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
+	w.addr.set(netip.AddrPortFrom(source, 0))
+	return w.addr.bind(fd)
+}
+
+// established notes that the dial was answered.
+func (w *worker) established(c *conn) {
+	w.tick()
+	c.connected = time.Duration(w.now - c.dialed)
+	c.active = w.now
+	c.dialing = false
+	w.dialing--
+	c.last = flow.ReasonNone
+	if c.endpoint != nil {
+		c.endpoint.Connected(c.connected)
+	}
+}
+
+// dialFailed ends the present attempt and makes another, or ends the
+// connection.
+func (w *worker) dialFailed(c *conn, why flow.Reason) {
+	if !w.attemptFailed(c, why) {
+		w.dial(c)
+	}
+}
+
+// attemptFailed ends the present attempt. It returns false if another may be
+// made, and has ended the connection otherwise.
+func (w *worker) attemptFailed(c *conn, why flow.Reason) bool {
+	w.counters.dialFailures.Add(1)
+	c.last = why
+	c.connected = 0
+	c.dialing = false
+	w.dialing--
+	last := c.endpoint
+	w.dropSide(c, up)
+	c.sides[up] = side{fd: -1, pipe: noPipe}
+	if last != nil {
+		last.Failed(why)
+	}
+	o := &w.relay.options
+	if last == nil || int(c.attempts) >= o.Attempts || w.now-c.opened >= int64(o.DialBudget) ||
+		why == flow.ReasonNoDescriptors || why == flow.ReasonLoop {
+		w.end(c, why, true)
+		return true
+	}
+	last.End()
+	c.endpoint = nil
+	w.counters.retries.Add(1)
+	return false
+}
+
+// reasonOf names why a dial failed.
+func reasonOf(e syscall.Errno) flow.Reason {
+	switch e {
+	case unix.ECONNREFUSED:
+		return flow.ReasonDialRefused
+	case unix.ETIMEDOUT:
+		return flow.ReasonDialTimeout
+	case unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EHOSTDOWN, unix.ENETDOWN:
+		return flow.ReasonDialUnreachable
+	case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM:
+		return flow.ReasonNoDescriptors
+	default:
+		return flow.ReasonDialFailed
+	}
+}

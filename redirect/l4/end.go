@@ -1,0 +1,154 @@
+package l4
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+)
+
+// finish passes on that side k has ended: everything read from it is written.
+func (w *worker) finish(c *conn, k int) {
+	s, d := &c.sides[k], &c.sides[1-k]
+	// A broken side has no end to pass on: the reset follows.
+	if s.done || c.closing {
+		return
+	}
+	s.done = true
+	if d.done {
+		// Both ends were seen and passed on; close sends the second FIN.
+		w.end(c, flow.ReasonClosed, false)
+		return
+	}
+	sysShutdownWrite(d.fd)
+}
+
+// broken ends a connection whose side k was reset or timed out: what it sent
+// before is passed on as far as there is room, then comes the reset.
+func (w *worker) broken(c *conn, k int) {
+	if c.dead || c.closing {
+		return
+	}
+	c.closing = true
+	s, d := &c.sides[k], &c.sides[1-k]
+	s.readable = !s.eof
+	for s.readable && !d.blocked {
+		w.pump(c, k)
+	}
+	why := flow.ReasonDownstreamReset
+	if k == up {
+		why = flow.ReasonUpstreamReset
+	}
+	w.end(c, why, true)
+}
+
+// end closes a connection, records it, and gives its memory back. reset makes
+// the closes send resets.
+func (w *worker) end(c *conn, why flow.Reason, reset bool) {
+	if c.dead {
+		return
+	}
+	r := w.record(c)
+	r.Open, r.End = false, why
+	w.ledger.add(&r)
+	c.dead = true
+	if c.dialing {
+		c.dialing = false
+		w.dialing--
+	}
+	if c.endpoint != nil {
+		c.endpoint.End()
+	}
+	if reset {
+		for k := range c.sides {
+			if c.sides[k].fd >= 0 {
+				abort(c.sides[k].fd)
+			}
+		}
+	}
+	w.dropSide(c, down)
+	w.dropSide(c, up)
+	last := w.conns[len(w.conns)-1]
+	w.conns[c.index] = last
+	last.index = c.index
+	w.conns[len(w.conns)-1] = nil
+	w.conns = w.conns[:len(w.conns)-1]
+	w.relay.live.Add(-1)
+	w.counters.ended.Add(1)
+	w.reclaim(c)
+}
+
+// reclaim gives a conn's memory back, unless the worker's again still names it.
+func (w *worker) reclaim(c *conn) {
+	if c.dead && !c.sides[down].queued && !c.sides[up].queued && c.index >= 0 {
+		c.index = -1
+		w.slab.put(c)
+	}
+}
+
+// dropSide closes the socket of side k and returns what it borrowed.
+func (w *worker) dropSide(c *conn, k int) {
+	s := &c.sides[k]
+	if s.fd >= 0 {
+		w.byFD[s.fd] = nil
+		sysClose(s.fd)
+		s.fd = -1
+	}
+	if c.dead {
+		w.buffers.release(s.rest)
+		s.rest, s.from = nil, 0
+		w.pipes.put(s.pipe, s.inPipe)
+		s.pipe, s.inPipe = noPipe, 0
+	}
+}
+
+// record describes a connection as it is now.
+func (w *worker) record(c *conn) flow.Record {
+	d := &c.target.Downstream
+	r := flow.Record{
+		Cookie:   d.Cookie,
+		Cgroup:   d.Cgroup,
+		Source:   d.Source,
+		OrigDst:  d.OrigDst.AddrPort,
+		Service:  c.target.Service,
+		Path:     flow.PathRelay,
+		Reason:   d.Reason,
+		Attempts: int(c.attempts),
+		Start:    w.relay.start.Add(time.Duration(c.opened)),
+		Duration: time.Duration(w.now - c.opened),
+		Connect:  c.connected,
+		Sent:     c.sides[down].moved,
+		Received: c.sides[up].moved,
+		Open:     true,
+	}
+	if c.target.Cluster != nil {
+		r.Cluster = c.target.Cluster.Name
+	}
+	r.Endpoint = w.dialedAddr(c)
+	if fd := c.sides[up].fd; fd >= 0 && !c.dialing {
+		r.RTT, r.Retransmits = tcpInfo(fd)
+	}
+	return r
+}
+
+// dialedAddr is what was dialed last.
+func (w *worker) dialedAddr(c *conn) (none netip.AddrPort) {
+	switch {
+	case len(c.tried) > 0:
+		return c.tried[len(c.tried)-1].Addr
+	case c.attempts > 0:
+		return c.target.Downstream.OrigDst.AddrPort
+	default:
+		return none
+	}
+}
+
+// list describes every open connection of this worker.
+func (w *worker) list() []flow.Record {
+	w.tick()
+	all := make([]flow.Record, 0, len(w.conns))
+	for _, c := range w.conns {
+		all = append(all, w.record(c))
+	}
+	return all
+}

@@ -1,0 +1,204 @@
+package l4
+
+import (
+	"syscall"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"golang.org/x/sys/unix"
+)
+
+// ready acts on the events of side k.
+func (w *worker) ready(c *conn, k int, events uint32) {
+	s := &c.sides[k]
+	if events&unix.EPOLLRDHUP != 0 {
+		s.fin = true
+	}
+	if events&unix.EPOLLPRI != 0 {
+		s.urgent = true
+	}
+	if k == up && c.dialing {
+		if !w.answered(c, events) {
+			return
+		}
+	}
+	if events&unix.EPOLLERR != 0 && k == down && c.dialing {
+		w.end(c, flow.ReasonDownstreamReset, true)
+		return
+	}
+	if events&unix.EPOLLOUT != 0 && s.blocked {
+		s.blocked = false
+		w.pump(c, 1-k)
+		if c.dead {
+			return
+		}
+	}
+	if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR|unix.EPOLLPRI) != 0 && !s.eof {
+		s.readable = true
+		w.pump(c, k)
+		if c.dead {
+			return
+		}
+	}
+	if events&unix.EPOLLERR != 0 {
+		// Everything that came before the reset was passed on, as far as the
+		// other side has room.
+		w.broken(c, k)
+	}
+}
+
+// answered looks at what became of a dial. It returns false when there is
+// nothing more to do for these events.
+func (w *worker) answered(c *conn, events uint32) bool {
+	if events&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
+		switch e := sysSocketError(c.sides[up].fd); e {
+		case 0:
+		case unix.ECONNRESET, unix.EPIPE:
+			// It connected, spoke perhaps, and was reset, all before we
+			// looked: a reset of a dial is ECONNREFUSED.
+			w.established(c)
+			w.broken(c, up)
+			return false
+		default:
+			w.dialFailed(c, reasonOf(e))
+			return false
+		}
+	}
+	if events&(unix.EPOLLOUT|unix.EPOLLIN) == 0 {
+		return false
+	}
+	w.established(c)
+	// The first bytes, or the first end of file.
+	w.pump(c, down)
+	return !c.dead
+}
+
+// pump moves bytes from side k to the other until there is nothing to read, no
+// room to write, or the turn is over.
+func (w *worker) pump(c *conn, k int) {
+	s, d := &c.sides[k], &c.sides[1-k]
+	if d.blocked || c.dialing {
+		return
+	}
+	if s.rest != nil && !w.writeRest(c, k) {
+		return
+	}
+	budget := turnBytes
+	for {
+		if s.splicing {
+			if w.splice(c, k, &budget) {
+				continue // back to copying
+			}
+			return
+		}
+		if s.eof || !s.readable {
+			break
+		}
+		if budget <= 0 {
+			w.later(c, k)
+			return
+		}
+		if !w.copyOnce(c, k, &budget) {
+			return
+		}
+	}
+	if s.eof {
+		w.finish(c, k)
+	}
+}
+
+// writeRest writes what an earlier write had no room for, and tells whether all
+// of it is gone.
+func (w *worker) writeRest(c *conn, k int) bool {
+	s, d := &c.sides[k], &c.sides[1-k]
+	for len(s.pending()) > 0 {
+		n, e := w.write(d, s.pending())
+		switch {
+		case e == unix.EAGAIN:
+			d.blocked = true
+			return false
+		case e != 0:
+			s.readable = false // nobody is left to read it for
+			w.broken(c, 1-k)
+			return false
+		}
+		w.took(c, k, n)
+	}
+	return true
+}
+
+// took notes that n bytes of side k's rest are written.
+func (w *worker) took(c *conn, k, n int) {
+	s := &c.sides[k]
+	s.from += n
+	s.moved += uint64(n)
+	c.active = w.now
+	if s.from == len(s.rest) {
+		w.buffers.release(s.rest)
+		s.rest, s.from = nil, 0
+	}
+}
+
+// copyOnce does one read and its write. It returns false when side k cannot go
+// on now.
+func (w *worker) copyOnce(c *conn, k int, budget *int) bool {
+	s, d := &c.sides[k], &c.sides[1-k]
+	// Read before the call: a FIN seen by then is behind all the data.
+	fin := s.fin
+	n, e := sysRead(s.fd, w.buf)
+	switch {
+	case e == unix.EAGAIN:
+		s.readable = false
+		return true
+	case e != 0:
+		s.readable = false
+		w.broken(c, k)
+		return false
+	case n == 0:
+		s.eof, s.readable = true, false
+		return true
+	case n == len(w.buf):
+		s.full = min(s.full+1, 2)
+	default:
+		s.full = 0
+		if !s.urgent {
+			s.readable = false // a short read has drained the queue
+			s.eof = fin
+		}
+	}
+	*budget -= n
+	c.active = w.now
+	for b := w.buf[:n]; len(b) > 0; {
+		m, e := w.write(d, b)
+		switch {
+		case e == unix.EAGAIN:
+			s.rest, s.from = w.buffers.save(b), 0
+			d.blocked = true
+			return false
+		case e != 0:
+			s.readable = false
+			w.broken(c, 1-k)
+			return false
+		}
+		s.moved += uint64(m)
+		b = b[m:]
+	}
+	if s.full == 2 {
+		w.startSplicing(c, k)
+	}
+	return true
+}
+
+// write sends to d. Its second write in a row must not wait for the answer to
+// the first (Nagle); the first never does, so a connection of one request
+// saves the call.
+func (w *worker) write(d *side, b []byte) (int, syscall.Errno) {
+	if d.wrote && !d.nodelay {
+		d.nodelay = true
+		sysSetInt(d.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	}
+	n, e := sysSend(d.fd, b)
+	if e == 0 {
+		d.wrote = true
+	}
+	return n, e
+}

@@ -1,0 +1,267 @@
+package l4
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/upstream"
+)
+
+// Target is where a connection goes.
+type Target struct {
+	Downstream flow.Downstream
+	Service    string
+	// Cluster gives the endpoints; nil dials the original destination.
+	Cluster *upstream.Cluster
+}
+
+// Director decides where a connection goes. It is called by every worker at
+// once and must not block.
+type Director interface {
+	// Direct tells about the connection that remote opened to local. An error
+	// ends the connection with a reset, for the reason that it carries.
+	Direct(local, remote netip.AddrPort) (Target, error)
+	// Allowed reports whether an address may be dialed: ReasonNone, or why
+	// not. It is asked before each dial.
+	Allowed(to netip.AddrPort) flow.Reason
+}
+
+// Options are the knobs of a relay. Zero durations switch a limit off.
+type Options struct {
+	// Listeners are listening, non-blocking sockets: for each worker those
+	// that it accepts from. New takes them over and closes them, also when it
+	// fails.
+	Listeners [][]int
+	// DialTimeout bounds one dial, DialBudget all dials of a connection.
+	DialTimeout, DialBudget time.Duration
+	// Attempts is how many endpoints a connection tries, at most 8.
+	Attempts int
+	// IdleTimeout ends a connection on which no byte moves, MaxLifetime any.
+	IdleTimeout, MaxLifetime time.Duration
+	// MaxConns is how many connections may be open: two descriptors each.
+	MaxConns int
+	// Exempt, if set, is called with each socket before it connects, so that
+	// the kernel side knows it for the handler's own.
+	Exempt func(fd int) error
+}
+
+// Stats counts since the start, but for Live and Pipes, which are of now.
+type Stats struct {
+	Accepted, Ended, Dials, DialFailures, Retries uint64
+	// Unknown counts accepted sockets that no live entry names, Canaries the
+	// handler's own tests.
+	Unknown, Canaries uint64
+	// Pauses counts how often accepting stopped for want of descriptors.
+	Pauses uint64
+	// Lost counts records that nobody took in time.
+	Lost        uint64
+	Live, Pipes int
+}
+
+// Relay carries connections. Its methods are safe for concurrent use.
+type Relay struct {
+	options  Options
+	director Director
+	workers  []*worker
+	start    time.Time
+	pipes    atomic.Int32
+	live     atomic.Int64
+	stopping atomic.Bool
+}
+
+// ErrNoPreemption means that the process runs without asynchronous preemption:
+// a worker that waits would then hold up a garbage collection for ever.
+var ErrNoPreemption = errors.New("GODEBUG=asyncpreemptoff=1 is set, which the relay cannot run with")
+
+// New prepares a relay; Run makes it work.
+func New(o Options, d Director) (*Relay, error) {
+	r := &Relay{options: o, director: d, start: time.Now()}
+	err := o.check()
+	for _, fds := range o.Listeners {
+		w := newWorker(r, fds)
+		r.workers = append(r.workers, w)
+		if err == nil {
+			err = w.open()
+		}
+	}
+	if err != nil {
+		for _, w := range r.workers {
+			w.close()
+		}
+		return nil, err
+	}
+	return r, nil
+}
+
+func (o *Options) check() error {
+	switch {
+	case strings.Contains(os.Getenv("GODEBUG"), "asyncpreemptoff=1"):
+		return ErrNoPreemption
+	case runtime.GOMAXPROCS(0) < len(o.Listeners)+2:
+		// A worker in a raw wait keeps its processor: some must be left for
+		// the rest of the process.
+		return fmt.Errorf("GOMAXPROCS %d is too few for %d workers: at least %d", runtime.GOMAXPROCS(0),
+			len(o.Listeners), len(o.Listeners)+2)
+	case o.Attempts < 1 || o.Attempts > maxAttempts:
+		return fmt.Errorf("attempts %d: want 1 to %d", o.Attempts, maxAttempts)
+	case o.DialTimeout <= 0 || o.DialBudget <= 0:
+		return errors.New("the time to dial is not bounded")
+	case o.MaxConns <= 0:
+		return fmt.Errorf("connections %d: want at least 1", o.MaxConns)
+	}
+	return nil
+}
+
+// Run carries connections until ctx is done, then accepts no more and lets the
+// open ones end, at the latest when force is done: those are reset. It owns the
+// workers and returns when they have ended.
+func (r *Relay) Run(ctx, force context.Context) error {
+	var running sync.WaitGroup
+	errs := make([]error, len(r.workers))
+	for i, w := range r.workers {
+		running.Go(func() { errs[i] = w.run() })
+	}
+	stop := context.AfterFunc(ctx, r.stop)
+	end := context.AfterFunc(force, func() {
+		r.stop()
+		r.each((*worker).resetAll)
+	})
+	running.Wait()
+	stop()
+	end()
+	return errors.Join(errs...)
+}
+
+func (r *Relay) stop() {
+	if r.stopping.CompareAndSwap(false, true) {
+		r.each((*worker).stopAccepting)
+	}
+}
+
+// each runs f on every worker's own thread, some time soon.
+func (r *Relay) each(f func(*worker)) {
+	for _, w := range r.workers {
+		w.post(func() { f(w) })
+	}
+}
+
+// Ended appends what ended since the last call to buf. One caller at a time.
+func (r *Relay) Ended(buf []flow.Record) []flow.Record {
+	for _, w := range r.workers {
+		buf = w.ledger.take(buf)
+	}
+	return buf
+}
+
+// Live returns the open connections. It waits for each worker to list its own,
+// and returns what there is when ctx is done first.
+func (r *Relay) Live(ctx context.Context) []flow.Record {
+	lists := make(chan []flow.Record, len(r.workers))
+	asked := 0
+	for _, w := range r.workers {
+		if w.post(func() { lists <- w.list() }) {
+			asked++
+		}
+	}
+	var all []flow.Record
+	for range asked {
+		select {
+		case l := <-lists:
+			all = append(all, l...)
+		case <-ctx.Done():
+			return all
+		}
+	}
+	return all
+}
+
+// Progress returns, for each worker, a number that changes while it works, and
+// whether it waits for work.
+func (r *Relay) Progress(buf []Progress) []Progress {
+	for _, w := range r.workers {
+		buf = append(buf, Progress{Turn: w.turn.Load(), Waiting: w.waiting.Load()})
+	}
+	return buf
+}
+
+// Progress is a sign of life of one worker. One that does not wait and is still
+// at the same turn later on hangs, or gets no processor.
+type Progress struct {
+	Turn    uint64
+	Waiting bool
+}
+
+// Stats returns the counters of all workers together.
+func (r *Relay) Stats() Stats {
+	s := Stats{Live: int(r.live.Load()), Pipes: int(r.pipes.Load())}
+	for _, w := range r.workers {
+		w.counters.add(&s)
+		s.Lost += w.ledger.lost.Load()
+	}
+	return s
+}
+
+// counters are written by one worker and read by anybody.
+type counters struct {
+	accepted, ended, dials, dialFailures, retries, unknown, canaries, pauses atomic.Uint64
+}
+
+func (c *counters) add(s *Stats) {
+	s.Accepted += c.accepted.Load()
+	s.Ended += c.ended.Load()
+	s.Dials += c.dials.Load()
+	s.DialFailures += c.dialFailures.Load()
+	s.Retries += c.retries.Load()
+	s.Unknown += c.unknown.Load()
+	s.Canaries += c.canaries.Load()
+	s.Pauses += c.pauses.Load()
+}
+
+// ledgerSize is how many records wait for a reader who comes ten times a
+// second: more than a worker can end in a second.
+const ledgerSize = 1 << 15
+
+// ledger holds the records of ended connections until they are taken.
+type ledger struct {
+	mu      sync.Mutex // held for an append or a swap only: the worker must not wait
+	records []flow.Record
+	spare   []flow.Record
+	lost    atomic.Uint64
+}
+
+func (l *ledger) add(r *flow.Record) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.records) >= ledgerSize {
+		l.lost.Add(1)
+		return
+	}
+	l.records = append(l.records, *r)
+}
+
+// take appends the records to buf. One caller at a time.
+func (l *ledger) take(buf []flow.Record) []flow.Record {
+	l.mu.Lock()
+	taken := l.records
+	l.records, l.spare = l.spare, nil
+	l.mu.Unlock()
+
+	buf = append(buf, taken...)
+	if cap(taken) > 4096 && len(taken) < cap(taken)/4 {
+		return buf // do not keep the memory of a peak
+	}
+	clear(taken)
+	l.mu.Lock()
+	l.spare = taken[:0]
+	l.mu.Unlock()
+	return buf
+}

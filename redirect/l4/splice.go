@@ -1,0 +1,106 @@
+package l4
+
+import (
+	"golang.org/x/sys/unix"
+)
+
+// spliceMin is what a splice has to move to be worth its two calls.
+const spliceMin = 16 << 10
+
+// localCongestion is for bulk that does not leave the machine: the system's
+// default may be one that paces (BBR), which doubles what loopback costs.
+const localCongestion = "reno"
+
+// startSplicing borrows a pipe for side k, if there is one.
+func (w *worker) startSplicing(c *conn, k int) {
+	s, d := &c.sides[k], &c.sides[1-k]
+	s.full = 0
+	if s.pipe == noPipe {
+		if s.pipe = w.pipes.get(); s.pipe == noPipe {
+			return
+		}
+	}
+	s.splicing = true
+	if d.local {
+		d.local = false // once is enough
+		sysSetString(d.fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, []byte(localCongestion))
+	}
+	if !d.nodelay {
+		d.nodelay = true
+		sysSetInt(d.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	}
+}
+
+// splice moves bytes through the pipe. It returns true when side k is to be
+// copied again, and false when it cannot go on now.
+//
+// The pipe is filled only when it is empty, so EAGAIN of the filling splice
+// always means an empty socket and never a full pipe.
+func (w *worker) splice(c *conn, k int, budget *int) bool {
+	s := &c.sides[k]
+	for {
+		if !w.emptyPipe(c, k) {
+			return false
+		}
+		if s.eof || !s.readable {
+			w.stopSplicing(s)
+			return true
+		}
+		if *budget <= 0 {
+			w.later(c, k)
+			return false
+		}
+		n, e := sysSplice(s.fd, s.pipe[1], pipeSize)
+		switch {
+		case e == unix.EAGAIN:
+			s.readable = false
+		case e != 0:
+			s.readable = false
+			w.broken(c, k)
+			return false
+		case n == 0:
+			s.eof, s.readable = true, false
+		}
+		if e != 0 || n == 0 {
+			continue
+		}
+		s.inPipe = n
+		*budget -= n
+		c.active = w.now
+		if n < spliceMin {
+			if w.emptyPipe(c, k) {
+				w.stopSplicing(s)
+				return true
+			}
+			return false
+		}
+	}
+}
+
+// emptyPipe writes what is in the pipe, and tells whether it is empty now.
+func (w *worker) emptyPipe(c *conn, k int) bool {
+	s, d := &c.sides[k], &c.sides[1-k]
+	for s.inPipe > 0 {
+		n, e := sysSplice(s.pipe[0], d.fd, s.inPipe)
+		switch {
+		case e == unix.EAGAIN:
+			d.blocked = true
+			return false
+		case e != 0 || n == 0:
+			s.readable = false
+			w.broken(c, 1-k)
+			return false
+		}
+		s.inPipe -= n
+		s.moved += uint64(n)
+		c.active = w.now
+	}
+	return true
+}
+
+// stopSplicing gives the pipe back.
+func (w *worker) stopSplicing(s *side) {
+	s.splicing = false
+	w.pipes.put(s.pipe, s.inPipe)
+	s.pipe, s.inPipe = noPipe, 0
+}

@@ -1,0 +1,170 @@
+package l4
+
+import (
+	"net/netip"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// The loop calls the kernel by RawSyscall: every call here returns at once, and
+// telling Go's scheduler of each costs up to a fifth of the whole. wait is the
+// exception, see there.
+
+const (
+	epollAll = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET
+
+	spliceFlags = unix.SPLICE_F_MOVE | unix.SPLICE_F_NONBLOCK
+)
+
+func sysRead(fd int32, b []byte) (int, syscall.Errno) {
+	for {
+		n, _, e := syscall.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
+		if e != unix.EINTR {
+			return int(n), e
+		}
+	}
+}
+
+func sysSend(fd int32, b []byte) (int, syscall.Errno) {
+	for {
+		n, _, e := syscall.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)),
+			unix.MSG_NOSIGNAL, 0, 0)
+		if e != unix.EINTR {
+			return int(n), e
+		}
+	}
+}
+
+func sysSplice(from, to int32, n int) (int, syscall.Errno) {
+	for {
+		moved, _, e := syscall.RawSyscall6(unix.SYS_SPLICE, uintptr(from), 0, uintptr(to), 0, uintptr(n), spliceFlags)
+		if e != unix.EINTR {
+			return int(moved), e
+		}
+	}
+}
+
+func sysClose(fd int32) {
+	// Linux closes the descriptor whatever it returns.
+	_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, uintptr(fd), 0, 0)
+}
+
+func sysShutdownWrite(fd int32) {
+	// ENOTCONN: the peer has reset it. The event that says so is on its way.
+	_, _, _ = syscall.RawSyscall(unix.SYS_SHUTDOWN, uintptr(fd), unix.SHUT_WR, 0)
+}
+
+func sysSetInt(fd int32, level, option, value int) syscall.Errno {
+	v := int32(value)
+	_, _, e := syscall.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), uintptr(level), uintptr(option),
+		uintptr(unsafe.Pointer(&v)), unsafe.Sizeof(v), 0)
+	return e
+}
+
+func sysSetString(fd int32, level, option int, value []byte) syscall.Errno {
+	_, _, e := syscall.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), uintptr(level), uintptr(option),
+		uintptr(unsafe.Pointer(&value[0])), uintptr(len(value)), 0)
+	return e
+}
+
+// sysSocketError returns what an asynchronous connect ended with, and clears it.
+func sysSocketError(fd int32) syscall.Errno {
+	var v, size int32 = 0, 4
+	_, _, e := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_ERROR,
+		uintptr(unsafe.Pointer(&v)), uintptr(unsafe.Pointer(&size)), 0)
+	if e != 0 {
+		return e
+	}
+	return syscall.Errno(v)
+}
+
+// abort makes the coming close send a reset.
+func abort(fd int32) {
+	l := [2]int32{1, 0}
+	_, _, _ = syscall.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_LINGER,
+		uintptr(unsafe.Pointer(&l)), unsafe.Sizeof(l), 0)
+}
+
+// tcpInfo reads the smoothed round-trip time and the segments sent again.
+func tcpInfo(fd int32) (rtt time.Duration, retransmits uint32) {
+	var info unix.TCPInfo
+	size := uint32(unsafe.Sizeof(info))
+	_, _, e := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_TCP, unix.TCP_INFO,
+		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	if e != 0 {
+		return 0, 0
+	}
+	return time.Duration(info.Rtt) * time.Microsecond, info.Total_retrans
+}
+
+// sockaddr holds a struct sockaddr_in or sockaddr_in6.
+type sockaddr struct {
+	raw syscall.RawSockaddrInet6
+	len uint32
+}
+
+func (s *sockaddr) set(a netip.AddrPort) {
+	port := (*[2]byte)(unsafe.Pointer(&s.raw.Port))
+	port[0], port[1] = byte(a.Port()>>8), byte(a.Port())
+	if a.Addr().Is4() {
+		v4 := (*syscall.RawSockaddrInet4)(unsafe.Pointer(&s.raw))
+		v4.Family = unix.AF_INET
+		v4.Addr = a.Addr().As4()
+		s.len = uint32(unsafe.Sizeof(*v4))
+		return
+	}
+	s.raw.Family = unix.AF_INET6
+	s.raw.Flowinfo, s.raw.Scope_id = 0, 0
+	s.raw.Addr = a.Addr().As16()
+	s.len = uint32(unsafe.Sizeof(s.raw))
+}
+
+// get returns the address, unmapped, or an invalid one for another family.
+func (s *sockaddr) get() netip.AddrPort {
+	port := (*[2]byte)(unsafe.Pointer(&s.raw.Port))
+	p := uint16(port[0])<<8 | uint16(port[1])
+	switch s.raw.Family {
+	case unix.AF_INET:
+		v4 := (*syscall.RawSockaddrInet4)(unsafe.Pointer(&s.raw))
+		return netip.AddrPortFrom(netip.AddrFrom4(v4.Addr), p)
+	case unix.AF_INET6:
+		return netip.AddrPortFrom(netip.AddrFrom16(s.raw.Addr).Unmap(), p)
+	default:
+		return netip.AddrPort{}
+	}
+}
+
+// accept takes a connection and leaves its peer in s.
+func (s *sockaddr) accept(listener int32) (int32, syscall.Errno) {
+	s.len = uint32(unsafe.Sizeof(s.raw))
+	fd, _, e := syscall.RawSyscall6(unix.SYS_ACCEPT4, uintptr(listener), uintptr(unsafe.Pointer(&s.raw)),
+		uintptr(unsafe.Pointer(&s.len)), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
+	return int32(fd), e
+}
+
+// local reads a socket's own address into s.
+func (s *sockaddr) local(fd int32) syscall.Errno {
+	s.len = uint32(unsafe.Sizeof(s.raw))
+	_, _, e := syscall.RawSyscall(unix.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(&s.raw)),
+		uintptr(unsafe.Pointer(&s.len)))
+	return e
+}
+
+func (s *sockaddr) connect(fd int32) syscall.Errno {
+	_, _, e := syscall.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&s.raw)), uintptr(s.len))
+	return e
+}
+
+func (s *sockaddr) bind(fd int32) syscall.Errno {
+	_, _, e := syscall.RawSyscall(unix.SYS_BIND, uintptr(fd), uintptr(unsafe.Pointer(&s.raw)), uintptr(s.len))
+	return e
+}
+
+func sysSocket(family int) (int32, syscall.Errno) {
+	fd, _, e := syscall.RawSyscall(unix.SYS_SOCKET, uintptr(family),
+		unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	return int32(fd), e
+}

@@ -1,0 +1,107 @@
+package l4
+
+import (
+	"time"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"golang.org/x/sys/unix"
+)
+
+// The loop wakes for time only when something is open that time may end.
+// Looking at all connections now and then was preferred to a heap or a wheel:
+// it costs nothing per connection and, at these intervals, nothing to speak of.
+const (
+	// dialSweep is how late a dial may time out.
+	dialSweep = 20 * time.Millisecond
+	// retrySweep is how soon accepting is tried again at the limit.
+	retrySweep = 50 * time.Millisecond
+	// idleSweep is how late other ends may be.
+	idleSweep = 500 * time.Millisecond
+	// keepSweep is how often new connections get their keep-alive.
+	keepSweep = 10 * time.Second
+)
+
+// Keep-alive probes a silent peer after keepIdle, and gives it up after
+// keepCount probes keepInterval apart: two and a half minutes in all, which is
+// within what connection tracking of the usual kind allows.
+const (
+	keepIdle     = 60
+	keepInterval = 15
+	keepCount    = 6
+)
+
+// interval is how long the loop may sleep, or 0 for ever.
+func (w *worker) interval() time.Duration {
+	o := &w.relay.options
+	switch {
+	case w.paused:
+		return retrySweep
+	case w.dialing > 0:
+		return dialSweep
+	case len(w.conns) == 0:
+		return 0
+	case o.IdleTimeout > 0 || o.MaxLifetime > 0:
+		return idleSweep
+	default:
+		return keepSweep
+	}
+}
+
+// timeout is epoll's, in ms: 0 when there is work, -1 when only events count.
+func (w *worker) timeout() int {
+	if len(w.again) > 0 {
+		return 0
+	}
+	d := w.interval()
+	if d == 0 {
+		return -1
+	}
+	left := d - time.Duration(w.now-w.swept)
+	return int(max(left, 0)/time.Millisecond) + 1
+}
+
+// sweep does what time brings.
+func (w *worker) sweep() {
+	d := w.interval()
+	if d == 0 || time.Duration(w.now-w.swept) < d {
+		return
+	}
+	w.swept = w.now
+	if w.paused && int(w.relay.live.Load()) < w.relay.options.MaxConns {
+		w.resume()
+	}
+	// From the end: end moves the last conn into the place of the ended one.
+	for i := len(w.conns) - 1; i >= 0; i-- {
+		if i < len(w.conns) {
+			w.expire(w.conns[i])
+		}
+	}
+}
+
+func (w *worker) expire(c *conn) {
+	o := &w.relay.options
+	switch {
+	case o.MaxLifetime > 0 && w.now-c.opened >= int64(o.MaxLifetime):
+		w.end(c, flow.ReasonMaxLifetime, true)
+	case c.dialing:
+		if w.now >= c.deadline {
+			w.dialFailed(c, flow.ReasonDialTimeout)
+		}
+	case o.IdleTimeout > 0 && w.now-c.active >= int64(o.IdleTimeout):
+		w.end(c, flow.ReasonIdleTimeout, true)
+	case !c.kept && w.now-c.opened >= int64(keepSweep):
+		// Late on purpose: most connections are gone by now, and four calls
+		// each are a tenth of what a short one costs.
+		c.kept = true
+		KeepAlive(int(c.sides[up].fd))
+	}
+}
+
+// KeepAlive makes the kernel probe a silent peer. Errors are ignored: the
+// connection works without.
+func KeepAlive(fd int) {
+	sysSetInt(int32(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+	sysSetInt(int32(fd), unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepIdle)
+	sysSetInt(int32(fd), unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepInterval)
+	sysSetInt(int32(fd), unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepCount)
+}

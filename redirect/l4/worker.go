@@ -1,0 +1,356 @@
+package l4
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// copySize is what one read asks for. A read that fills it twice in a row
+	// is bulk.
+	copySize = 64 << 10
+	// turnBytes is how much one direction moves before the others get a turn.
+	turnBytes = 1 << 20
+	// eventsPerWait bounds one batch, and with it the age of worker.now.
+	eventsPerWait = 256
+	// acceptsPerTurn lets open connections have their turn in a flood of new.
+	acceptsPerTurn = 64
+)
+
+// worker is an event loop on a thread of its own. What it has no lock for,
+// only that thread touches.
+type worker struct {
+	relay     *Relay
+	ep        int32
+	wake      int32 // an eventfd
+	listeners []int32
+	paused    bool // not accepting, for want of descriptors
+	stopped   bool // not accepting any more
+	now       int64
+	gen       uint32
+
+	conns   []*conn // the open ones, in no order
+	byFD    []*conn
+	again   []*conn // have more to do, and gave others a turn
+	spare   []*conn // again's other slice
+	dialing int
+	swept   int64
+
+	slab    slab
+	buffers buffers
+	pipes   pipes
+	buf     []byte
+	events  [eventsPerWait]unix.EpollEvent
+	peer    sockaddr
+	addr    sockaddr
+
+	ledger   ledger
+	counters counters
+	turn     atomic.Uint64
+	waiting  atomic.Bool
+	// interrupted is the turn in which a raw wait was last interrupted.
+	interrupted uint64
+
+	mu       sync.Mutex // guards commands and closed
+	commands []func()
+	closed   bool // nobody will run a command any more
+}
+
+func newWorker(r *Relay, listeners []int) *worker {
+	w := &worker{relay: r, ep: -1, wake: -1, buf: make([]byte, copySize)}
+	w.pipes.open = &r.pipes
+	for _, fd := range listeners {
+		w.listeners = append(w.listeners, int32(fd))
+	}
+	return w
+}
+
+func (w *worker) open() error {
+	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("create epoll instance: %w", err)
+	}
+	w.ep = int32(ep)
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return fmt.Errorf("create eventfd: %w", err)
+	}
+	w.wake = int32(wake)
+	for _, fd := range append([]int32{w.wake}, w.listeners...) {
+		if e := w.watch(fd, unix.EPOLLIN, 0); e != 0 {
+			return fmt.Errorf("watch descriptor: %w", e)
+		}
+	}
+	return nil
+}
+
+// close frees what open made, and the listeners.
+func (w *worker) close() {
+	w.mu.Lock()
+	w.closed = true
+	w.mu.Unlock()
+	w.closeListeners()
+	w.pipes.closeAll()
+	for _, fd := range []int32{w.ep, w.wake} {
+		if fd >= 0 {
+			sysClose(fd)
+		}
+	}
+}
+
+func (w *worker) closeListeners() {
+	for _, fd := range w.listeners {
+		sysClose(fd)
+	}
+	w.listeners = nil
+}
+
+// post has f run on the worker's thread. It returns false when the worker has
+// ended, and f then never runs.
+func (w *worker) post(f func()) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return false
+	}
+	w.commands = append(w.commands, f)
+	one := [8]byte{1}
+	// EAGAIN means that the counter is full, so the worker wakes anyway.
+	_, _ = unix.Write(int(w.wake), one[:])
+	return true
+}
+
+func (w *worker) runCommands() {
+	var counter [8]byte
+	_, _ = sysRead(w.wake, counter[:])
+	w.mu.Lock()
+	commands := w.commands
+	w.commands = nil
+	w.mu.Unlock()
+	for _, f := range commands {
+		f()
+	}
+}
+
+// stopAccepting serves what is in the accept queues and closes the listeners.
+func (w *worker) stopAccepting() {
+	for _, fd := range w.listeners {
+		for range backlog {
+			if !w.acceptFrom(fd) {
+				break
+			}
+		}
+	}
+	w.closeListeners()
+	w.stopped = true
+}
+
+func (w *worker) resetAll() {
+	for len(w.conns) > 0 {
+		w.end(w.conns[len(w.conns)-1], flow.ReasonDrained, true)
+	}
+}
+
+// run is the loop. It returns when the worker was stopped and nothing is open.
+func (w *worker) run() error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	defer w.close()
+	w.tick()
+	for !w.stopped || len(w.conns) > 0 {
+		n, e := w.wait()
+		w.tick()
+		if e != 0 && e != unix.EINTR {
+			w.resetAll()
+			return fmt.Errorf("wait for events: %w", e)
+		}
+		for i := range n {
+			w.handle(&w.events[i])
+		}
+		w.goOn()
+		w.sweep()
+	}
+	// Whoever posted a command meanwhile waits for it.
+	w.mu.Lock()
+	w.closed = true
+	w.mu.Unlock()
+	w.runCommands()
+	return nil
+}
+
+// tick reads the clock, once per batch: a read per use would cost more than
+// what it is used for.
+func (w *worker) tick() { w.now = int64(time.Since(w.relay.start)) }
+
+// wait fills w.events.
+//
+// It first waits without telling Go's scheduler. When the runtime wants the
+// processor back (after 10 ms, or for a garbage collection) its signal
+// interrupts the wait; if nothing has come since the last such signal the
+// worker is idle, and waits again so that the scheduler knows. Telling it every
+// time was rejected: its monitor then takes and returns the processor all the
+// time, which ate a fifth of the engine's own time.
+func (w *worker) wait() (int, syscall.Errno) {
+	timeout := w.timeout()
+	w.waiting.Store(true)
+	n, e := w.epollWait(syscall.RawSyscall6, timeout)
+	if e == unix.EINTR {
+		if turn := w.turn.Load(); turn-w.interrupted <= 1 && timeout != 0 {
+			n, e = w.epollWait(syscall.Syscall6, timeout)
+		}
+		w.interrupted = w.turn.Load()
+	}
+	w.turn.Add(1)
+	w.waiting.Store(false)
+	if e != 0 {
+		return 0, e
+	}
+	return n, 0
+}
+
+type syscall6 func(trap, a1, a2, a3, a4, a5, a6 uintptr) (r1, r2 uintptr, err syscall.Errno)
+
+func (w *worker) epollWait(call syscall6, timeout int) (int, syscall.Errno) {
+	n, _, e := call(unix.SYS_EPOLL_PWAIT, uintptr(w.ep), uintptr(unsafe.Pointer(&w.events[0])),
+		eventsPerWait, uintptr(timeout), 0, 0)
+	return int(n), e
+}
+
+// watch adds a descriptor to the loop, for good: closing it takes it out.
+func (w *worker) watch(fd int32, events, gen uint32) syscall.Errno {
+	ev := unix.EpollEvent{Events: events, Fd: fd, Pad: int32(gen)}
+	_, _, e := syscall.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(w.ep), unix.EPOLL_CTL_ADD, uintptr(fd),
+		uintptr(unsafe.Pointer(&ev)), 0, 0)
+	return e
+}
+
+func (w *worker) unwatch(fd int32) {
+	_, _, _ = syscall.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(w.ep), unix.EPOLL_CTL_DEL, uintptr(fd), 0, 0, 0)
+}
+
+func (w *worker) handle(ev *unix.EpollEvent) {
+	fd := ev.Fd
+	if int(fd) < len(w.byFD) {
+		if c := w.byFD[fd]; c != nil {
+			k := c.sideOf(fd)
+			// An earlier socket of the same number, closed in this batch.
+			if c.sides[k].gen == uint32(ev.Pad) {
+				w.ready(c, k, ev.Events)
+			}
+			return
+		}
+	}
+	switch {
+	case ev.Pad != 0: // a socket that was closed in this batch
+	case fd == w.wake:
+		w.runCommands()
+	default:
+		for range acceptsPerTurn {
+			if !w.acceptFrom(fd) {
+				return
+			}
+		}
+	}
+}
+
+// goOn gives those another turn that had more to do.
+func (w *worker) goOn() {
+	if len(w.again) == 0 {
+		return
+	}
+	turn := w.again
+	w.again, w.spare = w.spare[:0], nil
+	for _, c := range turn {
+		for k := range c.sides {
+			if c.sides[k].queued {
+				c.sides[k].queued = false
+				if !c.dead {
+					w.pump(c, k)
+				}
+			}
+		}
+		w.reclaim(c)
+	}
+	clear(turn)
+	w.spare = turn
+}
+
+// later has side k pumped again when the others had their turn.
+func (w *worker) later(c *conn, k int) {
+	if !c.sides[k].queued {
+		if !c.sides[1-k].queued {
+			w.again = append(w.again, c)
+		}
+		c.sides[k].queued = true
+	}
+}
+
+// acceptFrom takes one connection, and tells whether there may be another.
+func (w *worker) acceptFrom(listener int32) bool {
+	if int(w.relay.live.Load()) >= w.relay.options.MaxConns {
+		w.pause()
+		return false
+	}
+	fd, e := w.peer.accept(listener)
+	switch {
+	case e == 0:
+		w.begin(fd)
+		return !w.paused
+	case e == unix.EAGAIN || e == unix.EBADF:
+		return false
+	case errors.Is(e, unix.EMFILE), errors.Is(e, unix.ENFILE), errors.Is(e, unix.ENOBUFS), errors.Is(e, unix.ENOMEM):
+		w.pause()
+		return false
+	default:
+		// ECONNABORTED and the like are of that one connection.
+		return true
+	}
+}
+
+// pause stops accepting until a descriptor is free. The queue fills, and the
+// heartbeat tells the connect hook, which then goes by on_failure.
+func (w *worker) pause() {
+	if w.paused || w.stopped {
+		return
+	}
+	w.paused = true
+	w.counters.pauses.Add(1)
+	for _, fd := range w.listeners {
+		w.unwatch(fd)
+	}
+}
+
+func (w *worker) resume() {
+	if !w.paused || w.stopped {
+		return
+	}
+	w.paused = false
+	for _, fd := range w.listeners {
+		w.watch(fd, unix.EPOLLIN, 0)
+	}
+}
+
+// setFD notes whose socket a descriptor is.
+func (w *worker) setFD(fd int32, c *conn) {
+	for int(fd) >= len(w.byFD) {
+		w.byFD = append(w.byFD, make([]*conn, max(256, len(w.byFD)))...)
+	}
+	w.byFD[fd] = c
+}
+
+func (w *worker) nextGen() uint32 {
+	w.gen++
+	if w.gen == 0 {
+		w.gen = 1 // 0 is that of listeners
+	}
+	return w.gen
+}

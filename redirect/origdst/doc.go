@@ -1,0 +1,2 @@
+// Package origdst tells where a captured connection was going.
+package origdst
