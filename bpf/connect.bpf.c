@@ -434,11 +434,18 @@ int pl_getpeername6(struct bpf_sock_addr *ctx)
 /* A listener on one of our slots would answer in the handler's place if the
  * lookup program ever went missing. Ranges of other instances are theirs to
  * guard, and a nested Pillion has to bind its own; ranges that nobody claimed
- * are not local, so the kernel refuses them.
+ * are not local, so the kernel refuses them. A handler that is itself in scope
+ * has tagged its listeners.
  */
-static __always_inline int on_bind(const struct ip_addr *a)
+static __always_inline int on_bind(struct bpf_sock_addr *ctx,
+				   const struct ip_addr *a)
 {
+	struct decision *d;
+
 	if (slot_of(a, cfg_slot4, cfg_slot6) < 0)
+		return PROCEED;
+	d = bpf_sk_storage_get(&decisions, ctx->sk, NULL, 0);
+	if (d && d->own)
 		return PROCEED;
 	count(REASON_SLOT_ADDRESS);
 	return refuse(EADDRNOTAVAIL);
@@ -449,7 +456,7 @@ int pl_bind4(struct bpf_sock_addr *ctx)
 {
 	struct ip_addr a = mapped(ctx->user_ip4);
 
-	return on_bind(&a);
+	return on_bind(ctx, &a);
 }
 
 SEC("cgroup/bind6")
@@ -457,7 +464,7 @@ int pl_bind6(struct bpf_sock_addr *ctx)
 {
 	struct ip_addr a = LOAD_IP6(ctx->user_ip6);
 
-	return on_bind(&a);
+	return on_bind(ctx, &a);
 }
 
 /* A decision that never became a SYN (no source port, no route) is known when

@@ -21,10 +21,13 @@ struct {
 	__type(value, struct settings);
 } settings SEC(".maps");
 
-/* writer: connect, sockops, loader; reader: the same. */
+/* Memory-mapped, so that the process can add to it without losing what a hook
+ * adds. writer: connect, sockops, loader; reader: the same.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, __u32);
 	__type(value, struct state);
 } state SEC(".maps");
