@@ -111,9 +111,8 @@ static __always_inline bool slot_answers(struct bpf_sock_addr *ctx,
 }
 
 /* take_slot finds or names the slot of an address. */
-static __always_inline enum reason take_slot(const struct gathered *g,
-					     struct state *st, __u32 quota,
-					     __u32 *index)
+static __always_inline enum reason
+take_slot(const struct gathered *g, struct state *st, __u32 quota, __u32 *index)
 {
 	__u32 *have = bpf_map_lookup_elem(&slot_by_orig, &g->dst);
 	struct usage *use;
@@ -237,8 +236,8 @@ static __always_inline void tell_denied(const struct gathered *g,
 
 /* remember keeps the decision with the socket, for sockops. */
 static __always_inline bool remember(struct decision *d,
-				     const struct gathered *g, enum conn_path path,
-				     enum reason why)
+				     const struct gathered *g,
+				     enum conn_path path, enum reason why)
 {
 	if (!d)
 		return false;
@@ -264,9 +263,8 @@ static __always_inline bool remember(struct decision *d,
 /* on_connect decides on one connect(2). When the path is PATH_RELAY, slot is
  * where the connection goes.
  */
-static __always_inline enum conn_path on_connect(struct bpf_sock_addr *ctx,
-					    struct gathered *g,
-					    struct ip_addr *slot)
+static __always_inline enum conn_path
+on_connect(struct bpf_sock_addr *ctx, struct gathered *g, struct ip_addr *slot)
 {
 	__u32 zero = 0, on_failure;
 	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
@@ -311,8 +309,8 @@ static __always_inline enum conn_path on_connect(struct bpf_sock_addr *ctx,
 	}
 	path = path_of(why, on_failure);
 	if (path == PATH_RELAY) {
-		enum reason no = d ? redirect(ctx, g, set, slot) :
-				     REASON_NO_MEMORY;
+		enum reason no =
+			d ? redirect(ctx, g, set, slot) : REASON_NO_MEMORY;
 
 		if (no != REASON_NONE) {
 			why = no;

@@ -64,8 +64,7 @@ static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
 	int tos = 0;
 
 	if (ctx->family == AF_INET) {
-		if (!bpf_getsockopt(ctx, IPPROTO_IP, IP_TOS, &tos,
-				    sizeof(tos)))
+		if (!bpf_getsockopt(ctx, IPPROTO_IP, IP_TOS, &tos, sizeof(tos)))
 			l.tos = tos;
 	} else if (!bpf_getsockopt(ctx, IPPROTO_IPV6, IPV6_TCLASS, &tos,
 				   sizeof(tos))) {

@@ -40,7 +40,7 @@ struct {
 	__type(value, struct beat);
 } beat SEC(".maps");
 
-/* writer: loader; reader: lookup; deleter: the kernel, when a listener closes. */
+/* writer: loader; reader: lookup; deleter: the kernel, with the listener. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKMAP);
 	__uint(max_entries, 2 * PL_WORKERS_MAX);

@@ -20,22 +20,22 @@ typedef _Bool bool;
 #define true 1
 #define false 0
 
-/* Four reads and four stores of ctx, one at a time: clang merges neighbours into
- * 64 bits, which the verifier refuses for ctx.
+/* Four reads and four stores of ctx, one at a time: clang merges neighbours
+ * into 64 bits, which the verifier refuses for ctx.
  */
-#define LOAD_IP6(from)                                     \
-	((struct ip_addr){ .w = {                          \
-		*(volatile __u32 *)&(from)[0],             \
-		*(volatile __u32 *)&(from)[1],             \
-		*(volatile __u32 *)&(from)[2],             \
-		*(volatile __u32 *)&(from)[3],             \
-	} })
-#define STORE_IP6(to, ip)                                  \
-	do {                                               \
-		*(volatile __u32 *)&(to)[0] = (ip).w[0];   \
-		*(volatile __u32 *)&(to)[1] = (ip).w[1];   \
-		*(volatile __u32 *)&(to)[2] = (ip).w[2];   \
-		*(volatile __u32 *)&(to)[3] = (ip).w[3];   \
+#define LOAD_IP6(from)                                            \
+	((struct ip_addr){ .w = {                                 \
+				   *(volatile __u32 *)&(from)[0], \
+				   *(volatile __u32 *)&(from)[1], \
+				   *(volatile __u32 *)&(from)[2], \
+				   *(volatile __u32 *)&(from)[3], \
+			   } })
+#define STORE_IP6(to, ip)                                \
+	do {                                             \
+		*(volatile __u32 *)&(to)[0] = (ip).w[0]; \
+		*(volatile __u32 *)&(to)[1] = (ip).w[1]; \
+		*(volatile __u32 *)&(to)[2] = (ip).w[2]; \
+		*(volatile __u32 *)&(to)[3] = (ip).w[3]; \
 	} while (0)
 
 static __always_inline struct ip_addr mapped(__u32 be_ip4)
@@ -65,7 +65,7 @@ static __always_inline bool in_supernet(const struct ip_addr *a)
 	       bpf_ntohl(a->w[1]) >> 16 == PL_SLOT6_SUPER_H2;
 }
 
-/* slot_of returns the index of an address in the ranges slot4 and slot6, or -1. */
+/* slot_of returns the index of an address in slot4 or slot6, or -1. */
 static __always_inline int slot_of(const struct ip_addr *a, __u32 slot4,
 				   __u32 slot6)
 {
