@@ -1,0 +1,254 @@
+package events
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/redirect/flow"
+)
+
+const (
+	// interval is how often the ring and the handler are asked. The ring holds
+	// some nine thousand events, and the kernel side wakes the collector before
+	// its time when half of that is used.
+	interval = 100 * time.Millisecond
+	// defaultHistory is how many records are kept.
+	defaultHistory = 4096
+	// bufferMax is the largest buffer, in records, that is kept for the next
+	// poll.
+	bufferMax = 4096
+)
+
+// Handler tells what became of the connections that it carries. It is safe for
+// concurrent use.
+type Handler interface {
+	// Ended appends to buf what ended since the last call. It is cheap.
+	Ended(buf []flow.Record) []flow.Record
+	// Live returns a copy of the open connections.
+	Live(ctx context.Context) []flow.Record
+	// Lost counts the ended connections that the handler had no room for.
+	Lost() uint64
+}
+
+// Sink takes every record once, complete. It is called by one goroutine at a
+// time, must not block, must not keep r, and must not call the collector.
+type Sink interface {
+	Record(r *flow.Record)
+}
+
+// Options are what a collector is made of.
+type Options struct {
+	// Ring is the map events; nil: there is none. It stays the caller's.
+	Ring *ebpf.Map
+	// Handler is asked for its records; nil: there is none.
+	Handler Handler
+	// Sinks get every record, in this order.
+	Sinks []Sink
+	// History is how many ended records are kept, 4096 if 0.
+	History int
+}
+
+// Losses counts what is missing from the records, or is incomplete in them.
+type Losses struct {
+	// Unreadable counts events of the kernel side that this build does not
+	// understand.
+	Unreadable uint64
+	// Unmatched counts records that only one side told of, although both must
+	// have known.
+	Unmatched uint64
+	// Handler counts records that the handler had no room for.
+	Handler uint64
+}
+
+// source is where the kernel side's events come from.
+type source interface {
+	read(each func(raw []byte)) error
+	wait(ctx context.Context, d time.Duration)
+	close() error
+}
+
+// Collector joins the records of both sides and gives them out. Its methods are
+// safe for concurrent use.
+type Collector struct {
+	ring    source // nil: none
+	handler Handler
+	sinks   []Sink
+	clock   clock
+	now     func() time.Time
+	history history
+
+	// mu orders polls: it holds joiner, buffer, closed, the reading side of
+	// ring, and the calls of the sinks.
+	mu     sync.Mutex
+	joiner *joiner
+	buffer []flow.Record
+	closed bool
+
+	unreadable atomic.Uint64
+}
+
+// New opens the ring. Run reads it and closes it; if Run is not called, Close
+// must be.
+func New(o Options) (*Collector, error) {
+	if o.History < 0 {
+		return nil, fmt.Errorf("keep %d records: negative", o.History)
+	}
+	var src source
+	if o.Ring != nil {
+		r, err := openRing(o.Ring)
+		if err != nil {
+			return nil, err
+		}
+		src = r
+	}
+	c := newCollector(o, src)
+	var err error
+	if c.clock, err = newClock(); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
+}
+
+func newCollector(o Options, ring source) *Collector {
+	if o.History == 0 {
+		o.History = defaultHistory
+	}
+	c := &Collector{
+		ring:    ring,
+		handler: o.Handler,
+		sinks:   o.Sinks,
+		now:     time.Now,
+		history: history{max: o.History},
+	}
+	c.joiner = newJoiner(ring == nil || o.Handler == nil, pendingMax, c.emit)
+	return c
+}
+
+// Run collects until ctx is done, ten times a second. Then it collects once
+// more, gives out what still waits for its other half, and closes the ring. Stop
+// the handler first: its last records are then in that collection.
+func (c *Collector) Run(ctx context.Context) error {
+	for {
+		c.wait(ctx)
+		if err := c.poll(); err != nil {
+			return errors.Join(err, c.Close())
+		}
+		if ctx.Err() != nil {
+			return c.Close()
+		}
+	}
+}
+
+// Close gives out what waits for its other half and closes the ring. Run does
+// it. A second call does nothing.
+func (c *Collector) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil
+	}
+	c.closed = true
+	c.joiner.flush()
+	if c.ring == nil {
+		return nil
+	}
+	if err := c.ring.close(); err != nil {
+		return fmt.Errorf("close ring buffer: %w", err)
+	}
+	return nil
+}
+
+// Flush collects once, now, in the caller's goroutine. What still waits for its
+// other half keeps waiting. An error is Run's to report, which meets it too.
+func (c *Collector) Flush(ctx context.Context) {
+	if ctx.Err() == nil {
+		_ = c.poll()
+	}
+}
+
+// Live returns the open connections that the handler carries.
+func (c *Collector) Live(ctx context.Context) []flow.Record {
+	if c.handler == nil {
+		return nil
+	}
+	return c.handler.Live(ctx)
+}
+
+// History returns a copy of the last records, oldest first.
+func (c *Collector) History() []flow.Record { return c.history.list() }
+
+// Losses returns what is missing so far.
+func (c *Collector) Losses() Losses {
+	l := Losses{Unreadable: c.unreadable.Load(), Unmatched: c.joiner.unmatched.Load()}
+	if c.handler != nil {
+		l.Handler = c.handler.Lost()
+	}
+	return l
+}
+
+func (c *Collector) wait(ctx context.Context) {
+	if c.ring == nil {
+		pause(ctx, interval)
+		return
+	}
+	c.ring.wait(ctx, interval)
+}
+
+// poll takes what both sides have. Once closed, it does nothing.
+func (c *Collector) poll() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil
+	}
+	now := c.now()
+	var err error
+	if c.ring != nil {
+		err = c.ring.read(func(raw []byte) { c.event(raw, now) })
+	}
+	if c.handler != nil {
+		c.takeEnded(now)
+	}
+	c.joiner.expire(now)
+	return err
+}
+
+// event takes one event of the kernel side.
+func (c *Collector) event(raw []byte, now time.Time) {
+	e, ok := bpf.ParseEvent(raw)
+	if !ok || !readable(&e) {
+		c.unreadable.Add(1)
+		return
+	}
+	r := c.clock.record(&e)
+	if r.Path != flow.PathRelay {
+		// Nobody else knows about it.
+		c.emit(&r)
+		return
+	}
+	c.joiner.add(fromKernel, &r, now)
+}
+
+func (c *Collector) takeEnded(now time.Time) {
+	c.buffer = c.handler.Ended(c.buffer[:0])
+	for i := range c.buffer {
+		c.joiner.add(fromHandler, &c.buffer[i], now)
+	}
+	if cap(c.buffer) > bufferMax {
+		c.buffer = nil
+	}
+}
+
+func (c *Collector) emit(r *flow.Record) {
+	c.history.add(r)
+	for _, s := range c.sinks {
+		s.Record(r)
+	}
+}

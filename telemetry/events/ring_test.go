@@ -1,0 +1,169 @@
+package events
+
+import (
+	"context"
+	"encoding/binary"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+// Flags of bpf_ringbuf_output.
+const (
+	noWakeup    = 1
+	forceWakeup = 2
+)
+
+func newMap(t *testing.T) *ebpf.Map {
+	t.Helper()
+	testutil.RequireRoot(t)
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.RingBuf, MaxEntries: 1 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	return m
+}
+
+// emitter returns a function that writes e to the ring n times, by a program
+// that holds it.
+func emitter(t *testing.T, m *ebpf.Map, e bpf.ConnEvent, flags int32) func(n int) {
+	t.Helper()
+	b := raw(e)
+	var code asm.Instructions
+	for at := 0; at < len(b); at += 8 {
+		code = append(code,
+			asm.LoadImm(asm.R1, int64(binary.NativeEndian.Uint64(b[at:])), asm.DWord),
+			asm.StoreMem(asm.RFP, int16(at-len(b)), asm.R1, asm.DWord))
+	}
+	code = append(code,
+		asm.LoadMapPtr(asm.R1, m.FD()),
+		asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, int32(-len(b))),
+		asm.Mov.Imm(asm.R3, int32(len(b))),
+		asm.Mov.Imm(asm.R4, flags),
+		asm.FnRingbufOutput.Call(),
+		asm.Mov.Imm(asm.R0, 0), asm.Return())
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SocketFilter, License: "GPL", Instructions: code})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Close() })
+	return func(n int) {
+		t.Helper()
+		if _, err := p.Run(&ebpf.RunOptions{Data: make([]byte, 64), Repeat: uint32(n)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestRingRead(t *testing.T) {
+	testutil.CheckLeaks(t)
+	m := newMap(t)
+	r, err := openRing(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := event(42, flow.PathPass, bpf.EndingClosed)
+	quiet, loud := emitter(t, m, want, noWakeup), emitter(t, m, want, forceWakeup)
+	for _, emit := range []func(int){quiet, loud, quiet} {
+		emit(3)
+		n := 0
+		err := r.read(func(raw []byte) {
+			n++
+			if e, ok := bpf.ParseEvent(raw); !ok || e != want {
+				t.Errorf("read %+v", e)
+			}
+		})
+		if err != nil || n != 3 {
+			t.Fatalf("read %d: %v", n, err)
+		}
+	}
+	if err := r.close(); err != nil {
+		t.Error(err)
+	}
+	if err := r.read(func([]byte) {}); err == nil {
+		t.Error("read after close")
+	}
+}
+
+func TestRingWait(t *testing.T) {
+	testutil.CheckLeaks(t)
+	m := newMap(t)
+	r, err := openRing(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.close()
+	e := event(42, flow.PathPass, bpf.EndingClosed)
+	quiet, loud := emitter(t, m, e, noWakeup), emitter(t, m, e, forceWakeup)
+	const long = time.Minute
+
+	// Data alone does not wake: that would be a wake-up per event.
+	quiet(1)
+	start := time.Now()
+	r.wait(t.Context(), 20*time.Millisecond)
+	if took := time.Since(start); took < 20*time.Millisecond {
+		t.Errorf("woken after %s", took)
+	}
+	rung := make(chan struct{})
+	time.AfterFunc(20*time.Millisecond, func() {
+		defer close(rung)
+		loud(1)
+	})
+	r.wait(t.Context(), long)
+	<-rung
+
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	r.wait(ctx, long)
+	r.wait(ctx, long)
+	if took := time.Since(start); took > long/2 {
+		t.Errorf("waits took %s", took)
+	}
+}
+
+func TestCollectorOnRing(t *testing.T) {
+	testutil.CheckLeaks(t)
+	m := newMap(t)
+	s, h := &sink{}, &fakeHandler{}
+	c, err := New(Options{Ring: m, Handler: h, Sinks: []Sink{s}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	emitter(t, m, event(1, flow.PathRelay, bpf.EndingClosed), noWakeup)(1)
+	// More than a batch would leave the rest for the next poll.
+	emitter(t, m, event(2, flow.PathPass, bpf.EndingClosed), noWakeup)(5000)
+	h.end(handled(1))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := c.Run(ctx); err != nil {
+		t.Fatal(err)
+	}
+	got := s.taken()
+	if len(got) != 5001 || c.Losses() != (Losses{Handler: 5}) {
+		t.Fatalf("%d records, %+v", len(got), c.Losses())
+	}
+	last := got[5000]
+	if diff := cmp.Diff(uint64(1), last.Cookie); diff != "" || last.Service != "web" || last.Duration != time.Second {
+		t.Errorf("joined: %+v", last)
+	}
+}
+
+func TestOpenRingRefusesOtherMaps(t *testing.T) {
+	testutil.RequireRoot(t)
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if _, err := New(Options{Ring: m}); err == nil {
+		t.Error("an array is taken for a ring")
+	}
+}
