@@ -2,7 +2,7 @@
 # What can be said about the tree without running it. Every check runs, and the
 # exit code tells whether all were satisfied.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 # In a checkout the files are those that git has, or would take; in an unpacked
 # archive, all.
@@ -49,7 +49,7 @@ go_pure() {
 }
 
 import_rules() {
-	go test ./tests
+	go test -count=1 ./tests
 }
 
 licences() {
