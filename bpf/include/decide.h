@@ -51,10 +51,7 @@ static __always_inline bool is_metadata(const struct ip_addr *a)
 		return ip == 0xa9fea9fe || ip == 0xa9feaa02 ||
 		       ip == 0xa83f8110 || ip == 0x646464c8;
 	}
-	if (a->w[1] || a->w[2])
-		return a->w[0] == bpf_htonl(0xfd2000ce) && !a->w[1] &&
-		       !a->w[2] && a->w[3] == bpf_htonl(0x254);
-	return a->w[3] == bpf_htonl(0x254) &&
+	return !a->w[1] && !a->w[2] && a->w[3] == bpf_htonl(0x254) &&
 	       (a->w[0] == bpf_htonl(0xfd000ec2) ||
 		a->w[0] == bpf_htonl(0xfd2000ce));
 }
