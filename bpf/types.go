@@ -41,6 +41,12 @@ const (
 	RouteUnicast = uint32(abiRouteKindROUTE_UNICAST)
 )
 
+// The values of enum conn_path that a default may have.
+const (
+	PathPass  = uint32(abiConnPathPATH_PASS)
+	PathRelay = uint32(abiConnPathPATH_RELAY)
+)
+
 // Values of enum on_failure.
 const (
 	OnFailureOpen   = uint32(abiOnFailureON_FAILURE_OPEN)

@@ -1,0 +1,202 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/pillion-project/pillion/bpf"
+	"golang.org/x/sys/unix"
+)
+
+// attachOrder is such that nothing is redirected before what it is redirected
+// to is there, and that sockops sees every connection that connect does.
+var attachOrder = []string{
+	bpf.ProgLookup,
+	bpf.ProgGetpeername4, bpf.ProgGetpeername6,
+	bpf.ProgBind4, bpf.ProgBind6,
+	bpf.ProgRelease,
+	bpf.ProgSockops,
+	bpf.ProgConnect4, bpf.ProgConnect6,
+}
+
+func attachOrderReversed() []string {
+	all := slices.Clone(attachOrder)
+	slices.Reverse(all)
+	return all
+}
+
+// attachTypes are those of bpf_attach_type, by program.
+var attachTypes = map[string]ebpf.AttachType{
+	bpf.ProgLookup:       ebpf.AttachSkLookup,
+	bpf.ProgGetpeername4: ebpf.AttachCgroupInet4GetPeername,
+	bpf.ProgGetpeername6: ebpf.AttachCgroupInet6GetPeername,
+	bpf.ProgBind4:        ebpf.AttachCGroupInet4Bind,
+	bpf.ProgBind6:        ebpf.AttachCGroupInet6Bind,
+	bpf.ProgRelease:      ebpf.AttachCgroupInetSockRelease,
+	bpf.ProgSockops:      ebpf.AttachCGroupSockOps,
+	bpf.ProgConnect4:     ebpf.AttachCGroupInet4Connect,
+	bpf.ProgConnect6:     ebpf.AttachCGroupInet6Connect,
+}
+
+// Attach makes the programs live, or replaces those that an earlier process
+// attached. It returns the connections in scope that are older than it: they
+// are not captured.
+//
+// Links only: a program that is attached in the old way lives on unseen when
+// its owner dies, and two owners overwrite each other.
+func (d *Datapath) Attach() ([]Existing, error) {
+	cgroup, err := os.Open(d.options.Scope.Path)
+	if err != nil {
+		return nil, fmt.Errorf("open cgroup: %w", err)
+	}
+	defer cgroup.Close()
+	netns, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return nil, fmt.Errorf("open network namespace: %w", err)
+	}
+	defer netns.Close()
+
+	var before []Existing
+	for _, name := range attachOrder {
+		if name == bpf.ProgConnect4 && d.links[name] == nil {
+			// From here on sockops counts what connect has not decided on.
+			if before, err = d.existing(); err != nil {
+				return nil, err
+			}
+		}
+		target := cgroup
+		if name == bpf.ProgLookup {
+			target = netns
+		}
+		fresh, err := d.attach(name, target)
+		if err != nil {
+			return nil, fmt.Errorf("attach %s: %w", name, err)
+		}
+		if name == bpf.ProgConnect6 && !fresh {
+			return nil, nil // captured all along
+		}
+	}
+	return before, nil
+}
+
+// attach makes one program live. It reports whether it was not before.
+func (d *Datapath) attach(name string, target *os.File) (fresh bool, err error) {
+	prog := d.programs[name]
+	pin := d.dir.pin(linkPrefix + name)
+	l, err := link.LoadPinnedLink(pin, nil)
+	switch {
+	case err == nil:
+		// Swapped in one step: there is no moment without the program.
+		err := l.Update(prog)
+		if err == nil {
+			d.links[name] = l
+			return false, nil
+		}
+		l.Close()
+		if !errors.Is(err, unix.ENOLINK) {
+			return false, fmt.Errorf("update link %s: %w", pin, err)
+		}
+		// What it was attached to is gone.
+		if err := os.Remove(pin); err != nil {
+			return false, fmt.Errorf("remove dead link: %w", err)
+		}
+	case !errors.Is(err, os.ErrNotExist):
+		return false, fmt.Errorf("open link %s: %w", pin, err)
+	}
+	raw, err := link.AttachRawLink(link.RawLinkOptions{
+		Target:  int(target.Fd()),
+		Program: prog,
+		Attach:  attachTypes[name],
+	})
+	if err != nil {
+		return false, err
+	}
+	d.links[name] = raw
+	if err := raw.Pin(pin); err != nil {
+		return false, fmt.Errorf("pin link: %w", err)
+	}
+	return true, nil
+}
+
+// detach ends a link also where its pin was removed by hand.
+func detach(l link.Link) error {
+	d, ok := l.(interface{ Detach() error })
+	if !ok {
+		return nil
+	}
+	// ENOLINK: what it was attached to is gone already.
+	if err := d.Detach(); err != nil && !errors.Is(err, unix.ENOLINK) {
+		return fmt.Errorf("detach: %w", err)
+	}
+	return nil
+}
+
+// Reattach looks whether every link still stands, and mends those that do not.
+// It returns the names of the programs that it attached again.
+func (d *Datapath) Reattach() ([]string, error) {
+	var mended []string
+	for _, name := range attachOrder {
+		if _, err := os.Stat(d.dir.pin(linkPrefix + name)); err == nil {
+			if attached(d.links[name]) {
+				continue
+			}
+		}
+		if err := d.reattach(name); err != nil {
+			return mended, fmt.Errorf("attach %s again: %w", name, err)
+		}
+		mended = append(mended, name)
+	}
+	return mended, nil
+}
+
+// attached tells whether a link is attached to anything.
+func attached(l link.Link) bool {
+	if l == nil {
+		return false
+	}
+	info, err := l.Info()
+	if err != nil {
+		return false
+	}
+	if cg := info.Cgroup(); cg != nil {
+		return cg.CgroupId != 0
+	}
+	if ns := info.NetNs(); ns != nil {
+		return ns.NetnsInode != 0
+	}
+	return true
+}
+
+func (d *Datapath) reattach(name string) error {
+	pin := d.dir.pin(linkPrefix + name)
+	if l := d.links[name]; attached(l) {
+		// Only its pin is gone: it would end with this process.
+		raw, ok := l.(interface{ Pin(string) error })
+		if ok {
+			_ = l.Unpin()
+			return raw.Pin(pin)
+		}
+	}
+	if l := d.links[name]; l != nil {
+		l.Close()
+		delete(d.links, name)
+	}
+	if err := os.Remove(pin); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	path := d.options.Scope.Path
+	if name == bpf.ProgLookup {
+		path = "/proc/thread-self/ns/net"
+	}
+	target, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer target.Close()
+	_, err = d.attach(name, target)
+	return err
+}

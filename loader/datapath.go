@@ -1,0 +1,231 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/pillion-project/pillion/bpf"
+)
+
+// Kind says what ends an instance.
+type Kind uint32
+
+// The kinds of an instance. One around a command is dead when the process that
+// made it is and its cgroup is empty; a standing one when its cgroup is gone.
+const (
+	KindRun  = Kind(bpf.InstanceRun)
+	KindExec = Kind(bpf.InstanceExec)
+)
+
+// String returns the name of the command that makes such an instance.
+func (k Kind) String() string {
+	if k == KindExec {
+		return "exec"
+	}
+	return "run"
+}
+
+// Options say what an instance is. Name, Kind and Scope are fixed for its life.
+type Options struct {
+	Name  string
+	Kind  Kind
+	Scope Scope
+	// BPFFS is where pins are kept; [BPFFS] if empty.
+	BPFFS string
+	// SlotIdle is how long a slot is kept that nobody uses, SlotGrace how long
+	// it still resolves after that: longer than any SYN in flight. The defaults
+	// are 10 and 3 minutes.
+	SlotIdle, SlotGrace time.Duration
+	Log                 *slog.Logger
+}
+
+func (o *Options) fill() error {
+	if o.BPFFS == "" {
+		o.BPFFS = BPFFS
+	}
+	if o.SlotIdle == 0 {
+		o.SlotIdle = 10 * time.Minute
+	}
+	if o.SlotGrace == 0 {
+		o.SlotGrace = 3 * time.Minute
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	return CheckName(o.Name)
+}
+
+// Datapath is the kernel side of one instance, in the hands of the process that
+// runs it. Its methods are safe for concurrent use unless they say otherwise.
+type Datapath struct {
+	options  Options
+	dir      *dir
+	network  *network
+	slots    slotRange
+	instance bpf.Instance
+	adopted  bool
+
+	maps     bpf.Maps
+	programs map[string]*ebpf.Program
+	links    map[string]link.Link
+	state    *sharedState
+	liveFD   int
+
+	mu       sync.Mutex // orders changes of the configuration and of slots
+	settings bpf.Settings
+	retiring map[uint32]time.Time // when each slot was taken out of use
+	missing  map[bpf.LiveKey]bool // live entries without a socket, when last looked
+	kick     chan struct{}        // asks Watch to look at once
+}
+
+// Create makes an instance: it claims slots, loads the programs, and pins their
+// maps. Nothing is attached: see [Datapath.Attach]. It fails with [ErrExists]
+// when there is one of that name, and leaves nothing behind when it fails.
+func Create(o Options) (*Datapath, error) {
+	if err := o.fill(); err != nil {
+		return nil, err
+	}
+	if err := mountBPFFS(o.BPFFS); err != nil {
+		return nil, err
+	}
+	root, err := lockRoot(o.BPFFS)
+	if err != nil {
+		return nil, err
+	}
+	defer root.unlock()
+	path := filepath.Join(root.path, o.Name)
+	if err := os.Mkdir(path, 0o700); err != nil {
+		if errors.Is(err, os.ErrExist) {
+			return nil, fmt.Errorf("create instance %s: %w", o.Name, ErrExists)
+		}
+		return nil, fmt.Errorf("create instance %s: %w", o.Name, err)
+	}
+	d := newDatapath(o)
+	if d.dir, err = lockDir(path, false); err == nil {
+		err = d.create()
+	}
+	if err != nil {
+		if d.dir == nil {
+			os.Remove(path)
+			return nil, err
+		}
+		return nil, errors.Join(fmt.Errorf("create instance %s: %w", o.Name, err), d.undo())
+	}
+	return d, nil
+}
+
+// Open takes over an instance that an earlier process made. The maps, and with
+// them slots and open connections, are what they were. It fails with
+// [ErrNotFound], [ErrInUse], [ErrIncomplete] or [ErrABI], and then changes
+// nothing.
+func Open(o Options) (*Datapath, error) {
+	if err := o.fill(); err != nil {
+		return nil, err
+	}
+	dir, err := lockDir(filepath.Join(pinRoot(o.BPFFS), o.Name), false)
+	if err != nil {
+		return nil, fmt.Errorf("open instance %s: %w", o.Name, err)
+	}
+	d := newDatapath(o)
+	d.dir, d.adopted = dir, true
+	if err := d.open(); err != nil {
+		d.Close()
+		return nil, fmt.Errorf("open instance %s: %w", o.Name, err)
+	}
+	return d, nil
+}
+
+func newDatapath(o Options) *Datapath {
+	return &Datapath{
+		options:  o,
+		programs: map[string]*ebpf.Program{},
+		links:    map[string]link.Link{},
+		retiring: map[uint32]time.Time{},
+		kick:     make(chan struct{}, 1),
+	}
+}
+
+// Adopted tells whether an earlier process made the instance.
+func (d *Datapath) Adopted() bool { return d.adopted }
+
+// Name returns the instance's name.
+func (d *Datapath) Name() string { return d.options.Name }
+
+// ListenAddrs returns where the handler is to listen; an address is invalid if
+// its family cannot be used here.
+func (d *Datapath) ListenAddrs() (v4, v6 netip.Addr) { return d.slots.addrs(bpf.SlotListener) }
+
+// SlotPrefixes returns the ranges that the instance's slots are in; one is
+// invalid if its family cannot be used here.
+func (d *Datapath) SlotPrefixes() (v4, v6 netip.Prefix) {
+	for _, p := range d.slots.prefixes() {
+		if p.Addr().Is4() {
+			v4 = p
+		} else {
+			v6 = p
+		}
+	}
+	return v4, v6
+}
+
+// Events returns the ring buffer of what the kernel side reports. It stays the
+// datapath's.
+func (d *Datapath) Events() *ebpf.Map { return d.maps.Events }
+
+// Close frees the handles and the lock. The kernel side goes on, by on_failure
+// since nobody beats any more; see [Datapath.Unload].
+func (d *Datapath) Close() error {
+	var errs []error
+	for _, l := range d.links {
+		errs = append(errs, l.Close())
+	}
+	for _, p := range d.programs {
+		errs = append(errs, p.Close())
+	}
+	errs = append(errs, d.maps.Close())
+	if d.state != nil {
+		errs = append(errs, d.state.close())
+	}
+	if d.network != nil {
+		d.network.close()
+	}
+	if d.dir != nil {
+		d.dir.unlock()
+	}
+	return errors.Join(errs...)
+}
+
+// Unload ends the instance: it detaches the programs, removes the pins and the
+// routes, and frees the handles.
+func (d *Datapath) Unload() error {
+	err := d.undo()
+	if err != nil {
+		return fmt.Errorf("unload instance %s: %w", d.options.Name, err)
+	}
+	return nil
+}
+
+// undo is the reverse of create and attach, as far as they got.
+func (d *Datapath) undo() error {
+	var errs []error
+	// Also without their pins, links hold until their last handle is closed.
+	for _, name := range attachOrderReversed() {
+		if l := d.links[name]; l != nil {
+			errs = append(errs, detach(l))
+		}
+	}
+	errs = append(errs, d.dir.remove())
+	if d.network != nil && d.slots.families != 0 {
+		errs = append(errs, d.network.removeRoutes(d.slots))
+	}
+	errs = append(errs, d.Close())
+	return errors.Join(errs...)
+}

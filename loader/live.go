@@ -1,0 +1,161 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"syscall"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/redirect/flow"
+	"golang.org/x/sys/unix"
+)
+
+func liveKey(source, slot netip.AddrPort) bpf.LiveKey {
+	return bpf.LiveKey{
+		Source:     bpf.FromAddr(source.Addr()),
+		Slot:       bpf.FromAddr(slot.Addr()),
+		SourcePort: source.Port(),
+		SlotPort:   slot.Port(),
+	}
+}
+
+// lookupAttr is the part of union bpf_attr that BPF_MAP_LOOKUP_ELEM reads
+// (include/uapi/linux/bpf.h).
+type lookupAttr struct {
+	mapFD uint32
+	_     uint32
+	key   unsafe.Pointer
+	value unsafe.Pointer
+	flags uint64
+}
+
+// Live tells about the connection from source, the application, to slot, one of
+// ours with the original port. It is false when the kernel side knows none.
+//
+// The library's Lookup was rejected here: it allocates, and tells the scheduler
+// of a system call that takes half a microsecond.
+func (d *Datapath) Live(source, slot netip.AddrPort) (flow.Downstream, bool) {
+	key := liveKey(source, slot)
+	var l bpf.Live
+	attr := lookupAttr{mapFD: uint32(d.liveFD), key: unsafe.Pointer(&key), value: unsafe.Pointer(&l)}
+	_, _, e := syscall.RawSyscall(unix.SYS_BPF, unix.BPF_MAP_LOOKUP_ELEM, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	if e != 0 {
+		return flow.Downstream{}, false
+	}
+	return flow.Downstream{
+		Cookie:      l.Cookie,
+		Group:       l.Group,
+		Cgroup:      l.Cgroup,
+		Source:      source,
+		OrigDst:     flow.OrigDst{AddrPort: netip.AddrPortFrom(bpf.ToAddr(l.Orig), slot.Port())},
+		Reason:      flow.Reason(l.Reason),
+		Mark:        l.Mark,
+		Priority:    l.Priority,
+		TOS:         l.Tos,
+		BoundSource: bpf.ToAddr(l.Bound),
+		Canary:      l.Canary != 0,
+	}, true
+}
+
+// AdmitCanary lets one test connection in, from source to the canary's slot.
+func (d *Datapath) AdmitCanary(source, slot netip.AddrPort) error {
+	err := d.maps.Live.Put(liveKey(source, slot), bpf.Live{Canary: 1, Opened: uint64(monotonic())})
+	if err != nil {
+		return fmt.Errorf("admit canary: %w", err)
+	}
+	return nil
+}
+
+// ForgetCanary takes back what [Datapath.AdmitCanary] did.
+func (d *Datapath) ForgetCanary(source, slot netip.AddrPort) error {
+	err := d.maps.Live.Delete(liveKey(source, slot))
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("forget canary: %w", err)
+	}
+	return nil
+}
+
+// CanaryAddrs returns the slots that test connections go to; an address is
+// invalid if its family cannot be used here.
+func (d *Datapath) CanaryAddrs() (v4, v6 netip.Addr) { return d.slots.addrs(bpf.SlotCanary) }
+
+// Exempt tags a socket as the handler's own, before it binds or connects, so
+// that it is not captured even if the handler is in scope itself.
+func (d *Datapath) Exempt(fd int) error {
+	// No storage holds more than this one tag yet.
+	if err := d.maps.Decisions.Put(uint32(fd), bpf.Decision{Own: 1}); err != nil {
+		return fmt.Errorf("tag socket: %w", err)
+	}
+	return nil
+}
+
+// SetListeners hands the kernel side the sockets that connections go to: one
+// per worker and family. The kernel takes them out when they are closed.
+func (d *Datapath) SetListeners(v4, v6 []int) error {
+	for family, fds := range [][]int{v4, v6} {
+		for i, fd := range fds {
+			key := uint32(family*bpf.WorkersMax + i)
+			if err := d.maps.Listeners.Put(key, uint64(fd)); err != nil {
+				return fmt.Errorf("register listener: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// Resolve returns the address that a slot stands for.
+func (d *Datapath) Resolve(slot netip.Addr) (netip.Addr, error) {
+	for _, p := range d.slots.prefixes() {
+		if !p.Contains(slot) {
+			continue
+		}
+		b := slot.As16()
+		n := uint32(b[14])<<8 | uint32(b[15])
+		var s bpf.Slot
+		if err := d.maps.Slots.Lookup(n, &s); err != nil {
+			return netip.Addr{}, fmt.Errorf("read slot %s: %w", slot, err)
+		}
+		orig := bpf.ToAddr(s.Orig)
+		// Slot n exists once, for an address of either family.
+		if s.State == bpf.SlotFree || orig.Is4() != slot.Is4() {
+			return netip.Addr{}, fmt.Errorf("slot %s: %w", slot, ErrFreeSlot)
+		}
+		return orig, nil
+	}
+	return netip.Addr{}, fmt.Errorf("address %s: %w", slot, ErrForeignSlot)
+}
+
+var (
+	// ErrFreeSlot means that a slot stands for nothing at present.
+	ErrFreeSlot = errors.New("stands for no address")
+	// ErrForeignSlot means that an address is none of this instance's slots.
+	ErrForeignSlot = errors.New("is no slot of this instance")
+)
+
+// monotonic is bpf_ktime_get_ns().
+func monotonic() int64 {
+	var ts unix.Timespec
+	// It cannot fail with this clock.
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
+	return ts.Nano()
+}
+
+// Beat publishes the handler's sign of life, which holds for maxAge ns from
+// now. alive is false when the process knows that it cannot serve; busy is true
+// when its accept queues are nearly full.
+func (d *Datapath) Beat(alive, busy bool, maxAge int64) error {
+	b := bpf.Beat{MaxAge: uint64(maxAge)}
+	if alive {
+		b.Stamp = uint64(monotonic())
+	}
+	if busy {
+		b.Busy = 1
+	}
+	if err := d.maps.Beat.Put(uint32(0), b); err != nil {
+		return fmt.Errorf("write heartbeat: %w", err)
+	}
+	return nil
+}

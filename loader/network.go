@@ -1,0 +1,223 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/loader/probe"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// network is the routing side of one network namespace: that of the thread
+// which opened it, whatever thread uses it later.
+type network struct {
+	handle     *netlink.Handle
+	diagSocket *nl.SocketHandle
+	events     *nl.NetlinkSocket // news of addresses and routes
+	loopback   int               // the interface's index
+}
+
+// watched are the groups whose news may change what the kernel side must know.
+var watched = []uint{
+	unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+	unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE,
+}
+
+func openNetwork() (*network, error) {
+	n := &network{}
+	var err error
+	if n.handle, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	diag, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_INET_DIAG)
+	if err != nil {
+		n.close()
+		return nil, fmt.Errorf("open socket diagnostics: %w", err)
+	}
+	n.diagSocket = &nl.SocketHandle{Socket: diag}
+	if n.events, err = nl.Subscribe(unix.NETLINK_ROUTE, watched...); err != nil {
+		n.close()
+		return nil, fmt.Errorf("subscribe to routes: %w", err)
+	}
+	lo, err := n.handle.LinkByName("lo")
+	if err != nil {
+		n.close()
+		return nil, fmt.Errorf("find the loopback interface: %w", err)
+	}
+	n.loopback = lo.Attrs().Index
+	if lo.Attrs().Flags&net.FlagUp == 0 {
+		n.close()
+		return nil, errors.New("the loopback interface is down: redirected connections go through it")
+	}
+	return n, nil
+}
+
+func (n *network) close() {
+	if n.events != nil {
+		n.events.Close()
+	}
+	if n.diagSocket != nil {
+		n.diagSocket.Close()
+	}
+	n.handle.Close()
+}
+
+// Addresses of the documentation ranges: where a route to the world at large
+// would lead. Nothing is sent there.
+var (
+	anywhere4 = net.IPv4(192, 0, 2, 255)
+	anywhere6 = net.ParseIP("2001:db8:ffff::ffff")
+)
+
+// source returns the address that the namespace's sockets have towards the
+// world. It is what an application sees as its own on a redirected connection.
+func (n *network) source(v6 bool) netip.Addr {
+	to, fallback := anywhere4, netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	if v6 {
+		to, fallback = anywhere6, netip.IPv6Loopback()
+	}
+	routes, err := n.handle.RouteGet(to)
+	if err == nil && len(routes) > 0 {
+		if a, ok := netip.AddrFromSlice(routes[0].Src); ok && !a.Unmap().IsLinkLocalUnicast() {
+			return a.Unmap()
+		}
+	}
+	// No way out: an address that others may reach is the next best.
+	addrs, err := n.addresses()
+	if err != nil {
+		return fallback
+	}
+	for _, a := range addrs {
+		if a.Is6() == v6 && a.IsGlobalUnicast() {
+			return a
+		}
+	}
+	return fallback
+}
+
+// addresses lists the namespace's own addresses.
+func (n *network) addresses() ([]netip.Addr, error) {
+	list, err := n.handle.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	var all []netip.Addr
+	for _, a := range list {
+		// A tentative address may turn out to be somebody else's, but for
+		// as long as it stands it is ours.
+		if ip, ok := netip.AddrFromSlice(a.IP); ok {
+			all = append(all, ip.Unmap())
+		}
+	}
+	return all, nil
+}
+
+// routeTable lists where the namespace has a way to: prefixes, in the form of
+// the map routes, and whether packets can go there.
+func (n *network) routeTable() (map[netip.Prefix]uint32, error) {
+	list, err := n.handle.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{}, netlink.RT_FILTER_TABLE)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	all := make(map[netip.Prefix]uint32, len(list))
+	for i := range list {
+		r := &list[i]
+		p, ok := routePrefix(r)
+		if !ok || r.Table == unix.RT_TABLE_LOCAL {
+			continue
+		}
+		kind := bpf.RouteUnicast
+		switch r.Type {
+		case unix.RTN_UNREACHABLE, unix.RTN_PROHIBIT, unix.RTN_BLACKHOLE, unix.RTN_THROW:
+			kind = bpf.RouteNone
+		}
+		// Of two tables the one that knows a way wins: which one a packet
+		// takes is a matter of rules that we do not read.
+		if all[p] != bpf.RouteUnicast {
+			all[p] = kind
+		}
+	}
+	if len(all) >= routesMax {
+		return map[netip.Prefix]uint32{everything4: bpf.RouteUnicast, everything6: bpf.RouteUnicast}, nil
+	}
+	// An IPv4 address stands below ::/0 in the map, and must not match the
+	// IPv6 default route.
+	if _, ok := all[everything4]; !ok {
+		all[everything4] = bpf.RouteNone
+	}
+	return all, nil
+}
+
+var (
+	everything4 = netip.MustParsePrefix("0.0.0.0/0")
+	everything6 = netip.MustParsePrefix("::/0")
+)
+
+// routesMax is how many routes the kernel side is told of. A router that has
+// more has a way to everywhere.
+const routesMax = 60000
+
+func routePrefix(r *netlink.Route) (netip.Prefix, bool) {
+	if r.Dst == nil {
+		return everything4, r.Family == netlink.FAMILY_V4
+	}
+	ip, ok := netip.AddrFromSlice(r.Dst.IP)
+	bits, size := r.Dst.Mask.Size()
+	if !ok || size == 0 {
+		return netip.Prefix{}, false
+	}
+	if r.Family == netlink.FAMILY_V4 {
+		ip = ip.Unmap()
+	}
+	return netip.PrefixFrom(ip, bits), true
+}
+
+// repair brings a range's routes back, with the source that is right now. It
+// returns what it had to do.
+func (n *network) repair(r slotRange) (repaired []string, err error) {
+	filter := &netlink.Route{Table: unix.RT_TABLE_LOCAL, Protocol: probe.RouteProtocol}
+	list, err := n.handle.RouteListFiltered(netlink.FAMILY_ALL, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return nil, fmt.Errorf("list slot routes: %w", err)
+	}
+	for _, p := range r.prefixes() {
+		want := n.source(p.Addr().Is6())
+		var have *netlink.Route
+		for i := range list {
+			if q, ok := routePrefix(&list[i]); ok && q == p {
+				have = &list[i]
+			}
+		}
+		switch {
+		case have == nil:
+			err = n.addRoute(p)
+		case !have.Src.Equal(want.AsSlice()):
+			err = n.replaceRoute(p, have, want)
+		default:
+			continue
+		}
+		if err != nil {
+			return repaired, fmt.Errorf("repair route %s: %w", p, err)
+		}
+		repaired = append(repaired, fmt.Sprintf("%s src %s", p, want))
+	}
+	return repaired, nil
+}
+
+// replaceRoute changes a slot route's source. An IPv6 route is not replaced by
+// one with another source but joined by it, so the old one goes afterwards.
+func (n *network) replaceRoute(p netip.Prefix, have *netlink.Route, want netip.Addr) error {
+	if p.Addr().Is4() {
+		return n.handle.RouteReplace(n.slotRoute(p, want))
+	}
+	if err := n.handle.RouteDel(have); err != nil {
+		return err
+	}
+	return n.handle.RouteAdd(n.slotRoute(p, want))
+}

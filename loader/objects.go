@@ -1,0 +1,286 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"reflect"
+	"sync/atomic"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/pillion-project/pillion/bpf"
+	"golang.org/x/sys/unix"
+)
+
+// instancePin is the first pin of an instance and the last to go: it says what
+// the others belong to.
+const instancePin = "instance"
+
+// reservedSlots are kept for services: the first of the range.
+const reservedSlots = 4096
+
+// create makes everything but the links.
+func (d *Datapath) create() error {
+	specs, err := bpf.Specs()
+	if err != nil {
+		return err
+	}
+	if d.network, err = openNetwork(); err != nil {
+		return err
+	}
+	record, err := ebpf.NewMap(specs[0].Maps[instancePin])
+	if err != nil {
+		return fmt.Errorf("create map %s: %w", instancePin, err)
+	}
+	d.maps.Instance = record
+	if err := record.Pin(d.dir.pin(instancePin)); err != nil {
+		return fmt.Errorf("pin map %s: %w", instancePin, err)
+	}
+	if d.slots, err = d.network.claim(os.Getpid(), d.intend); err != nil {
+		return err
+	}
+	if err := d.load(specs, map[string]*ebpf.Map{instancePin: record}); err != nil {
+		return err
+	}
+	if err := d.pinMaps(); err != nil {
+		return err
+	}
+	d.state.nextSlot().Store(bpf.SlotFirst + reservedSlots)
+	// Written last: with its families it says that all of this is there.
+	return d.writeInstance(d.slots)
+}
+
+// intend puts on record which range is about to be claimed, so that whoever
+// finds the instance half made knows what to look for.
+func (d *Datapath) intend(r slotRange) error {
+	r.families = 0
+	return d.writeInstance(r)
+}
+
+func (d *Datapath) writeInstance(r slotRange) error {
+	start, err := processStart(os.Getpid())
+	if err != nil {
+		return err
+	}
+	d.instance = bpf.Instance{
+		Abi:        bpf.ABI,
+		Slot4:      r.slot4(),
+		Slot6:      r.slot6(),
+		Kind:       uint32(d.options.Kind),
+		Netns:      d.options.Scope.Netns,
+		Cgroup:     d.options.Scope.ID,
+		Pid:        uint64(os.Getpid()),
+		PidStart:   start,
+		Families:   r.families,
+		ScopeLevel: d.options.Scope.Level,
+	}
+	if err := d.maps.Instance.Put(uint32(0), d.instance); err != nil {
+		return fmt.Errorf("write map %s: %w", instancePin, err)
+	}
+	return nil
+}
+
+// open takes the pinned maps and loads the programs of this build over them.
+func (d *Datapath) open() error {
+	var err error
+	if d.maps.Instance, d.instance, err = readInstance(d.dir); err != nil {
+		return err
+	}
+	if d.instance.Families == 0 {
+		return ErrIncomplete
+	}
+	if d.instance.Netns != d.options.Scope.Netns {
+		return fmt.Errorf("it is of network namespace %d, this is %d", d.instance.Netns, d.options.Scope.Netns)
+	}
+	if d.instance.Cgroup != d.options.Scope.ID {
+		return fmt.Errorf("it is of cgroup %d, %s is %d", d.instance.Cgroup, d.options.Scope.Path, d.options.Scope.ID)
+	}
+	d.slots = rangeOf(&d.instance)
+	specs, err := bpf.Specs()
+	if err != nil {
+		return err
+	}
+	pinned := map[string]*ebpf.Map{instancePin: d.maps.Instance}
+	for name := range sharedMaps(specs) {
+		if name == instancePin {
+			continue
+		}
+		m, err := ebpf.LoadPinnedMap(d.dir.pin(name), nil)
+		if errors.Is(err, os.ErrNotExist) {
+			err = fmt.Errorf("%w: map %s is not pinned", ErrIncomplete, name)
+		}
+		if err != nil {
+			closeAll(pinned, instancePin)
+			return fmt.Errorf("open map %s: %w", name, err)
+		}
+		pinned[name] = m
+	}
+	if d.network, err = openNetwork(); err != nil {
+		closeAll(pinned, instancePin)
+		return err
+	}
+	return d.load(specs, pinned)
+}
+
+func closeAll(maps map[string]*ebpf.Map, but string) {
+	for name, m := range maps {
+		if name != but {
+			m.Close()
+		}
+	}
+}
+
+// readInstance opens and reads the record of an instance. The map is the
+// caller's to close.
+func readInstance(dir *dir) (*ebpf.Map, bpf.Instance, error) {
+	var i bpf.Instance
+	m, err := ebpf.LoadPinnedMap(dir.pin(instancePin), nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, i, fmt.Errorf("%w: it has no record", ErrIncomplete)
+	}
+	if err != nil {
+		return nil, i, fmt.Errorf("open map %s: %w", instancePin, err)
+	}
+	if m.ValueSize() != uint32(unsafe.Sizeof(i)) || m.KeySize() != 4 {
+		m.Close()
+		return nil, i, fmt.Errorf("%w: map %s has values of %d bytes, this build's have %d", ErrABI, instancePin,
+			m.ValueSize(), unsafe.Sizeof(i))
+	}
+	if err := m.Lookup(uint32(0), &i); err != nil {
+		m.Close()
+		return nil, i, fmt.Errorf("read map %s: %w", instancePin, err)
+	}
+	if i.Abi != bpf.ABI && i.Abi != 0 {
+		m.Close()
+		return nil, i, fmt.Errorf("%w: ABI %d, this build has %d", ErrABI, i.Abi, bpf.ABI)
+	}
+	return m, i, nil
+}
+
+// sharedMaps are all maps but an object's own constants.
+func sharedMaps(specs []*ebpf.CollectionSpec) map[string]*ebpf.MapSpec {
+	all := map[string]*ebpf.MapSpec{}
+	for _, s := range specs {
+		for name, m := range s.Maps {
+			if name != ".rodata" {
+				all[name] = m
+			}
+		}
+	}
+	return all
+}
+
+// load loads the programs of every object. Maps that have are used as they are;
+// the others are created. All of them are d's afterwards, also on failure.
+func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map) error {
+	defer d.keepMaps(have)
+	c := consts{
+		netns:      d.options.Scope.Netns,
+		slot4:      d.slots.slot4(),
+		slot6:      d.slots.slot6(),
+		scopeLevel: d.options.Scope.Level,
+	}
+	for name, spec := range sharedMaps(specs) {
+		if have[name] != nil {
+			continue
+		}
+		m, err := ebpf.NewMap(spec)
+		if err != nil {
+			return fmt.Errorf("create map %s: %w", name, err)
+		}
+		have[name] = m
+	}
+	for _, spec := range specs {
+		if err := c.set(spec); err != nil {
+			return err
+		}
+		if err := d.loadPrograms(spec, have); err != nil {
+			return err
+		}
+	}
+	var err error
+	d.state, err = mapState(have["state"])
+	return err
+}
+
+func (d *Datapath) loadPrograms(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) error {
+	replace := map[string]*ebpf.Map{}
+	for name := range spec.Maps {
+		if m := have[name]; m != nil {
+			replace[name] = m
+		}
+	}
+	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replace})
+	if err != nil {
+		if _, ok := errors.AsType[*ebpf.VerifierError](err); !ok && errors.Is(err, ebpf.ErrMapIncompatible) {
+			return fmt.Errorf("%w: %w", ErrABI, err)
+		}
+		return fmt.Errorf("load programs: %w", err)
+	}
+	for name := range spec.Programs {
+		d.programs[name] = c.DetachProgram(name)
+	}
+	// What is left is the constants, which the programs hold.
+	c.Close()
+	return nil
+}
+
+// keepMaps puts the maps into d.maps by the names in its tags.
+func (d *Datapath) keepMaps(have map[string]*ebpf.Map) {
+	v := reflect.ValueOf(&d.maps).Elem()
+	for i := range v.NumField() {
+		if m := have[v.Type().Field(i).Tag.Get("ebpf")]; m != nil {
+			v.Field(i).Set(reflect.ValueOf(m))
+		}
+	}
+	d.liveFD = -1
+	if m := have["live"]; m != nil {
+		d.liveFD = m.FD()
+	}
+}
+
+func (d *Datapath) pinMaps() error {
+	v := reflect.ValueOf(d.maps)
+	for i := range v.NumField() {
+		name := v.Type().Field(i).Tag.Get("ebpf")
+		if name == instancePin {
+			continue
+		}
+		if err := v.Field(i).Interface().(*ebpf.Map).Pin(d.dir.pin(name)); err != nil {
+			return fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// sharedState is the map state in our memory: hooks add to it all the time, so
+// writing it whole would lose what they added.
+type sharedState struct{ page []byte }
+
+func mapState(m *ebpf.Map) (*sharedState, error) {
+	page, err := unix.Mmap(m.FD(), 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map state: %w", err)
+	}
+	return &sharedState{page: page}, nil
+}
+
+func (s *sharedState) value() *bpf.State { return (*bpf.State)(unsafe.Pointer(&s.page[0])) }
+
+// nextSlot is the first slot that was never named.
+func (s *sharedState) nextSlot() *atomic.Uint32 {
+	return (*atomic.Uint32)(unsafe.Pointer(&s.value().NextSlot))
+}
+
+// live is how many entries the map live has.
+func (s *sharedState) live() *atomic.Uint32 {
+	return (*atomic.Uint32)(unsafe.Pointer(&s.value().Live))
+}
+
+func (s *sharedState) close() error {
+	if err := unix.Munmap(s.page); err != nil {
+		return fmt.Errorf("unmap state: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,169 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// BPFFS is where the system keeps pins.
+const BPFFS = "/sys/fs/bpf"
+
+// pinRoot is the directory of all instances.
+func pinRoot(bpffs string) string { return filepath.Join(bpffs, "pillion") }
+
+var (
+	// ErrInUse means that a process runs the instance.
+	ErrInUse = errors.New("the instance is running")
+	// ErrExists means that the instance was made before.
+	ErrExists = errors.New("the instance exists")
+	// ErrNotFound means that there is no such instance.
+	ErrNotFound = errors.New("no such instance")
+	// ErrIncomplete means that whoever made the instance did not get to the
+	// end. Remove it and make it anew.
+	ErrIncomplete = errors.New("the instance is incomplete")
+	// ErrABI means that the pins are of another version of Pillion.
+	ErrABI = errors.New("the pins have another layout")
+	// ErrName means that a name cannot be that of an instance.
+	ErrName = errors.New("want 1 to 64 letters, digits, dots, dashes or underscores, not starting with a dot")
+)
+
+var nameForm = regexp.MustCompile(`^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$`)
+
+// CheckName fails with [ErrName] when an instance cannot be called so.
+func CheckName(name string) error {
+	if !nameForm.MatchString(name) {
+		return fmt.Errorf("instance name %q: %w", name, ErrName)
+	}
+	return nil
+}
+
+// mountBPFFS makes sure that a bpf file system is mounted.
+func mountBPFFS(dir string) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return fmt.Errorf("look at %s: %w", dir, err)
+	}
+	if st.Type == unix.BPF_FS_MAGIC {
+		return nil
+	}
+	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	if err := unix.Mount("bpf", dir, "bpf", flags, "mode=0700"); err != nil {
+		return fmt.Errorf("mount the bpf file system on %s: %w", dir, err)
+	}
+	return nil
+}
+
+// dir is a locked directory of pins. The lock is the kernel's, so it ends with
+// the process however that ends.
+type dir struct {
+	path string
+	file *os.File
+}
+
+// lockDir opens a directory and locks it. It fails with [ErrInUse] when another
+// process has, unless wait is set.
+func lockDir(path string, wait bool) (*dir, error) {
+	for {
+		f, err := os.Open(path)
+		if errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("%w: %s", ErrNotFound, filepath.Base(path))
+		}
+		if err != nil {
+			return nil, fmt.Errorf("open pins: %w", err)
+		}
+		how := unix.LOCK_EX
+		if !wait {
+			how |= unix.LOCK_NB
+		}
+		if err := unix.Flock(int(f.Fd()), how); err != nil {
+			f.Close()
+			if errors.Is(err, unix.EWOULDBLOCK) {
+				return nil, fmt.Errorf("%w: %s", ErrInUse, filepath.Base(path))
+			}
+			if errors.Is(err, unix.EINTR) {
+				continue
+			}
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		// It may have been removed, and made again, before we had the lock.
+		if same(f, path) {
+			return &dir{path: path, file: f}, nil
+		}
+		f.Close()
+	}
+}
+
+func same(f *os.File, path string) bool {
+	now, err := os.Stat(path)
+	if err != nil {
+		return false
+	}
+	then, err := f.Stat()
+	return err == nil && os.SameFile(now, then)
+}
+
+// lockRoot makes and locks the directory of all instances. Whoever creates or
+// removes one holds it, for moments.
+func lockRoot(bpffs string) (*dir, error) {
+	root := pinRoot(bpffs)
+	if err := os.Mkdir(root, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, fmt.Errorf("create %s: %w", root, err)
+	}
+	// The modes of a directory that somebody else made are not ours.
+	var st unix.Stat_t
+	if err := unix.Stat(root, &st); err != nil {
+		return nil, fmt.Errorf("look at %s: %w", root, err)
+	}
+	if int(st.Uid) != os.Geteuid() || st.Mode&0o077 != 0 {
+		return nil, fmt.Errorf("%s: owner %d, mode %o: want one that only uid %d can enter", root, st.Uid, st.Mode&0o777, os.Geteuid())
+	}
+	return lockDir(root, true)
+}
+
+// unlock lets go of the directory.
+func (d *dir) unlock() { d.file.Close() }
+
+// pin returns the path of a pin.
+func (d *dir) pin(name string) string { return filepath.Join(d.path, name) }
+
+// Pins of links stand beside those of maps, under the name of their program.
+const linkPrefix = "link_"
+
+// remove takes every pin and the directory away: links first, and of those
+// connect before all, so that nothing is redirected to what is gone.
+func (d *dir) remove() error {
+	entries, err := os.ReadDir(d.path)
+	if err != nil {
+		return fmt.Errorf("list pins: %w", err)
+	}
+	var errs []error
+	for pass := range 3 {
+		for _, e := range entries {
+			if removeIn(e.Name()) == pass {
+				errs = append(errs, os.Remove(d.pin(e.Name())))
+			}
+		}
+	}
+	errs = append(errs, os.Remove(d.path))
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("remove pins: %w", err)
+	}
+	return nil
+}
+
+func removeIn(name string) (pass int) {
+	switch {
+	case strings.HasPrefix(name, linkPrefix+"pl_connect"):
+		return 0
+	case strings.HasPrefix(name, linkPrefix):
+		return 1
+	default:
+		return 2
+	}
+}

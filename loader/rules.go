@@ -1,0 +1,240 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/cilium/ebpf"
+	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/redirect/flow"
+)
+
+// Rules are what the kernel side decides by.
+type Rules struct {
+	Services      []Service
+	Deny, Exclude []Rule
+	// Default is the path of destinations that nothing names: flow.PathRelay or
+	// flow.PathPass.
+	Default flow.Path
+	// Closed refuses what cannot be redirected; otherwise it goes where it was
+	// going.
+	Closed bool
+	// Workers is how many listeners the handler has per family.
+	Workers int
+	// MaxConns is how many redirected connections may be open at once,
+	// ConnQuota how many of one container and SlotQuota how many unnamed
+	// destinations one container may have (0: no quota).
+	MaxConns, ConnQuota, SlotQuota int
+}
+
+// Service is an address that has endpoints of its own.
+type Service struct {
+	Addr   netip.AddrPort
+	Closed bool // as in Rules, for this one
+}
+
+// Rule names destinations: a prefix, and one port or any (0).
+type Rule struct {
+	Prefix netip.Prefix
+	Port   uint16
+}
+
+// ErrTooManyServices means that the services have more addresses than slots are
+// reserved for them.
+var ErrTooManyServices = fmt.Errorf("services have more than %d addresses", reservedSlots)
+
+// SetRules makes the kernel side go by rules. New ones are in force before old
+// ones go, so that a connect meets either. On an error some may be in force
+// already; calling again with good ones mends that.
+func (d *Datapath) SetRules(r Rules) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.reserveSlots(r.Services); err != nil {
+		return err
+	}
+	services := make(map[bpf.EndpointKey]bpf.Service, len(r.Services))
+	for i, s := range r.Services {
+		v := bpf.Service{Id: uint32(i), OnFailure: uint8(onFailure(s.Closed))}
+		services[bpf.EndpointKey{Addr: bpf.FromAddr(s.Addr.Addr()), Port: s.Addr.Port()}] = v
+	}
+	err := errors.Join(
+		replace(d.maps.Services, services),
+		replace(d.maps.Deny, ruleKeys(r.Deny)),
+		replace(d.maps.Exclude, ruleKeys(r.Exclude)),
+	)
+	if err != nil {
+		return err
+	}
+	return d.applySettings(r)
+}
+
+func (d *Datapath) applySettings(r Rules) error {
+	path := bpf.PathRelay
+	if r.Default == flow.PathPass {
+		path = bpf.PathPass
+	}
+	d.settings = bpf.Settings{
+		Workers:      uint32(r.Workers),
+		DenyRules:    uint32(len(r.Deny)),
+		ExcludeRules: uint32(len(r.Exclude)),
+		DefaultPath:  path,
+		OnFailure:    onFailure(r.Closed),
+		SlotQuota:    uint32(r.SlotQuota),
+		ConnQuota:    uint32(r.ConnQuota),
+		LiveMax:      uint32(r.MaxConns),
+		Families:     d.slots.families,
+	}
+	return d.putSettings()
+}
+
+func (d *Datapath) putSettings() error {
+	if err := d.maps.Settings.Put(uint32(0), d.settings); err != nil {
+		return fmt.Errorf("write settings: %w", err)
+	}
+	return nil
+}
+
+// Drain makes new connections go by on_failure, for good.
+func (d *Datapath) Drain() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.settings.Draining = 1
+	return d.putSettings()
+}
+
+func onFailure(closed bool) uint32 {
+	if closed {
+		return bpf.OnFailureClosed
+	}
+	return bpf.OnFailureOpen
+}
+
+func ruleKeys(rules []Rule) map[bpf.RuleKey]uint32 {
+	keys := make(map[bpf.RuleKey]uint32, len(rules))
+	for i, r := range rules {
+		k := bpf.RuleKey{Port: r.Port, Family: 6, Addr: bpf.FromAddr(r.Prefix.Addr())}
+		bits := r.Prefix.Bits()
+		if r.Prefix.Addr().Is4() {
+			k.Family = 4
+			bits += 96
+		}
+		k.Prefixlen = uint32(bpf.RulePortBits + bits)
+		keys[k] = uint32(i)
+	}
+	return keys
+}
+
+// replace makes a map hold what want has, and nothing else.
+func replace[K comparable, V comparable](m *ebpf.Map, want map[K]V) error {
+	have := map[K]V{}
+	var k K
+	var v V
+	for it := m.Iterate(); it.Next(&k, &v); {
+		have[k] = v
+	}
+	for k, v := range want {
+		if old, ok := have[k]; ok && old == v {
+			continue
+		}
+		if err := m.Put(k, v); err != nil {
+			return fmt.Errorf("write map %s: %w", m, err)
+		}
+	}
+	for k := range have {
+		if _, ok := want[k]; ok {
+			continue
+		}
+		if err := m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("delete from map %s: %w", m, err)
+		}
+	}
+	return nil
+}
+
+// reserveSlots gives every service's address a slot that no scan can take from
+// it. Addresses that no service has any more become like others.
+func (d *Datapath) reserveSlots(services []Service) error {
+	want := map[bpf.IPAddr]bool{}
+	for _, s := range services {
+		want[bpf.FromAddr(s.Addr.Addr())] = true
+	}
+	if len(want) > reservedSlots {
+		return ErrTooManyServices
+	}
+	now := uint64(monotonic())
+	free := []uint32{}
+	for n := uint32(bpf.SlotFirst); n < bpf.SlotFirst+reservedSlots; n++ {
+		var s bpf.Slot
+		if err := d.maps.Slots.Lookup(n, &s); err != nil {
+			return fmt.Errorf("read slot %d: %w", n, err)
+		}
+		switch {
+		case s.State == bpf.SlotFree:
+			free = append(free, n)
+		case s.State == bpf.SlotReserved && !want[s.Orig]:
+			s.State, s.Used = bpf.SlotNamed, now
+			if err := d.maps.Slots.Put(n, s); err != nil {
+				return fmt.Errorf("release slot %d: %w", n, err)
+			}
+		}
+	}
+	for addr := range want {
+		var err error
+		if free, err = d.reserve(addr, free, now); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// reserve reserves the slot that an address has, or one of free.
+func (d *Datapath) reserve(addr bpf.IPAddr, free []uint32, now uint64) ([]uint32, error) {
+	var n uint32
+	slot := bpf.Slot{Orig: addr, Used: now, State: bpf.SlotReserved}
+	err := d.maps.SlotByOrig.Lookup(addr, &n)
+	switch {
+	case err == nil:
+		var s bpf.Slot
+		if err := d.maps.Slots.Lookup(n, &s); err != nil {
+			return free, fmt.Errorf("read slot %d: %w", n, err)
+		}
+		d.release(s.Group)
+		return free, d.maps.Slots.Put(n, slot)
+	case !errors.Is(err, ebpf.ErrKeyNotExist):
+		return free, fmt.Errorf("look up slot: %w", err)
+	case len(free) == 0:
+		// The others are held by services that are no more, until they retire.
+		// The address is named at its first use, like any.
+		return free, nil
+	}
+	n = free[0]
+	// The way back first, as the hook does it.
+	if err := d.maps.Slots.Put(n, slot); err != nil {
+		return free, fmt.Errorf("reserve slot %d: %w", n, err)
+	}
+	err = d.maps.SlotByOrig.Update(addr, n, ebpf.UpdateNoExist)
+	if errors.Is(err, ebpf.ErrKeyExist) {
+		// A hook named it between the look-up and now.
+		if err := d.maps.Slots.Put(n, bpf.Slot{}); err != nil {
+			return free, fmt.Errorf("free slot %d: %w", n, err)
+		}
+		return d.reserve(addr, free, now)
+	}
+	if err != nil {
+		return free, fmt.Errorf("reserve slot %d: %w", n, err)
+	}
+	return free[1:], nil
+}
+
+// release takes a slot off a container's account.
+func (d *Datapath) release(group uint64) {
+	var u bpf.Usage
+	if group == 0 || d.maps.UsageByGroup.Lookup(group, &u) != nil || u.Slots == 0 {
+		return
+	}
+	u.Slots--
+	// A hook that adds at this very moment is overwritten, and the account is
+	// one too low: quotas are no exact science. ErrKeyNotExist: it is gone.
+	_ = d.maps.UsageByGroup.Update(group, u, ebpf.UpdateExist)
+}

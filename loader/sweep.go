@@ -1,0 +1,214 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/pillion-project/pillion/bpf"
+)
+
+// Found is an instance whose pins exist.
+type Found struct {
+	Name string
+	Kind Kind
+	// Running tells whether a process holds it.
+	Running bool
+	// Pid is the process that made it.
+	Pid int
+	// Cgroup is its scope's path, empty when that is gone.
+	Cgroup string
+	// Problem says what is wrong with its pins, or is empty.
+	Problem string
+}
+
+// List returns every instance. cgroups is where cgroup v2 is mounted.
+func List(bpffs, cgroups string) ([]Found, error) {
+	entries, err := os.ReadDir(pinRoot(bpffs))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list instances: %w", err)
+	}
+	var all []Found
+	for _, e := range entries {
+		if !e.IsDir() || CheckName(e.Name()) != nil {
+			continue
+		}
+		all = append(all, look(bpffs, cgroups, e.Name()))
+	}
+	return all, nil
+}
+
+func look(bpffs, cgroups, name string) Found {
+	f := Found{Name: name}
+	path := filepath.Join(pinRoot(bpffs), name)
+	held, err := lockDir(path, false)
+	switch {
+	case errors.Is(err, ErrInUse):
+		f.Running = true
+		held = &dir{path: path}
+	case err != nil:
+		f.Problem = err.Error()
+		return f
+	default:
+		defer held.unlock()
+	}
+	m, i, err := readInstance(held)
+	if err != nil {
+		f.Problem = err.Error()
+		return f
+	}
+	m.Close()
+	f.Kind, f.Pid = Kind(i.Kind), int(i.Pid)
+	if i.Families == 0 && !f.Running {
+		f.Problem = ErrIncomplete.Error()
+	}
+	f.Cgroup, _ = cgroupPath(cgroups, i.Cgroup)
+	return f
+}
+
+// Remove ends an instance in any state that no process runs: it fails with
+// [ErrInUse] if one does, and with [ErrNotFound].
+func Remove(bpffs, cgroups, name string) error {
+	if err := CheckName(name); err != nil {
+		return err
+	}
+	return removeIf(bpffs, cgroups, name, func(*bpf.Instance) bool { return true })
+}
+
+// removeIf removes an instance that nobody runs, if its record is as it must
+// be. One without a readable record is removed too: its maker died before
+// anything was attached.
+func removeIf(bpffs, cgroups, name string, want func(*bpf.Instance) bool) error {
+	if _, err := os.Stat(pinRoot(bpffs)); err != nil {
+		return fmt.Errorf("%w: %s", ErrNotFound, name)
+	}
+	root, err := lockRoot(bpffs)
+	if err != nil {
+		return err
+	}
+	defer root.unlock()
+	held, err := lockDir(filepath.Join(root.path, name), false)
+	if err != nil {
+		return err
+	}
+	defer held.unlock()
+	m, i, err := readInstance(held)
+	if errors.Is(err, ErrIncomplete) {
+		return held.remove()
+	}
+	if err != nil {
+		return fmt.Errorf("instance %s: %w", name, err)
+	}
+	m.Close()
+	if !want(&i) {
+		return nil
+	}
+	return removeAll(held, cgroups, &i)
+}
+
+// removeAll takes away what a dead process left: pins, routes, and the cgroup
+// of a command that has ended.
+func removeAll(held *dir, cgroups string, i *bpf.Instance) error {
+	errs := []error{held.remove()}
+	if cookie, err := netnsCookie(); err == nil && cookie == i.Netns {
+		errs = append(errs, removeRoutes(i))
+	}
+	if Kind(i.Kind) == KindExec {
+		path, err := cgroupPath(cgroups, i.Cgroup)
+		// Only what Pillion itself would have called so.
+		if err == nil && strings.HasPrefix(filepath.Base(path), ExecCgroupPrefix) {
+			errs = append(errs, os.Remove(path))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// removeRoutes takes the routes of a dead instance away. A range that was only
+// about to be claimed may have become another's, whose handler then listens
+// there.
+func removeRoutes(i *bpf.Instance) error {
+	n, err := openNetwork()
+	if err != nil {
+		return err
+	}
+	defer n.close()
+	r := rangeOf(i)
+	if i.Families == 0 {
+		taken := false
+		err := n.listening(func(s *socket) {
+			a := s.local.Addr()
+			taken = taken || r.prefix4().Contains(a) || r.prefix6().Contains(a)
+		})
+		if err != nil || taken {
+			return err
+		}
+	}
+	return n.removeRoutes(r)
+}
+
+// ExecCgroupPrefix begins the names of the cgroups that are made for commands.
+const ExecCgroupPrefix = "pillion-exec-"
+
+// Sweep removes the instances that are provably dead and ours: those around a
+// command whose maker is gone and whose cgroup is empty or gone, standing ones
+// whose cgroup is gone, and those that were never finished. It returns their
+// names.
+func Sweep(bpffs, cgroups string) ([]string, error) {
+	found, err := List(bpffs, cgroups)
+	if err != nil {
+		return nil, err
+	}
+	var swept []string
+	var errs []error
+	for _, f := range found {
+		if f.Running {
+			continue
+		}
+		removed := false
+		err := removeIf(bpffs, cgroups, f.Name, func(i *bpf.Instance) bool {
+			removed = dead(cgroups, i)
+			return removed
+		})
+		switch {
+		case errors.Is(err, ErrInUse), errors.Is(err, ErrNotFound), errors.Is(err, ErrABI):
+			// Taken up or removed meanwhile, or not ours to judge.
+		case err != nil:
+			errs = append(errs, fmt.Errorf("sweep %s: %w", f.Name, err))
+		case removed:
+			swept = append(swept, f.Name)
+		}
+	}
+	return swept, errors.Join(errs...)
+}
+
+func dead(cgroups string, i *bpf.Instance) bool {
+	path, err := cgroupPath(cgroups, i.Cgroup)
+	if errors.Is(err, ErrNoScope) {
+		return true
+	}
+	if err != nil || Kind(i.Kind) != KindExec {
+		return false
+	}
+	start, err := processStart(int(i.Pid))
+	if err == nil && start == i.PidStart {
+		return false
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return false
+	}
+	return CgroupEmpty(path)
+}
+
+// CgroupEmpty tells whether no process is in a cgroup or below it.
+func CgroupEmpty(path string) bool {
+	b, err := os.ReadFile(filepath.Join(path, "cgroup.events"))
+	if err != nil {
+		return errors.Is(err, os.ErrNotExist)
+	}
+	return strings.Contains(string(b), "populated 0")
+}

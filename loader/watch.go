@@ -1,0 +1,147 @@
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/pillion-project/pillion/bpf"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// settle lets a burst of changes come in before they are looked at.
+	settle = 20 * time.Millisecond
+	// lookEvery is how often links and pins are looked at: somebody may have
+	// removed one, which gives no news.
+	lookEvery = time.Second
+	// syncEvery is how often addresses and routes are read without news.
+	syncEvery = 30 * time.Second
+)
+
+// Sync tells the kernel side of the namespace's addresses and routes, and
+// brings the slots' own routes and the links back if they are gone or wrong.
+// It returns what it had to mend, in words.
+func (d *Datapath) Sync() ([]string, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	mended, err := d.network.repair(d.slots)
+	if err != nil {
+		return mended, err
+	}
+	return mended, d.syncNetwork()
+}
+
+func (d *Datapath) syncNetwork() error {
+	addrs, err := d.network.addresses()
+	if err != nil {
+		return err
+	}
+	routes, err := d.network.routeTable()
+	if err != nil {
+		return err
+	}
+	own := make(map[bpf.IPAddr]uint32, len(addrs))
+	for _, a := range addrs {
+		own[bpf.FromAddr(a)] = 1
+	}
+	ways := make(map[bpf.PrefixKey]uint32, len(routes))
+	for p, kind := range routes {
+		ways[prefixKey(p)] = kind
+	}
+	return errors.Join(replace(d.maps.OwnAddrs, own), replace(d.maps.Routes, ways))
+}
+
+func prefixKey(p netip.Prefix) bpf.PrefixKey {
+	bits := p.Bits()
+	if p.Addr().Is4() {
+		bits += 96
+	}
+	return bpf.PrefixKey{Prefixlen: uint32(bits), Addr: bpf.FromAddr(p.Masked().Addr())}
+}
+
+// Kick makes [Datapath.Watch] look at once: something seems to be wrong.
+func (d *Datapath) Kick() {
+	select {
+	case d.kick <- struct{}{}:
+	default: // it is about to look
+	}
+}
+
+// Watch keeps the kernel side in step with the namespace until ctx is done, and
+// mends what others break: routes, links, pins. Everything it mends is logged.
+func (d *Datapath) Watch(ctx context.Context) error {
+	news := make(chan struct{}, 1)
+	done := make(chan struct{})
+	go d.listen(ctx, news, done)
+	defer func() { <-done }()
+	look, sync := time.NewTicker(lookEvery), time.NewTicker(syncEvery)
+	defer look.Stop()
+	defer sync.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-look.C:
+			d.mendLinks()
+			continue
+		case <-news:
+			pause(ctx, settle)
+		case <-d.kick:
+			d.mendLinks()
+		case <-sync.C:
+		}
+		d.mendNetwork()
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+func (d *Datapath) mendNetwork() {
+	mended, err := d.Sync()
+	for _, what := range mended {
+		d.options.Log.Warn("mended a slot route", "route", what)
+	}
+	if err != nil {
+		d.options.Log.Error("cannot follow the namespace's routes", "error", err)
+	}
+}
+
+func (d *Datapath) mendLinks() {
+	names, err := d.Reattach()
+	for _, name := range names {
+		d.options.Log.Warn("mended a link", "program", name)
+	}
+	if err != nil {
+		d.options.Log.Error("cannot keep the programs attached", "error", err)
+	}
+}
+
+// listen turns the kernel's news into a signal. It ends with ctx.
+func (d *Datapath) listen(ctx context.Context, news chan<- struct{}, done chan<- struct{}) {
+	defer close(done)
+	fd := int32(d.network.events.GetFd())
+	for ctx.Err() == nil {
+		ready := []unix.PollFd{{Fd: fd, Events: unix.POLLIN}}
+		n, err := unix.Poll(ready, int(lookEvery/time.Millisecond)/4)
+		if n == 0 || err != nil {
+			continue
+		}
+		// ENOBUFS: some were lost, which is as good a reason to look.
+		if _, _, err := d.network.events.Receive(); err != nil && !errors.Is(err, unix.ENOBUFS) {
+			d.options.Log.Error("cannot hear of route changes", "error", fmt.Errorf("receive: %w", err))
+			pause(ctx, lookEvery)
+		}
+		select {
+		case news <- struct{}{}:
+		default:
+		}
+	}
+}

@@ -1,0 +1,161 @@
+package capture
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"github.com/pillion-project/pillion/redirect/l4"
+)
+
+const (
+	// every is the time between two beats.
+	every = 100 * time.Millisecond
+	// MaxAge is how old a beat may be before the connect hook takes the handler
+	// for gone. With the time between beats and that of a canary it keeps the
+	// time to notice below half a second.
+	MaxAge = 350 * time.Millisecond
+	// canaryLimit is how long a canary may take.
+	canaryLimit = 150 * time.Millisecond
+	// busyAbove and busyBelow are fills of the accept queue. They are apart, so
+	// that a queue around one mark does not make the hook change its mind all
+	// the time.
+	busyAbove = 0.5
+	busyBelow = 0.25
+	// stuckAfter is how many beats in a row a worker may be at the same turn
+	// without waiting: a long turn is no hang.
+	stuckAfter = 3
+)
+
+// Kernel is where beats are published and canaries let in.
+type Kernel interface {
+	// Beat publishes the sign of life, which holds for maxAge ns.
+	Beat(alive, busy bool, maxAge int64) error
+	AdmitCanary(source, slot netip.AddrPort) error
+	ForgetCanary(source, slot netip.AddrPort) error
+	// Exempt tags a socket as the handler's own.
+	Exempt(fd int) error
+	// Kick asks for routes and links to be looked at: something is wrong.
+	Kick()
+}
+
+// Handler is whose life it is.
+type Handler interface {
+	// Backlog is the fill of the fullest accept queue, from 0 to 1.
+	Backlog() float64
+	// Progress appends a sign of life of each worker.
+	Progress(buf []l4.Progress) []l4.Progress
+}
+
+// Beat is the heartbeat of one handler.
+type Beat struct {
+	kernel  Kernel
+	handler Handler
+	probes  []*canary
+	log     *slog.Logger
+
+	busy     bool
+	alive    bool
+	progress []l4.Progress
+	stuck    []int // beats since each worker last moved
+}
+
+// New returns a heartbeat that tests the way to slots, the canary addresses of
+// each family; invalid ones are left out.
+func New(k Kernel, h Handler, slots []netip.Addr, log *slog.Logger) *Beat {
+	b := &Beat{kernel: k, handler: h, log: log}
+	for _, s := range slots {
+		if s.IsValid() {
+			b.probes = append(b.probes, &canary{kernel: k, slot: netip.AddrPortFrom(s, canaryPort)})
+		}
+	}
+	return b
+}
+
+// Run beats until ctx is done; then it publishes that nobody is there.
+func (b *Beat) Run(ctx context.Context) error {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		if err := b.Once(ctx); err != nil && ctx.Err() == nil {
+			b.log.Error("cannot publish the heartbeat", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			if err := b.kernel.Beat(false, false, 0); err != nil {
+				return fmt.Errorf("publish the end: %w", err)
+			}
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// Once looks at everything and publishes what it found.
+func (b *Beat) Once(ctx context.Context) error {
+	err := errors.Join(b.workersMove(), b.slotsArrive(ctx))
+	b.look()
+	if alive := err == nil; alive != b.alive {
+		b.alive = alive
+		if alive {
+			b.log.Info("connections are redirected")
+		} else {
+			b.log.Warn("connections are not redirected: on_failure decides", "error", err)
+		}
+	}
+	if err != nil {
+		b.kernel.Kick()
+		// The last good beat runs out by itself. Taking it back at once would
+		// make one slow canary a failure.
+		return nil
+	}
+	return b.kernel.Beat(true, b.busy, int64(MaxAge))
+}
+
+// Alive tells whether the last look found everything in order. It is to be
+// called by who calls Once, or after Run.
+func (b *Beat) Alive() bool { return b.alive }
+
+// look at the accept queues.
+func (b *Beat) look() {
+	fill := b.handler.Backlog()
+	if b.busy {
+		b.busy = fill > busyBelow
+	} else {
+		b.busy = fill > busyAbove
+	}
+}
+
+var errStuck = errors.New("a worker of the handler hangs")
+
+// workersMove fails when a worker neither waits nor moves.
+func (b *Beat) workersMove() error {
+	before := b.progress
+	b.progress = b.handler.Progress(make([]l4.Progress, 0, len(before)))
+	if len(b.stuck) != len(b.progress) {
+		b.stuck = make([]int, len(b.progress))
+		return nil
+	}
+	for i, p := range b.progress {
+		if p.Waiting || p.Turn != before[i].Turn {
+			b.stuck[i] = 0
+			continue
+		}
+		if b.stuck[i]++; b.stuck[i] >= stuckAfter {
+			return errStuck
+		}
+	}
+	return nil
+}
+
+func (b *Beat) slotsArrive(ctx context.Context) error {
+	for _, c := range b.probes {
+		if err := c.fly(ctx); err != nil {
+			return fmt.Errorf("connect to slot %s: %w", c.slot.Addr(), err)
+		}
+	}
+	return nil
+}
