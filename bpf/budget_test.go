@@ -8,20 +8,20 @@ import (
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
-// budget is how many instructions the verifier may walk for each program, some
-// 30 % above what it does. It is what loading costs, and a sign of what running
-// costs: a program that outgrows it has to say why in the commit that raises
-// it. Kernels differ a little: these hold on 6.1 and on 6.18.
+// budget is how many instructions the verifier may walk for each program: some
+// 30 % above what it does on 6.1 or 6.18, whichever walks more (6.1 does, up to
+// 2.6 times). It is what loading costs, and a sign of what running costs: who
+// raises it says why in the commit.
 var budget = map[string]uint32{
-	ProgConnect4:     22500,
-	ProgConnect6:     35000,
+	ProgConnect4:     59000,
+	ProgConnect6:     51000,
 	ProgGetpeername4: 40,
 	ProgGetpeername6: 75,
 	ProgBind4:        65,
 	ProgBind6:        90,
-	ProgRelease:      50,
-	ProgSockops:      640,
-	ProgLookup:       690,
+	ProgRelease:      60,
+	ProgSockops:      950,
+	ProgLookup:       860,
 }
 
 func TestBudget(t *testing.T) {
