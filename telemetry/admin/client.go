@@ -1,0 +1,121 @@
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"syscall"
+	"time"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+)
+
+const (
+	// answerTimeout is how long an instance has to begin its answer.
+	answerTimeout = 15 * time.Second
+	// errorMax bounds the text of an error.
+	errorMax = 64 << 10
+)
+
+// Client asks an instance. Its methods are safe for concurrent use; each opens a
+// connection of its own and leaves nothing behind. They fail with [ErrNotRunning]
+// when nobody listens and with [*Error] when the answer is an error.
+type Client struct {
+	path string
+	http http.Client
+}
+
+// Dial returns a client of the socket at path. It does not connect yet.
+func Dial(path string) *Client {
+	var d net.Dialer
+	return &Client{path: path, http: http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return d.DialContext(ctx, "unix", path)
+		},
+		DisableKeepAlives:     true,
+		DisableCompression:    true,
+		ResponseHeaderTimeout: answerTimeout,
+	}}}
+}
+
+// Status asks how the instance is.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	var s Status
+	err := c.ask(ctx, "/v1/status", nil, &s)
+	return s, err
+}
+
+// Flows asks for flow records.
+func (c *Client) Flows(ctx context.Context, q FlowQuery) ([]flow.Record, error) {
+	var records []flow.Record
+	err := c.ask(ctx, "/v1/flows", q.values(), &records)
+	return records, err
+}
+
+// Resolve asks which original address a slot stands for.
+func (c *Client) Resolve(ctx context.Context, slot netip.Addr) (netip.Addr, error) {
+	var r resolved
+	err := c.ask(ctx, "/v1/resolve", url.Values{"slot": {slot.String()}}, &r)
+	return r.Address, err
+}
+
+// Metrics asks for the metrics in Prometheus' text format. The caller closes it.
+func (c *Client) Metrics(ctx context.Context) (io.ReadCloser, error) {
+	return c.get(ctx, "/metrics", nil)
+}
+
+// ask decodes the answer of path into answer.
+func (c *Client) ask(ctx context.Context, path string, v url.Values, answer any) error {
+	body, err := c.get(ctx, path, v)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if err := json.NewDecoder(body).Decode(answer); err != nil {
+		return fmt.Errorf("read answer of %s%s: %w", c.path, path, err)
+	}
+	return nil
+}
+
+// get returns the body of a good answer; the caller closes it.
+func (c *Client) get(ctx context.Context, path string, v url.Values) (io.ReadCloser, error) {
+	u := url.URL{Scheme: "http", Host: "pillion", Path: path, RawQuery: v.Encode()}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return nil, fmt.Errorf("ask %s: %w", c.path, err)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+			return nil, fmt.Errorf("%w at %s", ErrNotRunning, c.path)
+		}
+		// Without the URL that http puts in front: the host in it is made up.
+		if e, ok := errors.AsType[*url.Error](err); ok {
+			err = e.Err
+		}
+		return nil, fmt.Errorf("ask %s: %w", c.path, err)
+	}
+	if resp.StatusCode == http.StatusOK {
+		return resp.Body, nil
+	}
+	defer resp.Body.Close()
+	return nil, readError(resp)
+}
+
+// readError reads an answer that is an error. An instance of another version
+// may send one that is no JSON.
+func readError(resp *http.Response) error {
+	e := &Error{Code: resp.StatusCode}
+	err := json.NewDecoder(io.LimitReader(resp.Body, errorMax)).Decode(e)
+	if err != nil || e.Message == "" {
+		e.Message = resp.Status
+	}
+	return e
+}
