@@ -7,8 +7,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"time"
-
-	"github.com/pillion-project/pillion/redirect/l4"
 )
 
 const (
@@ -46,8 +44,8 @@ type Kernel interface {
 type Handler interface {
 	// Backlog is the fill of the fullest accept queue, from 0 to 1.
 	Backlog() float64
-	// Progress appends a sign of life of each worker.
-	Progress(buf []l4.Progress) []l4.Progress
+	// Moved tells whether every worker waits or has moved since the last call.
+	Moved() bool
 }
 
 // Beat is the heartbeat of one handler.
@@ -57,10 +55,9 @@ type Beat struct {
 	probes  []*canary
 	log     *slog.Logger
 
-	busy     bool
-	alive    bool
-	progress []l4.Progress
-	stuck    []int // beats since each worker last moved
+	busy  bool
+	alive bool
+	stuck int // beats since all workers last moved
 }
 
 // New returns a heartbeat that tests the way to slots, the canary addresses of
@@ -133,20 +130,12 @@ var errStuck = errors.New("a worker of the handler hangs")
 
 // workersMove fails when a worker neither waits nor moves.
 func (b *Beat) workersMove() error {
-	before := b.progress
-	b.progress = b.handler.Progress(make([]l4.Progress, 0, len(before)))
-	if len(b.stuck) != len(b.progress) {
-		b.stuck = make([]int, len(b.progress))
+	if b.handler.Moved() {
+		b.stuck = 0
 		return nil
 	}
-	for i, p := range b.progress {
-		if p.Waiting || p.Turn != before[i].Turn {
-			b.stuck[i] = 0
-			continue
-		}
-		if b.stuck[i]++; b.stuck[i] >= stuckAfter {
-			return errStuck
-		}
+	if b.stuck++; b.stuck >= stuckAfter {
+		return errStuck
 	}
 	return nil
 }

@@ -152,5 +152,6 @@ func (h *Handler) Stats() l4.Stats { return h.relay.Stats() }
 // Backlog returns the fill of the fullest accept queue, from 0 to 1.
 func (h *Handler) Backlog() float64 { return h.relay.Backlog() }
 
-// Progress appends a sign of life of each worker to buf.
-func (h *Handler) Progress(buf []l4.Progress) []l4.Progress { return h.relay.Progress(buf) }
+// Moved tells whether every worker waits for work or has moved since the last
+// call. One caller at a time.
+func (h *Handler) Moved() bool { return h.relay.Moved() }

@@ -184,20 +184,17 @@ func (r *Relay) Live(ctx context.Context) []flow.Record {
 	return all
 }
 
-// Progress returns, for each worker, a number that changes while it works, and
-// whether it waits for work.
-func (r *Relay) Progress(buf []Progress) []Progress {
+// Moved tells whether every worker waits for work or has moved since the last
+// call. One that did neither for long hangs, or gets no processor. One caller at
+// a time.
+func (r *Relay) Moved() bool {
+	moved := true
 	for _, w := range r.workers {
-		buf = append(buf, Progress{Turn: w.turn.Load(), Waiting: w.waiting.Load()})
+		turn := w.turn.Load()
+		moved = moved && (w.waiting.Load() || turn != w.seen)
+		w.seen = turn
 	}
-	return buf
-}
-
-// Progress is a sign of life of one worker. One that does not wait and is still
-// at the same turn later on hangs, or gets no processor.
-type Progress struct {
-	Turn    uint64
-	Waiting bool
+	return moved
 }
 
 // Stats returns the counters of all workers together.

@@ -56,6 +56,7 @@ type worker struct {
 	ledger   ledger
 	counters counters
 	turn     atomic.Uint64
+	seen     uint64 // turn at the last call of Moved, which alone uses it
 	waiting  atomic.Bool
 	// interrupted is the turn in which a raw wait was last interrupted.
 	interrupted uint64
