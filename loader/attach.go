@@ -62,7 +62,10 @@ func (d *Datapath) Attach() ([]Existing, error) {
 
 	var before []Existing
 	for _, name := range attachOrder {
-		if name == bpf.ProgConnect4 && d.links[name] == nil {
+		if d.links[name] != nil {
+			continue // AttachLookup was here
+		}
+		if name == bpf.ProgConnect4 && !d.pinned(name) {
 			// From here on sockops counts what connect has not decided on.
 			if before, err = d.existing(); err != nil {
 				return nil, err
@@ -72,15 +75,32 @@ func (d *Datapath) Attach() ([]Existing, error) {
 		if name == bpf.ProgLookup {
 			target = netns
 		}
-		fresh, err := d.attach(name, target)
-		if err != nil {
+		if _, err := d.attach(name, target); err != nil {
 			return nil, fmt.Errorf("attach %s: %w", name, err)
-		}
-		if name == bpf.ProgConnect6 && !fresh {
-			return nil, nil // captured all along
 		}
 	}
 	return before, nil
+}
+
+// pinned tells whether an earlier process attached a program.
+func (d *Datapath) pinned(name string) bool {
+	_, err := os.Stat(d.dir.pin(linkPrefix + name))
+	return err == nil
+}
+
+// AttachLookup makes the lookup program alone live: connections to slots then
+// reach the handler, but nobody is sent there yet. It lets the handler prove
+// that it works before the first application depends on it.
+func (d *Datapath) AttachLookup() error {
+	netns, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return fmt.Errorf("open network namespace: %w", err)
+	}
+	defer netns.Close()
+	if _, err := d.attach(bpf.ProgLookup, netns); err != nil {
+		return fmt.Errorf("attach %s: %w", bpf.ProgLookup, err)
+	}
+	return nil
 }
 
 // attach makes one program live. It reports whether it was not before.
@@ -140,10 +160,8 @@ func detach(l link.Link) error {
 func (d *Datapath) Reattach() ([]string, error) {
 	var mended []string
 	for _, name := range attachOrder {
-		if _, err := os.Stat(d.dir.pin(linkPrefix + name)); err == nil {
-			if attached(d.links[name]) {
-				continue
-			}
+		if d.pinned(name) && attached(d.links[name]) {
+			continue
 		}
 		if err := d.reattach(name); err != nil {
 			return mended, fmt.Errorf("attach %s again: %w", name, err)

@@ -207,6 +207,7 @@ func (d *Datapath) Close() error {
 // routes, and frees the handles.
 func (d *Datapath) Unload() error {
 	err := d.undo()
+	removeRoot(d.options.BPFFS)
 	if err != nil {
 		return fmt.Errorf("unload instance %s: %w", d.options.Name, err)
 	}

@@ -112,18 +112,45 @@ func same(f *os.File, path string) bool {
 // removes one holds it, for moments.
 func lockRoot(bpffs string) (*dir, error) {
 	root := pinRoot(bpffs)
-	if err := os.Mkdir(root, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
-		return nil, fmt.Errorf("create %s: %w", root, err)
+	for {
+		if err := os.Mkdir(root, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+			return nil, fmt.Errorf("create %s: %w", root, err)
+		}
+		locked, err := lockDir(root, true)
+		if errors.Is(err, ErrNotFound) {
+			continue // the last instance went, and took it along
+		}
+		if err != nil {
+			return nil, err
+		}
+		// The modes of a directory that somebody else made are not ours.
+		if err := checkPrivate(root); err != nil {
+			locked.unlock()
+			return nil, err
+		}
+		return locked, nil
 	}
-	// The modes of a directory that somebody else made are not ours.
+}
+
+func checkPrivate(path string) error {
 	var st unix.Stat_t
-	if err := unix.Stat(root, &st); err != nil {
-		return nil, fmt.Errorf("look at %s: %w", root, err)
+	if err := unix.Stat(path, &st); err != nil {
+		return fmt.Errorf("look at %s: %w", path, err)
 	}
-	if int(st.Uid) != os.Geteuid() || st.Mode&0o077 != 0 {
-		return nil, fmt.Errorf("%s: owner %d, mode %o: want one that only uid %d can enter", root, st.Uid, st.Mode&0o777, os.Geteuid())
+	if uid := os.Geteuid(); int(st.Uid) != uid || st.Mode&0o077 != 0 {
+		return fmt.Errorf("%s: owner %d, mode %o: want one that only uid %d can enter", path, st.Uid, st.Mode&0o777, uid)
 	}
-	return lockDir(root, true)
+	return nil
+}
+
+// removeRoot removes the directory of all instances if there is none.
+func removeRoot(bpffs string) {
+	root, err := lockRoot(bpffs)
+	if err != nil {
+		return
+	}
+	defer root.unlock()
+	_ = os.Remove(root.path) // ENOTEMPTY: there is one
 }
 
 // unlock lets go of the directory.

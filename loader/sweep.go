@@ -77,7 +77,9 @@ func Remove(bpffs, cgroups, name string) error {
 	if err := CheckName(name); err != nil {
 		return err
 	}
-	return removeIf(bpffs, cgroups, name, func(*bpf.Instance) bool { return true })
+	err := removeIf(bpffs, cgroups, name, func(*bpf.Instance) bool { return true })
+	removeRoot(bpffs)
+	return err
 }
 
 // removeIf removes an instance that nobody runs, if its record is as it must
