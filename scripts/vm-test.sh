@@ -93,7 +93,7 @@ build_tests() {
 		local relative=${dir#"$PWD"/}
 		mkdir -p "$root/src/$relative"
 		CGO_ENABLED=0 go test -c -ldflags=-w \
-			-o "$root/src/$relative/run.test" "$package" ||
+			-o "$root/src/$relative/run.test" "$package" >&2 ||
 			die "does not compile: $package"
 		if [[ ! -e $root/src/$relative/run.test ]]; then
 			continue # no test files
@@ -106,6 +106,8 @@ build_tests() {
 	[[ -s $root/tests ]] || die "no tests in ${packages[*]}"
 }
 
+# build_image writes the initial file system, as the kernel takes it, to its
+# standard output.
 build_image() {
 	local root=$1 tree=$2 version=$3
 	mkdir -p "$root"/{bin,dev,etc,proc,root,run,src,sys,tmp,var}
@@ -145,7 +147,8 @@ ulimit -H -n 524288
 echo "vm-test: Linux $(uname -r)"
 status=0
 ip link set lo up || status=1
-modprobe -a veth dummy || status=1
+modprobe veth || status=1
+modprobe dummy numdummies=0 || status=1
 arguments=$(cat /arguments)
 while read -r package dir; do
 	cd "$dir" || continue
