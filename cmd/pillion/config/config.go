@@ -1,0 +1,153 @@
+package config
+
+import (
+	"net/netip"
+	"strconv"
+	"time"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/upstream/balance"
+	"github.com/pillion-project/pillion/redirect/upstream/health"
+)
+
+// Config is everything that the user decides. [Default] has the values that
+// apply where nothing is said; the zero value is not valid.
+type Config struct {
+	// Services are the addresses that have endpoints of their own.
+	Services []Service
+	// Deny refuses connections. It comes before Exclude, which leaves them
+	// alone and comes before Services.
+	Deny, Exclude []Rule
+	// Default is what happens to a destination that no rule and no service
+	// names: PathRelay or PathPass.
+	Default flow.Path
+	// OnFailure is what happens to a connection that should be redirected and
+	// cannot be.
+	OnFailure OnFailure
+	// Existing is what happens to connections that are older than the capture.
+	Existing Existing
+	Relay    Relay
+	Health   health.Config
+	Limits   Limits
+	// FlowLog is the path of the file to which flow records go, or empty.
+	FlowLog string
+	// Metrics is where metrics are served over HTTP; not valid means nowhere.
+	Metrics netip.AddrPort
+}
+
+// OnFailure says what happens to a connection that cannot be redirected.
+type OnFailure string
+
+// The values of OnFailure.
+const (
+	OnFailureOpen   OnFailure = "open"   // it goes straight to where it was going
+	OnFailureClosed OnFailure = "closed" // it is refused
+)
+
+// Existing says what happens to connections that were open before the capture.
+type Existing string
+
+// The values of Existing.
+const (
+	ExistingReport Existing = "report" // they are counted and left alone
+	ExistingReset  Existing = "reset"  // they are reset, so that applications connect again
+)
+
+// What the user may write, for errors that list it.
+var (
+	onFailures = []OnFailure{OnFailureOpen, OnFailureClosed}
+	existings  = []Existing{ExistingReport, ExistingReset}
+	defaults   = []string{flow.PathRelay.String(), flow.PathPass.String()}
+)
+
+// Service is an address that applications dial, and what serves it.
+type Service struct {
+	// Name is unique. It is the address where the user gives none.
+	Name string
+	// Addr is the original destination, unmapped.
+	Addr      netip.AddrPort
+	Endpoints []Endpoint
+	// Policy is one of balance.Names.
+	Policy string
+	// OnFailure is empty where the configuration's own applies.
+	OnFailure OnFailure
+}
+
+// Endpoint is one of the addresses that serve a service.
+type Endpoint struct {
+	// Addr is unmapped.
+	Addr netip.AddrPort
+	// Weight is the endpoint's share of the connections, 1 to 65535.
+	Weight uint32
+}
+
+// Rule names destinations.
+type Rule struct {
+	// Prefix has no host bits set, and is IPv4 also where the user wrote the
+	// range in mapped form.
+	Prefix netip.Prefix
+	// Port is 0 for every port.
+	Port uint16
+}
+
+// String returns the rule as [ParseRule] reads it.
+func (r Rule) String() string {
+	s := r.Prefix.String()
+	switch {
+	case r.Port == 0:
+		return s
+	case r.Prefix.Addr().Is6():
+		s = "[" + s + "]"
+	default:
+	}
+	return s + ":" + strconv.Itoa(int(r.Port))
+}
+
+// Relay is how the handler carries connections.
+type Relay struct {
+	// Workers is how many threads carry connections; 0 is one per CPU.
+	Workers int
+	// DialTimeout is how long one endpoint may take to answer, DialBudget how
+	// long all attempts of a connection may take together.
+	DialTimeout, DialBudget time.Duration
+	// IdleTimeout ends a connection on which no byte moved for so long, and
+	// MaxLifetime one that is open for so long; 0 never does.
+	IdleTimeout, MaxLifetime time.Duration
+	// Attempts is how many endpoints are tried for one connection.
+	Attempts int
+}
+
+// Limits bounds what the applications can use up.
+type Limits struct {
+	// SlotsPerContainer is how many destinations that no service names one
+	// container may have in use.
+	SlotsPerContainer int
+	// ConnectionsPerContainer is how many redirected connections one container
+	// may have open; 0 is no limit of its own.
+	ConnectionsPerContainer int
+	// Connections is how many redirected connections may be open.
+	Connections int
+}
+
+// Default returns the configuration of a user who says nothing. The caller owns
+// it.
+func Default() Config {
+	return Config{
+		Default:   flow.PathRelay,
+		OnFailure: OnFailureOpen,
+		Existing:  ExistingReport,
+		Relay: Relay{
+			DialTimeout: 5 * time.Second,
+			DialBudget:  15 * time.Second,
+			Attempts:    3,
+		},
+		Health: health.Default(),
+		Limits: Limits{
+			SlotsPerContainer: 16384,
+			Connections:       200000,
+		},
+	}
+}
+
+// defaultPolicy is the policy of a service that names none.
+func defaultPolicy() string { return balance.Names()[0] }

@@ -1,0 +1,52 @@
+package config
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"slices"
+)
+
+// maxSize is how many bytes a configuration may have: the kernel side's tables
+// are full before.
+const maxSize = 8 << 20
+
+// Load reads the configuration in the file at path. It is valid, and the
+// caller owns it. All problems of the file are in one error, each on a line
+// that begins with path:line:column.
+func Load(path string) (*Config, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("read the configuration: %w", err)
+	}
+	defer f.Close()
+	// One byte more than is allowed, so that Parse sees that it is too much.
+	// What the file system says of the size is no guide: it may be a pipe.
+	data, err := io.ReadAll(io.LimitReader(f, maxSize+1))
+	if err != nil {
+		return nil, fmt.Errorf("read the configuration: %w", err)
+	}
+	return Parse(path, data)
+}
+
+// Parse reads a configuration from data, as [Load] does from a file. name is
+// what errors call it.
+func Parse(name string, data []byte) (*Config, error) {
+	w := &places{file: name, byPath: make(map[string]position)}
+	body, err := parseYAML(w, data)
+	if err != nil {
+		return nil, err
+	}
+	c := Default()
+	d := &decoder{places: w, bad: make(map[string]bool)}
+	if body != nil {
+		d.config(&c, body)
+	}
+	// What was not understood has its default or nothing, which says nothing
+	// about what the user wants.
+	problems := slices.DeleteFunc(c.problems(), func(p problem) bool { return d.spoiled(p.path) })
+	if err := w.join(append(d.found, problems...)); err != nil {
+		return nil, err
+	}
+	return &c, nil
+}

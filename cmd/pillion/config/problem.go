@@ -1,0 +1,115 @@
+package config
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// problem is one thing that is wrong with a configuration. Its place is a path
+// such as services[0].endpoints[1].address, so that it can be told of a
+// configuration that came from flags; where there is a file, the file's
+// positions are looked up by path.
+type problem struct {
+	path string
+	text string
+	// see is the path of what the value clashes with, or empty.
+	see string
+	// at is where the problem stands, if not where the value at path does.
+	at position
+}
+
+// position is a place in a file. Both count from 1; columns count characters.
+type position struct{ line, column int }
+
+// maxProblems is how many problems one error tells. Whoever has more has one
+// mistake that is repeated, or the wrong file.
+const maxProblems = 50
+
+// joinPaths makes one error of problems that have no file.
+func joinPaths(problems []problem) error {
+	var errs []error
+	for i, p := range problems {
+		if i == maxProblems {
+			errs = append(errs, more(len(problems)-i))
+			break
+		}
+		text := p.text
+		if p.see != "" {
+			text += " (" + p.see + ")"
+		}
+		errs = append(errs, fmt.Errorf("%s: %s", p.path, text))
+	}
+	return errors.Join(errs...)
+}
+
+// places knows where in a file the values of a configuration stand.
+type places struct {
+	file   string
+	byPath map[string]position
+}
+
+// join makes one error of problems, in the order of the file.
+func (w *places) join(problems []problem) error {
+	slices.SortStableFunc(problems, func(a, b problem) int {
+		x, y := w.locate(a), w.locate(b)
+		return cmp.Or(cmp.Compare(x.line, y.line), cmp.Compare(x.column, y.column))
+	})
+	var errs []error
+	for i, p := range problems {
+		if i == maxProblems {
+			errs = append(errs, more(len(problems)-i))
+			break
+		}
+		text := p.text
+		if p.path != "" {
+			text = p.path + ": " + text
+		}
+		if p.see != "" {
+			text += fmt.Sprintf(" (line %d)", w.find(p.see).line)
+		}
+		errs = append(errs, w.error(w.locate(p), text))
+	}
+	return errors.Join(errs...)
+}
+
+// error tells one problem of the file, at a position.
+func (w *places) error(at position, text string) error {
+	return fmt.Errorf("%s:%d:%d: %s", w.file, at.line, at.column, text)
+}
+
+func (w *places) locate(p problem) position {
+	if p.at != (position{}) {
+		return p.at
+	}
+	return w.find(p.path)
+}
+
+// find returns where the value at path stands, or the nearest value around it:
+// a key that is missing has no place of its own.
+func (w *places) find(path string) position {
+	for {
+		if at, ok := w.byPath[path]; ok {
+			return at
+		}
+		if path == "" {
+			return position{line: 1, column: 1}
+		}
+		path = parent(path)
+	}
+}
+
+// parent returns the path of what holds the value at path; the whole
+// configuration is at "".
+func parent(path string) string {
+	return path[:max(strings.LastIndexAny(path, ".["), 0)]
+}
+
+func more(n int) error {
+	if n == 1 {
+		return errors.New("and 1 more problem")
+	}
+	return fmt.Errorf("and %d more problems", n)
+}

@@ -1,0 +1,310 @@
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/upstream/balance"
+)
+
+// What the kernel side has room for; a test compares them with its maps.
+const (
+	maxServices    = 65536
+	maxRules       = 16384
+	maxSlots       = 65536
+	maxConnections = 262144
+	maxWorkers     = 32
+)
+
+const (
+	maxWeight   = 65535
+	maxName     = 253 // bytes: as long as a name in DNS
+	maxAttempts = 100
+)
+
+// slotRanges are the supernets of which every instance takes its slots.
+var slotRanges = []netip.Prefix{
+	netip.MustParsePrefix("240.0.0.0/10"),
+	netip.MustParsePrefix("fd70:696c:6c69::/48"),
+}
+
+// metadata are the addresses of is_metadata in bpf/include/decide.h.
+var metadata = []netip.Addr{
+	netip.MustParseAddr("169.254.169.254"),
+	netip.MustParseAddr("169.254.170.2"),
+	netip.MustParseAddr("168.63.129.16"),
+	netip.MustParseAddr("100.100.100.200"),
+	netip.MustParseAddr("fd00:ec2::254"),
+	netip.MustParseAddr("fd20:ce::254"),
+}
+
+// Validate reports everything in the configuration that makes no sense, in one
+// error of which each line begins with the path of the value. It changes
+// nothing and asks the system nothing.
+func (c *Config) Validate() error { return joinPaths(c.problems()) }
+
+// check gathers problems.
+type check struct{ found []problem }
+
+func (k *check) add(path, format string, args ...any) {
+	k.found = append(k.found, problem{path: path, text: fmt.Sprintf(format, args...)})
+}
+
+// clash says that the value at path is at another path already.
+func (k *check) clash(path, other, format string, args ...any) {
+	k.found = append(k.found, problem{path: path, see: other, text: fmt.Sprintf(format, args...)})
+}
+
+func (k *check) number(path string, n, low, high int) {
+	if n < low || n > high {
+		k.add(path, "%d: want %d to %d", n, low, high)
+	}
+}
+
+func (c *Config) problems() []problem {
+	k := &check{}
+	k.services(c.Services)
+	k.rules("deny", c.Deny)
+	k.rules("exclude", c.Exclude)
+	if c.Default != flow.PathRelay && c.Default != flow.PathPass {
+		k.add("default", "%s: want %s or %s", c.Default, flow.PathRelay, flow.PathPass)
+	}
+	if !slices.Contains(onFailures, c.OnFailure) {
+		k.add("on_failure", "%s: %s", show(string(c.OnFailure)), meant(string(c.OnFailure), onFailures))
+	}
+	if !slices.Contains(existings, c.Existing) {
+		k.add("existing", "%s: %s", show(string(c.Existing)), meant(string(c.Existing), existings))
+	}
+	k.relay(c.Relay)
+	if err := c.Health.Validate(); err != nil {
+		for _, err := range split(err) {
+			k.add("health", "%v", err)
+		}
+	}
+	k.number("limits.slots_per_container", c.Limits.SlotsPerContainer, 1, maxSlots)
+	k.number("limits.connections_per_container", c.Limits.ConnectionsPerContainer, 0, maxConnections)
+	k.number("limits.connections", c.Limits.Connections, 1, maxConnections)
+	k.text("flow_log", c.FlowLog)
+	if c.Metrics != (netip.AddrPort{}) {
+		k.listen("metrics", c.Metrics)
+	}
+	return k.found
+}
+
+func (k *check) services(services []Service) {
+	if len(services) > maxServices {
+		k.add("services", "%d services: the kernel side has room for %d", len(services), maxServices)
+	}
+	addrs := make(map[netip.AddrPort]int, len(services))
+	names := make(map[string]int, len(services))
+	for i, s := range services {
+		path := index("services", i)
+		k.serviceAddr(path+".address", s.Addr)
+		addr := unmap(s.Addr)
+		first, taken := addrs[addr]
+		switch {
+		case !s.Addr.IsValid():
+		case taken:
+			k.clash(path+".address", index("services", first)+".address", "%s is the address of service %s already", addr, show(services[first].Name))
+		default:
+			addrs[addr] = i
+		}
+		// A service without a name of its own clashes once.
+		other, named := names[s.Name]
+		switch {
+		case s.Name == "" || named && taken && s.Name == addr.String():
+		case named:
+			k.clash(path+".name", index("services", other)+".name", "%s is the name of another service", show(s.Name))
+		default:
+			names[s.Name] = i
+		}
+		k.name(path+".name", s)
+		k.endpoints(path+".endpoints", s.Endpoints)
+		if names := balance.Names(); !slices.Contains(names, s.Policy) {
+			k.add(path+".policy", "unknown policy %s: %s", show(s.Policy), meant(s.Policy, names))
+		}
+		if s.OnFailure != "" && !slices.Contains(onFailures, s.OnFailure) {
+			k.add(path+".on_failure", "%s: %s", show(string(s.OnFailure)), meant(string(s.OnFailure), onFailures))
+		}
+	}
+}
+
+func (k *check) name(path string, s Service) {
+	switch {
+	case s.Name == "" && s.Addr.IsValid():
+		k.add(path, "empty")
+	case len(s.Name) > maxName:
+		k.add(path, "%s is %d bytes long: want at most %d", show(s.Name), len(s.Name), maxName)
+	default:
+		k.text(path, s.Name)
+	}
+}
+
+// text refuses what would spoil a line of a log or a listing.
+func (k *check) text(path, s string) {
+	unprintable := func(r rune) bool { return !unicode.IsPrint(r) }
+	if !utf8.ValidString(s) || slices.ContainsFunc([]rune(s), unprintable) {
+		k.add(path, "%s: want printable characters only", show(s))
+	}
+}
+
+// serviceAddr refuses the addresses that the kernel side leaves alone whatever
+// the rules say: a service there would never see a connection.
+func (k *check) serviceAddr(path string, a netip.AddrPort) {
+	if !k.addrPort(path, a) {
+		return
+	}
+	if kind := leftAlone(a.Addr().Unmap()); kind != "" {
+		k.add(path, "%s is %s, which is never captured: want the address that applications connect to", a, kind)
+	}
+}
+
+// leftAlone says what a is if the kernel side never captures it, else "".
+func leftAlone(a netip.Addr) string {
+	switch {
+	case isSlot(a):
+		return "a slot address of Pillion's own"
+	case a.Zone() != "":
+		return "an address with a zone"
+	case slices.Contains(metadata, a):
+		return "a cloud provider's metadata service"
+	case a.IsLoopback():
+		return "a loopback address"
+	case a.IsUnspecified():
+		return "the unspecified address"
+	case a.IsLinkLocalUnicast():
+		return "a link-local address"
+	case isMulticast(a):
+		return "a multicast or broadcast address"
+	default:
+		return ""
+	}
+}
+
+func (k *check) endpoints(path string, endpoints []Endpoint) {
+	if len(endpoints) == 0 {
+		k.add(path, "no endpoints: want one ADDR:PORT at least")
+	}
+	first := make(map[netip.AddrPort]int, len(endpoints))
+	for i, e := range endpoints {
+		path, other := index(path, i), path
+		if e.Weight == 0 || e.Weight > maxWeight {
+			k.add(path+".weight", "%d: want 1 to %d", e.Weight, maxWeight)
+		}
+		if !k.addrPort(path+".address", e.Addr) {
+			continue
+		}
+		addr := unmap(e.Addr)
+		if j, twice := first[addr]; twice {
+			k.clash(path+".address", index(other, j)+".address", "%s is listed twice: give it a weight instead", addr)
+			continue
+		}
+		first[addr] = i
+		k.endpointAddr(path+".address", addr)
+	}
+}
+
+// endpointAddr refuses what cannot be dialed, and what would come back to the
+// handler.
+func (k *check) endpointAddr(path string, addr netip.AddrPort) {
+	switch a := addr.Addr(); {
+	case isSlot(a):
+		k.add(path, "%s is a slot address, where Pillion's own handler listens: a connection would go round for ever", addr)
+	case a.IsUnspecified():
+		k.add(path, "%s is the unspecified address: want the one that the endpoint is reached at", addr)
+	case isMulticast(a):
+		k.add(path, "%s is a multicast or broadcast address: TCP reaches none", addr)
+	case a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "":
+		k.add(path, "%s is a link-local address: want it with its zone, such as [%s%%eth0]:%d", addr, a, addr.Port())
+	default:
+	}
+}
+
+func (k *check) rules(path string, rules []Rule) {
+	if len(rules) > maxRules {
+		k.add(path, "%d rules: the kernel side has room for %d", len(rules), maxRules)
+	}
+	for i, r := range rules {
+		switch {
+		case !r.Prefix.IsValid():
+			k.add(index(path, i), "no range of addresses")
+		case r.Prefix != r.Prefix.Masked():
+			k.add(index(path, i), "%s: host bits are set: want %s", r.Prefix, r.Prefix.Masked())
+		case r.Prefix.Addr().Is4In6() && r.Prefix.Bits() >= 96:
+			k.add(index(path, i), "%s: want the IPv4 range", r.Prefix)
+		default:
+		}
+	}
+}
+
+func (k *check) relay(r Relay) {
+	k.number("relay.workers", r.Workers, 0, maxWorkers)
+	k.number("relay.attempts", r.Attempts, 1, maxAttempts)
+	for _, d := range []struct {
+		path  string
+		value time.Duration
+		least time.Duration
+		want  string
+	}{
+		{"relay.dial_timeout", r.DialTimeout, 1, "more than 0"},
+		{"relay.dial_budget", r.DialBudget, 1, "more than 0"},
+		{"relay.idle_timeout", r.IdleTimeout, 0, "a positive duration, or 0 for none"},
+		{"relay.max_lifetime", r.MaxLifetime, 0, "a positive duration, or 0 for none"},
+	} {
+		if d.value < d.least {
+			k.add(d.path, "%s: want %s", d.value, d.want)
+		}
+	}
+}
+
+// listen checks an address that Pillion itself binds.
+func (k *check) listen(path string, a netip.AddrPort) {
+	switch {
+	case !k.addrPort(path, a):
+	case isSlot(a.Addr().Unmap()):
+		k.add(path, "%s is a slot address: nothing of it can be reached", a)
+	case isMulticast(a.Addr().Unmap()):
+		k.add(path, "%s is a multicast or broadcast address: want one of this host's, or 0.0.0.0 for all", a)
+	default:
+	}
+}
+
+// addrPort reports whether a is an address and a port.
+func (k *check) addrPort(path string, a netip.AddrPort) bool {
+	switch {
+	case !a.IsValid():
+		k.add(path, "missing, want ADDR:PORT")
+		return false
+	case a.Port() == 0:
+		k.add(path, "%s: port 0: want 1 to 65535", a)
+		return false
+	default:
+		return true
+	}
+}
+
+func isSlot(a netip.Addr) bool {
+	a = a.WithZone("")
+	return slices.ContainsFunc(slotRanges, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+func isMulticast(a netip.Addr) bool {
+	return a.IsMulticast() || a == netip.AddrFrom4([4]byte{255, 255, 255, 255})
+}
+
+func unmap(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }
+
+func index(path string, i int) string { return fmt.Sprintf("%s[%d]", path, i) }
+
+// split undoes errors.Join.
+func split(err error) []error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		return joined.Unwrap()
+	}
+	return []error{err}
+}
