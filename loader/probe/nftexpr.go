@@ -280,9 +280,10 @@ func compileCmp(a attrs) expr {
 	}
 }
 
-// name notes that a condition asked for the slot's address and got it.
+// name notes that a condition asked for the slot's address and got it, whatever
+// else it asked for.
 func (v *vm) name(is truth, at, size int) {
-	if is == yes && v.isSlot(at, size) {
+	if is != no && v.isSlot(at, size) {
 		v.out.named = true
 	}
 }
@@ -355,7 +356,9 @@ func (r *nftReader) compileLookup(family byte, table string, a attrs) (expr, err
 		if inverted {
 			return is.not()
 		}
-		v.name(is, at, s.keyLen)
+		if is == yes || !s.opaque && !s.interval {
+			v.name(is, at, s.keyLen)
+		}
 		if s.verdicts && is == yes {
 			v.out.verdict, v.out.target = e.verdict, e.target
 		} else if s.verdicts {
