@@ -1,0 +1,68 @@
+package metrics
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+)
+
+// sources answers as all of them.
+type sources struct {
+	kernel    KernelStats
+	err       error
+	endpoints []EndpointStats
+	relay     RelayStats
+}
+
+func (s *sources) Kernel() (KernelStats, error) { return s.kernel, s.err }
+func (s *sources) Endpoints() []EndpointStats   { return s.endpoints }
+func (s *sources) Relay() RelayStats            { return s.relay }
+
+// full has a value for everything.
+func full() *sources {
+	reasons := make([]uint64, flow.KernelReasons)
+	reasons[flow.ReasonService], reasons[flow.ReasonNone] = 5, 99
+	return &sources{
+		kernel: KernelStats{
+			Reasons: reasons, Connects: 10, Decided: 9, Denied: 2, Unsent: 1, Escaped: 3, EventsLost: 4, Unaccounted: -1,
+			Slots: map[string]int{"free": 100, "named": 7}, SlotsMax: 65000, Live: 6, BeatAge: 1500 * time.Millisecond,
+		},
+		endpoints: []EndpointStats{{
+			Cluster: "web", Addr: "127.0.0.1:8081", Weight: 2, Ejected: true, Live: 3,
+			Connects: 4, Failures: 5, Ejections: 6, ConnectTime: time.Millisecond,
+		}},
+		relay: RelayStats{
+			Accepted: 1, Ended: 2, Live: 3, Dials: 4, DialFailures: 5, Retries: 6,
+			Unknown: 7, Canaries: 8, AcceptPauses: 9, LostRecords: 10, Pipes: 11,
+		},
+	}
+}
+
+func (s *sources) all() Sources {
+	return Sources{
+		Kernel: s, Endpoints: s, Relay: s,
+		Losses:  func() map[string]uint64 { return map[string]uint64{"handler": 12, "flowlog": 13} },
+		Version: "1.2",
+	}
+}
+
+// get scrapes m and returns the lines that are Pillion's samples.
+func get(t *testing.T, m *Metrics) []string {
+	t.Helper()
+	w := httptest.NewRecorder()
+	m.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	if w.Code != http.StatusOK {
+		t.Fatalf("code %d: %s", w.Code, w.Body)
+	}
+	var lines []string
+	for line := range strings.Lines(w.Body.String()) {
+		if strings.HasPrefix(line, "pillion_") {
+			lines = append(lines, strings.TrimSpace(line))
+		}
+	}
+	return lines
+}

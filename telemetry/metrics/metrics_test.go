@@ -1,0 +1,176 @@
+package metrics
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+)
+
+// without drops the lines that start with one of the prefixes.
+func without(lines []string, prefixes ...string) []string {
+	return slices.DeleteFunc(slices.Clone(lines), func(line string) bool {
+		return slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(line, p) })
+	})
+}
+
+func only(lines []string, prefix string) []string {
+	return slices.DeleteFunc(slices.Clone(lines), func(line string) bool { return !strings.HasPrefix(line, prefix) })
+}
+
+func TestScrape(t *testing.T) {
+	t.Parallel()
+	lines := get(t, New(full().all()))
+	want := []string{
+		`pillion_build_info{version="1.2"} 1`,
+		`pillion_connects_total 10`,
+		`pillion_decisions_total 9`,
+		`pillion_denials_total 2`,
+		`pillion_endpoint_connect_seconds{cluster="web",endpoint="127.0.0.1:8081"} 0.001`,
+		`pillion_endpoint_connections{cluster="web",endpoint="127.0.0.1:8081"} 3`,
+		`pillion_endpoint_connects_total{cluster="web",endpoint="127.0.0.1:8081"} 4`,
+		`pillion_endpoint_ejected{cluster="web",endpoint="127.0.0.1:8081"} 1`,
+		`pillion_endpoint_ejections_total{cluster="web",endpoint="127.0.0.1:8081"} 6`,
+		`pillion_endpoint_failures_total{cluster="web",endpoint="127.0.0.1:8081"} 5`,
+		`pillion_endpoint_weight{cluster="web",endpoint="127.0.0.1:8081"} 2`,
+		`pillion_escapes_total 3`,
+		`pillion_heartbeat_age_seconds 1.5`,
+		`pillion_kernel_readable 1`,
+		`pillion_live_connections 6`,
+		`pillion_records_lost_total{where="flowlog"} 13`,
+		`pillion_records_lost_total{where="handler"} 12`,
+		`pillion_records_lost_total{where="ring"} 4`,
+		`pillion_relay_accept_pauses_total 9`,
+		`pillion_relay_accepted_total 1`,
+		`pillion_relay_canaries_total 8`,
+		`pillion_relay_connections 3`,
+		`pillion_relay_dial_failures_total 5`,
+		`pillion_relay_dials_total 4`,
+		`pillion_relay_ended_total 2`,
+		`pillion_relay_pipes 11`,
+		`pillion_relay_retries_total 6`,
+		`pillion_relay_unknown_total 7`,
+		`pillion_slots_limit 65000`,
+		`pillion_slots{state="free"} 100`,
+		`pillion_slots{state="named"} 7`,
+		`pillion_unaccounted_connections -1`,
+		`pillion_unsent_total 1`,
+	}
+	got := without(lines, "pillion_reasons_total", "pillion_connect_duration_seconds")
+	slices.Sort(got)
+	slices.Sort(want)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+
+	// Every reason has its line, and none stands for nothing.
+	reasons := only(lines, "pillion_reasons_total")
+	if len(reasons) != int(flow.KernelReasons)-1 || !slices.Contains(reasons, `pillion_reasons_total{reason="service"} 5`) {
+		t.Errorf("reasons: %q", reasons)
+	}
+}
+
+func TestRecord(t *testing.T) {
+	t.Parallel()
+	m := New(Sources{})
+	m.Record(&flow.Record{
+		Path: flow.PathRelay, Reason: flow.ReasonService, End: flow.ReasonClosed,
+		Sent: 100, Received: 50, Duration: 2 * time.Second, Connect: 3 * time.Millisecond,
+	})
+	m.Record(&flow.Record{Path: flow.PathRelay, Reason: flow.ReasonService, End: flow.ReasonClosed, Sent: 1})
+	m.Record(&flow.Record{Path: flow.PathDeny, Reason: flow.ReasonDenied, End: flow.ReasonDenied})
+	want := []string{
+		`pillion_build_info{version=""} 1`,
+		`pillion_bytes_total{direction="received",path="relay"} 50`,
+		`pillion_bytes_total{direction="sent",path="relay"} 101`,
+		`pillion_connect_duration_seconds_bucket{le="+Inf"} 1`,
+		`pillion_connect_duration_seconds_count 1`,
+		`pillion_connect_duration_seconds_sum 0.003`,
+		`pillion_connection_duration_seconds_bucket{path="relay",le="+Inf"} 2`,
+		`pillion_connection_duration_seconds_count{path="relay"} 2`,
+		`pillion_connection_duration_seconds_sum{path="relay"} 2`,
+		`pillion_connections_total{end="closed",path="relay",reason="service"} 2`,
+		`pillion_connections_total{end="denied",path="deny",reason="denied"} 1`,
+	}
+	got := slices.DeleteFunc(get(t, m), func(line string) bool {
+		return strings.Contains(line, "_bucket") && !strings.Contains(line, "+Inf")
+	})
+	slices.Sort(got)
+	slices.Sort(want)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// What cannot be read is missing; the rest is there.
+func TestKernelUnreadable(t *testing.T) {
+	t.Parallel()
+	s := full()
+	s.err = errors.New("no such map")
+	lines := get(t, New(s.all()))
+	if !slices.Contains(lines, "pillion_kernel_readable 0") || len(only(lines, "pillion_slots")) != 0 {
+		t.Errorf("%q", lines)
+	}
+	if !slices.Contains(lines, "pillion_relay_dials_total 4") {
+		t.Error("the relay's are missing too")
+	}
+	if len(only(lines, `pillion_records_lost_total{where="ring"}`)) != 0 {
+		t.Error("a loss of 0 is claimed")
+	}
+}
+
+// Nothing that the configuration says makes a scrape fail.
+func TestOddEndpoints(t *testing.T) {
+	t.Parallel()
+	s := full()
+	e := s.endpoints[0]
+	odd := e
+	odd.Cluster = "\xffweb\n\""
+	s.endpoints = []EndpointStats{e, e, odd}
+	lines := only(get(t, New(s.all())), "pillion_endpoint_weight")
+	want := []string{
+		`pillion_endpoint_weight{cluster="web",endpoint="127.0.0.1:8081"} 2`,
+		"pillion_endpoint_weight{cluster=\"\uFFFDweb\\n\\\"\",endpoint=\"127.0.0.1:8081\"} 2",
+	}
+	slices.Sort(lines)
+	slices.Sort(want)
+	if diff := cmp.Diff(want, lines); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestRecordBesideScrapes(t *testing.T) {
+	t.Parallel()
+	m := New(full().all())
+	var all sync.WaitGroup
+	for range 4 {
+		all.Go(func() {
+			for i := range 500 {
+				m.Record(&flow.Record{Path: flow.PathRelay, Reason: flow.ReasonService, End: flow.Reason(i % 8), Sent: 1})
+			}
+		})
+		all.Go(func() {
+			for range 10 {
+				get(t, m)
+			}
+		})
+	}
+	all.Wait()
+	if !slices.Contains(get(t, m), `pillion_bytes_total{direction="sent",path="relay"} 2000`) {
+		t.Error("counts are missing")
+	}
+}
+
+func BenchmarkRecord(b *testing.B) {
+	m := New(Sources{})
+	r := &flow.Record{Path: flow.PathRelay, Reason: flow.ReasonService, End: flow.ReasonClosed, Connect: time.Millisecond}
+	for b.Loop() {
+		m.Record(r)
+	}
+}
