@@ -22,7 +22,7 @@ import (
 )
 
 // patience bounds whatever must happen: it is reached in a failure only.
-const patience = 30 * time.Second
+const patience = 8 * time.Second
 
 // families runs a test once over each address family, with a leak check.
 func families(t *testing.T, test func(t *testing.T, loopback netip.Addr)) {
@@ -314,16 +314,25 @@ func echo(c *net.TCPConn) {
 	}
 }
 
-// handOver returns a handler that gives the test its connections and keeps them
-// open until the test has ended or closed them.
-func handOver(t testing.TB) (handle func(*net.TCPConn), conns chan *net.TCPConn) {
+// serveTo gives the test the connections to a server of its own.
+func serveTo(t testing.TB, loopback netip.Addr) (addr netip.AddrPort, conns chan *net.TCPConn) {
+	t.Helper()
 	conns = make(chan *net.TCPConn, 4096)
 	over := make(chan struct{})
-	t.Cleanup(func() { close(over) })
-	return func(c *net.TCPConn) {
+	addr = serve(t, loopback, func(c *net.TCPConn) {
 		conns <- c
 		<-over
-	}, conns
+	})
+	t.Cleanup(func() { close(over) })
+	return addr, conns
+}
+
+// accept waits for the next connection, and closes it before the relay ends.
+func accept(t testing.TB, conns <-chan *net.TCPConn) *net.TCPConn {
+	t.Helper()
+	c := receive(t, conns)
+	t.Cleanup(func() { c.Close() })
+	return c
 }
 
 func receive[T any](t testing.TB, from <-chan T) T {

@@ -122,13 +122,13 @@ func TestHalfCloseByServer(t *testing.T) {
 // A half-closed connection stays open for as long as the other half is.
 func TestHalfCloseStaysOpen(t *testing.T) {
 	families(t, func(t *testing.T, loopback netip.Addr) {
-		handle, conns := handOver(t)
-		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{serve(t, loopback, handle)}})
+		server, conns := serveTo(t, loopback)
+		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
 		c := r.dial()
 		if err := c.CloseWrite(); err != nil {
 			t.Fatal(err)
 		}
-		s := receive(t, conns)
+		s := accept(t, conns)
 		wantEOF(t, s)
 		for i := range 100 {
 			b := []byte(strconv.Itoa(i))
@@ -240,12 +240,12 @@ func acceptSecond(t *testing.T, ln int) net.Conn {
 
 func TestResetByServer(t *testing.T) {
 	families(t, func(t *testing.T, loopback netip.Addr) {
-		handle, conns := handOver(t)
-		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{serve(t, loopback, handle)}})
+		server, conns := serveTo(t, loopback)
+		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
 		for _, size := range []int{0, 1, 1000, 30000} {
 			c := r.dial()
 			mustWrite(t, c, []byte("x"))
-			s := receive(t, conns)
+			s := accept(t, conns)
 			wantBytes(t, s, []byte("x"))
 			b := randomBytes(size)
 			mustWrite(t, s, b)
@@ -295,13 +295,13 @@ func TestResetByServerBehindData(t *testing.T) {
 
 func TestResetByApplication(t *testing.T) {
 	families(t, func(t *testing.T, loopback netip.Addr) {
-		handle, conns := handOver(t)
-		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{serve(t, loopback, handle)}})
+		server, conns := serveTo(t, loopback)
+		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
 		for _, size := range []int{1, 1000, 30000} {
 			c := r.dial()
 			b := randomBytes(size)
 			mustWrite(t, c, b)
-			s := receive(t, conns)
+			s := accept(t, conns)
 			wantBytes(t, s, b)
 			reset(c)
 			wantReset(t, s, nil)
@@ -316,14 +316,14 @@ func TestResetByApplication(t *testing.T) {
 
 func TestResetByApplicationBehindData(t *testing.T) {
 	families(t, func(t *testing.T, loopback netip.Addr) {
-		handle, conns := handOver(t)
-		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{serve(t, loopback, handle)}})
+		server, conns := serveTo(t, loopback)
+		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
 		for i := range 300 {
 			c := r.dial()
 			// Half of them while the connection is up, half while it begins.
 			if i%2 == 0 {
 				mustWrite(t, c, []byte("x"))
-				s := receive(t, conns)
+				s := accept(t, conns)
 				wantBytes(t, s, []byte("x"))
 				b := randomBytes(1 + i*50)
 				mustWrite(t, c, b)
@@ -337,7 +337,7 @@ func TestResetByApplicationBehindData(t *testing.T) {
 			b := randomBytes(1 + i*50)
 			mustWrite(t, c, b)
 			reset(c)
-			s := receive(t, conns)
+			s := accept(t, conns)
 			if err := checkReset(s, b); err != nil {
 				t.Fatalf("connection %d: %v", i, err)
 			}
@@ -354,12 +354,12 @@ func TestResetByApplicationBehindData(t *testing.T) {
 // A reset that comes after a side has ended in order is a reset all the same.
 func TestResetAfterHalfClose(t *testing.T) {
 	families(t, func(t *testing.T, loopback netip.Addr) {
-		handle, conns := handOver(t)
-		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{serve(t, loopback, handle)}})
+		server, conns := serveTo(t, loopback)
+		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
 		for i := range 4 {
 			c := r.dial()
 			mustWrite(t, c, []byte("x"))
-			s := receive(t, conns)
+			s := accept(t, conns)
 			wantBytes(t, s, []byte("x"))
 			ends, other := c, s
 			if i%2 == 1 {
@@ -559,7 +559,7 @@ func TestBackPressure(t *testing.T) {
 }
 
 func testBackPressure(t *testing.T, loopback netip.Addr, serverWrites bool) {
-	handle, conns := handOver(t)
+	server, conns := serveTo(t, loopback)
 	r := newRig(t, setup{
 		loopback: loopback, perWorker: 2,
 		direct: func(r *rig, local, remote netip.AddrPort) (l4.Target, error) {
@@ -569,13 +569,13 @@ func testBackPressure(t *testing.T, loopback netip.Addr, serverWrites bool) {
 			}
 			return target, nil
 		},
-		endpoints: []netip.AddrPort{serve(t, loopback, handle)},
+		endpoints: []netip.AddrPort{server},
 	})
 	r.newCluster("echo", serve(t, loopback, echo))
 	var ends [2]*net.TCPConn
 	ends[0] = mustDial(t, r.listeners[0])
 	mustWrite(t, ends[0], []byte("x"))
-	ends[1] = receive(t, conns)
+	ends[1] = accept(t, conns)
 	wantBytes(t, ends[1], []byte("x"))
 	writer, reader := ends[0], ends[1]
 	if serverWrites {
@@ -659,13 +659,13 @@ func TestUrgentData(t *testing.T) {
 
 func testUrgentData(t *testing.T, loopback netip.Addr, size int) {
 	t.Helper()
-	handle, conns := handOver(t)
-	r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{serve(t, loopback, handle)}})
+	server, conns := serveTo(t, loopback)
+	r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
 	c := r.dial()
 	b := randomBytes(size)
 	done := make(chan error, 1)
 	go writeWithUrgent(c, b, done)
-	s := receive(t, conns)
+	s := accept(t, conns)
 	wantBytes(t, s, b)
 	wantBytes(t, s, b)
 	wantEOF(t, s)
@@ -698,17 +698,48 @@ func writeUrgent(c *net.TCPConn, b byte) error {
 	return errors.Join(err, sent)
 }
 
+// The urgent byte and all that follows it are received before the relay gets
+// there, so no further event says that there is more behind it.
+func TestUrgentDataUnderBackPressure(t *testing.T) {
+	families(t, func(t *testing.T, loopback netip.Addr) {
+		server, conns := serveTo(t, loopback)
+		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
+		for round := range 4 {
+			c := r.dial()
+			b := randomBytes(2<<20 + round<<20)
+			done := make(chan error, 1)
+			go writeWithUrgent(c, b, done)
+			s := accept(t, conns)
+			// Let the writer get as far as it can.
+			stuck := time.After(500 * time.Millisecond)
+			select {
+			case err := <-done:
+				done <- err
+			case <-stuck:
+			}
+			wantBytes(t, s, b)
+			wantBytes(t, s, b)
+			wantEOF(t, s)
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			s.Close()
+			wantEOF(t, c)
+		}
+	})
+}
+
 // Many urgent bytes, faster than they are read: an overtaken one becomes part of
 // the stream, so only its length is bounded, but it has to end.
 func TestManyUrgentBytes(t *testing.T) {
 	families(t, func(t *testing.T, loopback netip.Addr) {
-		handle, conns := handOver(t)
-		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{serve(t, loopback, handle)}})
+		server, conns := serveTo(t, loopback)
+		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
 		c := r.dial()
 		const n, portion = 200, 100 << 10
 		done := make(chan error, 1)
 		go writeManyUrgent(c, n, portion, done)
-		s := receive(t, conns)
+		s := accept(t, conns)
 		got, err := io.Copy(io.Discard, struct{ io.Reader }{s})
 		if err != nil || got < n*portion || got > n*(portion+1) {
 			t.Errorf("got %d bytes and %v", got, err)

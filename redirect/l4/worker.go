@@ -271,12 +271,12 @@ func (w *worker) goOn() {
 	turn := w.again
 	w.again, w.spare = w.spare[:0], nil
 	for _, c := range turn {
+		// Both first: a side that is put off again must find c in no list.
+		more := [2]bool{c.sides[down].queued, c.sides[up].queued}
+		c.sides[down].queued, c.sides[up].queued = false, false
 		for k := range c.sides {
-			if c.sides[k].queued {
-				c.sides[k].queued = false
-				if !c.dead {
-					w.pump(c, k)
-				}
+			if more[k] && !c.dead {
+				w.pump(c, k)
 			}
 		}
 		w.reclaim(c)
