@@ -70,6 +70,9 @@ type outcome struct {
 // rule is one rule of a chain.
 type rule interface {
 	judge(p *packet) outcome
+	// asksSender tells whether it looks at the user, group or cgroup of
+	// who sends: for an upstream dial of the handler that is Pillion.
+	asksSender() bool
 	// String says which one it is, for a person.
 	String() string
 }
@@ -279,9 +282,10 @@ func checkFirewall(ctx context.Context, m *machine) []Finding {
 		return []Finding{warning(name, "look for rules that drop "+super4.String()+" or "+super6.String(), "not checked: %s", short(err))}
 	}
 	legacy, problems := m.readLegacy(ctx)
-	found := judgeHits(play(append(tables, legacy...)))
+	tables = append(tables, legacy...)
+	found := append(judgeHits(play(tables)), judgeSenders(tables)...)
 	if len(found) == 0 && len(problems) == 0 {
-		return []Finding{good(name, "no rule in the way of slots (%d tables)", len(tables)+len(legacy))}
+		return []Finding{good(name, "no rule in the way of slots (%d tables)", len(tables))}
 	}
 	return append(found, problems...)
 }
@@ -319,6 +323,25 @@ func judgeHits(hits []hit) []Finding {
 		}
 	}
 	return found
+}
+
+// judgeSenders reports rules that an application escapes on the path relay.
+func judgeSenders(tables []*table) []Finding {
+	var rules []string
+	for _, t := range tables {
+		for _, c := range t.order {
+			for _, r := range c.rules {
+				if r.asksSender() {
+					rules = append(rules, fmt.Sprintf("%s %s, %s", t.name, c.name, r))
+				}
+			}
+		}
+	}
+	if len(rules) == 0 {
+		return nil
+	}
+	return []Finding{warning("packet filter by sender", "use path direct or pass for what these rules are about, or add the same for Pillion's user and cgroup",
+		"they ask for the user or cgroup of the sender, which for relayed connections is Pillion and not the application: %s", listed(rules))}
 }
 
 // errUnexpected is what a table that cannot be read as documented gives.

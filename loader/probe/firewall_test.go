@@ -61,6 +61,7 @@ func TestFirewall(t *testing.T) {
 		"goto":                {`table ip t { chain fine { accept; }; chain o { type filter hook output priority 0; goto fine; drop; }; }`, OK, ""},
 		"accepted before":     {out(`oifname lo accept; ip daddr 240.0.0.0/4 drop`), OK, ""},
 		"by owner":            {out(`meta skuid 12345 ip daddr 240.0.0.0/4 drop`), Warn, "may drop"},
+		"by another owner":    {out(`meta skuid 12345 tcp dport 25 drop`), Warn, "user or cgroup of the sender"},
 		"by port":             {out(`tcp dport 25 drop`), OK, ""},
 		"by port and address": {out(`ip daddr . tcp dport { 240.0.0.5 . 25, 10.0.0.1 . 80 } drop`), Warn, ""},
 		"by mark":             {out(`meta mark 7 accept; ip daddr 240.0.0.0/4 drop`), Warn, ""},
@@ -212,7 +213,11 @@ func TestSavedRules(t *testing.T) {
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			worst := OK
-			for _, f := range judgeHits(play(parseSaved(tt.text, tt.v6))) {
+			tables := parseSaved(tt.text, tt.v6)
+			if named := strings.Contains(tt.text, "owner"); (len(judgeSenders(tables)) > 0) != named {
+				t.Errorf("a rule about the sender is missed or made up")
+			}
+			for _, f := range judgeHits(play(tables)) {
 				worst = max(worst, f.Level)
 			}
 			if worst != tt.want {

@@ -217,3 +217,13 @@ func checkForeignLookup() Finding {
 	}
 	return good(name, "none but Pillion's")
 }
+
+// threadNetns opens the network namespace of the calling thread. The caller
+// closes it.
+func threadNetns() (*os.File, error) {
+	f, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return nil, fmt.Errorf("open network namespace: %w", err)
+	}
+	return f, nil
+}

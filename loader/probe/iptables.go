@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os/exec"
+	"slices"
 	"strings"
 	"time"
 
@@ -147,6 +148,9 @@ func words(line string) []string {
 	return all
 }
 
+// senderOptions are those of the matches owner and cgroup.
+var senderOptions = []string{"--uid-owner", "--gid-owner", "--socket-exists", "--cgroup", "--path"}
+
 // savedRule is one rule of the old tables.
 type savedRule struct {
 	text  string
@@ -155,7 +159,10 @@ type savedRule struct {
 	// is is maybe for a target that may do several things.
 	is     truth
 	target string
+	sender bool
 }
+
+func (r *savedRule) asksSender() bool { return r.sender }
 
 func (r *savedRule) String() string { return "rule " + r.text }
 
@@ -198,6 +205,7 @@ func parseSavedRule(line string, w []string) *savedRule {
 			r.jump(arg, goTo)
 			return r
 		default:
+			r.sender = r.sender || slices.Contains(senderOptions, w[i])
 			r.conds = append(r.conds, savedCond(w[i], arg, not))
 		}
 		not = false

@@ -185,11 +185,13 @@ func (r *nftReader) addRule(family byte, a attrs) error {
 	}
 	for _, e := range a.nested(unix.NFTA_RULE_EXPRESSIONS) {
 		x := parseAttrs(e.data)
-		made, err := r.compile(family, tableName, x.text(unix.NFTA_EXPR_NAME), x.nested(unix.NFTA_EXPR_DATA))
+		exprName, data := x.text(unix.NFTA_EXPR_NAME), x.nested(unix.NFTA_EXPR_DATA)
+		made, err := r.compile(family, tableName, exprName, data)
 		if err != nil {
 			return err
 		}
 		rule.exprs = append(rule.exprs, made)
+		rule.sender = rule.sender || exprAsksSender(exprName, data)
 	}
 	c.rules = append(c.rules, rule)
 	return nil

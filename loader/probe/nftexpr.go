@@ -28,9 +28,12 @@ type expr func(*vm) truth
 type nftRule struct {
 	handle uint64
 	exprs  []expr
+	sender bool
 }
 
 func (r *nftRule) String() string { return fmt.Sprintf("rule with handle %d", r.handle) }
+
+func (r *nftRule) asksSender() bool { return r.sender }
 
 func (r *nftRule) judge(p *packet) outcome {
 	v := &vm{p: p}
@@ -83,6 +86,22 @@ func (v *vm) isKnown(at, size int) bool { return !slices.Contains(v.known[at:at+
 
 // isSlot tells whether a span has bytes of the slot's address.
 func (v *vm) isSlot(at, size int) bool { return slices.Contains(v.slot[at:at+size], true) }
+
+// exprAsksSender tells whether an expression looks at who sends.
+func exprAsksSender(name string, a attrs) bool {
+	switch name {
+	case "meta":
+		key := a.u32(unix.NFTA_META_KEY)
+		return key == unix.NFT_META_SKUID || key == unix.NFT_META_SKGID || key == unix.NFT_META_CGROUP
+	case "socket":
+		const keyAttr, cgroupv2 = 1, 3
+		return a.u32(keyAttr) == cgroupv2
+	case "match":
+		match := a.text(unix.NFTA_MATCH_NAME)
+		return match == "owner" || match == "cgroup"
+	}
+	return false
+}
 
 func always(*vm) truth { return yes }
 

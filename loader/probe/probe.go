@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strings"
 )
 
 // RouteProtocol is the rtnetlink protocol number of the routes that Pillion
@@ -189,4 +190,13 @@ func (m *machine) read(path string) (string, error) {
 func (m *machine) exists(path string) bool {
 	_, err := fs.Stat(m.files, path[1:])
 	return err == nil
+}
+
+// listed joins at most a handful of items.
+func listed(items []string) string {
+	const most = 5
+	if len(items) <= most {
+		return strings.Join(items, ", ")
+	}
+	return fmt.Sprintf("%s and %d more", strings.Join(items[:most], ", "), len(items)-most)
 }

@@ -85,11 +85,6 @@ func TestRunHere(t *testing.T) {
 			t.Errorf("%+v", f)
 		}
 	}
-	for _, c := range checks {
-		if !slices.ContainsFunc(found, func(f Finding) bool { return f.Detail != "" }) {
-			t.Errorf("%s answered nothing", c.name)
-		}
-	}
 	nothingLeft(t, root)
 }
 

@@ -4,9 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
-	"os"
 	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -163,23 +161,4 @@ func (m *machine) descriptors(hard uint64) Finding {
 	}
 	return warning(name, "LimitNOFILE=524288 in the unit, or --ulimit nofile=524288 for the container",
 		"%d: room for some %d relayed connections, more wait until one ends", hard, room)
-}
-
-// threadNetns opens the network namespace of the calling thread. The caller
-// closes it.
-func threadNetns() (*os.File, error) {
-	f, err := os.Open("/proc/thread-self/ns/net")
-	if err != nil {
-		return nil, fmt.Errorf("open network namespace: %w", err)
-	}
-	return f, nil
-}
-
-// listed joins at most a handful of items.
-func listed(items []string) string {
-	const most = 5
-	if len(items) <= most {
-		return strings.Join(items, ", ")
-	}
-	return fmt.Sprintf("%s and %d more", strings.Join(items[:most], ", "), len(items)-most)
 }
