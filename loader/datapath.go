@@ -100,7 +100,16 @@ func Create(o Options) (*Datapath, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer root.unlock()
+	d, err := createIn(root, o)
+	root.unlock()
+	if err != nil {
+		removeRoot(o.BPFFS)
+		return nil, err
+	}
+	return d, nil
+}
+
+func createIn(root *dir, o Options) (*Datapath, error) {
 	path := filepath.Join(root.path, o.Name)
 	if err := os.Mkdir(path, 0o700); err != nil {
 		if errors.Is(err, os.ErrExist) {
@@ -109,6 +118,7 @@ func Create(o Options) (*Datapath, error) {
 		return nil, fmt.Errorf("create instance %s: %w", o.Name, err)
 	}
 	d := newDatapath(o)
+	var err error
 	if d.dir, err = lockDir(path, false); err == nil {
 		err = d.create()
 	}

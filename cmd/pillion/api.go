@@ -1,0 +1,209 @@
+package main
+
+import (
+	"context"
+	"net/netip"
+	"os"
+
+	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/loader"
+	"github.com/pillion-project/pillion/redirect/capture"
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/route"
+	"github.com/pillion-project/pillion/telemetry/admin"
+	"github.com/pillion-project/pillion/telemetry/metrics"
+)
+
+// api is what the admin socket answers from.
+func (i *instance) api() admin.API {
+	return admin.API{
+		Status:  i.status,
+		Flows:   i.flows,
+		Metrics: i.metrics.Handler(),
+		Resolve: i.datapath.Resolve,
+	}
+}
+
+func (i *instance) flows(ctx context.Context, q admin.FlowQuery) ([]flow.Record, error) {
+	if q.Live {
+		return i.collector.Live(ctx), nil
+	}
+	i.collector.Flush(ctx)
+	return i.collector.History(), nil
+}
+
+func (i *instance) status(context.Context) (admin.Status, error) {
+	stats, err := i.datapath.Stats()
+	if err != nil {
+		return admin.Status{}, err
+	}
+	s := admin.Status{
+		Instance:    i.name,
+		Kind:        i.kind.String(),
+		Version:     buildVersion(),
+		Pid:         os.Getpid(),
+		Scope:       i.scope.Path,
+		Ready:       i.ready.Load(),
+		State:       i.state(&stats),
+		OnFailure:   string(i.config.OnFailure),
+		Started:     i.started,
+		Live:        i.handler.Stats().Live,
+		Counters:    map[string]uint64{},
+		Unaccounted: stats.Unaccounted(),
+		Services:    services(i.handler.Table(), policies(i.config)),
+		Problems:    i.problems(&stats),
+	}
+	for r, n := range stats.Reasons {
+		if n > 0 {
+			s.Counters[flow.Reason(r).String()] = n
+		}
+	}
+	v4, v6 := i.datapath.SlotPrefixes()
+	s.Slots4, s.Slots6 = prefixText(v4), prefixText(v6)
+	return s, nil
+}
+
+func prefixText(p netip.Prefix) string {
+	if !p.IsValid() {
+		return ""
+	}
+	return p.String()
+}
+
+func (i *instance) state(s *loader.Stats) string {
+	switch {
+	case i.draining.Load():
+		return admin.StateDraining
+	case s.BeatAge < 0 || s.BeatAge > capture.MaxAge:
+		return admin.StateStale
+	default:
+		return admin.StateServing
+	}
+}
+
+// problems says in sentences what is wrong now.
+func (i *instance) problems(s *loader.Stats) []string {
+	var all []string
+	add := func(when bool, text string) {
+		if when {
+			all = append(all, text)
+		}
+	}
+	add(i.state(s) == admin.StateStale, "The handler does not get its own test connections: new connections go by on_failure. Run pillion doctor.")
+	add(s.Busy, "The accept queues are nearly full: new connections go by on_failure.")
+	add(s.EventsLost > 0, "Some flow records of the kernel side were lost: connections end faster than they are read.")
+	_, v6 := i.datapath.SlotPrefixes()
+	add(!v6.IsValid(), "IPv6 is switched off in this network namespace: IPv6 connections go by on_failure.")
+	add(i.existing > 0, "Connections that are older than Pillion are not captured. Restart the application, or use existing: reset.")
+	return all
+}
+
+func services(t *route.Table, policies map[string]string) []admin.ServiceStatus {
+	all := []admin.ServiceStatus{}
+	for _, s := range t.Services() {
+		status := admin.ServiceStatus{Name: s.Name, Address: s.Addr.String(), Policy: policies[s.Name]}
+		for _, e := range s.Cluster.Endpoints {
+			state := e.State()
+			status.Endpoints = append(status.Endpoints, admin.EndpointStatus{
+				Address:    state.Addr.String(),
+				Weight:     state.Weight,
+				Ejected:    state.Ejected,
+				Live:       state.Live,
+				Connects:   state.Connects,
+				Failures:   state.Failures,
+				LastReason: state.LastReason,
+			})
+		}
+		all = append(all, status)
+	}
+	return all
+}
+
+// sources are what the metrics are read from.
+func (i *instance) sources() metrics.Sources {
+	return metrics.Sources{
+		Kernel:    i,
+		Endpoints: i,
+		Relay:     i,
+		Losses:    i.losses,
+		Version:   buildVersion(),
+	}
+}
+
+// Kernel implements [metrics.Kernel].
+func (i *instance) Kernel() (metrics.KernelStats, error) {
+	s, err := i.datapath.Stats()
+	if err != nil {
+		return metrics.KernelStats{}, err
+	}
+	return metrics.KernelStats{
+		Reasons:     s.Reasons,
+		Connects:    s.Connects,
+		Decided:     s.Decided,
+		Denied:      s.Denied,
+		Unsent:      s.Unsent,
+		Escaped:     s.Escaped + uint64(i.existing),
+		EventsLost:  s.EventsLost,
+		Unaccounted: s.Unaccounted(),
+		Slots:       map[string]int{"free": s.Free, "named": s.Named, "reserved": s.Reserved, "retiring": s.Retiring},
+		SlotsMax:    s.SlotsMax,
+		Live:        s.Live,
+		BeatAge:     s.BeatAge,
+	}, nil
+}
+
+// Endpoints implements [metrics.Endpoints].
+func (i *instance) Endpoints() []metrics.EndpointStats {
+	var all []metrics.EndpointStats
+	for _, c := range i.snapshot.Load().Clusters() {
+		for _, e := range c.Endpoints {
+			s := e.State()
+			all = append(all, metrics.EndpointStats{
+				Cluster:     c.Name,
+				Addr:        s.Addr.String(),
+				Weight:      s.Weight,
+				Ejected:     s.Ejected,
+				Live:        s.Live,
+				Connects:    s.Connects,
+				Failures:    s.Failures,
+				Ejections:   s.Ejections,
+				ConnectTime: s.ConnectTime,
+			})
+		}
+	}
+	return all
+}
+
+// Relay implements [metrics.Relay].
+func (i *instance) Relay() metrics.RelayStats {
+	s := i.handler.Stats()
+	return metrics.RelayStats{
+		Accepted:     s.Accepted,
+		Live:         uint64(s.Live),
+		Ended:        s.Ended,
+		Dials:        s.Dials,
+		DialFailures: s.DialFailures,
+		AcceptPauses: s.Pauses,
+		LostRecords:  s.Lost,
+		Pipes:        s.Pipes,
+	}
+}
+
+// losses counts records that are missing somewhere, by where.
+func (i *instance) losses() map[string]uint64 {
+	l := i.collector.Losses()
+	all := map[string]uint64{"handler": l.Handler, "unmatched": l.Unmatched, "unreadable": l.Unreadable}
+	if i.flowLog != nil {
+		all["flow_log"] = i.flowLog.Dropped()
+	}
+	return all
+}
+
+// policies are the balancing policies by service.
+func policies(c *config.Config) map[string]string {
+	all := make(map[string]string, len(c.Services))
+	for _, s := range c.Services {
+		all[s.Name] = s.Policy
+	}
+	return all
+}

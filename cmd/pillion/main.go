@@ -1,0 +1,67 @@
+// Command pillion redirects an application's connections to a handler beside
+// it, balances them over endpoints, and records every one.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+
+	"golang.org/x/sys/unix"
+)
+
+// Exit codes, those of sysexits.h where there is one.
+const (
+	exitFailed      = 1
+	exitUsage       = 64 // EX_USAGE: flags or configuration
+	exitUnsupported = 69 // EX_UNAVAILABLE: kernel or privilege missing
+)
+
+// exitError ends the process with a code. Its error may be nil: then there is
+// nothing to say.
+type exitError struct {
+	code int
+	err  error
+}
+
+func (e *exitError) Error() string {
+	if e.err == nil {
+		return fmt.Sprintf("exit code %d", e.code)
+	}
+	return e.err.Error()
+}
+
+func (e *exitError) Unwrap() error { return e.err }
+
+// usage marks an error as the user's.
+func usage(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &exitError{code: exitUsage, err: err}
+}
+
+func main() { os.Exit(run(os.Args[1:])) }
+
+// run returns the exit code.
+func run(args []string) int {
+	// exec passes signals on and run drains on the first, so both replace this.
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	defer stop()
+	cmd := newRoot()
+	cmd.SetArgs(args)
+	err := cmd.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	exit, ok := errors.AsType[*exitError](err)
+	if !ok {
+		exit = &exitError{code: exitFailed, err: err}
+	}
+	if exit.err != nil {
+		fmt.Fprintf(os.Stderr, "pillion: %v\n", exit.err)
+	}
+	return exit.code
+}

@@ -1,0 +1,112 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime/debug"
+	"strings"
+
+	"github.com/spf13/cobra"
+)
+
+// version is set by the linker for a release.
+var version = ""
+
+// buildVersion says which build this is: a release, or a commit.
+func buildVersion() string {
+	if version != "" {
+		return version
+	}
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	revision, dirty := "", ""
+	for _, s := range info.Settings {
+		switch {
+		case s.Key == "vcs.revision":
+			revision = s.Value
+		case s.Key == "vcs.modified" && s.Value == "true":
+			dirty = "+changes"
+		}
+	}
+	if revision == "" {
+		return "devel"
+	}
+	return "devel-" + revision[:min(12, len(revision))] + dirty
+}
+
+// global are the flags that every command has.
+type global struct {
+	logLevel  string
+	logFormat string
+	runtime   string
+	bpffs     string
+}
+
+func newRoot() *cobra.Command {
+	g := &global{}
+	root := &cobra.Command{
+		Use:   "pillion",
+		Short: "Redirect an application's connections, balance them, and record every one",
+		Long: `Pillion stands beside an application that knows nothing of it. eBPF programs
+redirect the application's connections to a handler, which balances them over
+endpoints and records every one. Nothing else on the machine changes.`,
+		SilenceUsage:      true,
+		SilenceErrors:     true,
+		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+	}
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return usage(fmt.Errorf("%w (see %s --help)", err, c.CommandPath()))
+	})
+	f := root.PersistentFlags()
+	f.StringVar(&g.logLevel, "log-level", "", "least level to log: debug, info, warn, error (default info for run, else warn)")
+	f.StringVar(&g.logFormat, "log-format", "text", "form of log lines: text or json")
+	f.StringVar(&g.runtime, "runtime-dir", "/run/pillion", "directory of the admin sockets and of the flows of ended commands")
+	f.StringVar(&g.bpffs, "bpffs", "/sys/fs/bpf", "bpf file system to pin in; mounted if it is not")
+	root.AddCommand(
+		newExec(g), newRun(g), newStatus(g), newFlows(g), newDoctor(g),
+		newResolve(g), newUnload(g), newVersion(),
+	)
+	return root
+}
+
+// logger returns the process's log, to stderr.
+func (g *global) logger(otherwise slog.Level) (*slog.Logger, error) {
+	level := otherwise
+	if g.logLevel != "" {
+		if err := level.UnmarshalText([]byte(g.logLevel)); err != nil {
+			return nil, usage(fmt.Errorf("--log-level %q: want debug, info, warn or error", g.logLevel))
+		}
+	}
+	o := &slog.HandlerOptions{Level: level}
+	switch g.logFormat {
+	case "text":
+		return slog.New(slog.NewTextHandler(os.Stderr, o)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(os.Stderr, o)), nil
+	default:
+		return nil, usage(fmt.Errorf("--log-format %q: want text or json", g.logFormat))
+	}
+}
+
+func newVersion() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			_, err := fmt.Fprintf(c.OutOrStdout(), "pillion %s\n", buildVersion())
+			return err
+		},
+	}
+}
+
+// noArgs is cobra's, with our exit code.
+func noArgs(c *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return usage(fmt.Errorf("%s takes no argument, got %q", c.CommandPath(), strings.Join(args, " ")))
+	}
+	return nil
+}

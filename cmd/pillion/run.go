@@ -1,0 +1,116 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os/signal"
+	"strings"
+	"time"
+
+	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/loader"
+	"github.com/pillion-project/pillion/loader/probe"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+)
+
+type runFlags struct {
+	cgroup string
+	file   string
+	name   string
+	drain  time.Duration
+}
+
+func newRun(g *global) *cobra.Command {
+	f := &runFlags{}
+	c := &cobra.Command{
+		Use:   "run --cgroup PATH [--config FILE]",
+		Short: "Redirect the connections of a cgroup until told to stop",
+		Long: `Redirects the TCP connections of every process in a cgroup and below, in this
+network namespace. SIGTERM drains: new connections go by on_failure, open ones
+may end, then everything is taken away. What a killed run leaves is taken over
+by the next one of the same name; until then on_failure decides.`,
+		Example: `  pillion run --cgroup /sys/fs/cgroup/system.slice/shop.service --config /etc/pillion.yaml`,
+		Args:    noArgs,
+		RunE:    func(c *cobra.Command, _ []string) error { return daemon(g, f) },
+	}
+	flags := c.Flags()
+	flags.StringVar(&f.cgroup, "cgroup", "", "directory of the cgroup v2 whose connections are captured (required)")
+	flags.StringVar(&f.file, "config", "", "configuration file")
+	flags.StringVar(&f.name, "name", "", "name of the instance (default: made of the cgroup's path)")
+	flags.DurationVar(&f.drain, "drain-timeout", 30*time.Second, "how long open connections may go on after SIGTERM")
+	return c
+}
+
+// daemon runs until SIGTERM or SIGINT; a second one ends at once.
+func daemon(g *global, f *runFlags) error {
+	log, err := g.logger(slog.LevelInfo)
+	if err != nil {
+		return err
+	}
+	if f.cgroup == "" {
+		return usage(errors.New("run: --cgroup is required: whose connections?"))
+	}
+	c := new(config.Config)
+	*c = config.Default()
+	if f.file != "" {
+		if c, err = config.Load(f.file); err != nil {
+			return usage(err)
+		}
+	}
+	root, err := probe.CgroupRoot()
+	if err != nil {
+		return &exitError{code: exitUnsupported, err: err}
+	}
+	name := f.name
+	if name == "" {
+		name = nameOf(root, f.cgroup)
+	}
+	if err := loader.CheckName(name); err != nil {
+		return usage(fmt.Errorf("--name: %w", err))
+	}
+	stop, end := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
+	defer end()
+	i, err := open(stop, plan{name: name, kind: loader.KindRun, cgroups: root, cgroup: f.cgroup, config: c, global: g, log: log})
+	if err != nil {
+		if errors.Is(err, loader.ErrInUse) {
+			return fmt.Errorf("%w: another pillion run has it (see pillion status)", err)
+		}
+		return err
+	}
+	force, kill := context.WithCancel(context.Background())
+	defer kill()
+	unarm := context.AfterFunc(stop, func() {
+		// The second signal is the default's: it ends the process.
+		end()
+		notify("STOPPING=1")
+		log.Info("draining", "timeout", f.drain)
+		time.AfterFunc(f.drain, kill)
+	})
+	defer unarm()
+	err = i.serve(stop, force, func() error {
+		log.Info("ready", "instance", name, "scope", i.scope.Path, "services", len(c.Services), "on_failure", c.OnFailure)
+		return notify("READY=1")
+	})
+	return errors.Join(err, i.end())
+}
+
+// nameOf makes a name for a scope out of its path.
+func nameOf(root, cgroup string) string {
+	rel := strings.Trim(strings.TrimPrefix(cgroup, root), "/")
+	name := strings.Map(func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '.', r == '_', r == '-':
+			return r
+		default:
+			return '-'
+		}
+	}, strings.TrimPrefix(rel, "."))
+	if name == "" {
+		return "root"
+	}
+	// The end of a path tells more than its beginning.
+	return name[max(0, len(name)-64):]
+}

@@ -1,0 +1,146 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/pillion-project/pillion/loader"
+	"github.com/pillion-project/pillion/loader/probe"
+	"github.com/pillion-project/pillion/telemetry/admin"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+)
+
+func newUnload(g *global) *cobra.Command {
+	var force bool
+	c := &cobra.Command{
+		Use:   "unload [NAME...]",
+		Short: "Remove what instances that no longer run left, and nothing else",
+		Long: `Removes programs, pins, routes and cgroups of Pillion's instances in whatever
+state they are: of the named ones, or of all that do not run. One that runs is
+refused, or with --force ended first.`,
+		RunE: func(c *cobra.Command, names []string) error {
+			return unload(c.Context(), c.OutOrStdout(), g, names, force)
+		},
+	}
+	c.Flags().BoolVar(&force, "force", false, "end running instances: those named, or all")
+	return c
+}
+
+func unload(ctx context.Context, w io.Writer, g *global, names []string, force bool) error {
+	root, err := probe.CgroupRoot()
+	if err != nil {
+		return &exitError{code: exitUnsupported, err: err}
+	}
+	found, err := loader.List(g.bpffs, root)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if !slices.ContainsFunc(found, func(f loader.Found) bool { return f.Name == name }) {
+			return usage(fmt.Errorf("instance %q: %w", name, loader.ErrNotFound))
+		}
+	}
+	var errs []error
+	for _, f := range found {
+		named := slices.Contains(names, f.Name)
+		if len(names) > 0 && !named {
+			continue
+		}
+		if f.Running && !force {
+			if named {
+				errs = append(errs, fmt.Errorf("instance %s: %w (--force ends it)", f.Name, loader.ErrInUse))
+			}
+			continue
+		}
+		if err := g.unloadOne(ctx, root, f); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		fmt.Fprintf(w, "removed %s\n", f.Name)
+	}
+	if len(names) == 0 {
+		errs = append(errs, g.clearRuntime())
+	}
+	return errors.Join(errs...)
+}
+
+func (g *global) unloadOne(ctx context.Context, root string, f loader.Found) error {
+	if f.Running {
+		if err := g.stop(ctx, f.Name); err != nil {
+			return err
+		}
+	}
+	err := loader.Remove(g.bpffs, root, f.Name)
+	if errors.Is(err, loader.ErrNotFound) && f.Running {
+		err = nil // it took itself away
+	}
+	if err != nil {
+		return err
+	}
+	if err := os.Remove(g.socket(f.Name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove the admin socket: %w", err)
+	}
+	return nil
+}
+
+// How long a process may take to end by itself, and to die.
+const (
+	stopLimit = 10 * time.Second
+	killLimit = 5 * time.Second
+)
+
+// stop ends the process that runs an instance: kindly, then not.
+func (g *global) stop(ctx context.Context, name string) error {
+	s, err := admin.Dial(g.socket(name)).Status(ctx)
+	if err != nil {
+		return fmt.Errorf("find the process of %s: %w", name, err)
+	}
+	p, err := os.FindProcess(s.Pid)
+	if err != nil {
+		return fmt.Errorf("find the process of %s: %w", name, err)
+	}
+	for _, step := range []struct {
+		signal unix.Signal
+		limit  time.Duration
+	}{{unix.SIGTERM, stopLimit}, {unix.SIGKILL, killLimit}} {
+		if err := p.Signal(step.signal); err != nil {
+			return nil // gone
+		}
+		for end := time.Now().Add(step.limit); time.Now().Before(end) && ctx.Err() == nil; {
+			if p.Signal(unix.Signal(0)) != nil {
+				return nil
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
+	return fmt.Errorf("process %d of %s does not end", s.Pid, name)
+}
+
+// clearRuntime removes what is left in the runtime directory when nothing runs.
+func (g *global) clearRuntime() error {
+	running, err := g.running()
+	if err != nil || len(running) > 0 {
+		return err
+	}
+	files, err := g.savedFiles()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, f := range files {
+		errs = append(errs, os.Remove(f))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("forget ended commands: %w", err)
+	}
+	// Empty or not there is both fine; somebody else's files stay.
+	_ = os.Remove(g.savedDir())
+	_ = os.Remove(g.runtime)
+	return nil
+}

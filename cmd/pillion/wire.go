@@ -1,0 +1,428 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/loader"
+	"github.com/pillion-project/pillion/loader/probe"
+	"github.com/pillion-project/pillion/redirect/capture"
+	"github.com/pillion-project/pillion/redirect/handler"
+	"github.com/pillion-project/pillion/redirect/route"
+	"github.com/pillion-project/pillion/redirect/upstream"
+	"github.com/pillion-project/pillion/redirect/upstream/balance"
+	"github.com/pillion-project/pillion/telemetry/admin"
+	"github.com/pillion-project/pillion/telemetry/events"
+	"github.com/pillion-project/pillion/telemetry/flowlog"
+	"github.com/pillion-project/pillion/telemetry/metrics"
+	"golang.org/x/sys/unix"
+)
+
+// This file is the only one that knows every package: it joins the kernel side
+// (loader), the handler (redirect) and what tells of them (telemetry).
+
+// plan says which instance is to run.
+type plan struct {
+	name    string
+	kind    loader.Kind
+	cgroups string // where cgroup v2 is mounted
+	cgroup  string
+	config  *config.Config
+	// file is where the configuration came from, for messages.
+	global *global
+	log    *slog.Logger
+}
+
+// instance is a running one.
+type instance struct {
+	plan
+	datapath  *loader.Datapath
+	scope     loader.Scope
+	handler   *handler.Handler
+	beat      *capture.Beat
+	collector *events.Collector
+	metrics   *metrics.Metrics
+	flowLog   *flowlog.Log // nil: none
+	snapshot  atomic.Pointer[upstream.Snapshot]
+	socket    net.Listener
+	public    net.Listener // of the metrics; nil: none
+	started   time.Time
+	ready     atomic.Bool
+	draining  atomic.Bool
+	existing  int
+}
+
+// Descriptors that are not for connections: maps, programs, sockets, pipes.
+const otherDescriptors = 256
+
+// open builds an instance, step by step, and undoes all of it on a failure. Its
+// programs are not attached yet, but for the one that brings connections to the
+// handler.
+func open(ctx context.Context, p plan) (*instance, error) {
+	if err := probe.Required(ctx); err != nil {
+		return nil, &exitError{code: exitUnsupported, err: err}
+	}
+	i := &instance{plan: p, started: time.Now()}
+	var err error
+	if i.scope, err = loader.FindScope(p.cgroups, p.cgroup); err != nil {
+		return nil, usage(err)
+	}
+	table, err := i.build(p.config)
+	if err != nil {
+		return nil, usage(err)
+	}
+	if err := i.load(); err != nil {
+		return nil, err
+	}
+	if err := i.assemble(table); err != nil {
+		return nil, errors.Join(err, i.abandon())
+	}
+	return i, nil
+}
+
+// build makes the clusters of a configuration and the table of its services.
+func (i *instance) build(c *config.Config) (*route.Table, error) {
+	specs := make([]upstream.ClusterSpec, 0, len(c.Services))
+	for _, s := range c.Services {
+		policy, err := balance.ByName(s.Policy)
+		if err != nil {
+			return nil, fmt.Errorf("service %q: %w", s.Name, err)
+		}
+		spec := upstream.ClusterSpec{Name: s.Name, Policy: policy}
+		for _, e := range s.Endpoints {
+			spec.Endpoints = append(spec.Endpoints, upstream.EndpointSpec{Addr: e.Addr, Weight: e.Weight})
+		}
+		specs = append(specs, spec)
+	}
+	snapshot, err := upstream.Build(i.snapshot.Load(), specs, upstream.Options{Health: c.Health})
+	if err != nil {
+		return nil, fmt.Errorf("build clusters: %w", err)
+	}
+	services := make([]route.Service, 0, len(c.Services))
+	for _, s := range c.Services {
+		services = append(services, route.Service{Name: s.Name, Addr: s.Addr, Cluster: snapshot.Cluster(s.Name)})
+	}
+	table, err := route.NewTable(services)
+	if err != nil {
+		return nil, fmt.Errorf("build services: %w", err)
+	}
+	i.snapshot.Store(snapshot)
+	return table, nil
+}
+
+// load takes over the instance that is pinned, or makes it.
+func (i *instance) load() error {
+	o := loader.Options{Name: i.name, Kind: i.kind, Scope: i.scope, BPFFS: i.global.bpffs, Log: i.log}
+	swept, err := loader.Sweep(i.global.bpffs, i.cgroups)
+	for _, name := range swept {
+		i.log.Info("removed what a dead instance left", "instance", name)
+		i.forget(name)
+	}
+	if err != nil {
+		i.log.Warn("cannot remove what dead instances left", "error", err)
+	}
+	i.datapath, err = loader.Open(o)
+	if errors.Is(err, loader.ErrIncomplete) {
+		i.log.Warn("an earlier start got stuck half-way: starting over", "instance", i.name)
+		if err := loader.Remove(i.global.bpffs, i.cgroups, i.name); err != nil {
+			return err
+		}
+		err = fmt.Errorf("%w", loader.ErrNotFound)
+	}
+	if errors.Is(err, loader.ErrNotFound) {
+		i.datapath, err = loader.Create(o)
+	}
+	if errors.Is(err, unix.EPERM) {
+		return &exitError{code: exitUnsupported, err: err}
+	}
+	return err
+}
+
+// assemble puts the handler and the telemetry around the datapath.
+func (i *instance) assemble(table *route.Table) error {
+	if _, err := i.datapath.Sync(); err != nil {
+		return err
+	}
+	workers := i.workers()
+	// A worker that waits keeps its processor for a while; see redirect/l4.
+	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), workers+2))
+	maxConns := i.maxConns()
+	var exempt func(int) error
+	if i.inScope() {
+		exempt = i.datapath.Exempt
+	}
+	r := &i.config.Relay
+	v4, v6 := i.datapath.ListenAddrs()
+	var err error
+	i.handler, err = handler.New(handler.Options{
+		Live: i.datapath, Table: table, Slots: loader.Supernets(),
+		Listen4: v4, Listen6: v6, Workers: workers,
+		DialTimeout: r.DialTimeout, DialBudget: r.DialBudget,
+		IdleTimeout: r.IdleTimeout, MaxLifetime: r.MaxLifetime,
+		Attempts: r.Attempts, MaxConns: maxConns, Exempt: exempt,
+	})
+	if err != nil {
+		return err
+	}
+	if err := i.datapath.SetListeners(i.handler.Listeners()); err != nil {
+		return err
+	}
+	if err := i.datapath.SetRules(rules(i.config, workers, maxConns)); err != nil {
+		return err
+	}
+	c4, c6 := i.datapath.CanaryAddrs()
+	i.beat = capture.New(i.datapath, i.handler, []netip.Addr{c4, c6}, i.log)
+	if err := i.tell(); err != nil {
+		return err
+	}
+	return i.datapath.AttachLookup()
+}
+
+// tell makes the telemetry.
+func (i *instance) tell() error {
+	i.metrics = metrics.New(i.sources())
+	sinks := []events.Sink{i.metrics}
+	var err error
+	if path := i.config.FlowLog; path != "" {
+		if i.flowLog, err = flowlog.Open(path, flowLogQueue); err != nil {
+			return usage(err)
+		}
+		sinks = append(sinks, i.flowLog)
+	}
+	if a := i.config.Metrics; a.IsValid() {
+		lc := net.ListenConfig{}
+		lc.SetMultipathTCP(false)
+		if i.public, err = lc.Listen(context.Background(), "tcp", a.String()); err != nil {
+			return usage(fmt.Errorf("serve metrics: %w", err))
+		}
+	}
+	if i.socket, err = admin.Listen(i.socketPath()); err != nil {
+		return err
+	}
+	i.collector, err = events.New(events.Options{Ring: i.datapath.Events(), Handler: i.handler, Sinks: sinks})
+	return err
+}
+
+// flowLogQueue is how many records may wait for a slow disk.
+const flowLogQueue = 16384
+
+func (i *instance) socketPath() string {
+	return filepath.Join(i.global.runtime, i.name+".sock")
+}
+
+// forget removes the files of an instance that is gone.
+func (i *instance) forget(name string) {
+	_ = os.Remove(filepath.Join(i.global.runtime, name+".sock"))
+}
+
+func (i *instance) workers() int {
+	n := i.config.Relay.Workers
+	if n == 0 {
+		n = runtime.NumCPU()
+	}
+	return min(n, bpf.WorkersMax)
+}
+
+// maxConns is what the configuration allows and the descriptors suffice for.
+func (i *instance) maxConns() int {
+	var limit unix.Rlimit
+	most := i.config.Limits.Connections
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err == nil {
+		// A hard limit may be infinite.
+		fds := int(min(limit.Cur, 1<<30))
+		most = min(most, max((fds-otherDescriptors)/2, 1))
+	}
+	return most
+}
+
+// inScope tells whether this process is itself in the scope.
+func (i *instance) inScope() bool {
+	own, err := ownCgroup(i.cgroups)
+	if err != nil {
+		return true // the tag does no harm
+	}
+	return own == i.scope.Path || strings.HasPrefix(own+"/", strings.TrimSuffix(i.scope.Path, "/")+"/")
+}
+
+// rules are what the kernel side goes by.
+func rules(c *config.Config, workers, maxConns int) loader.Rules {
+	r := loader.Rules{
+		Default:   c.Default,
+		Closed:    c.OnFailure == config.OnFailureClosed,
+		Workers:   workers,
+		MaxConns:  maxConns,
+		ConnQuota: c.Limits.ConnectionsPerContainer,
+		SlotQuota: c.Limits.SlotsPerContainer,
+	}
+	if r.ConnQuota == 0 {
+		// One container in a loop must leave something to the others.
+		r.ConnQuota = max(maxConns*3/4, 1)
+	}
+	for _, s := range c.Services {
+		closed := r.Closed
+		if s.OnFailure != "" {
+			closed = s.OnFailure == config.OnFailureClosed
+		}
+		r.Services = append(r.Services, loader.Service{Addr: s.Addr, Closed: closed})
+	}
+	for _, d := range c.Deny {
+		r.Deny = append(r.Deny, loader.Rule(d))
+	}
+	for _, e := range c.Exclude {
+		r.Exclude = append(r.Exclude, loader.Rule(e))
+	}
+	return r
+}
+
+// abandon undoes open. An instance that was taken over is left as it was.
+func (i *instance) abandon() error {
+	errs := []error{i.closeFiles()}
+	if i.datapath.Adopted() {
+		errs = append(errs, i.datapath.Close())
+	} else {
+		errs = append(errs, i.datapath.Unload())
+	}
+	return errors.Join(errs...)
+}
+
+func (i *instance) closeFiles() error {
+	var errs []error
+	for _, ln := range []net.Listener{i.socket, i.public} {
+		if ln != nil {
+			if err := ln.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	if i.collector != nil {
+		errs = append(errs, i.collector.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// serve runs the instance until stop is done, then drains it until force is
+// done, and calls attached once applications are captured. What it returns on
+// is an error of one of its parts, which ends all.
+func (i *instance) serve(stop, force context.Context, attached func() error) error {
+	// Three circles: the handler ends first, then those that it needs, then
+	// those that tell of its end.
+	var relay, helpers, tellers sync.WaitGroup
+	helpCtx, endHelpers := context.WithCancel(context.WithoutCancel(stop))
+	tellCtx, endTellers := context.WithCancel(context.WithoutCancel(stop))
+	relayCtx, endRelay := context.WithCancelCause(stop)
+	defer endRelay(nil)
+	part := func(wg *sync.WaitGroup, name string, f func() error) {
+		wg.Go(func() {
+			if err := f(); err != nil {
+				endRelay(fmt.Errorf("%s: %w", name, err))
+			}
+		})
+	}
+	part(&relay, "handler", func() error { return i.handler.Run(relayCtx, force) })
+	part(&tellers, "collector", func() error { return i.collector.Run(tellCtx) })
+	part(&helpers, "admin", func() error { return admin.Serve(helpCtx, i.socket, i.api()) })
+	if i.flowLog != nil {
+		part(&tellers, "flow log", func() error { return i.flowLog.Run(tellCtx) })
+	}
+	if i.public != nil {
+		part(&helpers, "metrics", func() error { return serveMetrics(helpCtx, i.public, i.metrics.Handler()) })
+	}
+	part(&helpers, "watch", func() error { return i.datapath.Watch(helpCtx) })
+	part(&helpers, "tidy", func() error { return i.datapath.Tidy(helpCtx) })
+
+	err := i.goLive(relayCtx, attached)
+	if err == nil {
+		part(&helpers, "heartbeat", func() error { return i.beat.Run(helpCtx) })
+		<-relayCtx.Done()
+		err = cause(relayCtx)
+		i.draining.Store(true)
+		i.ready.Store(false)
+		err = errors.Join(err, i.datapath.Drain())
+	}
+	endRelay(nil)
+	relay.Wait()
+	endHelpers()
+	helpers.Wait()
+	endTellers()
+	tellers.Wait()
+	return errors.Join(err, i.closeFiles())
+}
+
+// cause is why a context ended, unless it was told to in the usual way.
+func cause(ctx context.Context) error {
+	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// goLive proves that the handler works, and only then attaches the programs
+// that send it connections.
+func (i *instance) goLive(ctx context.Context, attached func() error) error {
+	for range 3 {
+		if err := i.beat.Once(ctx); err != nil {
+			return err
+		}
+		if i.beat.Alive() {
+			break
+		}
+	}
+	old, err := i.datapath.Attach()
+	if err != nil {
+		return err
+	}
+	if err := i.settle(old); err != nil {
+		return err
+	}
+	i.ready.Store(true)
+	return attached()
+}
+
+// settle deals with the connections that are older than the capture.
+func (i *instance) settle(old []loader.Existing) error {
+	if len(old) == 0 {
+		return nil
+	}
+	if i.config.Existing == config.ExistingReset {
+		if err := i.datapath.Reset(old); err != nil {
+			return fmt.Errorf("reset older connections: %w", err)
+		}
+		i.log.Info("reset older connections, so that they come back captured", "connections", len(old))
+		return nil
+	}
+	i.existing = len(old)
+	for _, e := range old {
+		i.log.Warn("connection is older than the capture", "source", e.Source, "destination", e.Destination, "reason", "existing")
+	}
+	return nil
+}
+
+// serveMetrics serves until ctx is done.
+func serveMetrics(ctx context.Context, ln net.Listener, h http.Handler) error {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", h)
+	s := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second}
+	stop := context.AfterFunc(ctx, func() { s.Close() })
+	defer stop()
+	if err := s.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve metrics: %w", err)
+	}
+	return nil
+}
+
+// end takes the instance away.
+func (i *instance) end() error { return i.datapath.Unload() }
