@@ -1,0 +1,217 @@
+package flowlog
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+)
+
+const (
+	// defaultQueue is how many records wait for the disk.
+	defaultQueue = 8192
+	// bufferSize is how many bytes are written at once, at least, when there is
+	// more to come.
+	bufferSize = 64 << 10
+)
+
+// Log is a file of flow records. Its methods are safe for concurrent use.
+type Log struct {
+	path  string
+	queue chan flow.Record
+
+	ended   atomic.Bool
+	dropped atomic.Uint64
+	failed  atomic.Uint64
+
+	// mu orders file and what was written to it: Reopen changes the file under
+	// Run.
+	mu   sync.Mutex
+	file io.WriteCloser // nil once closed
+	// torn is set while the file ends in half a line.
+	torn bool
+	// failing is set from a failed write to the next good one.
+	failing bool
+}
+
+// Open opens the file at path to append to, and makes it with mode 0640 if it is
+// missing. queue is how many records may wait to be written, 8192 if 0. Run
+// writes them and closes the file; if Run is not called, Close must be.
+func Open(path string, queue int) (*Log, error) {
+	if queue < 0 {
+		return nil, fmt.Errorf("queue of %d records: negative", queue)
+	}
+	if queue == 0 {
+		queue = defaultQueue
+	}
+	f, err := open(path)
+	if err != nil {
+		return nil, err
+	}
+	return &Log{path: path, queue: make(chan flow.Record, queue), file: f}, nil
+}
+
+func open(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o640)
+	if err != nil {
+		return nil, fmt.Errorf("open flow log: %w", err)
+	}
+	return f, nil
+}
+
+// Record takes a copy of r. It never blocks: when the queue is full, r is
+// dropped and counted.
+func (l *Log) Record(r *flow.Record) {
+	if l.ended.Load() {
+		l.dropped.Add(1)
+		return
+	}
+	select {
+	case l.queue <- *r:
+	default:
+		l.dropped.Add(1)
+	}
+}
+
+// Dropped counts the records that found the queue full, or came when Run
+// had ended.
+func (l *Log) Dropped() uint64 { return l.dropped.Load() }
+
+// Failed counts the records that could not be written, for example to a full
+// disk.
+func (l *Log) Failed() uint64 { return l.failed.Load() }
+
+// Run writes records until ctx is done, then what still waits, and closes the
+// file. End the sources of records before, so that their last ones are in it. A
+// failed write is counted, and logged when it is the first of its kind; Run goes
+// on, since the disk may have room again.
+func (l *Log) Run(ctx context.Context) error {
+	var b bytes.Buffer
+	for {
+		select {
+		case r := <-l.queue:
+			l.encode(&b, &r)
+			l.drain(&b)
+		case <-ctx.Done():
+			l.ended.Store(true)
+			l.drain(&b)
+			return l.Close()
+		}
+	}
+}
+
+// drain writes b and everything that waits now, so that nothing is held back when
+// there is nothing more to come.
+func (l *Log) drain(b *bytes.Buffer) {
+	// Not until the queue is empty: under a flood it never is.
+	for range len(l.queue) {
+		r := <-l.queue
+		l.encode(b, &r)
+		if b.Len() >= bufferSize {
+			l.write(b)
+		}
+	}
+	l.write(b)
+}
+
+// encode appends one line to b.
+func (l *Log) encode(b *bytes.Buffer, r *flow.Record) {
+	line, err := json.Marshal(r)
+	if err != nil {
+		// A time that JSON cannot express; it is no fault of the others.
+		l.failed.Add(1)
+		return
+	}
+	b.Write(line)
+	b.WriteByte('\n')
+}
+
+// write writes the lines in b and empties it.
+func (l *Log) write(b *bytes.Buffer) {
+	defer b.Reset()
+	if b.Len() == 0 {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.file == nil || !l.mend() {
+		l.failed.Add(countLines(b.Bytes()))
+		return
+	}
+	n, err := l.file.Write(b.Bytes())
+	l.wrote(b.Bytes()[:n], b.Bytes()[n:], err)
+}
+
+// mend ends the half line that a failed write left, so that it spoils no other.
+func (l *Log) mend() bool {
+	if !l.torn {
+		return true
+	}
+	_, err := l.file.Write([]byte{'\n'})
+	l.torn = err != nil
+	return !l.torn
+}
+
+// wrote takes note of a write: what went out, what did not, and why.
+func (l *Log) wrote(out, left []byte, err error) {
+	if err == nil {
+		if l.failing {
+			slog.Info("flow log is written again", "path", l.path, "failed", l.failed.Load())
+		}
+		l.failing = false
+		return
+	}
+	l.torn = len(out) > 0 && out[len(out)-1] != '\n'
+	l.failed.Add(countLines(left))
+	if !l.failing {
+		// Once: a full disk stays full for many lines, and the log of the
+		// process may be on the same one.
+		slog.Error("flow log cannot be written", "path", l.path, "error", err)
+	}
+	l.failing = true
+}
+
+func countLines(b []byte) uint64 { return uint64(bytes.Count(b, []byte{'\n'})) }
+
+// Reopen opens the file at the path again, after a rotation has moved it away.
+// If that fails, the old file stays. Lines that are on their way go to either.
+func (l *Log) Reopen() error {
+	f, err := open(l.path)
+	if err != nil {
+		return err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.file == nil {
+		return errors.Join(fmt.Errorf("reopen flow log: %w", os.ErrClosed), f.Close())
+	}
+	old := l.file
+	l.file, l.torn = f, false
+	if err := old.Close(); err != nil {
+		return fmt.Errorf("close rotated flow log: %w", err)
+	}
+	return nil
+}
+
+// Close closes the file. Run does it. A second call does nothing.
+func (l *Log) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.file == nil {
+		return nil
+	}
+	f := l.file
+	l.file = nil
+	if err := f.Close(); err != nil {
+		return fmt.Errorf("close flow log: %w", err)
+	}
+	return nil
+}
