@@ -52,11 +52,12 @@ func (c Config) Validate() error {
 func (c Config) wait(round uint32, random uint64) time.Duration {
 	d := c.Base
 	for ; round > 1 && d < c.Max; round-- {
-		d = min(2*d, c.Max)
-	}
-	// A Max near the end of the range overflows when doubled.
-	if d <= 0 {
-		d = c.Max
+		// Near the end of the range twice the wait would overflow.
+		if d > c.Max/2 {
+			d = c.Max
+		} else {
+			d *= 2
+		}
 	}
 	return d - time.Duration(random%uint64(d/4+1))
 }
