@@ -220,6 +220,9 @@ func (m *machine) badProgram(name string, err error) Finding {
 	case errors.Is(err, unix.ENOMEM), errors.Is(err, unix.ENOSPC):
 		return failure(name, "give the container or unit more memory: the maps need some 20 MiB", "%s", short(err))
 	}
+	if caps := m.capabilities(); isVerifier(err) && !caps.has(capPerfmon) && !caps.has(capSysAdmin) {
+		return failure(name, "give CAP_PERFMON too: without it this kernel's verifier is stricter", "%s", short(err))
+	}
 	return failure(name, "boot Linux 6.1 or later; if the features above all work, report this with the kernel's release", "%s", short(err))
 }
 

@@ -183,6 +183,10 @@ func TestRefusalIsShort(t *testing.T) {
 	if f.Level != Fail || !strings.Contains(f.Detail, "R7 !read_ok") || strings.Contains(f.Detail, "\n") || len(f.Detail) > 260 {
 		t.Errorf("%+v", f)
 	}
+	strict := fake(map[string]string{"/proc/thread-self/status": twoCaps})
+	if f := strict.badProgram("program pl_x", err); f.Level != Fail || !strings.Contains(f.Cure, "CAP_PERFMON") {
+		t.Errorf("%+v", f)
+	}
 }
 
 func TestScope(t *testing.T) {
