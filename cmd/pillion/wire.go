@@ -291,6 +291,9 @@ func rules(c *config.Config, workers, maxConns int) loader.Rules {
 // abandon undoes open. An instance that was taken over is left as it was.
 func (i *instance) abandon() error {
 	errs := []error{i.closeFiles()}
+	if i.flowLog != nil {
+		errs = append(errs, i.flowLog.Close())
+	}
 	if i.datapath.Adopted() {
 		errs = append(errs, i.datapath.Close())
 	} else {
@@ -318,48 +321,69 @@ func (i *instance) closeFiles() error {
 // done, and calls attached once applications are captured. What it returns on
 // is an error of one of its parts, which ends all.
 func (i *instance) serve(stop, force context.Context, attached func() error) error {
-	// Three circles: the handler ends first, then those that it needs, then
-	// those that tell of its end.
-	var relay, helpers, tellers sync.WaitGroup
-	helpCtx, endHelpers := context.WithCancel(context.WithoutCancel(stop))
-	tellCtx, endTellers := context.WithCancel(context.WithoutCancel(stop))
-	relayCtx, endRelay := context.WithCancelCause(stop)
-	defer endRelay(nil)
-	part := func(wg *sync.WaitGroup, name string, f func() error) {
-		wg.Go(func() {
-			if err := f(); err != nil {
-				endRelay(fmt.Errorf("%s: %w", name, err))
-			}
-		})
-	}
-	part(&relay, "handler", func() error { return i.handler.Run(relayCtx, force) })
-	part(&tellers, "collector", func() error { return i.collector.Run(tellCtx) })
-	part(&helpers, "admin", func() error { return admin.Serve(helpCtx, i.socket, i.api()) })
-	if i.flowLog != nil {
-		part(&tellers, "flow log", func() error { return i.flowLog.Run(tellCtx) })
-	}
+	live, die := context.WithCancelCause(stop)
+	defer die(nil)
+	// In the order in which they end: who says that the handler is there, the
+	// handler, those that it needs, and those that tell of its end.
+	beat, relay, helpers := newCircle(live, die), newCircle(live, die), newCircle(live, die)
+	collect, write := newCircle(live, die), newCircle(live, die)
+	relay.run("handler", func(ctx context.Context) error { return i.handler.Run(ctx, force) })
+	helpers.run("admin", func(ctx context.Context) error { return admin.Serve(ctx, i.socket, i.api()) })
+	helpers.run("watch", i.datapath.Watch)
+	helpers.run("tidy", i.datapath.Tidy)
 	if i.public != nil {
-		part(&helpers, "metrics", func() error { return serveMetrics(helpCtx, i.public, i.metrics.Handler()) })
+		helpers.run("metrics", func(ctx context.Context) error { return serveMetrics(ctx, i.public, i.metrics.Handler()) })
 	}
-	part(&helpers, "watch", func() error { return i.datapath.Watch(helpCtx) })
-	part(&helpers, "tidy", func() error { return i.datapath.Tidy(helpCtx) })
+	collect.run("collector", i.collector.Run)
+	if i.flowLog != nil {
+		write.run("flow log", i.flowLog.Run)
+	}
 
-	err := i.goLive(relayCtx, attached)
+	err := i.goLive(live)
 	if err == nil {
-		part(&helpers, "heartbeat", func() error { return i.beat.Run(helpCtx) })
-		<-relayCtx.Done()
-		err = cause(relayCtx)
-		i.draining.Store(true)
-		i.ready.Store(false)
-		err = errors.Join(err, i.datapath.Drain())
+		beat.run("heartbeat", i.beat.Run)
+		err = attached()
 	}
-	endRelay(nil)
-	relay.Wait()
-	endHelpers()
-	helpers.Wait()
-	endTellers()
-	tellers.Wait()
+	if err == nil {
+		<-live.Done()
+		err = cause(live)
+	}
+	i.draining.Store(true)
+	i.ready.Store(false)
+	err = errors.Join(err, i.datapath.Drain())
+	for _, c := range []*circle{beat, relay, helpers, collect, write} {
+		c.end()
+	}
 	return errors.Join(err, i.closeFiles())
+}
+
+// circle is parts of an instance that end together.
+type circle struct {
+	ctx  context.Context
+	stop context.CancelFunc
+	die  context.CancelCauseFunc
+	wg   sync.WaitGroup
+}
+
+// newCircle returns a circle whose parts outlive ctx, until its end is called.
+// One that fails calls die.
+func newCircle(ctx context.Context, die context.CancelCauseFunc) *circle {
+	c := &circle{die: die}
+	c.ctx, c.stop = context.WithCancel(context.WithoutCancel(ctx))
+	return c
+}
+
+func (c *circle) run(name string, part func(context.Context) error) {
+	c.wg.Go(func() {
+		if err := part(c.ctx); err != nil {
+			c.die(fmt.Errorf("%s: %w", name, err))
+		}
+	})
+}
+
+func (c *circle) end() {
+	c.stop()
+	c.wg.Wait()
 }
 
 // cause is why a context ended, unless it was told to in the usual way.
@@ -372,7 +396,7 @@ func cause(ctx context.Context) error {
 
 // goLive proves that the handler works, and only then attaches the programs
 // that send it connections.
-func (i *instance) goLive(ctx context.Context, attached func() error) error {
+func (i *instance) goLive(ctx context.Context) error {
 	for range 3 {
 		if err := i.beat.Once(ctx); err != nil {
 			return err
@@ -389,7 +413,7 @@ func (i *instance) goLive(ctx context.Context, attached func() error) error {
 		return err
 	}
 	i.ready.Store(true)
-	return attached()
+	return nil
 }
 
 // settle deals with the connections that are older than the capture.
