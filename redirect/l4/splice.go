@@ -52,17 +52,17 @@ func (w *worker) splice(c *conn, k int, budget *int) bool {
 		}
 		n, e := sysSplice(s.fd, s.pipe[1], pipeSize)
 		switch {
-		case e == unix.EAGAIN:
-			s.readable = false
+		case e == unix.EAGAIN || e == 0 && n == 0:
+			// A splice cannot pass an urgent mark, a read can: with one, only
+			// the read says that the socket is empty. And behind one even the
+			// end of file is not the end: it always takes a read to say so.
+			s.readable = e == 0 || s.urgent
+			w.stopSplicing(s)
+			return true
 		case e != 0:
 			s.readable = false
 			w.broken(c, k)
 			return false
-		case n == 0:
-			s.eof, s.readable = true, false
-		}
-		if e != 0 || n == 0 {
-			continue
 		}
 		s.inPipe = n
 		*budget -= n
