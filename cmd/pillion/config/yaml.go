@@ -40,6 +40,9 @@ func parseYAML(w *places, data []byte) (ast.Node, error) {
 		return nil, w.error(position{1, 1}, fmt.Sprintf("more than %d bytes: this is no configuration", maxSize))
 	}
 	data = bytes.TrimPrefix(data, []byte("\ufeff"))
+	// YAML ends lines in three ways; the positions are to mean the same in all.
+	data = bytes.ReplaceAll(data, []byte("\r\n"), []byte("\n"))
+	data = bytes.ReplaceAll(data, []byte("\r"), []byte("\n"))
 	if err := checkText(w, data); err != nil {
 		return nil, err
 	}
@@ -87,7 +90,7 @@ func checkText(w *places, data []byte) error {
 			return w.error(at, "not UTF-8: want a text file")
 		case r == '\n':
 			at = position{at.line + 1, 0}
-		case unicode.IsControl(r) && r != '\t' && r != '\r':
+		case unicode.IsControl(r) && r != '\t':
 			return w.error(at, fmt.Sprintf("control character %U: want a text file", r))
 		default:
 		}
