@@ -11,13 +11,14 @@ import (
 
 const (
 	// every is the time between two beats.
-	every = 100 * time.Millisecond
+	every = 50 * time.Millisecond
 	// MaxAge is how old a beat may be before the connect hook takes the handler
-	// for gone. With the time between beats and that of a canary it keeps the
-	// time to notice below half a second.
-	MaxAge = 350 * time.Millisecond
+	// for gone. It is all of the half second that noticing may take but the
+	// last bit: on a busy machine beats are late, and a handler that is late
+	// is better than none.
+	MaxAge = 450 * time.Millisecond
 	// canaryLimit is how long a canary may take.
-	canaryLimit = 150 * time.Millisecond
+	canaryLimit = 300 * time.Millisecond
 	// busyAbove and busyBelow are fills of the accept queue. They are apart, so
 	// that a queue around one mark does not make the hook change its mind all
 	// the time.
@@ -25,7 +26,7 @@ const (
 	busyBelow = 0.25
 	// stuckAfter is how many beats in a row a worker may be at the same turn
 	// without waiting: a long turn is no hang.
-	stuckAfter = 3
+	stuckAfter = 8
 )
 
 // Kernel is where beats are published and canaries let in.
@@ -55,6 +56,7 @@ type Beat struct {
 	probes  []*canary
 	log     *slog.Logger
 
+	next  int // which probe flies next
 	busy  bool
 	alive bool
 	stuck int // beats since all workers last moved
@@ -140,10 +142,17 @@ func (b *Beat) workersMove() error {
 	return nil
 }
 
+// slotsArrive tests the families in turn. While something is wrong it tests
+// all, since what works says nothing of the other.
 func (b *Beat) slotsArrive(ctx context.Context) error {
-	for _, c := range b.probes {
+	for range b.probes {
+		c := b.probes[b.next%len(b.probes)]
 		if err := c.fly(ctx); err != nil {
 			return fmt.Errorf("connect to slot %s: %w", c.slot.Addr(), err)
+		}
+		b.next++
+		if b.alive {
+			break
 		}
 	}
 	return nil
