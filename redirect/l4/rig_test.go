@@ -44,6 +44,7 @@ type setup struct {
 	workers   int
 	perWorker int // listeners
 	endpoints []netip.AddrPort
+	others    []netip.AddrPort // of the cluster that twoClusters directs the second listener to
 	options   func(*l4.Options)
 	direct    func(r *rig, local, remote netip.AddrPort) (l4.Target, error)
 	allowed   func(netip.AddrPort) flow.Reason
@@ -55,6 +56,7 @@ type rig struct {
 	t         testing.TB
 	relay     *l4.Relay
 	cluster   *upstream.Cluster
+	other     *upstream.Cluster
 	clusters  []*upstream.Cluster // what close checks
 	listeners []netip.AddrPort
 	cookies   atomic.Uint64
@@ -73,6 +75,7 @@ func newRig(t testing.TB, s setup) *rig {
 	}
 	r := &rig{setup: s, t: t, done: make(chan error, 1)}
 	r.cluster = r.newCluster("test", s.endpoints...)
+	r.other = r.newCluster("other", s.others...)
 	o := l4.Options{
 		DialTimeout: 10 * time.Second,
 		DialBudget:  20 * time.Second,
@@ -206,6 +209,15 @@ func (r *rig) Allowed(to netip.AddrPort) flow.Reason {
 		return r.allowed(to)
 	}
 	return flow.ReasonNone
+}
+
+// twoClusters directs each of two listeners to a cluster of its own.
+func twoClusters(r *rig, local, remote netip.AddrPort) (l4.Target, error) {
+	t := r.target(local, remote)
+	if local == r.listeners[1] {
+		t.Cluster = r.other
+	}
+	return t, nil
 }
 
 // dial connects to the next listener in turn. The connection ends with the
@@ -401,6 +413,20 @@ func wantReset(t testing.TB, c net.Conn, want []byte) {
 	if err := checkReset(c, want); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// wantRefused dials and wants nothing but a reset, which connect may see already.
+func (r *rig) wantRefused(addr netip.AddrPort) {
+	r.t.Helper()
+	c, err := dialTo(addr)
+	if errors.Is(err, syscall.ECONNRESET) {
+		return
+	}
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer c.Close()
+	wantReset(r.t, c, nil)
 }
 
 func checkReset(c net.Conn, want []byte) error {
