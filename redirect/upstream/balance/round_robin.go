@@ -32,21 +32,39 @@ func RoundRobin(endpoints []*upstream.Endpoint, random func() uint64) upstream.P
 
 // Pick implements upstream.Picker.
 func (r *roundRobin) Pick(uint64) (*upstream.Endpoint, error) {
-	n := uint64(len(r.endpoints))
-	if n == 0 {
+	if len(r.endpoints) == 0 {
 		return nil, upstream.ErrNoEndpoint
 	}
-	// In 2n turns the heaviest endpoint had one at least. If it is not
-	// available the others' turns may be a thousand generations away.
-	for range 2 * n {
-		turn := r.turn.Add(1) - 1
-		i := turn % n
-		e := r.endpoints[i]
-		if r.takes(uint64(e.Weight), i, turn/n) && e.Available() {
+	for {
+		turn := r.turn.Load()
+		e, past := r.next(turn)
+		if e == nil {
+			return r.drawAvailable(r.random())
+		}
+		// Add was rejected: a worker's turns are then not in sequence, and it
+		// may meet 2n that nobody takes while the others get those between. If
+		// the swap fails, another worker has picked.
+		if r.turn.CompareAndSwap(turn, past) {
 			return e, nil
 		}
 	}
-	return r.drawAvailable(r.random())
+}
+
+// next returns the available endpoint that takes the first turn from turn on,
+// and the turn after that one; or nil if there is none near. In 2n turns the
+// heaviest endpoint has one at least. If it is not available, the others' turns
+// may be a thousand generations away.
+func (r *roundRobin) next(turn uint64) (e *upstream.Endpoint, past uint64) {
+	n := uint64(len(r.endpoints))
+	for range 2 * n {
+		i := turn % n
+		e := r.endpoints[i]
+		if r.takes(uint64(e.Weight), i, turn/n) && e.Available() {
+			return e, turn + 1
+		}
+		turn++
+	}
+	return nil, turn
 }
 
 // takes reports whether the endpoint of that weight and index takes its turn in
