@@ -3,8 +3,10 @@ package config
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -120,7 +122,7 @@ func TestBad(t *testing.T) {
 	}
 }
 
-// A JSON document is YAML, and the configuration of nobody is the default.
+// A configuration that says nothing is the default.
 func TestEmptyIsDefault(t *testing.T) {
 	want := Default()
 	for _, text := range []string{"", "\n", "# nothing\n", "---\n", "--- ~\n", "{}", "\ufeff"} {
@@ -166,7 +168,7 @@ func TestLoad(t *testing.T) {
 	t.Run("absent", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "absent.yaml")
 		_, err := Load(path)
-		if !os.IsNotExist(unwrap(err)) || !strings.Contains(err.Error(), path) {
+		if !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), path) {
 			t.Errorf("got %v", err)
 		}
 	})
@@ -193,19 +195,6 @@ func TestLoad(t *testing.T) {
 	})
 }
 
-func unwrap(err error) error {
-	for {
-		u, ok := err.(interface{ Unwrap() error })
-		if !ok {
-			return err
-		}
-		if _, ok := err.(*os.PathError); ok {
-			return err
-		}
-		err = u.Unwrap()
-	}
-}
-
 func TestParseNotText(t *testing.T) {
 	for name, c := range map[string]struct{ data, want string }{
 		"utf-16": {"\xff\xfea\x00", "x:1:1: not UTF-8: want a text file"},
@@ -223,7 +212,7 @@ func TestParseNotText(t *testing.T) {
 
 // What a parser may choke on is refused in time that grows with its length.
 func TestParseHostile(t *testing.T) {
-	const n = 200000
+	const n = 50000
 	for name, text := range map[string]string{
 		"brackets":     strings.Repeat("[", n),
 		"braces":       strings.Repeat("{a: ", n),
