@@ -132,8 +132,13 @@ func (r *Relay) Run(ctx, force context.Context) error {
 	}
 	stop := context.AfterFunc(ctx, r.stop)
 	end := context.AfterFunc(force, func() {
+		// ctx may be done as well, and its stop on the way: nothing may be
+		// accepted after the reset.
 		r.stop()
-		r.each((*worker).resetAll)
+		r.each(func(w *worker) {
+			w.stopAccepting()
+			w.resetAll()
+		})
 	})
 	running.Wait()
 	stop()

@@ -254,6 +254,7 @@ func (w *worker) handle(ev *unix.EpollEvent) {
 	case ev.Pad != 0: // a socket that was closed in this batch
 	case fd == w.wake:
 		w.runCommands()
+	case w.stopped: // a listener that was: its number may be another's by now
 	default:
 		for range acceptsPerTurn {
 			if !w.acceptFrom(fd) {
