@@ -26,7 +26,7 @@ var budget = map[string]uint32{
 
 func TestBudget(t *testing.T) {
 	testutil.CheckLeaks(t)
-	progs, _ := loadAll(t)
+	progs, _ := loadAll(t, nil)
 	for name := range programs {
 		n := verified(t, progs[name])
 		t.Logf("%s: %d of %d verified instructions", name, n, budget[name])

@@ -46,13 +46,18 @@ func mustSpecs(t *testing.T) []*ebpf.CollectionSpec {
 	return specs
 }
 
-// loadAll loads the three objects over one set of maps, as the loader does. All
-// of it ends with the test.
-func loadAll(t *testing.T) (map[string]*ebpf.Program, map[string]*ebpf.Map) {
+// loadAll loads the three objects over one set of maps, as the loader does, with
+// the knobs of values. All of it ends with the test.
+func loadAll(t *testing.T, values map[string]any) (map[string]*ebpf.Program, map[string]*ebpf.Map) {
 	t.Helper()
 	testutil.RequireRoot(t)
 	progs, shared := map[string]*ebpf.Program{}, map[string]*ebpf.Map{}
 	for _, spec := range mustSpecs(t) {
+		for name, value := range values {
+			if err := spec.Variables[name].Set(value); err != nil {
+				t.Fatalf("set %s: %v", name, err)
+			}
+		}
 		c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
 		if ve, ok := errors.AsType[*ebpf.VerifierError](err); ok {
 			t.Fatalf("load: %+v", ve)
@@ -115,7 +120,7 @@ func TestObjectsShareTheirMaps(t *testing.T) {
 
 func TestEveryProgramLoads(t *testing.T) {
 	testutil.CheckLeaks(t)
-	progs, shared := loadAll(t)
+	progs, shared := loadAll(t, nil)
 	for name, want := range programs {
 		p := progs[name]
 		if p == nil {
