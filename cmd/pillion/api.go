@@ -183,6 +183,9 @@ func (i *instance) Relay() metrics.RelayStats {
 		Ended:        s.Ended,
 		Dials:        s.Dials,
 		DialFailures: s.DialFailures,
+		Retries:      s.Retries,
+		Unknown:      s.Unknown,
+		Canaries:     s.Canaries,
 		AcceptPauses: s.Pauses,
 		LostRecords:  s.Lost,
 		Pipes:        s.Pipes,
@@ -194,7 +197,7 @@ func (i *instance) losses() map[string]uint64 {
 	l := i.collector.Losses()
 	all := map[string]uint64{"handler": l.Handler, "unmatched": l.Unmatched, "unreadable": l.Unreadable}
 	if i.flowLog != nil {
-		all["flow_log"] = i.flowLog.Dropped()
+		all["flowlog"] = i.flowLog.Dropped()
 	}
 	return all
 }

@@ -81,14 +81,17 @@ func (g *global) logger(otherwise slog.Level) (*slog.Logger, error) {
 		}
 	}
 	o := &slog.HandlerOptions{Level: level}
+	var log *slog.Logger
 	switch g.logFormat {
 	case "text":
-		return slog.New(slog.NewTextHandler(os.Stderr, o)), nil
+		log = slog.New(slog.NewTextHandler(os.Stderr, o))
 	case "json":
-		return slog.New(slog.NewJSONHandler(os.Stderr, o)), nil
+		log = slog.New(slog.NewJSONHandler(os.Stderr, o))
 	default:
 		return nil, usage(fmt.Errorf("--log-format %q: want text or json", g.logFormat))
 	}
+	slog.SetDefault(log) // for what is given no logger
+	return log, nil
 }
 
 func newVersion() *cobra.Command {

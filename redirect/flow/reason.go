@@ -81,7 +81,6 @@ const (
 	ReasonLoop                                          // it would have gone to the handler itself
 	ReasonDrained                                       // ended by shutdown
 	ReasonHandlerLost                                   // the handler was killed while it carried it
-	ReasonRelayQuota                                    // this container has too many dials or connections in the handler
 	ReasonRefused                                       // the network refused it (pass, direct)
 	ReasonTimeout                                       // the network did not answer (pass, direct)
 	ReasonReset                                         // reset by either side (pass, direct: the kernel side cannot tell whose)
@@ -140,7 +139,6 @@ var reasonNames = [reasonCount]string{
 	ReasonLoop:            "loop",
 	ReasonDrained:         "drained",
 	ReasonHandlerLost:     "handler_lost",
-	ReasonRelayQuota:      "relay_quota",
 	ReasonRefused:         "refused",
 	ReasonTimeout:         "timeout",
 	ReasonReset:           "reset",
