@@ -168,6 +168,11 @@ func (w *worker) sendFirst(c *conn) syscall.Errno {
 		return 0
 	case unix.EAGAIN:
 		return 0
+	case unix.ECONNRESET, unix.EPIPE:
+		// It connected and was reset since, as in answered.
+		w.established(c)
+		w.broken(c, up)
+		return 0
 	default:
 		return e
 	}
