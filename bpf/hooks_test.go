@@ -1,9 +1,11 @@
 package bpf
 
 import (
+	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"net"
 	"net/netip"
@@ -42,6 +44,44 @@ func dialAll(addrs string) {
 		fmt.Println(addr, conn.RemoteAddr())
 		conn.Close()
 	}
+}
+
+// envHold is like envDial for one address, from a bound source and with socket
+// options; the connection stays until the standard input ends.
+const envHold = "PILLION_TEST_HOLD"
+
+// The options of a held connection.
+const (
+	heldMark     = 0x55aa
+	heldPriority = 5
+	heldTOS      = 0x28
+)
+
+// hold connects from source to addr, says so, and waits.
+func hold(source, addr string) {
+	d := net.Dialer{Control: holdOptions, LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}}
+	conn, err := d.Dial("tcp", addr)
+	fmt.Println(err)
+	io.Copy(io.Discard, os.Stdin)
+	if err == nil {
+		conn.Close()
+	}
+}
+
+func holdOptions(network, _ string, raw syscall.RawConn) error {
+	var set error
+	err := raw.Control(func(fd uintptr) {
+		level, tos := unix.SOL_IP, unix.IP_TOS
+		if network == "tcp6" {
+			level, tos = unix.SOL_IPV6, unix.IPV6_TCLASS
+		}
+		set = errors.Join(
+			// First: IP_TOS also sets a priority of its own.
+			unix.SetsockoptInt(int(fd), level, tos, heldTOS),
+			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PRIORITY, heldPriority),
+			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, heldMark))
+	})
+	return errors.Join(err, set)
 }
 
 // hooks are all programs attached around one cgroup and one network namespace,
@@ -140,6 +180,27 @@ func (h *hooks) put(t *testing.T, name string, key, value any) {
 	}
 }
 
+// serve makes the handler well, and every destination but 2001:dead::/16 routed.
+func (h *hooks) serve(t *testing.T) {
+	t.Helper()
+	h.put(t, "settings", uint32(0), Settings{
+		Workers: 1, DenyRules: 2, ExcludeRules: 1, DefaultPath: uint32(flow.PathRelay),
+		OnFailure: OnFailureOpen, SlotQuota: 100, ConnQuota: 100, LiveMax: 100, Families: 3,
+	})
+	h.put(t, "state", uint32(0), State{NextSlot: SlotFirst})
+	h.put(t, "beat", uint32(0), Beat{Stamp: 1, MaxAge: math.MaxInt64})
+	for _, p := range []string{"::ffff:0:0/96", "2001:db8::/32"} {
+		pfx := netip.MustParsePrefix(p)
+		var addr IPAddr
+		if pfx.Addr().Is4In6() {
+			addr = FromAddr(netip.MustParseAddr("0.0.0.0"))
+		} else {
+			addr = FromAddr(pfx.Addr())
+		}
+		h.put(t, "routes", PrefixKey{Prefixlen: uint32(pfx.Bits()), Addr: abiIpAddr(addr)}, RouteUnicast)
+	}
+}
+
 // dial runs an application in the scope.
 func (h *hooks) dial(t *testing.T, addrs ...string) []string {
 	t.Helper()
@@ -178,6 +239,17 @@ func (h *hooks) accepted(t *testing.T) []string {
 	return all
 }
 
+// waitClosed waits until the last redirected connection has ended. The peer of an
+// application that has ended may take its time with the answer to a FIN.
+func (h *hooks) waitClosed(t *testing.T) {
+	t.Helper()
+	testutil.Eventually(t, 10*time.Second, func() bool {
+		var key LiveKey
+		var entry Live
+		return !h.maps["live"].Iterate().Next(&key, &entry)
+	}, "live is empty")
+}
+
 // counts sums a per-CPU array of counters over the CPUs, without the zeros.
 func (h *hooks) counts(t *testing.T, name string) map[uint32]uint64 {
 	t.Helper()
@@ -207,8 +279,9 @@ func (h *hooks) reasons(t *testing.T) map[string]uint64 {
 	return named
 }
 
-// events reads what the ring holds: kind, path, reason and original destination.
-func (h *hooks) events(t *testing.T) []string {
+// events reads n records of the ring, or more if there are: kind, path, reason and
+// original destination of each. The kernel side does not wake a reader.
+func (h *hooks) events(t *testing.T, n int) []string {
 	t.Helper()
 	r, err := ringbuf.NewReader(h.maps["events"])
 	if err != nil {
@@ -217,27 +290,34 @@ func (h *hooks) events(t *testing.T) []string {
 	defer r.Close()
 	r.SetDeadline(time.Now().Add(-time.Second))
 	var all []string
-	for {
-		record, err := r.Read()
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			break
+	testutil.Eventually(t, 10*time.Second, func() bool {
+		for {
+			record, err := r.Read()
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				return len(all) >= n
+			}
+			if err != nil {
+				t.Fatalf("read events: %v", err)
+			}
+			all = append(all, h.describe(t, record.RawSample))
 		}
-		if err != nil {
-			t.Fatalf("read events: %v", err)
-		}
-		e, ok := ParseEvent(record.RawSample)
-		if !ok {
-			t.Fatalf("an event of %d bytes", len(record.RawSample))
-		}
-		kind := map[uint8]string{EventEnd: "end", EventDenied: "denied"}[e.Kind]
-		if e.Cgroup != h.cgroup.ID || e.Opened == 0 || e.Ended < e.Opened {
-			t.Errorf("cgroup %d (want %d), opened %d, ended %d", e.Cgroup, h.cgroup.ID, e.Opened, e.Ended)
-		}
-		orig := netip.AddrPortFrom(ToAddr(e.Orig), e.OrigPort)
-		all = append(all, fmt.Sprint(kind, " ", flow.Path(e.Path), " ", flow.Reason(e.Reason), " ", orig))
-	}
+	}, "events")
 	slices.Sort(all)
 	return all
+}
+
+func (h *hooks) describe(t *testing.T, raw []byte) string {
+	t.Helper()
+	e, ok := ParseEvent(raw)
+	if !ok {
+		t.Fatalf("an event of %d bytes", len(raw))
+	}
+	if e.Cgroup != h.cgroup.ID || e.Opened == 0 || e.Ended < e.Opened {
+		t.Errorf("cgroup %d (want %d), opened %d, ended %d", e.Cgroup, h.cgroup.ID, e.Opened, e.Ended)
+	}
+	kind := map[uint8]string{EventEnd: "end", EventDenied: "denied"}[e.Kind]
+	orig := netip.AddrPortFrom(ToAddr(e.Orig), e.OrigPort)
+	return fmt.Sprint(kind, " ", flow.Path(e.Path), " ", flow.Reason(e.Reason), " ", orig)
 }
 
 func rule(t *testing.T, prefix string, port uint16) RuleKey {
@@ -254,27 +334,12 @@ func rule(t *testing.T, prefix string, port uint16) RuleKey {
 func TestHooks(t *testing.T) {
 	testutil.CheckLeaks(t)
 	h := newHooks(t)
-	h.put(t, "settings", uint32(0), Settings{
-		Workers: 1, DenyRules: 2, ExcludeRules: 1, DefaultPath: uint32(flow.PathRelay),
-		OnFailure: OnFailureOpen, SlotQuota: 100, ConnQuota: 100, LiveMax: 100, Families: 3,
-	})
-	h.put(t, "state", uint32(0), State{NextSlot: SlotFirst})
-	h.put(t, "beat", uint32(0), Beat{Stamp: 1, MaxAge: math.MaxInt64})
+	h.serve(t)
 	h.put(t, "deny", rule(t, "198.51.100.0/24", 25), uint32(1))
 	h.put(t, "deny", rule(t, "2001:db8:dead::/48", 0), uint32(1))
 	h.put(t, "exclude", rule(t, "203.0.113.0/24", 0), uint32(1))
 	h.put(t, "services", EndpointKey{Addr: abiIpAddr(FromAddr(netip.MustParseAddr("10.96.0.12"))), Port: 80}, Service{})
 	h.put(t, "own_addrs", FromAddr(netip.MustParseAddr("192.0.2.1")), uint32(1))
-	for _, p := range []string{"::ffff:0:0/96", "2001:db8::/32"} {
-		pfx := netip.MustParsePrefix(p)
-		var addr IPAddr
-		if pfx.Addr().Is4In6() {
-			addr = FromAddr(netip.MustParseAddr("0.0.0.0"))
-		} else {
-			addr = FromAddr(pfx.Addr())
-		}
-		h.put(t, "routes", PrefixKey{Prefixlen: uint32(pfx.Bits()), Addr: abiIpAddr(addr)}, RouteUnicast)
-	}
 
 	want := []string{
 		"198.51.100.7:25 ECONNREFUSED", // denied
@@ -331,7 +396,63 @@ func TestHooks(t *testing.T) {
 		"end relay default 198.51.101.7:25",
 		"end relay default [2001:db8:beef::1]:443",
 		"end relay service 10.96.0.12:80",
-	}, h.events(t)); diff != "" {
+	}, h.events(t, 10)); diff != "" {
 		t.Errorf("events (-want +got):\n%s", diff)
+	}
+}
+
+// TestLiveEntry looks at what the handler gets to know of a connection.
+func TestLiveEntry(t *testing.T) {
+	testutil.CheckLeaks(t)
+	h := newHooks(t)
+	h.serve(t)
+	for _, tt := range []struct{ source, dst, slot string }{
+		{"192.0.2.1", "10.96.0.12:8080", "240.5.0.1"},
+		{"2001:db8::5", "[2001:db8::7]:443", "fd70:696c:6c69:9::2"},
+	} {
+		t.Run(tt.dst, func(t *testing.T) {
+			source, dst := netip.MustParseAddr(tt.source), netip.MustParseAddrPort(tt.dst)
+			h.ns.AddAddr(t, "lo", netip.PrefixFrom(source, source.BitLen()))
+			cmd := exec.Command("/proc/self/exe")
+			cmd.Env = append(os.Environ(), envHold+"="+tt.source+" "+tt.dst)
+			stdin, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			stdout, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := (testutil.Place{NS: h.ns, Cgroup: h.cgroup}).Start(cmd); err != nil {
+				t.Fatal(err)
+			}
+			line, _ := bufio.NewReader(stdout).ReadString('\n')
+			var key LiveKey
+			var got Live
+			entries := h.maps["live"].Iterate()
+			if !entries.Next(&key, &got) {
+				t.Errorf("no entry in live (the application says %q): %v", line, entries.Err())
+			}
+			stdin.Close()
+			if err := cmd.Wait(); err != nil {
+				t.Error(err)
+			}
+			if key.SourcePort == 0 || got.Cookie == 0 || got.Opened == 0 || got.Group != h.cgroup.ID {
+				t.Errorf("source port %d, cookie %d, opened %d, group %d", key.SourcePort, got.Cookie, got.Opened, got.Group)
+			}
+			key.SourcePort, got.Cookie, got.Opened, got.Group = 0, 0, 0, 0
+			wantKey := LiveKey{
+				Source: abiIpAddr(FromAddr(source)), SlotPort: dst.Port(),
+				Slot: abiIpAddr(FromAddr(netip.MustParseAddr(tt.slot))),
+			}
+			want := Live{
+				Cgroup: h.cgroup.ID, Orig: abiIpAddr(FromAddr(dst.Addr())), Bound: abiIpAddr(FromAddr(source)),
+				Mark: heldMark, Priority: heldPriority, Tos: heldTOS, Reason: uint8(flow.ReasonDefault),
+			}
+			if key != wantKey || got != want {
+				t.Errorf("live:\n got %+v %+v\nwant %+v %+v", key, got, wantKey, want)
+			}
+			h.waitClosed(t)
+		})
 	}
 }
