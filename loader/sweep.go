@@ -154,7 +154,7 @@ func removeRoutes(i *bpf.Instance) error {
 }
 
 // ExecCgroupPrefix begins the names of the cgroups that are made for commands.
-const ExecCgroupPrefix = "pillion-exec-"
+const ExecCgroupPrefix = "pillion-"
 
 // Sweep removes the instances that are provably dead and ours: those around a
 // command whose maker is gone and whose cgroup is empty or gone, standing ones
