@@ -22,7 +22,7 @@ import (
 )
 
 // patience bounds whatever must happen: it is reached in a failure only.
-const patience = 8 * time.Second
+const patience = 20 * time.Second
 
 // families runs a test once over each address family, with a leak check.
 func families(t *testing.T, test func(t *testing.T, loopback netip.Addr)) {
