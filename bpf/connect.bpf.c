@@ -23,9 +23,9 @@ struct gathered {
 	struct ip_addr bound;
 	__u64 now;
 	__u64 group;
-	__u32 mark;
-	__u32 priority;
-	__u16 port;
+	__u64 mark;
+	__u64 priority;
+	__u64 port;
 };
 
 /* container_of_task is the cgroup whose quotas count: the container, one level
@@ -54,23 +54,28 @@ static __always_inline struct usage *usage_of(__u64 group)
 
 static __always_inline bool rule_names(void *trie, const struct gathered *g)
 {
-	struct rule_key k = {
-		.prefixlen = PL_RULE_PORT_BITS + 128,
-		.port = g->port,
-		.family = is_mapped(&g->dst) ? 4 : 6,
-		.addr = g->dst,
-	};
+	union {
+		__u64 d[3];
+		struct rule_key k;
+	} u = { .d = { PAIR(PL_RULE_PORT_BITS + 128,
+			    g->port | (is_mapped(&g->dst) ? 4 : 6) << 16),
+		       PAIR(g->dst.w[0], g->dst.w[1]),
+		       PAIR(g->dst.w[2], g->dst.w[3]) } };
 
-	if (bpf_map_lookup_elem(trie, &k))
+	if (bpf_map_lookup_elem(trie, &u.k))
 		return true;
-	k.port = 0;
-	return bpf_map_lookup_elem(trie, &k) != NULL;
+	u.d[0] &= ~(0xffffULL << 32); /* any port */
+	return bpf_map_lookup_elem(trie, &u.k) != NULL;
 }
 
 static __always_inline bool has_route(const struct ip_addr *dst)
 {
-	struct prefix_key k = { .prefixlen = 128, .addr = *dst };
-	__u32 *kind = bpf_map_lookup_elem(&routes, &k);
+	union {
+		__u64 d[3];
+		struct prefix_key k;
+	} u = { .d = { PAIR(128, dst->w[0]), PAIR(dst->w[1], dst->w[2]),
+		       dst->w[3] } };
+	__u32 *kind = bpf_map_lookup_elem(&routes, &u.k);
 
 	return kind && *kind == ROUTE_UNICAST;
 }
@@ -82,42 +87,55 @@ static __always_inline bool has_route(const struct ip_addr *dst)
 static __always_inline bool slot_answers(struct bpf_sock_addr *ctx,
 					 const struct ip_addr *to, __u16 port)
 {
-	struct bpf_sock_tuple t = {};
+	union {
+		__u64 d[5];
+		struct bpf_sock_tuple t;
+	} u = {};
 	struct bpf_sock *sk;
 	struct ip_addr at;
 
 	if (is_mapped(to)) {
-		t.ipv4.daddr = to->w[3];
-		t.ipv4.dport = bpf_htons(port);
-		sk = bpf_sk_lookup_tcp(ctx, &t, sizeof(t.ipv4),
+		u.d[0] = PAIR(0, to->w[3]);
+		u.d[1] = PAIR(bpf_htons(port) << 16, 0);
+		sk = bpf_sk_lookup_tcp(ctx, &u.t, sizeof(u.t.ipv4),
 				       BPF_F_CURRENT_NETNS, 0);
 		if (!sk)
 			return false;
 		at = mapped(sk->src_ip4);
 	} else {
-		__builtin_memcpy(t.ipv6.daddr, to->w, sizeof(to->w));
-		t.ipv6.dport = bpf_htons(port);
-		sk = bpf_sk_lookup_tcp(ctx, &t, sizeof(t.ipv6),
+		u.d[2] = PAIR(to->w[0], to->w[1]);
+		u.d[3] = PAIR(to->w[2], to->w[3]);
+		u.d[4] = PAIR(bpf_htons(port) << 16, 0);
+		sk = bpf_sk_lookup_tcp(ctx, &u.t, sizeof(u.t.ipv6),
 				       BPF_F_CURRENT_NETNS, 0);
 		if (!sk)
 			return false;
-		at.w[0] = sk->src_ip6[0];
-		at.w[1] = sk->src_ip6[1];
-		at.w[2] = sk->src_ip6[2];
-		at.w[3] = sk->src_ip6[3];
+		at = LOAD_IP6(sk->src_ip6);
 	}
 	bpf_sk_release(sk);
 	return in_supernet(&at);
 }
 
+/* fetch_add is what clang gives __sync_fetch_and_add for -mcpu=v3 only. */
+static __always_inline __u32 fetch_add(__u32 *p, __u32 by)
+{
+	register __u64 r0 asm("r0") = by;
+
+	asm volatile("w0 = atomic_fetch_add((u32 *)(%1 + 0), w0)"
+		     : "+r"(r0)
+		     : "r"(p)
+		     : "memory");
+	return r0;
+}
+
 /* take_slot finds or names the slot of an address. */
 static __always_inline enum reason
-take_slot(const struct gathered *g, struct state *st, __u32 quota, __u32 *index)
+take_slot(const struct gathered *g, struct state *st, __u32 quota, __u64 *index)
 {
 	__u32 *have = bpf_map_lookup_elem(&slot_by_orig, &g->dst);
 	struct usage *use;
 	struct slot *s;
-	__u32 n;
+	__u64 n = 0;
 
 	if (have) {
 		*index = *have;
@@ -135,7 +153,7 @@ take_slot(const struct gathered *g, struct state *st, __u32 quota, __u32 *index)
 	if (bpf_map_pop_elem(&free_slots, &n)) {
 		if (st->next_slot > PL_SLOT_LAST)
 			return REASON_NO_SLOT;
-		n = __sync_fetch_and_add(&st->next_slot, 1);
+		n = fetch_add(&st->next_slot, 1);
 		if (n > PL_SLOT_LAST)
 			return REASON_NO_SLOT;
 	}
@@ -148,6 +166,11 @@ take_slot(const struct gathered *g, struct state *st, __u32 quota, __u32 *index)
 	s->group = g->group;
 	s->state = SLOT_NAMED;
 	if (!bpf_map_update_elem(&slot_by_orig, &g->dst, &n, BPF_NOEXIST)) {
+		/* Once more: on a pointer that it already knows to be NULL, the
+		 * verifier of 6.1 follows what the processor may speculate,
+		 * and refuses the store.
+		 */
+		use = bpf_map_lookup_elem(&usage_by_group, &g->group);
 		if (use)
 			__sync_fetch_and_add(&use->slots, 1);
 		*index = n;
@@ -170,7 +193,7 @@ static __always_inline enum reason redirect(struct bpf_sock_addr *ctx,
 					    const struct settings *set,
 					    struct ip_addr *slot)
 {
-	__u32 zero = 0, index = 0;
+	__u64 zero = 0, index = 0;
 	struct beat *b = bpf_map_lookup_elem(&beat, &zero);
 	struct state *st = bpf_map_lookup_elem(&state, &zero);
 	struct usage *use;
@@ -234,11 +257,16 @@ static __always_inline void tell_denied(const struct gathered *g,
 	bpf_ringbuf_submit(e, event_flags());
 }
 
-/* remember keeps the decision with the socket, for sockops. */
-static __always_inline bool remember(struct decision *d,
+/* remember keeps the decision with the socket, for sockops. It looks the
+ * socket's entry up again: where a pointer is known to be NULL, the verifier
+ * of 6.1 follows what the processor may speculate, and refuses to use it there.
+ */
+static __always_inline bool remember(struct bpf_sock_addr *ctx,
 				     const struct gathered *g,
 				     enum conn_path path, enum reason why)
 {
+	struct decision *d = bpf_sk_storage_get(&decisions, ctx->sk, NULL, 0);
+
 	if (!d)
 		return false;
 	/* The last decision on this socket never became a SYN. */
@@ -266,11 +294,17 @@ static __always_inline bool remember(struct decision *d,
 static __always_inline enum conn_path
 on_connect(struct bpf_sock_addr *ctx, struct gathered *g, struct ip_addr *slot)
 {
-	__u32 zero = 0, on_failure;
+	__u64 zero = 0;
+	__u32 on_failure;
 	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
-	struct endpoint_key key = { .addr = g->dst, .port = g->port };
+	union {
+		__u64 d[3];
+		struct endpoint_key k;
+	} key = { .d = { PAIR(g->dst.w[0], g->dst.w[1]),
+			 PAIR(g->dst.w[2], g->dst.w[3]), g->port } };
 	struct service *service = NULL;
-	struct decision *d = NULL;
+	struct decision *d;
+	bool kept = false;
 	struct attempt a = {};
 	struct facts f = {};
 	enum reason why;
@@ -289,20 +323,23 @@ on_connect(struct bpf_sock_addr *ctx, struct gathered *g, struct ip_addr *slot)
 	if (a.protocol == IPPROTO_TCP) {
 		d = bpf_sk_storage_get(&decisions, ctx->sk, NULL,
 				       BPF_SK_STORAGE_GET_F_CREATE);
-		a.self = d && d->own;
+		if (d) {
+			kept = true;
+			a.self = d->own;
+		}
 	}
-	a.own_addr = bpf_map_lookup_elem(&own_addrs, &a.dst) != NULL;
+	a.own_addr = bpf_map_lookup_elem(&own_addrs, &g->dst) != NULL;
 	if (in_supernet(&a.dst))
-		a.slot_listener = slot_answers(ctx, &a.dst, g->port);
+		a.slot_listener = slot_answers(ctx, &g->dst, g->port);
 
 	why = leave_alone(&a);
 	if (why == REASON_NONE) {
 		f.denied = set->deny_rules && rule_names(&deny, g);
 		f.excluded = set->exclude_rules && rule_names(&exclude, g);
-		service = bpf_map_lookup_elem(&services, &key);
+		service = bpf_map_lookup_elem(&services, &key.k);
 		f.service = service != NULL;
 		f.default_pass = set->default_path == PATH_PASS;
-		f.routed = f.service || has_route(&a.dst);
+		f.routed = f.service || has_route(&g->dst);
 		if (service)
 			on_failure = service->on_failure;
 		why = by_rules(&f);
@@ -310,7 +347,7 @@ on_connect(struct bpf_sock_addr *ctx, struct gathered *g, struct ip_addr *slot)
 	path = path_of(why, on_failure);
 	if (path == PATH_RELAY) {
 		enum reason no =
-			d ? redirect(ctx, g, set, slot) : REASON_NO_MEMORY;
+			kept ? redirect(ctx, g, set, slot) : REASON_NO_MEMORY;
 
 		if (no != REASON_NONE) {
 			why = no;
@@ -326,7 +363,7 @@ on_connect(struct bpf_sock_addr *ctx, struct gathered *g, struct ip_addr *slot)
 		tell_denied(g, why, bpf_get_socket_cookie(ctx));
 		return path;
 	}
-	if (remember(d, g, path, why))
+	if (remember(ctx, g, path, why))
 		tally(TALLY_DECIDED);
 	return path;
 }
@@ -395,7 +432,7 @@ static __always_inline struct slot *orig_of(const struct ip_addr *a)
 {
 	int n = slot_of(a, cfg_slot4, cfg_slot6);
 	struct slot *s;
-	__u32 index;
+	__u64 index;
 
 	if (n < 0)
 		return NULL;

@@ -12,29 +12,39 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 SEC("sk_lookup")
 int pl_lookup(struct bpf_sk_lookup *ctx)
 {
-	struct live_key k = {};
+	union {
+		__u64 d[5];
+		struct live_key k;
+	} u = {};
+	struct ip_addr slot, source;
+	__u16 port;
 	struct arrival p = {};
 	struct settings *set;
 	struct bpf_sock *sk;
-	__u32 index = 0, zero = 0, workers;
+	__u64 index = 0, zero = 0;
+	__u32 workers;
 	enum reason why;
 
 	if (ctx->family == AF_INET) {
-		k.slot = mapped(ctx->local_ip4);
-		k.source = mapped(ctx->remote_ip4);
+		slot = mapped(ctx->local_ip4);
+		source = mapped(ctx->remote_ip4);
 	} else {
-		k.slot = LOAD_IP6(ctx->local_ip6);
-		k.source = LOAD_IP6(ctx->remote_ip6);
+		slot = LOAD_IP6(ctx->local_ip6);
+		source = LOAD_IP6(ctx->remote_ip6);
 		index = PL_WORKERS_MAX;
 	}
-	if (slot_of(&k.slot, cfg_slot4, cfg_slot6) < 0)
+	if (slot_of(&slot, cfg_slot4, cfg_slot6) < 0)
 		return SK_PASS;
 
-	k.slot_port = ctx->local_port;
-	k.source_port = bpf_ntohs(ctx->remote_port);
+	port = bpf_ntohs(ctx->remote_port);
+	u.d[0] = PAIR(source.w[0], source.w[1]);
+	u.d[1] = PAIR(source.w[2], source.w[3]);
+	u.d[2] = PAIR(slot.w[0], slot.w[1]);
+	u.d[3] = PAIR(slot.w[2], slot.w[3]);
+	u.d[4] = port | ctx->local_port << 16;
 	p.tcp = ctx->protocol == IPPROTO_TCP;
-	p.probe = !ctx->ingress_ifindex && !k.source_port;
-	p.live = p.tcp && !p.probe && bpf_map_lookup_elem(&live, &k);
+	p.probe = !ctx->ingress_ifindex && !port;
+	p.live = p.tcp && !p.probe && bpf_map_lookup_elem(&live, &u.k);
 	p.listener = true;
 
 	why = admit(&p);

@@ -35,7 +35,7 @@ static __always_inline bool speaks_v4(struct bpf_sock_ops *ctx)
 
 static __always_inline void add(struct decision *d, int by)
 {
-	__u32 zero = 0;
+	__u64 zero = 0;
 	struct state *st = bpf_map_lookup_elem(&state, &zero);
 	struct usage *u = bpf_map_lookup_elem(&usage_by_group, &d->group);
 
@@ -50,27 +50,31 @@ static __always_inline void add(struct decision *d, int by)
  */
 static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
 {
-	struct live l = {
-		.cookie = bpf_get_socket_cookie(ctx),
-		.cgroup = d->cgroup,
-		.group = d->group,
-		.opened = d->opened,
-		.orig = d->orig,
-		.bound = d->bound,
-		.mark = d->mark,
-		.priority = d->priority,
-		.reason = d->reason,
-	};
+	union {
+		__u64 d[10];
+		struct live l;
+	} u = { .d = {
+			bpf_get_socket_cookie(ctx),
+			d->cgroup,
+			d->group,
+			d->opened,
+			PAIR(d->orig.w[0], d->orig.w[1]),
+			PAIR(d->orig.w[2], d->orig.w[3]),
+			PAIR(d->bound.w[0], d->bound.w[1]),
+			PAIR(d->bound.w[2], d->bound.w[3]),
+			PAIR(d->mark, d->priority),
+		} };
 	int tos = 0;
 
 	if (ctx->family == AF_INET) {
-		if (!bpf_getsockopt(ctx, IPPROTO_IP, IP_TOS, &tos, sizeof(tos)))
-			l.tos = tos;
-	} else if (!bpf_getsockopt(ctx, IPPROTO_IPV6, IPV6_TCLASS, &tos,
-				   sizeof(tos))) {
-		l.tos = tos;
+		if (bpf_getsockopt(ctx, IPPROTO_IP, IP_TOS, &tos, sizeof(tos)))
+			tos = 0;
+	} else if (bpf_getsockopt(ctx, IPPROTO_IPV6, IPV6_TCLASS, &tos,
+				  sizeof(tos))) {
+		tos = 0;
 	}
-	if (bpf_map_update_elem(&live, &d->key, &l, BPF_ANY)) {
+	u.d[9] = (tos & 0xff) | d->reason << 8;
+	if (bpf_map_update_elem(&live, &d->key, &u.l, BPF_ANY)) {
 		count(REASON_LIVE_LOST);
 		return;
 	}

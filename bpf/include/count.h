@@ -4,7 +4,8 @@
 
 static __always_inline void count(enum reason why)
 {
-	__u64 *n = bpf_map_lookup_elem(&reasons, &why);
+	__u64 key = why;
+	__u64 *n = bpf_map_lookup_elem(&reasons, &key);
 
 	if (n)
 		(*n)++;
@@ -12,7 +13,8 @@ static __always_inline void count(enum reason why)
 
 static __always_inline void tally(enum tally what)
 {
-	__u64 *n = bpf_map_lookup_elem(&tallies, &what);
+	__u64 key = what;
+	__u64 *n = bpf_map_lookup_elem(&tallies, &key);
 
 	if (n)
 		(*n)++;

@@ -23,13 +23,9 @@ typedef _Bool bool;
 /* Four reads and four stores of ctx, one at a time: clang merges neighbours
  * into 64 bits, which the verifier refuses for ctx.
  */
-#define LOAD_IP6(from)                                            \
-	((struct ip_addr){ .w = {                                 \
-				   *(volatile __u32 *)&(from)[0], \
-				   *(volatile __u32 *)&(from)[1], \
-				   *(volatile __u32 *)&(from)[2], \
-				   *(volatile __u32 *)&(from)[3], \
-			   } })
+#define LOAD_IP6(from)                                                      \
+	ip_of(*(volatile __u32 *)&(from)[0], *(volatile __u32 *)&(from)[1], \
+	      *(volatile __u32 *)&(from)[2], *(volatile __u32 *)&(from)[3])
 #define STORE_IP6(to, ip)                                \
 	do {                                             \
 		*(volatile __u32 *)&(to)[0] = (ip).w[0]; \
@@ -38,11 +34,31 @@ typedef _Bool bool;
 		*(volatile __u32 *)&(to)[3] = (ip).w[3]; \
 	} while (0)
 
+/* What is on the stack is written eight bytes at a time: without CAP_PERFMON
+ * the verifier of 6.1 keeps a number that was stored at a multiple of eight
+ * like a pointer, and refuses to have a part of the eight bytes written again
+ * ("attempt to corrupt spilled pointer on stack"). A map's key is a __u64 for
+ * the same reason, whatever its own size; and -mcpu is v2, since with 32-bit
+ * registers clang spills halves.
+ */
+#define PAIR(low, high) ((__u64)(high) << 32 | (__u32)(low))
+
+union ip_words {
+	__u64 d[2];
+	struct ip_addr a;
+};
+
+static __always_inline struct ip_addr ip_of(__u32 w0, __u32 w1, __u32 w2,
+					    __u32 w3)
+{
+	union ip_words ip = { .d = { PAIR(w0, w1), PAIR(w2, w3) } };
+
+	return ip.a;
+}
+
 static __always_inline struct ip_addr mapped(__u32 be_ip4)
 {
-	struct ip_addr a = { .w = { 0, 0, bpf_htonl(0xffff), be_ip4 } };
-
-	return a;
+	return ip_of(0, 0, bpf_htonl(0xffff), be_ip4);
 }
 
 static __always_inline bool is_mapped(const struct ip_addr *a)
@@ -83,13 +99,9 @@ static __always_inline int slot_of(const struct ip_addr *a, __u32 slot4,
 static __always_inline struct ip_addr
 slot_addr(const struct ip_addr *like, __u32 n, __u32 slot4, __u32 slot6)
 {
-	struct ip_addr a;
-
 	if (is_mapped(like))
 		return mapped(bpf_htonl(slot4 | n));
-	a.w[0] = bpf_htonl(PL_SLOT6_SUPER_W0);
-	a.w[1] = bpf_htonl(PL_SLOT6_SUPER_H2 << 16 | slot6);
-	a.w[2] = 0;
-	a.w[3] = bpf_htonl(n);
-	return a;
+	return ip_of(bpf_htonl(PL_SLOT6_SUPER_W0),
+		     bpf_htonl(PL_SLOT6_SUPER_H2 << 16 | slot6), 0,
+		     bpf_htonl(n));
 }
