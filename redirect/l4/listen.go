@@ -9,6 +9,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// localBuffer is what the socket towards an application buffers each way, in
+// bytes. The kernel doubles it for its own book-keeping.
+const localBuffer = 1 << 20
+
 // backlog is how many connections may wait to be accepted; the kernel caps it
 // at net.core.somaxconn.
 const backlog = 4096
@@ -53,6 +57,14 @@ func dressListener(fd int, addr netip.Addr) error {
 		return os.NewSyscallError("setsockopt", err)
 	}
 	KeepAlive(fd)
+	// Fixed buffers, where the kernel's own would grow to tcp_rmem's and
+	// tcp_wmem's maxima: what an application sends to an endpoint that does not
+	// read has to stop somewhere, and the way to the slot is short.
+	for _, option := range []int{unix.SO_RCVBUFFORCE, unix.SO_SNDBUFFORCE} {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, localBuffer); err != nil {
+			return os.NewSyscallError("setsockopt", err)
+		}
+	}
 	// The application's leg never leaves the machine. A kernel without it
 	// stays with its default.
 	_ = unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, localCongestion)

@@ -22,6 +22,8 @@ const (
 	turnBytes = 1 << 20
 	// eventsPerWait bounds one batch, and with it the age of worker.now.
 	eventsPerWait = 256
+	// idleGap is the time between two waits, in ns, that makes a worker idle.
+	idleGap = 2e6
 	// acceptsPerTurn lets open connections have their turn in a flood of new.
 	acceptsPerTurn = 64
 )
@@ -36,6 +38,7 @@ type worker struct {
 	paused    bool // not accepting, for want of descriptors
 	stopped   bool // not accepting any more
 	now       int64
+	gap       int64 // ns between the last two waits
 	gen       uint32
 
 	conns   []*conn // the open ones, in no order
@@ -58,8 +61,6 @@ type worker struct {
 	turn     atomic.Uint64
 	seen     uint64 // turn at the last call of Moved, which alone uses it
 	waiting  atomic.Bool
-	// interrupted is the turn in which a raw wait was last interrupted.
-	interrupted uint64
 
 	mu       sync.Mutex // guards commands and closed
 	commands []func()
@@ -168,8 +169,10 @@ func (w *worker) run() error {
 	defer w.close()
 	w.tick()
 	for !w.stopped || len(w.conns) > 0 {
+		before := w.now
 		n, e := w.wait()
 		w.tick()
+		w.gap = w.now - before
 		if e != 0 && e != unix.EINTR {
 			w.resetAll()
 			return fmt.Errorf("wait for events: %w", e)
@@ -194,21 +197,22 @@ func (w *worker) tick() { w.now = int64(time.Since(w.relay.start)) }
 
 // wait fills w.events.
 //
-// It first waits without telling Go's scheduler. When the runtime wants the
-// processor back (after 10 ms, or for a garbage collection) its signal
-// interrupts the wait; if nothing has come since the last such signal the
-// worker is idle, and waits again so that the scheduler knows. Telling it every
-// time was rejected: its monitor then takes and returns the processor all the
-// time, which ate a fifth of the engine's own time.
+// A busy worker waits without telling Go's scheduler: told every time, its
+// monitor takes and returns the processor all the time, which ate a fifth of the
+// engine's own time. When the runtime wants the processor back (after 10 ms, or
+// for a garbage collection) its signal interrupts the wait, and the worker waits
+// again in the open. So does one that waited long the last time: for an idle
+// process the signals would cost more than all it does.
 func (w *worker) wait() (int, syscall.Errno) {
 	timeout := w.timeout()
 	w.waiting.Store(true)
-	n, e := w.epollWait(syscall.RawSyscall6, timeout)
+	var n int
+	e := unix.EINTR
+	if w.gap < idleGap || timeout == 0 {
+		n, e = w.epollWait(syscall.RawSyscall6, timeout)
+	}
 	if e == unix.EINTR {
-		if turn := w.turn.Load(); turn-w.interrupted <= 1 && timeout != 0 {
-			n, e = w.epollWait(syscall.Syscall6, timeout)
-		}
-		w.interrupted = w.turn.Load()
+		n, e = w.epollWait(syscall.Syscall6, timeout)
 	}
 	w.turn.Add(1)
 	w.waiting.Store(false)
