@@ -11,7 +11,7 @@ import (
 
 const (
 	// every is the time between two beats.
-	every = 50 * time.Millisecond
+	every = 100 * time.Millisecond
 	// MaxAge is how old a beat may be before the connect hook takes the handler
 	// for gone. It is all of the half second that noticing may take but the
 	// last bit: on a busy machine beats are late, and a handler that is late
@@ -26,7 +26,7 @@ const (
 	busyBelow = 0.25
 	// stuckAfter is how many beats in a row a worker may be at the same turn
 	// without waiting: a long turn is no hang.
-	stuckAfter = 8
+	stuckAfter = 4
 )
 
 // Kernel is where beats are published and canaries let in.
@@ -96,6 +96,9 @@ func (b *Beat) Run(ctx context.Context) error {
 // Once looks at everything and publishes what it found.
 func (b *Beat) Once(ctx context.Context) error {
 	err := errors.Join(b.workersMove(), b.slotsArrive(ctx))
+	if ctx.Err() != nil {
+		return nil // what was cut short proves nothing
+	}
 	b.look()
 	if alive := err == nil; alive != b.alive {
 		b.alive = alive
