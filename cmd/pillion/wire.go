@@ -413,6 +413,7 @@ func (i *instance) goLive(ctx context.Context) error {
 		return err
 	}
 	i.ready.Store(true)
+	trim()
 	return nil
 }
 
