@@ -291,6 +291,9 @@ func rules(c *config.Config, workers, maxConns int) loader.Rules {
 // abandon undoes open. An instance that was taken over is left as it was.
 func (i *instance) abandon() error {
 	errs := []error{i.closeFiles()}
+	if i.handler != nil {
+		i.handler.Close()
+	}
 	if i.flowLog != nil {
 		errs = append(errs, i.flowLog.Close())
 	}

@@ -44,7 +44,8 @@ type Handler struct {
 	listeners [2][]int // of IPv4 and IPv6, one per worker
 }
 
-// New opens the listeners. Run serves them, and closes them at its end.
+// New opens the listeners. Run serves them, and closes them at its end; if it
+// is not called, Close must be.
 func New(o Options) (*Handler, error) {
 	h := &Handler{resolver: origdst.NewResolver(o.Live), slots: o.Slots}
 	h.table.Store(o.Table)
@@ -98,6 +99,9 @@ func (h *Handler) Run(ctx, force context.Context) error {
 	}
 	return nil
 }
+
+// Close closes the listeners of a handler that is never run.
+func (h *Handler) Close() { h.relay.Close() }
 
 // SetTable makes new connections go by table. Open ones stay where they are.
 func (h *Handler) SetTable(table *route.Table) { h.table.Store(table) }

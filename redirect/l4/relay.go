@@ -121,6 +121,13 @@ func (o *Options) check() error {
 	return nil
 }
 
+// Close closes the listeners of a relay that is never run; Run does it itself.
+func (r *Relay) Close() {
+	for _, w := range r.workers {
+		w.close()
+	}
+}
+
 // Run carries connections until ctx is done, then accepts no more and lets the
 // open ones end, at the latest when force is done: those are reset. It owns the
 // workers and returns when they have ended.

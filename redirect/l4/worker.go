@@ -153,7 +153,7 @@ func (w *worker) stopAccepting() {
 		}
 	}
 	w.closeListeners()
-	w.stopped = true
+	w.stopped, w.paused = true, false
 }
 
 func (w *worker) resetAll() {
@@ -167,6 +167,7 @@ func (w *worker) run() error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	defer w.close()
+	defer w.lastCommands()
 	w.tick()
 	for !w.stopped || len(w.conns) > 0 {
 		before := w.now
@@ -183,12 +184,15 @@ func (w *worker) run() error {
 		w.goOn()
 		w.sweep()
 	}
-	// Whoever posted a command meanwhile waits for it.
+	return nil
+}
+
+// lastCommands runs what was posted in the last moment: who posted it waits.
+func (w *worker) lastCommands() {
 	w.mu.Lock()
 	w.closed = true
 	w.mu.Unlock()
 	w.runCommands()
-	return nil
 }
 
 // tick reads the clock, once per batch: a read per use would cost more than
