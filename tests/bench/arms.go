@@ -1,0 +1,255 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pillion-project/pillion/telemetry/admin"
+)
+
+// The arms, by name. The peers are what Debian has.
+const (
+	armDirect  = "direct"
+	armRelay   = "relay"
+	armHAProxy = "haproxy"
+	armNginx   = "nginx"
+)
+
+// peers are those that relay is held against.
+var peers = []string{armHAProxy, armNginx}
+
+// workers is how many threads every proxy has.
+const workers = 2
+
+// arm is one way to the server.
+type arm struct {
+	name string
+	// addr is what the client dials, from the cgroup.
+	addr   netip.AddrPort
+	cgroup *os.File
+	// process is the proxy, nil for none.
+	process *process
+	// opened counts the connections of all clients.
+	opened int
+}
+
+// arms starts the proxies and waits until they serve.
+func (w *world) arms(ctx context.Context) ([]*arm, error) {
+	direct := &arm{name: armDirect, addr: server, cgroup: w.beside}
+	relay, err := w.startPillion(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("start pillion: %w", err)
+	}
+	haproxy, err := w.startPeer(armHAProxy, haproxyAddr, haproxyConfig, "-db", "-f")
+	if err != nil {
+		return nil, err
+	}
+	nginx, err := w.startPeer(armNginx, nginxAddr, nginxConfig, "-p", w.dir, "-e", "stderr", "-c")
+	if err != nil {
+		return nil, err
+	}
+	return []*arm{direct, relay, haproxy, nginx}, nil
+}
+
+const haproxyConfig = `
+global
+	nbthread WORKERS
+	maxconn 4096
+defaults
+	mode tcp
+	option splice-auto
+	timeout connect 5s
+	timeout client 60s
+	timeout server 60s
+listen bench
+	bind LISTEN
+	server one SERVER
+`
+
+// nginxConfig sets tcp_nodelay although it is the default, as a statement.
+const nginxConfig = `
+load_module /usr/lib/nginx/modules/ngx_stream_module.so;
+user root;
+daemon off;
+worker_processes WORKERS;
+pid DIR/nginx.pid;
+error_log stderr crit;
+events { worker_connections 4096; }
+stream {
+	tcp_nodelay on;
+	server {
+		listen LISTEN;
+		proxy_pass SERVER;
+	}
+}
+`
+
+// startPeer runs a proxy of Debian's with its configuration as the last argument.
+func (w *world) startPeer(name string, listen netip.AddrPort, config string, args ...string) (*arm, error) {
+	fill := strings.NewReplacer("WORKERS", strconv.Itoa(workers), "LISTEN", listen.String(),
+		"SERVER", server.String(), "DIR", w.dir)
+	file := filepath.Join(w.dir, name+".conf")
+	if err := os.WriteFile(file, []byte(fill.Replace(config)), 0o600); err != nil {
+		return nil, err
+	}
+	path, err := find(name)
+	if err != nil {
+		return nil, err
+	}
+	p, err := w.start(path, append(args, file)...)
+	if err != nil {
+		return nil, err
+	}
+	a := &arm{name: name, addr: listen, cgroup: w.beside, process: p}
+	if err := answers(listen.String(), startLimit); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return a, nil
+}
+
+// find looks for a program also where root's are.
+func find(name string) (string, error) {
+	path, err := exec.LookPath(name)
+	if err != nil {
+		path, err = exec.LookPath("/usr/sbin/" + name)
+	}
+	if err != nil {
+		return "", fmt.Errorf("needs %s (scripts/setup.sh bench installs it)", name)
+	}
+	return path, nil
+}
+
+// pillion is the one under test.
+type pillion struct {
+	*arm
+	client *admin.Client
+}
+
+const pillionConfig = `
+services:
+  - {address: "%s", endpoints: ["%s"]}
+relay: {workers: %d}
+# A connection that is not relayed must fail, not spoil the figures.
+on_failure: closed
+`
+
+// startPillion runs pillion over the scope and waits until it serves.
+func (w *world) startPillion(ctx context.Context) (*arm, error) {
+	path, err := w.binary()
+	if err != nil {
+		return nil, err
+	}
+	config := filepath.Join(w.dir, "pillion.yaml")
+	text := fmt.Sprintf(pillionConfig, serviceAddr, server, workers)
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		return nil, err
+	}
+	name, runtime := fmt.Sprintf("bench-%d", os.Getpid()), filepath.Join(w.dir, "run")
+	w.later(func() error { return unload(path, name, runtime) })
+	p, err := w.start(path, "run", "--name", name, "--runtime-dir", runtime,
+		"--cgroup", w.scope.Name(), "--config", config, "--drain-timeout", "1s")
+	if err != nil {
+		return nil, err
+	}
+	w.pill = &pillion{
+		arm:    &arm{name: armRelay, addr: serviceAddr, cgroup: w.scope, process: p},
+		client: admin.Dial(filepath.Join(runtime, name+".sock")),
+	}
+	return w.pill.arm, w.pill.serving(ctx)
+}
+
+// unload removes what a killed pillion leaves.
+func unload(path, name, runtime string) error {
+	out, err := exec.Command(path, "unload", name, "--runtime-dir", runtime).CombinedOutput()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() == 64 {
+		return nil // it has left nothing
+	}
+	if err != nil {
+		return fmt.Errorf("pillion unload: %w: %s", err, out)
+	}
+	return nil
+}
+
+// binary returns $PILLION, or builds it.
+func (w *world) binary() (string, error) {
+	if path := os.Getenv("PILLION"); path != "" {
+		return path, nil
+	}
+	path := filepath.Join(w.dir, "pillion")
+	cmd := exec.Command("go", "build", "-o", path, "github.com/pillion-project/pillion/cmd/pillion")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build pillion: %w\n%s", err, out)
+	}
+	return path, nil
+}
+
+func (p *pillion) serving(ctx context.Context) error {
+	ctx, stop := context.WithTimeout(ctx, startLimit)
+	defer stop()
+	for {
+		s, err := p.client.Status(ctx)
+		if err == nil && s.Ready && s.State == admin.StateServing {
+			return nil
+		}
+		select {
+		case <-p.process.done:
+			return fmt.Errorf("it has ended: %w", p.process.err)
+		case <-ctx.Done():
+			return fmt.Errorf("not serving: state %q: %w", s.State, errors.Join(err, ctx.Err()))
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// relayed fails unless every connection of the relay arm went by relay.
+func (w *world) relayed(ctx context.Context) error {
+	ctx, stop := context.WithTimeout(ctx, startLimit)
+	defer stop()
+	for {
+		got, err := w.pill.count(ctx)
+		if err != nil {
+			return err
+		}
+		if got >= w.pill.opened {
+			return nil
+		}
+		// Records come ten times a second.
+		if pause(ctx, 100*time.Millisecond) != nil {
+			return fmt.Errorf("%d of the %d connections of arm %s went by relay: the figures are not Pillion's",
+				got, w.pill.opened, armRelay)
+		}
+	}
+}
+
+// count reads from the metrics how many connections went by relay.
+func (p *pillion) count(ctx context.Context) (int, error) {
+	body, err := p.client.Metrics(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer body.Close()
+	sum := 0
+	for lines := bufio.NewScanner(body); lines.Scan(); {
+		series, value, _ := strings.Cut(lines.Text(), "} ")
+		if !strings.HasPrefix(series, "pillion_connections_total{") || !strings.Contains(series, `path="relay"`) {
+			continue
+		}
+		n, err := strconv.ParseFloat(value, 64)
+		if err != nil {
+			return 0, fmt.Errorf("read metrics: %w", err)
+		}
+		sum += int(n)
+	}
+	return sum, nil
+}

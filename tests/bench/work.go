@@ -1,0 +1,68 @@
+package main
+
+import "slices"
+
+// The works, by name.
+const (
+	workRoundTrip  = "roundtrip"
+	workConnection = "connection"
+	workDownload   = "download"
+	workUpload     = "upload"
+	workLatency    = "latency"
+)
+
+// work is what a client does, the same amount for every arm.
+type work struct {
+	Name string `json:"name"`
+	// Unit is what costs are per.
+	Unit string `json:"unit"`
+	// Conns is how many connections there are at a time.
+	Conns int `json:"connections"`
+	// Ops is how many units the client does.
+	Ops int `json:"ops"`
+}
+
+// messageSize is that of a request and of its answer.
+const messageSize = 64
+
+// gib is what a unit of the transfers is, in bytes.
+const gib = 1 << 30
+
+// quickPart is what --quick does of the work.
+const quickPart = 8
+
+func allWorks() []work {
+	return []work{
+		{Name: workRoundTrip, Unit: "round trip", Conns: 32, Ops: 64_000},
+		{Name: workConnection, Unit: "connection", Conns: 8, Ops: 4_000},
+		{Name: workDownload, Unit: "GiB", Conns: 1, Ops: 3},
+		{Name: workUpload, Unit: "GiB", Conns: 1, Ops: 3},
+		{Name: workLatency, Unit: "round trip", Conns: 1, Ops: 8_000},
+	}
+}
+
+func workNames() []string {
+	var names []string
+	for _, w := range allWorks() {
+		names = append(names, w.Name)
+	}
+	return names
+}
+
+// transfer tells whether the work's unit is a GiB.
+func (w work) transfer() bool { return w.Unit == "GiB" }
+
+// works are those that the flags ask for.
+func (o *options) works() []work {
+	var all []work
+	for _, w := range allWorks() {
+		if len(o.only) > 0 && !slices.Contains(o.only, w.Name) {
+			continue
+		}
+		if o.quick {
+			w.Ops = max(w.Ops/quickPart, 1)
+		}
+		all = append(all, w)
+	}
+	return all
+}

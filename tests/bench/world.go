@@ -1,0 +1,320 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/pillion-project/pillion/loader/probe"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Addresses of the world. The server's is none of loopback's, whose connections
+// the kernel treats better (TIME_WAIT), and Pillion not at all.
+var (
+	podAddr     = netip.MustParsePrefix("192.0.2.1/24")
+	worldAddr   = netip.MustParsePrefix("198.51.100.7/32")
+	server      = netip.AddrPortFrom(worldAddr.Addr(), 9000)
+	serviceAddr = netip.MustParseAddrPort("10.96.0.12:9000")
+	haproxyAddr = netip.AddrPortFrom(podAddr.Addr(), 7001)
+	nginxAddr   = netip.AddrPortFrom(podAddr.Addr(), 7002)
+)
+
+const (
+	// startLimit is how long a program may take to start, endLimit to end.
+	startLimit = 20 * time.Second
+	endLimit   = 20 * time.Second
+	// settle is how long a proxy has after the client's end to end too.
+	settle = 20 * time.Millisecond
+	// repeatsMax is how many measurements may fail and be made again.
+	repeatsMax = 3
+)
+
+// world is everything that must be gone in the end.
+type world struct {
+	dir    string
+	server *process
+	pill   *pillion
+	// The clients' cgroups: one that Pillion captures, one beside it.
+	scope, beside *os.File
+	undo          []func() error // in the order of doing
+	repeats       int
+}
+
+// newWorld furnishes the network namespace that the process is in.
+func newWorld(o *options) (w *world, err error) {
+	w = &world{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, w.close())
+		}
+	}()
+	if w.dir, err = os.MkdirTemp("", "pillion-bench-"); err != nil {
+		return w, err
+	}
+	w.later(func() error { return os.RemoveAll(w.dir) })
+	if err = furnish(); err != nil {
+		return w, fmt.Errorf("furnish the network namespace: %w", err)
+	}
+	if w.scope, err = w.cgroup("scope"); err != nil {
+		return w, err
+	}
+	if w.beside, err = w.cgroup("beside"); err != nil {
+		return w, err
+	}
+	if w.server, err = w.startSelf(roleServer, server.String()); err != nil {
+		return w, err
+	}
+	return w, answers(server.String(), startLimit)
+}
+
+func (w *world) later(f func() error) { w.undo = append(w.undo, f) }
+
+// close takes everything away, last things first.
+func (w *world) close() error {
+	var errs []error
+	for _, f := range slices.Backward(w.undo) {
+		errs = append(errs, f())
+	}
+	w.undo = nil
+	return errors.Join(errs...)
+}
+
+// furnish gives the namespace addresses and a default route, which leads nowhere.
+func furnish() error {
+	veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "peer0"}
+	if err := netlink.LinkAdd(veth); err != nil {
+		return fmt.Errorf("add veth: %w", err)
+	}
+	for _, name := range []string{"lo", "eth0", "peer0"} {
+		l, err := netlink.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("find %s: %w", name, err)
+		}
+		if err := netlink.LinkSetUp(l); err != nil {
+			return fmt.Errorf("set %s up: %w", name, err)
+		}
+	}
+	for _, p := range []netip.Prefix{podAddr, worldAddr} {
+		a, err := netlink.ParseAddr(p.String())
+		if err != nil {
+			return err
+		}
+		if err := netlink.AddrAdd(veth, a); err != nil {
+			return fmt.Errorf("add %s: %w", p, err)
+		}
+	}
+	gw := net.IP(podAddr.Addr().Next().AsSlice())
+	if err := netlink.RouteAdd(&netlink.Route{LinkIndex: veth.Attrs().Index, Gw: gw}); err != nil {
+		return fmt.Errorf("add default route: %w", err)
+	}
+	// With thousands of ports in TIME_WAIT, what is measured is the search for
+	// a free one.
+	return os.WriteFile("/proc/sys/net/ipv4/tcp_max_tw_buckets", []byte("500"), 0)
+}
+
+// cgroup makes a cgroup of the v2 hierarchy.
+func (w *world) cgroup(kind string) (*os.File, error) {
+	root, err := probe.CgroupRoot()
+	if err != nil {
+		return nil, err
+	}
+	path := filepath.Join(root, fmt.Sprintf("pillion-bench-%d-%s", os.Getpid(), kind))
+	if err := os.Mkdir(path, 0o755); err != nil {
+		return nil, err
+	}
+	dir, err := os.Open(path)
+	w.later(func() error { return errors.Join(dir.Close(), removeCgroup(path)) })
+	return dir, err
+}
+
+// removeCgroup ends what is in a cgroup and removes it.
+func removeCgroup(path string) error {
+	if err := os.WriteFile(filepath.Join(path, "cgroup.kill"), []byte("1"), 0); err != nil {
+		return err
+	}
+	end := time.Now().Add(endLimit)
+	for {
+		err := os.Remove(path)
+		if !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
+			return err
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// process is a program that runs as long as the world.
+type process struct {
+	name string
+	cmd  *exec.Cmd
+	done chan struct{}
+	err  error // once done is closed
+}
+
+// start runs a program until the world ends. What it says goes to a file.
+func (w *world) start(name string, args ...string) (*process, error) {
+	log, err := os.CreateTemp(w.dir, "log-")
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	cmd := exec.Command(name, args...)
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	p := &process{name: filepath.Base(name), cmd: cmd, done: make(chan struct{})}
+	go p.wait()
+	w.later(func() error {
+		if err := p.stop(); err != nil {
+			said, _ := os.ReadFile(log.Name())
+			return fmt.Errorf("%w\n%s", err, said)
+		}
+		return nil
+	})
+	return p, nil
+}
+
+func (w *world) startSelf(role string, args ...string) (*process, error) {
+	return w.start("/proc/self/exe", append([]string{role}, args...)...)
+}
+
+func (p *process) wait() {
+	p.err = p.cmd.Wait()
+	close(p.done)
+}
+
+func (p *process) pid() int { return p.cmd.Process.Pid }
+
+// stop ends the process. It is an error if it has ended before.
+func (p *process) stop() error {
+	select {
+	case <-p.done:
+		return fmt.Errorf("%s has ended by itself: %w", p.name, p.err)
+	default:
+	}
+	// It has ended or will.
+	_ = p.cmd.Process.Signal(unix.SIGTERM)
+	select {
+	case <-p.done:
+		return nil
+	case <-time.After(endLimit):
+		_ = p.cmd.Process.Kill()
+		<-p.done
+		return fmt.Errorf("%s did not end within %v", p.name, endLimit)
+	}
+}
+
+func (w *world) startSpinners() error {
+	cpus, err := processors()
+	if err != nil {
+		return err
+	}
+	for _, cpu := range cpus {
+		if _, err := w.startSelf(roleSpin, strconv.Itoa(cpu)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sample is one measurement: costs in ns per unit of work.
+type sample struct {
+	// Proxy is the processor time of the proxy, All that of client, server and
+	// proxy together.
+	Proxy float64 `json:"proxy_ns"`
+	All   float64 `json:"all_ns"`
+	// Wall is the time on the wall, P50 the median of what the client timed.
+	Wall float64 `json:"wall_ns"`
+	P50  float64 `json:"p50_ns,omitempty"`
+}
+
+// run is once with an arm. A few may fail: on a machine that is kept from
+// working for half a second, Pillion is configured to refuse connections.
+func (w *world) run(ctx context.Context, a *arm, wk work) (sample, error) {
+	for {
+		s, err := w.once(ctx, a, wk)
+		if err == nil || ctx.Err() != nil || w.repeats == repeatsMax {
+			return s, err
+		}
+		w.repeats++
+		fmt.Fprintf(os.Stderr, "\n%s, %s: %v: once more\n", wk.Name, a.name, err)
+		if err := pause(ctx, time.Second); err != nil {
+			return s, err
+		}
+	}
+}
+
+func (w *world) once(ctx context.Context, a *arm, wk work) (s sample, err error) {
+	spec, err := json.Marshal(job{Work: wk, Addr: a.addr.String()})
+	if err != nil {
+		return s, err
+	}
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", roleClient, string(spec))
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, UseCgroupFD: true, CgroupFD: int(a.cgroup.Fd())}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return s, err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return s, err
+	}
+	if err := cmd.Start(); err != nil {
+		return s, fmt.Errorf("start client: %w", err)
+	}
+	defer func() {
+		in.Close()
+		err = errors.Join(err, cmd.Wait())
+	}()
+	lines := bufio.NewReader(out)
+	if _, err := lines.ReadString('\n'); err != nil {
+		return s, fmt.Errorf("wait for client: %w", err)
+	}
+	before, err := w.clocks(a)
+	if err != nil {
+		return s, err
+	}
+	if _, err := in.Write([]byte("\n")); err != nil {
+		return s, fmt.Errorf("start client: %w", err)
+	}
+	var r result
+	if err := json.NewDecoder(lines).Decode(&r); err != nil {
+		return s, fmt.Errorf("read result of client: %w", err)
+	}
+	if err := pause(ctx, settle); err != nil {
+		return s, err
+	}
+	after, err := w.clocks(a)
+	a.opened += r.Opened
+	n := float64(wk.Ops)
+	s.Proxy = float64(after[0]-before[0]) / n
+	s.All = s.Proxy + float64(after[1]-before[1]+r.CPU)/n
+	s.Wall, s.P50 = float64(r.Wall)/n, float64(r.P50)
+	return s, err
+}
+
+// clocks reads the processor times of the proxy and of the server.
+func (w *world) clocks(a *arm) (c [2]int64, err error) {
+	if a.process != nil {
+		if c[0], err = cpuOf(a.process.pid()); err != nil {
+			return c, err
+		}
+	}
+	c[1], err = cpuOf(w.server.pid())
+	return c, err
+}
