@@ -139,7 +139,14 @@ func (d *Datapath) attach(name string, target *os.File) (fresh bool, err error) 
 	if err := raw.Pin(pin); err != nil {
 		return false, fmt.Errorf("pin link: %w", err)
 	}
-	return true, nil
+	// Opened again: a raw link does not tell what it is attached to, and
+	// Reattach has to know.
+	typed, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return false, fmt.Errorf("open link %s: %w", pin, err)
+	}
+	d.links[name] = typed
+	return true, raw.Close()
 }
 
 // detach ends a link also where its pin was removed by hand.
