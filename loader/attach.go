@@ -60,6 +60,8 @@ func (d *Datapath) Attach() ([]Existing, error) {
 	}
 	defer netns.Close()
 
+	d.linkMu.Lock()
+	defer d.linkMu.Unlock()
 	var before []Existing
 	for _, name := range attachOrder {
 		if d.links[name] != nil {
@@ -79,6 +81,7 @@ func (d *Datapath) Attach() ([]Existing, error) {
 			return nil, fmt.Errorf("attach %s: %w", name, err)
 		}
 	}
+	d.attached = true
 	return before, nil
 }
 
@@ -97,6 +100,8 @@ func (d *Datapath) AttachLookup() error {
 		return fmt.Errorf("open network namespace: %w", err)
 	}
 	defer netns.Close()
+	d.linkMu.Lock()
+	defer d.linkMu.Unlock()
 	if _, err := d.attach(bpf.ProgLookup, netns); err != nil {
 		return fmt.Errorf("attach %s: %w", bpf.ProgLookup, err)
 	}
@@ -163,8 +168,14 @@ func detach(l link.Link) error {
 }
 
 // Reattach looks whether every link still stands, and mends those that do not.
-// It returns the names of the programs that it attached again.
+// It returns the names of the programs that it attached again. Before Attach it
+// does nothing.
 func (d *Datapath) Reattach() ([]string, error) {
+	d.linkMu.Lock()
+	defer d.linkMu.Unlock()
+	if !d.attached {
+		return nil, nil
+	}
 	var mended []string
 	for _, name := range attachOrder {
 		if d.pinned(name) && attached(d.links[name]) {

@@ -79,6 +79,9 @@ type Datapath struct {
 	state    *sharedState
 	liveFD   int
 
+	linkMu   sync.Mutex // orders changes of links
+	attached bool       // all of them are made
+
 	mu       sync.Mutex // orders changes of the configuration and of slots
 	settings bpf.Settings
 	retiring map[uint32]time.Time // when each slot was taken out of use
