@@ -1,6 +1,7 @@
 #!/bin/bash
 # Runs the tests of packages on Debian's 6.1 kernel, the oldest that Pillion
-# supports, in a virtual machine of nothing but the test binaries and busybox.
+# supports, in a virtual machine of nothing but pillion, the test binaries and
+# busybox.
 #
 #   scripts/vm-test.sh [PACKAGE...]     as go list takes them; default below
 #
@@ -14,7 +15,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 packages=("$@")
-((${#packages[@]})) || packages=(./bpf/... ./loader/...)
+((${#packages[@]})) || packages=(./bpf/... ./loader/... ./tests/short)
 limit=${VM_TIMEOUT:-900}
 
 # What the kernel would load by itself when a test asks for it, as it does on a
@@ -104,6 +105,8 @@ build_tests() {
 		printf '%s %s\n' "$package" "/src/$relative" >>"$root/tests"
 	done <<<"$list"
 	[[ -s $root/tests ]] || die "no tests in ${packages[*]}"
+	CGO_ENABLED=0 go build -buildvcs=false -ldflags=-w \
+		-o "$root/bin/pillion" ./cmd/pillion
 }
 
 # build_image writes the initial file system, as the kernel takes it, to its
@@ -134,7 +137,7 @@ write_init() {
 	cat >"$1" <<'INIT'
 #!/bin/sh
 export PATH=/bin HOME=/root TMPDIR=/tmp
-export PILLION_VM=1 PILLION_REQUIRE_ROOT=1
+export PILLION_VM=1 PILLION_REQUIRE_ROOT=1 PILLION=/bin/pillion
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
