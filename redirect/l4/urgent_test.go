@@ -1,0 +1,129 @@
+package l4_test
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// An urgent byte is not part of the stream, which goes on behind it: while
+// messages are copied and while bulk is spliced.
+func TestUrgentData(t *testing.T) {
+	families(t, func(t *testing.T, loopback netip.Addr) {
+		for _, size := range []int{0, 1, 5000, 8 << 20} {
+			for round := range 5 {
+				testUrgentData(t, loopback, size+round)
+			}
+		}
+	})
+}
+
+func testUrgentData(t *testing.T, loopback netip.Addr, size int) {
+	t.Helper()
+	server, conns := serveTo(t, loopback)
+	r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
+	c := r.dial()
+	b := randomBytes(size)
+	done := make(chan error, 1)
+	go writeWithUrgent(c, b, done)
+	s := accept(t, conns)
+	wantBytes(t, s, b)
+	wantBytes(t, s, b)
+	wantEOF(t, s)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	s.Close()
+	wantEOF(t, c)
+	r.close()
+}
+
+// writeWithUrgent writes b twice and an urgent byte in between.
+func writeWithUrgent(c *net.TCPConn, b []byte, done chan<- error) {
+	_, err := c.Write(b)
+	err = errors.Join(err, writeUrgent(c, '!'))
+	_, err2 := c.Write(b)
+	done <- errors.Join(err, err2, c.CloseWrite())
+}
+
+func writeUrgent(c *net.TCPConn, b byte) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var sent error
+	err = raw.Write(func(fd uintptr) bool {
+		_, sent = unix.SendmsgN(int(fd), []byte{b}, nil, nil, unix.MSG_OOB)
+		return !errors.Is(sent, unix.EAGAIN)
+	})
+	return errors.Join(err, sent)
+}
+
+// The urgent byte and all that follows it are received before the relay gets
+// there, so no further event says that there is more behind it.
+func TestUrgentDataUnderBackPressure(t *testing.T) {
+	families(t, func(t *testing.T, loopback netip.Addr) {
+		server, conns := serveTo(t, loopback)
+		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
+		for round := range 4 {
+			c := r.dial()
+			b := randomBytes(2<<20 + round<<20)
+			done := make(chan error, 1)
+			go writeWithUrgent(c, b, done)
+			s := accept(t, conns)
+			// Let the writer get as far as it can.
+			stuck := time.After(500 * time.Millisecond)
+			select {
+			case err := <-done:
+				done <- err
+			case <-stuck:
+			}
+			wantBytes(t, s, b)
+			wantBytes(t, s, b)
+			wantEOF(t, s)
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			s.Close()
+			wantEOF(t, c)
+		}
+	})
+}
+
+// Many urgent bytes, faster than they are read: an overtaken one becomes part of
+// the stream, so only its length is bounded, but it has to end.
+func TestManyUrgentBytes(t *testing.T) {
+	families(t, func(t *testing.T, loopback netip.Addr) {
+		server, conns := serveTo(t, loopback)
+		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
+		c := r.dial()
+		const n, portion = 200, 100 << 10
+		done := make(chan error, 1)
+		go writeManyUrgent(c, n, portion, done)
+		s := accept(t, conns)
+		got, err := io.Copy(io.Discard, struct{ io.Reader }{s})
+		if err != nil || got < n*portion || got > n*(portion+1) {
+			t.Errorf("got %d bytes and %v", got, err)
+		}
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func writeManyUrgent(c *net.TCPConn, n, portion int, done chan<- error) {
+	b := make([]byte, portion)
+	for range n {
+		_, err := c.Write(b)
+		if err = errors.Join(err, writeUrgent(c, '!')); err != nil {
+			done <- err
+			return
+		}
+	}
+	done <- c.CloseWrite()
+}
