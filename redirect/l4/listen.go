@@ -73,7 +73,15 @@ func dressListener(fd int, addr netip.Addr) error {
 	if e := s.bind(int32(fd)); e != 0 {
 		return os.NewSyscallError("bind", e)
 	}
-	return os.NewSyscallError("listen", unix.Listen(fd, backlog))
+	if err := unix.Listen(fd, backlog); err != nil {
+		return os.NewSyscallError("listen", err)
+	}
+	// An accepted socket has a slot and the original port as its own address,
+	// and so stands in the way of an application that is to listen on that
+	// port, which nothing else would be. Inherited this lets it, if it sets
+	// the option too, as servers do. Set after bind, which without it makes
+	// sure that the port is nobody else's.
+	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1))
 }
 
 // CloseListeners closes what [Listen] opened and no relay has taken.
