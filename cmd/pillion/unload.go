@@ -5,13 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"slices"
 	"time"
 
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/loader/probe"
-	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 )
@@ -97,11 +97,11 @@ const (
 
 // stop ends the process that runs an instance: kindly, then not.
 func (g *global) stop(ctx context.Context, name string) error {
-	s, err := admin.Dial(g.socket(name)).Status(ctx)
+	pid, err := listenerOf(ctx, g.socket(name))
 	if err != nil {
 		return fmt.Errorf("find the process of %s: %w", name, err)
 	}
-	p, err := os.FindProcess(s.Pid)
+	p, err := os.FindProcess(pid)
 	if err != nil {
 		return fmt.Errorf("find the process of %s: %w", name, err)
 	}
@@ -119,7 +119,28 @@ func (g *global) stop(ctx context.Context, name string) error {
 			time.Sleep(20 * time.Millisecond)
 		}
 	}
-	return fmt.Errorf("process %d of %s does not end", s.Pid, name)
+	return fmt.Errorf("process %d of %s does not end", pid, name)
+}
+
+// listenerOf returns the process that listens at a socket. The kernel says so;
+// a process that hangs would not.
+func listenerOf(ctx context.Context, path string) (pid int, err error) {
+	d := net.Dialer{Timeout: killLimit}
+	conn, err := d.DialContext(ctx, "unix", path)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var peer *unix.Ucred
+	control := raw.Control(func(fd uintptr) { peer, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	if err := errors.Join(control, err); err != nil {
+		return 0, fmt.Errorf("ask who listens at %s: %w", path, err)
+	}
+	return int(peer.Pid), nil
 }
 
 // clearRuntime removes what is left in the runtime directory when nothing runs.
