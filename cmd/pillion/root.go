@@ -56,6 +56,8 @@ endpoints and records every one. Nothing else on the machine changes.`,
 		SilenceUsage:      true,
 		SilenceErrors:     true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+		Args:              cobra.ArbitraryArgs, // else cobra refuses them, with another exit code
+		RunE:              noCommand,
 	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usage(fmt.Errorf("%w (see %s --help)", err, c.CommandPath()))
@@ -104,6 +106,18 @@ func newVersion() *cobra.Command {
 			return err
 		},
 	}
+}
+
+// noCommand is what pillion does without a command, or with one that it has not.
+func noCommand(c *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return c.Help()
+	}
+	hint := ""
+	if like := c.SuggestionsFor(args[0]); len(like) > 0 {
+		hint = fmt.Sprintf(", did you mean %s?", strings.Join(like, " or "))
+	}
+	return usage(fmt.Errorf("unknown command %q%s (see %s --help)", args[0], hint, c.CommandPath()))
 }
 
 // noArgs is cobra's, with our exit code.
