@@ -256,6 +256,12 @@ func (i *Instance) Signal(t testing.TB, s syscall.Signal) {
 func (i *Instance) Stop(t testing.TB) error {
 	t.Helper()
 	i.Signal(t, unix.SIGTERM)
+	return i.Wait(t)
+}
+
+// Wait waits until the process ends by itself, and returns how it ended.
+func (i *Instance) Wait(t testing.TB) error {
+	t.Helper()
 	select {
 	case <-i.done:
 	case <-time.After(Limit):
