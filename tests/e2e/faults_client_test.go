@@ -88,12 +88,12 @@ func now() int64 {
 	return ts.Nano()
 }
 
-// introduce is a server that says its name and whom it sees, and waits for the
-// end.
+// introduce is a server that says its name and whom it sees, and then repeats
+// what it hears.
 func introduce(name string) func(net.Conn) {
 	return func(c net.Conn) {
 		fmt.Fprintf(c, "%s %s\n", name, c.RemoteAddr())
-		io.Copy(io.Discard, c)
+		io.Copy(c, c)
 	}
 }
 

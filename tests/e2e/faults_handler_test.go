@@ -120,7 +120,7 @@ var faults = map[string]fault{
 		prepare: func(t *testing.T, g *ground) { g.App.Sysctl(t, "net/core/somaxconn", "16") },
 		breaks:  func(t *testing.T, f *faulty) { limitFiles(t, f.Cmd.Process.Pid, 8) },
 		mends:   func(t *testing.T, f *faulty) { limitFiles(t, f.Cmd.Process.Pid, 20000) },
-		felt:    settling, workers: 32, // more than the queue holds
+		felt:    settling, workers: 48, // more than the queue holds
 	},
 	"lookup link detached": {breaks: func(t *testing.T, f *faulty) { detachPin(t, f.Name, "link_pl_lookup") }, brief: true, felt: settling},
 	"lookup pin removed": {breaks: func(t *testing.T, f *faulty) {
