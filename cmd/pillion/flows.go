@@ -119,7 +119,7 @@ func printFlows(w io.Writer, records []flow.Record) error {
 			end += fmt.Sprintf(" (%d attempts)", r.Attempts)
 		}
 		t.AppendRow([]any{
-			address(r.OrigDst), address(r.Endpoint), r.Path, r.Reason, size(r.Sent), size(r.Received),
+			address(r.OrigDst), address(r.Endpoint), r.Path.String(), r.Reason.String(), size(r.Sent), size(r.Received),
 			span(r.RTT), span(r.Connect), span(r.Duration), end, dash(r.Service), address(r.Source),
 		})
 	}

@@ -134,7 +134,7 @@ func printStatus(w io.Writer, s *admin.Status) error {
 				if e.Ejected {
 					state = "ejected"
 				}
-				t.AppendRow([]any{service.Name, service.Address, service.Policy, e.Address, e.Weight, state, e.Live, e.Connects, e.Failures, e.LastReason})
+				t.AppendRow([]any{service.Name, service.Address, service.Policy, e.Address, e.Weight, state, e.Live, e.Connects, e.Failures, e.LastReason.String()})
 			}
 		}
 		fmt.Fprintln(w)
