@@ -94,7 +94,7 @@ func (i *instance) problems(s *loader.Stats) []string {
 	add(s.EventsLost > 0, "Some flow records of the kernel side were lost: connections end faster than they are read.")
 	_, v6 := i.datapath.SlotPrefixes()
 	add(!v6.IsValid(), "IPv6 is switched off in this network namespace: IPv6 connections go by on_failure.")
-	add(i.existing > 0, "Connections that are older than Pillion are not captured. Restart the application, or use existing: reset.")
+	add(i.existing.Load() > 0, "Connections that are older than Pillion are not captured. Restart the application, or use existing: reset.")
 	return all
 }
 
@@ -142,7 +142,7 @@ func (i *instance) Kernel() (metrics.KernelStats, error) {
 		Decided:     s.Decided,
 		Denied:      s.Denied,
 		Unsent:      s.Unsent,
-		Escaped:     s.Escaped + uint64(i.existing),
+		Escaped:     s.Escaped + uint64(i.existing.Load()),
 		EventsLost:  s.EventsLost,
 		Unaccounted: s.Unaccounted(),
 		Slots:       map[string]int{"free": s.Free, "named": s.Named, "reserved": s.Reserved, "retiring": s.Retiring},

@@ -63,7 +63,7 @@ type instance struct {
 	started   time.Time
 	ready     atomic.Bool
 	draining  atomic.Bool
-	existing  int
+	existing  atomic.Int64
 }
 
 // Descriptors that are not for connections: maps, programs, sockets, pipes.
@@ -432,7 +432,7 @@ func (i *instance) settle(old []loader.Existing) error {
 		i.log.Info("reset older connections, so that they come back captured", "connections", len(old))
 		return nil
 	}
-	i.existing = len(old)
+	i.existing.Store(int64(len(old)))
 	for _, e := range old {
 		i.log.Warn("connection is older than the capture", "source", e.Source, "destination", e.Destination, "reason", "existing")
 	}
