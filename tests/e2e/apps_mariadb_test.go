@@ -1,0 +1,73 @@
+package e2e
+
+import (
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
+	"golang.org/x/sys/unix"
+)
+
+// mariadb runs a new MariaDB on port 3306 of both far addresses.
+func mariadb(t testing.TB, r *rig.Rig) {
+	t.Helper()
+	uid, gid := account(t, "mysql")
+	dir := rig.Dir(t, uid, gid)
+	data := filepath.Join(dir, "data")
+	out, err := exec.Command("mariadb-install-db", "--no-defaults", "--user=mysql", "--datadir="+data,
+		"--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve").CombinedOutput()
+	if err != nil {
+		t.Fatalf("mariadb-install-db: %v\n%s", err, out)
+	}
+	r.Give(t, rig.Far4)
+	r.Give(t, rig.Far6)
+	// It keeps nothing, so it need not end in order.
+	r.Daemon(t, exec.Command("mariadbd", "--no-defaults", "--user=mysql", "--datadir="+data,
+		"--socket="+filepath.Join(dir, "socket"), "--pid-file="+filepath.Join(dir, "pid"),
+		"--bind-address="+rig.Far4.String()+","+rig.Far6.String(), "--port=3306", "--skip-grant-tables",
+		"--skip-name-resolve", "--max-allowed-packet=64M", "--innodb-buffer-pool-size=16M"), unix.SIGKILL, at4(3306))
+}
+
+// TestMariaDB is a protocol whose server speaks first.
+func TestMariaDB(t *testing.T) {
+	testutil.Need(t, "mariadbd", "mariadb", "mariadb-install-db")
+	r := rig.New(t)
+	mariadb(t, r)
+	s := play(t, r, "")
+	query := func(stdin, host string, args ...string) string {
+		t.Helper()
+		return app(t, r, stdin, "mariadb", append([]string{"--no-defaults", "-h", host, "-P", "3306", "--protocol=tcp",
+			"-u", "root", "-N", "-B", "--connect-timeout=20", "--max-allowed-packet=64M"}, args...)...)
+	}
+	for _, host := range []string{"198.51.100.7", "2001:db8:7::7"} {
+		equal(t, "SELECT", query("", host, "-e", "SELECT 6 * 7"), "42")
+		if out := query("", host, "-e", "status"); !strings.Contains(out, host+" via TCP/IP") {
+			t.Errorf("status: %s", out)
+		}
+		// 10 MB in one row, and in many.
+		if got, want := query("", host, "-e", "SELECT REPEAT('pillion...', 1000000)"), strings.Repeat("pillion...", 1000000)+"\n"; got != want {
+			t.Errorf("%s: one row of %d bytes, want %d", host, len(got), len(want))
+		}
+	}
+	var want, insert strings.Builder
+	insert.WriteString("CREATE DATABASE far; CREATE TABLE far.lines (n INT PRIMARY KEY, line VARCHAR(60)); INSERT INTO far.lines VALUES ")
+	for i := range 100000 {
+		line := fmt.Sprintf("line %d of one hundred thousand lines, all the same", i)
+		fmt.Fprintf(&want, "%d\t%s\n", i, line)
+		if i > 0 {
+			insert.WriteByte(',')
+		}
+		fmt.Fprintf(&insert, "(%d,'%s')", i, line)
+	}
+	query(insert.String(), "198.51.100.7")
+	if got := query("", "198.51.100.7", "-e", "SELECT * FROM far.lines ORDER BY n"); got != want.String() {
+		t.Errorf("%d bytes of rows, want %d", len(got), want.Len())
+	}
+	if n := s.AllRelayed(t, 8); n != 8 {
+		t.Errorf("%d connections, want 8", n)
+	}
+}

@@ -1,0 +1,192 @@
+package e2e
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
+	"golang.org/x/sys/unix"
+)
+
+// account returns the ids of a user that a package made.
+func account(t testing.TB, name string) (uid, gid int) {
+	t.Helper()
+	u, err := user.Lookup(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if uid, err = strconv.Atoi(u.Uid); err == nil {
+		gid, err = strconv.Atoi(u.Gid)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return uid, gid
+}
+
+// certificate writes a key and its own certificate into dir, for the user.
+func certificate(t testing.TB, dir string, uid, gid int) (cert, key string) {
+	t.Helper()
+	secret, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "world"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, &text, &text, &secret.PublicKey, secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secretDER, err := x509.MarshalECPrivateKey(secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, key = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	for path, block := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: der}, key: {Type: "EC PRIVATE KEY", Bytes: secretDER}} {
+		if err := os.WriteFile(path, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chown(path, uid, gid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return cert, key
+}
+
+// postgres runs a new PostgreSQL on port 5432 of both far addresses.
+func postgres(t testing.TB, r *rig.Rig) {
+	t.Helper()
+	found, err := filepath.Glob("/usr/lib/postgresql/*/bin/postgres")
+	if err != nil || len(found) == 0 {
+		testutil.Need(t, "postgres")
+		t.Fatalf("no postgres below /usr/lib/postgresql: %v", err)
+	}
+	bin := filepath.Dir(found[len(found)-1])
+	uid, gid := account(t, "postgres")
+	dir := rig.Dir(t, uid, gid)
+	as := func(name string, args ...string) *exec.Cmd {
+		cmd := exec.Command(filepath.Join(bin, name), args...)
+		cmd.Dir = dir
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
+		return cmd
+	}
+	data := filepath.Join(dir, "data")
+	if out, err := as("initdb", "-D", data, "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync").CombinedOutput(); err != nil {
+		t.Fatalf("initdb: %v\n%s", err, out)
+	}
+	hba := "host all all 0.0.0.0/0 trust\nhost all all ::/0 trust\n"
+	if err := os.WriteFile(filepath.Join(data, "pg_hba.conf"), []byte(hba), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cert, key := certificate(t, dir, uid, gid)
+	r.Give(t, rig.Far4)
+	r.Give(t, rig.Far6)
+	r.Daemon(t, as("postgres", "-D", data, "-h", rig.Far4.String()+","+rig.Far6.String(), "-p", "5432", "-k", dir,
+		"-c", "fsync=off", "-c", "ssl=on", "-c", "ssl_cert_file="+cert, "-c", "ssl_key_file="+key, "-c", "shared_buffers=32MB"),
+		unix.SIGINT, at4(5432))
+}
+
+// sql prepares the arguments of psql for one statement.
+func sql(host, options, statement string) []string {
+	return []string{"-X", "-A", "-t", "-q", "-v", "ON_ERROR_STOP=1", "-d", fmt.Sprintf("host=%s port=5432 user=postgres dbname=postgres connect_timeout=20 %s", host, options), "-c", statement}
+}
+
+func TestPostgreSQL(t *testing.T) {
+	testutil.Need(t, "psql", "pgbench")
+	r := rig.New(t)
+	postgres(t, r)
+	s := play(t, r, "")
+	psql := func(host, options, statement string) string {
+		t.Helper()
+		return app(t, r, "", "psql", sql(host, options, statement)...)
+	}
+
+	// The client asks whether TLS is spoken, and waits for one byte.
+	const whether = "select ssl, inet_server_addr(), inet_server_port() from pg_stat_ssl where pid = pg_backend_pid()"
+	equal(t, "TLS required", psql("198.51.100.7", "sslmode=require", whether), "t|198.51.100.7|5432")
+	equal(t, "TLS preferred, IPv6", psql("2001:db8:7::7", "sslmode=prefer", whether), "t|2001:db8:7::7|5432")
+	equal(t, "TLS disabled", psql("198.51.100.7", "sslmode=disable", whether), "f|198.51.100.7|5432")
+	conns := 3
+
+	// COPY in and out.
+	var rows bytes.Buffer
+	for i := range 200000 {
+		fmt.Fprintf(&rows, "%d\trow %d %x\n", i, i, i*7919)
+	}
+	file := filepath.Join(t.TempDir(), "rows")
+	if err := os.WriteFile(file, rows.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	psql("198.51.100.7", "sslmode=disable", "create table rows (n int primary key, text text)")
+	psql("198.51.100.7", "sslmode=disable", `\copy rows from '`+file+`'`)
+	for _, mode := range []string{"disable", "require"} {
+		if got := psql("198.51.100.7", "sslmode="+mode, `\copy (select * from rows order by n) to stdout`); got != rows.String() {
+			t.Errorf("sslmode %s: COPY out gives %d bytes, not the %d that went in", mode, len(got), rows.Len())
+		}
+	}
+	conns += 4
+
+	conns += cancel(t, s, psql)
+
+	// pgbench with connections kept, and with one for each transaction.
+	pgbench := func(args ...string) string {
+		t.Helper()
+		return app(t, r, "", "pgbench", append([]string{"-h", "198.51.100.7", "-p", "5432", "-U", "postgres"}, args...)...)
+	}
+	pgbench("-i", "-q", "-s", "1", "postgres")
+	for want, args := range map[string][]string{
+		"processed: 400/400\n": {"-c", "8", "-j", "2", "-t", "50", "-n", "postgres"},
+		"processed: 60/60\n":   {"-c", "4", "-t", "15", "-C", "-n", "postgres"},
+	} {
+		if out := pgbench(args...); !strings.Contains(out, want) {
+			t.Errorf("pgbench does not say %q: %s", want, out)
+		}
+	}
+	equal(t, "transactions", psql("198.51.100.7", "", "select count(*) from pgbench_history"), "460")
+	s.AllRelayed(t, conns+1+8+60+1)
+}
+
+// cancel has psql cancel a statement, which takes a connection of its own. It
+// returns how many connections it made at least.
+func cancel(t *testing.T, s *stage, psql func(host, options, statement string) string) int {
+	t.Helper()
+	cmd := s.Command("psql", sql("198.51.100.7", "sslmode=prefer application_name=sleeper", "select pg_sleep(600)")...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := s.Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	late := time.AfterFunc(appLimit, func() { cmd.Process.Kill() })
+	defer late.Stop()
+	looks := 0
+	testutil.Eventually(t, rig.Limit, func() bool {
+		looks++
+		return strings.TrimSpace(psql("198.51.100.7", "", "select count(*) from pg_stat_activity where wait_event = 'PgSleep'")) == "1"
+	}, "the statement runs")
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err == nil || !strings.Contains(out.String(), "canceling statement due to user request") {
+		t.Errorf("psql: %v\n%s", err, out.String())
+	}
+	return looks + 2
+}
