@@ -1,0 +1,71 @@
+package e2e
+
+import (
+	"testing"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+// unroute takes the application's route to everything of IPv6 that is not its
+// own link, but for what is said to stay, as on a host without IPv6.
+func unroute(t testing.TB, r *rig.Rig) {
+	t.Helper()
+	for _, args := range [][]string{
+		{"-6", "route", "del", "default"},
+		{"-6", "route", "add", rig.Far6.String(), "via", testutil.WorldV6.Addr().String(), "dev", testutil.AppLink},
+	} {
+		cmd := r.Command("ip", args...)
+		if err := r.App.Start(cmd); err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Wait(); err != nil {
+			t.Fatalf("ip %v: %v", args, err)
+		}
+	}
+}
+
+// relayedBut waits until some connections have ended and fails the test unless
+// all were relayed but unrouted ones, which the kernel itself refused for want
+// of a route.
+func (s *stage) relayedBut(t testing.TB, relayed, unrouted int) {
+	t.Helper()
+	s.Idle(t)
+	var got, none int
+	testutil.Eventually(t, rig.Limit, func() bool {
+		got, none = 0, 0
+		for _, total := range s.Totals(t) {
+			switch {
+			case total.Path == flow.PathRelay:
+				got += total.Count
+			default:
+				t.Fatalf("%d connections took %s (%s, %s)", total.Count, total.Path, total.Reason, total.End)
+			}
+		}
+		none = int(s.Reasons(t)[flow.ReasonNoRoute.String()])
+		return got >= relayed && none >= unrouted
+	}, "relayed connections")
+	if got != relayed || none != unrouted {
+		t.Errorf("%d relayed and %d without a route, want %d and %d", got, none, relayed, unrouted)
+	}
+}
+
+func TestNode(t *testing.T) {
+	testutil.Need(t, "node", "ip")
+	r := rig.New(t)
+	r.Serve(t, at4(7), echo)
+	r.Serve(t, at6(7), echo)
+	serveHTTP(t, r, at4(8080), site())
+	unroute(t, r)
+	s := play(t, r, "")
+	equal(t, "node", app(t, r, "", "node", "testdata/node_client.js"), `
+IPv4 198.51.100.7 7 192.0.2.1 same
+IPv6 2001:db8:7::7 7 2001:db8:1::1 same
+IPv6 ::ffff:198.51.100.7 7 ::ffff:192.0.2.1 same
+IPv4 198.51.100.7 7 192.0.2.1 same
+http 50 of 50 over 5
+big 50000000 `+sumOf(t, random(50000000)))
+	// The big download takes one of the five connections again.
+	s.relayedBut(t, 4+5, 1)
+}
