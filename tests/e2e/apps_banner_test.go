@@ -61,7 +61,7 @@ func TestServerSpeaksFirst(t *testing.T) {
 	r.Serve(t, at4(25), box.serve)
 	r.Serve(t, at6(25), box.serve)
 	s := play(t, r, "")
-	out := app(t, r, `
+	out := runApp(t, r, `
 import smtplib, socket
 for host in "198.51.100.7", "2001:db8:7::7":
     # Only to listen.
@@ -71,7 +71,7 @@ for host in "198.51.100.7", "2001:db8:7::7":
         m.sendmail("a@app", ["b@world"], "Subject: x\r\n\r\n" + "a line of the mail\r\n" * 5000)
         print(m.noop())
 `, "python3", "-")
-	equal(t, "client", out, strings.Repeat("b'220 world ready\\r\\n'\n(250, b'fine')\n", 2))
+	same(t, "client", out, strings.Repeat("b'220 world ready\\r\\n'\n(250, b'fine')\n", 2))
 	want := "Subject: x\r\n\r\n" + strings.Repeat("a line of the mail\r\n", 5000)
 	if len(box.mails) != 2 || box.mails[0] != want || box.mails[1] != want {
 		t.Errorf("%d mails, want 2 of %d bytes", len(box.mails), len(want))
@@ -127,7 +127,7 @@ func TestSSH(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), "exit status 7") {
 			t.Errorf("%s: exit: %v", host, err)
 		}
-		equal(t, "server address", out, host+" 22")
+		same(t, "server address", out, host+" 22")
 	}
 	if n := s.AllRelayed(t, 4); n != 4 {
 		t.Errorf("%d connections, want 4", n)

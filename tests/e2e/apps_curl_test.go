@@ -20,8 +20,8 @@ import (
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
-// random returns a source of n bytes that looks random and is always the same.
-func random(n int64) io.Reader {
+// randomBytes returns a source of n bytes that looks random and is always the same.
+func randomBytes(n int64) io.Reader {
 	return io.LimitReader(rand.NewChaCha8([32]byte{1}), n)
 }
 
@@ -34,9 +34,9 @@ func sumOf(t testing.TB, r io.Reader) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// site answers /big?n=N with N bytes, /sum with the hash of what it is sent, and
+// webSite answers /big?n=N with N bytes, /sum with the hash of what it is sent, and
 // /who with the name it was called by.
-func site() http.Handler {
+func webSite() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/big", func(w http.ResponseWriter, r *http.Request) {
 		n, err := strconv.ParseInt(r.FormValue("n"), 10, 64)
@@ -46,7 +46,7 @@ func site() http.Handler {
 		}
 		w.Header().Set("Content-Length", strconv.FormatInt(n, 10))
 		if r.Method != http.MethodHead {
-			io.Copy(w, random(n))
+			io.Copy(w, randomBytes(n))
 		}
 	})
 	mux.HandleFunc("/sum", func(w http.ResponseWriter, r *http.Request) {
@@ -77,14 +77,14 @@ func serveHTTP(t testing.TB, r *rig.Rig, addr netip.AddrPort, h http.Handler) {
 
 // TestCurl is HTTP as curl speaks it.
 func TestCurl(t *testing.T) {
-	testutil.Need(t, "curl", "sha256sum")
+	testutil.Need(t, "curl", "sha256sum", "ip")
 	r := rig.New(t)
-	serveHTTP(t, r, at4(8080), site())
-	serveHTTP(t, r, at6(8080), site())
+	serveHTTP(t, r, at4(8080), webSite())
+	serveHTTP(t, r, at6(8080), webSite())
 	s := play(t, r, "")
 	file := filepath.Join(t.TempDir(), "upload")
-	const size = 96 << 20
-	body, err := io.ReadAll(random(size))
+	const size = 32 << 20
+	body, err := io.ReadAll(randomBytes(size))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -95,7 +95,7 @@ func TestCurl(t *testing.T) {
 	base4, base6 := "http://"+at4(8080).String(), "http://"+at6(8080).String()
 	curl := func(args ...string) string {
 		t.Helper()
-		return app(t, r, "", "curl", append([]string{"-sS", "-g", "-m", "60"}, args...)...)
+		return runApp(t, r, "", "curl", append([]string{"-sS", "-g", "-m", "60"}, args...)...)
 	}
 
 	// Keep-alive: one connection for three requests, both its ends true.
@@ -103,9 +103,9 @@ func TestCurl(t *testing.T) {
 	three := func(base string) string {
 		return curl("-w", report, "-o", os.DevNull, "-o", os.DevNull, "-o", os.DevNull, base+"/who", base+"/big?n=70000", base+"/who")
 	}
-	equal(t, "three requests, IPv4", three(base4),
+	same(t, "three requests, IPv4", three(base4),
 		strings.Repeat("200 1 198.51.100.7:8080 192.0.2.1\n", 1)+strings.Repeat("200 0 198.51.100.7:8080 192.0.2.1\n", 2))
-	equal(t, "three requests, IPv6", three(base6),
+	same(t, "three requests, IPv6", three(base6),
 		"200 1 2001:db8:7::7:8080 2001:db8:1::1\n"+strings.Repeat("200 0 2001:db8:7::7:8080 2001:db8:1::1\n", 2))
 
 	// A POST that asks for leave first, an upload of unknown length, HEAD.
@@ -113,22 +113,27 @@ func TestCurl(t *testing.T) {
 	if !strings.Contains(out, "< HTTP/1.1 100 Continue") || !strings.Contains(out, fmt.Sprintf("POST %d %s\n", size, sum)) {
 		t.Errorf("POST with Expect:\n%s", out)
 	}
-	equal(t, "chunked upload", app(t, r, "a stream", "curl", "-sS", "-m", "60", "-g", "-T", "-", base6+"/sum"),
+	same(t, "chunked upload", runApp(t, r, "a stream", "curl", "-sS", "-m", "60", "-g", "-T", "-", base6+"/sum"),
 		fmt.Sprintf("PUT 8 %x", sha256.Sum256([]byte("a stream"))))
-	equal(t, "upload", curl("-T", file, base6+"/sum"), fmt.Sprintf("PUT %d %s", size, sum))
+	same(t, "upload", curl("-T", file, base6+"/sum"), fmt.Sprintf("PUT %d %s", size, sum))
 	if head := curl("-I", base4+"/big?n=123456789"); !strings.HasPrefix(head, "HTTP/1.1 200 OK\r\n") || !strings.Contains(head, "Content-Length: 123456789\r\n") || !strings.HasSuffix(head, "\r\n\r\n") {
 		t.Errorf("HEAD: %q", head)
 	}
 
 	// A download by hash.
-	const big = 256 << 20
-	got := app(t, r, "", "sh", "-c", fmt.Sprintf("curl -sS -m 60 '%s/big?n=%d' | sha256sum", base4, big))
-	equal(t, "download", got, sumOf(t, random(big))+"  -")
+	const big = 128 << 20
+	got := runApp(t, r, "", "sh", "-c", fmt.Sprintf("curl -sS -m 60 '%s/big?n=%d' | sha256sum", base4, big))
+	same(t, "download", got, sumOf(t, randomBytes(big))+"  -")
 
-	if n := s.AllRelayed(t, 7); n != 7 {
-		t.Errorf("%d connections, want 7", n)
+	// The first address of a name has no route: curl goes on to the second.
+	unroute(t, r)
+	got = curl("-w", report, "-o", os.DevNull, "--resolve", "two.test:8080:2001:db8:dead::1,198.51.100.7", "http://two.test:8080/who")
+	same(t, "two addresses", got, "200 1 198.51.100.7:8080 192.0.2.1")
+
+	if n := s.AllRelayed(t, 8); n != 8 {
+		t.Errorf("%d connections, want 8", n)
 	}
-	for _, rec := range s.Ended(t, 7) {
+	for _, rec := range s.Ended(t, 8) {
 		if rec.OrigDst != rec.Endpoint || rec.End != flow.ReasonClosed {
 			t.Errorf("record %+v", rec)
 		}

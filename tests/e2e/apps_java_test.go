@@ -15,11 +15,11 @@ func TestJava(t *testing.T) {
 		t.Fatalf("javac: %v\n%s", err, out)
 	}
 	r := rig.New(t)
-	r.Serve(t, at4(7), echo)
-	r.Serve(t, at6(7), echo)
-	serveHTTP(t, r, at4(8080), site())
+	r.Serve(t, at4(7), echoBack)
+	r.Serve(t, at6(7), echoBack)
+	serveHTTP(t, r, at4(8080), webSite())
 	s := play(t, r, "")
-	equal(t, "java", app(t, r, "", "java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", classes, "Client"), `
+	same(t, "java", runApp(t, r, "", "java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", classes, "Client"), `
 blocking /198.51.100.7:7 7 /192.0.2.1 true
 blocking /[2001:db8:7:0:0:0:0:7]:7 7 /2001:db8:1:0:0:0:0:1 true
 selected /198.51.100.7:7 /192.0.2.1 20

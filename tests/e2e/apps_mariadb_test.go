@@ -40,11 +40,11 @@ func TestMariaDB(t *testing.T) {
 	s := play(t, r, "")
 	query := func(stdin, host string, args ...string) string {
 		t.Helper()
-		return app(t, r, stdin, "mariadb", append([]string{"--no-defaults", "-h", host, "-P", "3306", "--protocol=tcp",
+		return runApp(t, r, stdin, "mariadb", append([]string{"--no-defaults", "-h", host, "-P", "3306", "--protocol=tcp",
 			"-u", "root", "-N", "-B", "--connect-timeout=20", "--max-allowed-packet=64M"}, args...)...)
 	}
 	for _, host := range []string{"198.51.100.7", "2001:db8:7::7"} {
-		equal(t, "SELECT", query("", host, "-e", "SELECT 6 * 7"), "42")
+		same(t, "SELECT", query("", host, "-e", "SELECT 6 * 7"), "42")
 		if out := query("", host, "-e", "status"); !strings.Contains(out, host+" via TCP/IP") {
 			t.Errorf("status: %s", out)
 		}

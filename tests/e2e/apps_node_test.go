@@ -32,21 +32,21 @@ func unroute(t testing.TB, r *rig.Rig) {
 func (s *stage) relayedBut(t testing.TB, relayed, unrouted int) {
 	t.Helper()
 	s.Idle(t)
-	var got, none int
+	var got, none number
 	testutil.Eventually(t, rig.Limit, func() bool {
 		got, none = 0, 0
 		for _, total := range s.Totals(t) {
 			switch {
 			case total.Path == flow.PathRelay:
-				got += total.Count
+				got += number(total.Count)
 			default:
 				t.Fatalf("%d connections took %s (%s, %s)", total.Count, total.Path, total.Reason, total.End)
 			}
 		}
-		none = int(s.Reasons(t)[flow.ReasonNoRoute.String()])
-		return got >= relayed && none >= unrouted
-	}, "relayed connections")
-	if got != relayed || none != unrouted {
+		none = number(s.Reasons(t)[flow.ReasonNoRoute.String()])
+		return int(got) >= relayed && int(none) >= unrouted
+	}, "relayed: ", &got, " of ", relayed, ", without a route: ", &none, " of ", unrouted)
+	if int(got) != relayed || int(none) != unrouted {
 		t.Errorf("%d relayed and %d without a route, want %d and %d", got, none, relayed, unrouted)
 	}
 }
@@ -54,18 +54,18 @@ func (s *stage) relayedBut(t testing.TB, relayed, unrouted int) {
 func TestNode(t *testing.T) {
 	testutil.Need(t, "node", "ip")
 	r := rig.New(t)
-	r.Serve(t, at4(7), echo)
-	r.Serve(t, at6(7), echo)
-	serveHTTP(t, r, at4(8080), site())
+	r.Serve(t, at4(7), echoBack)
+	r.Serve(t, at6(7), echoBack)
+	serveHTTP(t, r, at4(8080), webSite())
 	unroute(t, r)
 	s := play(t, r, "")
-	equal(t, "node", app(t, r, "", "node", "testdata/node_client.js"), `
+	same(t, "node", runApp(t, r, "", "node", "testdata/node_client.js"), `
 IPv4 198.51.100.7 7 192.0.2.1 same
 IPv6 2001:db8:7::7 7 2001:db8:1::1 same
 IPv6 ::ffff:198.51.100.7 7 ::ffff:192.0.2.1 same
 IPv4 198.51.100.7 7 192.0.2.1 same
 http 50 of 50 over 5
-big 50000000 `+sumOf(t, random(50000000)))
+big 50000000 `+sumOf(t, randomBytes(50000000)))
 	// The big download takes one of the five connections again.
 	s.relayedBut(t, 4+5, 1)
 }

@@ -117,14 +117,14 @@ func TestPostgreSQL(t *testing.T) {
 	s := play(t, r, "")
 	psql := func(host, options, statement string) string {
 		t.Helper()
-		return app(t, r, "", "psql", sql(host, options, statement)...)
+		return runApp(t, r, "", "psql", sql(host, options, statement)...)
 	}
 
 	// The client asks whether TLS is spoken, and waits for one byte.
 	const whether = "select ssl, inet_server_addr(), inet_server_port() from pg_stat_ssl where pid = pg_backend_pid()"
-	equal(t, "TLS required", psql("198.51.100.7", "sslmode=require", whether), "t|198.51.100.7|5432")
-	equal(t, "TLS preferred, IPv6", psql("2001:db8:7::7", "sslmode=prefer", whether), "t|2001:db8:7::7|5432")
-	equal(t, "TLS disabled", psql("198.51.100.7", "sslmode=disable", whether), "f|198.51.100.7|5432")
+	same(t, "TLS required", psql("198.51.100.7", "sslmode=require", whether), "t|198.51.100.7|5432")
+	same(t, "TLS preferred, IPv6", psql("2001:db8:7::7", "sslmode=prefer", whether), "t|2001:db8:7::7|5432")
+	same(t, "TLS disabled", psql("198.51.100.7", "sslmode=disable", whether), "f|198.51.100.7|5432")
 	conns := 3
 
 	// COPY in and out.
@@ -145,12 +145,12 @@ func TestPostgreSQL(t *testing.T) {
 	}
 	conns += 4
 
-	conns += cancel(t, s, psql)
+	conns += pgCancel(t, s, psql)
 
 	// pgbench with connections kept, and with one for each transaction.
 	pgbench := func(args ...string) string {
 		t.Helper()
-		return app(t, r, "", "pgbench", append([]string{"-h", "198.51.100.7", "-p", "5432", "-U", "postgres"}, args...)...)
+		return runApp(t, r, "", "pgbench", append([]string{"-h", "198.51.100.7", "-p", "5432", "-U", "postgres"}, args...)...)
 	}
 	pgbench("-i", "-q", "-s", "1", "postgres")
 	for want, args := range map[string][]string{
@@ -161,13 +161,13 @@ func TestPostgreSQL(t *testing.T) {
 			t.Errorf("pgbench does not say %q: %s", want, out)
 		}
 	}
-	equal(t, "transactions", psql("198.51.100.7", "", "select count(*) from pgbench_history"), "460")
+	same(t, "transactions", psql("198.51.100.7", "", "select count(*) from pgbench_history"), "460")
 	s.AllRelayed(t, conns+1+8+60+1)
 }
 
-// cancel has psql cancel a statement, which takes a connection of its own. It
+// pgCancel has psql cancel a statement, which takes a connection of its own. It
 // returns how many connections it made at least.
-func cancel(t *testing.T, s *stage, psql func(host, options, statement string) string) int {
+func pgCancel(t *testing.T, s *stage, psql func(host, options, statement string) string) int {
 	t.Helper()
 	cmd := s.Command("psql", sql("198.51.100.7", "sslmode=prefer application_name=sleeper", "select pg_sleep(600)")...)
 	var out bytes.Buffer

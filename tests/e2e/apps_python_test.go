@@ -14,10 +14,10 @@ import (
 func TestPythonSockets(t *testing.T) {
 	testutil.Need(t, "python3")
 	r := rig.New(t)
-	r.Serve(t, at4(7), echo)
-	r.Serve(t, at6(7), echo)
+	r.Serve(t, at4(7), echoBack)
+	r.Serve(t, at6(7), echoBack)
 	s := play(t, r, "")
-	out := app(t, r, "", "python3", "testdata/python_sockets.py")
+	out := runApp(t, r, "", "python3", "testdata/python_sockets.py")
 	var want strings.Builder
 	three := func(prefix string) {
 		fmt.Fprintf(&want, "%sv4 198.51.100.7 7 192.0.2.1 same\n", prefix)
@@ -31,7 +31,7 @@ func TestPythonSockets(t *testing.T) {
 	three("fastopen1-")
 	three("fastopen2-")
 	want.WriteString("fastopen-connect 198.51.100.7 7 192.0.2.1 same\n")
-	equal(t, "sockets", out, want.String())
+	same(t, "sockets", out, want.String())
 	if n := s.AllRelayed(t, 17); n != 17 {
 		t.Errorf("%d connections, want 17", n)
 	}
@@ -40,10 +40,10 @@ func TestPythonSockets(t *testing.T) {
 func TestPythonAsyncio(t *testing.T) {
 	testutil.Need(t, "python3")
 	r := rig.New(t)
-	r.Serve(t, at4(7), echo)
-	r.Serve(t, at6(7), echo)
+	r.Serve(t, at4(7), echoBack)
+	r.Serve(t, at6(7), echoBack)
 	s := play(t, r, "")
-	equal(t, "asyncio", app(t, r, "", "python3", "testdata/python_asyncio.py"), "100 of 100 are the same")
+	same(t, "asyncio", runApp(t, r, "", "python3", "testdata/python_asyncio.py"), "100 of 100 are the same")
 	if n := s.AllRelayed(t, 100); n != 100 {
 		t.Errorf("%d connections, want 100", n)
 	}

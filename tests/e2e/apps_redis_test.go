@@ -25,16 +25,16 @@ func redis(t testing.TB, r *rig.Rig, at ...netip.AddrPort) {
 	r.Daemon(t, exec.Command("redis-server", args...), unix.SIGTERM, at[0])
 }
 
-// ask runs redis-cli as an application.
-func ask(t testing.TB, r *rig.Rig, stdin string, at netip.AddrPort, args ...string) string {
+// redisCLI runs redis-cli as an application.
+func redisCLI(t testing.TB, r *rig.Rig, stdin string, at netip.AddrPort, args ...string) string {
 	t.Helper()
-	return app(t, r, stdin, "redis-cli", append([]string{"-h", at.Addr().String(), "-p", strconv.Itoa(int(at.Port()))}, args...)...)
+	return runApp(t, r, stdin, "redis-cli", append([]string{"-h", at.Addr().String(), "-p", strconv.Itoa(int(at.Port()))}, args...)...)
 }
 
-// benchmark runs redis-benchmark as an application.
-func benchmark(t testing.TB, r *rig.Rig, at netip.AddrPort, args ...string) {
+// redisBenchmark runs redis-benchmark as an application.
+func redisBenchmark(t testing.TB, r *rig.Rig, at netip.AddrPort, args ...string) {
 	t.Helper()
-	out := app(t, r, "", "redis-benchmark", append([]string{"-q", "-h", at.Addr().String(), "-p", strconv.Itoa(int(at.Port()))}, args...)...)
+	out := runApp(t, r, "", "redis-benchmark", append([]string{"-q", "-h", at.Addr().String(), "-p", strconv.Itoa(int(at.Port()))}, args...)...)
 	if !strings.Contains(out, "requests per second") || strings.Contains(strings.ToLower(out), "error") {
 		t.Errorf("redis-benchmark: %s", out)
 	}
@@ -49,22 +49,22 @@ func TestRedis(t *testing.T) {
 	redis(t, r, at4(6379), at6(6379))
 	s := play(t, r, "")
 	for _, at := range []netip.AddrPort{at4(6379), at6(6379)} {
-		equal(t, "PING", ask(t, r, "", at, "PING"), "PONG")
+		same(t, "PING", redisCLI(t, r, "", at, "PING"), "PONG")
 		// A value of 8 MiB there and back.
 		value := strings.Repeat("pillion ", 1<<20)
-		equal(t, "SET", ask(t, r, value, at, "-x", "SET", "big"), "OK")
-		if got := ask(t, r, "", at, "--raw", "GET", "big"); strings.TrimSuffix(got, "\n") != value {
+		same(t, "SET", redisCLI(t, r, value, at, "-x", "SET", "big"), "OK")
+		if got := redisCLI(t, r, "", at, "--raw", "GET", "big"); strings.TrimSuffix(got, "\n") != value {
 			t.Errorf("GET: %d bytes that differ", len(got))
 		}
-		ask(t, r, "", at, "DEL", counter)
-		benchmark(t, r, at, "-n", "10000", "-c", "50", "-t", "incr")
-		benchmark(t, r, at, "-n", "20000", "-c", "10", "-P", "16", "-t", "incr")
-		equal(t, "counter", ask(t, r, "", at, "GET", counter), "30000")
+		redisCLI(t, r, "", at, "DEL", counter)
+		redisBenchmark(t, r, at, "-n", "10000", "-c", "50", "-t", "incr")
+		redisBenchmark(t, r, at, "-n", "20000", "-c", "10", "-P", "16", "-t", "incr")
+		same(t, "counter", redisCLI(t, r, "", at, "GET", counter), "30000")
 	}
 	// A connection for each request.
-	ask(t, r, "", at4(6379), "DEL", counter)
-	benchmark(t, r, at4(6379), "-n", "1000", "-c", "8", "-k", "0", "-t", "incr")
-	equal(t, "counter", ask(t, r, "", at4(6379), "GET", counter), "1000")
+	redisCLI(t, r, "", at4(6379), "DEL", counter)
+	redisBenchmark(t, r, at4(6379), "-n", "1000", "-c", "8", "-k", "0", "-t", "incr")
+	same(t, "counter", redisCLI(t, r, "", at4(6379), "GET", counter), "1000")
 	s.AllRelayed(t, 2*(5+50+10)+2+1000)
 }
 
@@ -77,10 +77,10 @@ func TestRedisService(t *testing.T) {
 	redis(t, r, at6(6382))
 	service := netip.MustParseAddrPort("10.96.0.79:6379")
 	s := play(t, r, fmt.Sprintf("services: [{name: cache, address: %q, endpoints: [%q, %q]}]", service, at4(6381), at6(6382)))
-	benchmark(t, r, service, "-n", "12000", "-c", "40", "-t", "incr")
+	redisBenchmark(t, r, service, "-n", "12000", "-c", "40", "-t", "incr")
 	sum := 0
 	for _, at := range []netip.AddrPort{at4(6381), at6(6382)} {
-		n, err := strconv.Atoi(strings.TrimSpace(ask(t, r, "", at, "GET", counter)))
+		n, err := strconv.Atoi(strings.TrimSpace(redisCLI(t, r, "", at, "GET", counter)))
 		if err != nil || n < 3000 {
 			t.Errorf("%s counted %d (%v), want some thousands", at, n, err)
 		}

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -33,14 +34,16 @@ func play(t testing.TB, r *rig.Rig, config string) *stage {
 	return &stage{Rig: r, Instance: i}
 }
 
-// oneWorker is a configuration by which one thread carries everything.
-const oneWorker = "relay: {workers: 1}\n"
+// number is one that is printed as it is then.
+type number int
+
+func (n *number) String() string { return strconv.Itoa(int(*n)) }
 
 func at4(port uint16) netip.AddrPort { return netip.AddrPortFrom(rig.Far4, port) }
 func at6(port uint16) netip.AddrPort { return netip.AddrPortFrom(rig.Far6, port) }
 
-// echo sends back what it gets, and ends when the client does.
-func echo(c net.Conn) {
+// echoBack sends back what it gets, and ends when the client does.
+func echoBack(c net.Conn) {
 	buf := make([]byte, 64<<10)
 	io.CopyBuffer(struct{ io.Writer }{c}, struct{ io.Reader }{c}, buf)
 }
@@ -48,9 +51,9 @@ func echo(c net.Conn) {
 // appLimit is how long a program may run.
 const appLimit = 2 * time.Minute
 
-// app runs a program as an application, with its text on stdin, and returns what
+// runApp runs a program as an application, with its text on stdin, and returns what
 // it wrote to stdout. It must succeed.
-func app(t testing.TB, r *rig.Rig, stdin, name string, args ...string) string {
+func runApp(t testing.TB, r *rig.Rig, stdin, name string, args ...string) string {
 	t.Helper()
 	out, err := tryApp(r, stdin, name, args...)
 	if err != nil {
@@ -74,8 +77,8 @@ func tryApp(r *rig.Rig, stdin, name string, args ...string) (string, error) {
 	return stdout.String(), nil
 }
 
-// equal fails the test unless a program wrote exactly this.
-func equal(t testing.TB, what, got, want string) {
+// same fails the test unless a program wrote exactly this.
+func same(t testing.TB, what, got, want string) {
 	t.Helper()
 	if got, want = strings.TrimSpace(got), strings.TrimSpace(want); got != want {
 		t.Errorf("%s:\n got: %s\nwant: %s", what, got, want)
