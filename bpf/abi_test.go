@@ -253,6 +253,7 @@ var goDefines = map[string]string{
 	"PL_SLOT_LISTENER":    "SlotListener",
 	"PL_SLOT_CANARY":      "SlotCanary",
 	"PL_WORKERS_MAX":      "WorkersMax",
+	"PL_CANARY_LISTENER":  "CanaryListener",
 	"PL_RULE_PORT_BITS":   "RulePortBits",
 	"PL_SLOT4_SUPER":      "",
 	"PL_SLOT6_SUPER_W0":   "",

@@ -24,16 +24,18 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 	__u64 index = 0, zero = 0;
 	__u32 workers;
 	enum reason why;
+	bool v6 = ctx->family != AF_INET;
+	int n;
 
-	if (ctx->family == AF_INET) {
+	if (!v6) {
 		slot = mapped(ctx->local_ip4);
 		source = mapped(ctx->remote_ip4);
 	} else {
 		slot = LOAD_IP6(ctx->local_ip6);
 		source = LOAD_IP6(ctx->remote_ip6);
-		index = PL_WORKERS_MAX;
 	}
-	if (slot_of(&slot, cfg_slot4, cfg_slot6) < 0)
+	n = slot_of(&slot, cfg_slot4, cfg_slot6);
+	if (n < 0)
 		return SK_PASS;
 
 	port = bpf_ntohs(ctx->remote_port);
@@ -52,7 +54,10 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 		/* The worker of this CPU: the packet's data is in its cache. */
 		set = bpf_map_lookup_elem(&settings, &zero);
 		workers = set ? set->workers : 0;
-		if (workers)
+		index = v6 ? PL_WORKERS_MAX : 0;
+		if (n == PL_SLOT_CANARY)
+			index = PL_CANARY_LISTENER + v6;
+		else if (workers)
 			index += bpf_get_smp_processor_id() % workers;
 		sk = bpf_map_lookup_elem(&listeners, &index);
 		p.listener = false;

@@ -96,6 +96,9 @@ const (
 	SlotListener = 0xfffd
 	SlotCanary   = 0xfffe
 	WorkersMax   = 32
+	// CanaryListener is where the listener of the canary slot is in the map
+	// listeners: of IPv4, and one further of IPv6.
+	CanaryListener = 64
 	// RulePortBits is how many bits of a [RuleKey] stand before the address.
 	RulePortBits = 32
 )

@@ -56,7 +56,6 @@ func (d *Datapath) Live(source, slot netip.AddrPort) (flow.Downstream, bool) {
 		Priority:    l.Priority,
 		TOS:         l.Tos,
 		BoundSource: bpf.ToAddr(l.Bound),
-		Canary:      l.Canary != 0,
 	}, true
 }
 
@@ -102,6 +101,19 @@ func (d *Datapath) SetListeners(v4, v6 []int) error {
 				return fmt.Errorf("register listener: %w", err)
 			}
 		}
+	}
+	return nil
+}
+
+// SetCanaryListener hands the kernel side the socket that connections to the
+// canary's slot of a family go to.
+func (d *Datapath) SetCanaryListener(v6 bool, fd int) error {
+	key := uint32(bpf.CanaryListener)
+	if v6 {
+		key++
+	}
+	if err := d.maps.Listeners.Put(key, uint64(fd)); err != nil {
+		return fmt.Errorf("register canary: %w", err)
 	}
 	return nil
 }

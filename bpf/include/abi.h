@@ -37,6 +37,8 @@
  * f * PL_WORKERS_MAX + w.
  */
 #define PL_WORKERS_MAX 32
+/* And what answers at the canary slot of family f is at this and f. */
+#define PL_CANARY_LISTENER 64
 
 /* Who carries the bytes. The same as flow.Path. */
 enum conn_path {

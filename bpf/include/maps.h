@@ -43,7 +43,7 @@ struct {
 /* writer: loader; reader: lookup; deleter: the kernel, with the listener. */
 struct {
 	__uint(type, BPF_MAP_TYPE_SOCKMAP);
-	__uint(max_entries, 2 * PL_WORKERS_MAX);
+	__uint(max_entries, PL_CANARY_LISTENER + 2);
 	__type(key, __u32);
 	__type(value, __u64);
 } listeners SEC(".maps");

@@ -185,7 +185,6 @@ func (i *instance) Relay() metrics.RelayStats {
 		DialFailures: s.DialFailures,
 		Retries:      s.Retries,
 		Unknown:      s.Unknown,
-		Canaries:     s.Canaries,
 		AcceptPauses: s.Pauses,
 		LostRecords:  s.Lost,
 		Pipes:        s.Pipes,

@@ -185,7 +185,9 @@ func (i *instance) assemble(table *route.Table) error {
 		return err
 	}
 	c4, c6 := i.datapath.CanaryAddrs()
-	i.beat = capture.New(i.datapath, i.handler, []netip.Addr{c4, c6}, i.log)
+	if i.beat, err = capture.New(i.datapath, i.handler, []netip.Addr{c4, c6}, i.log); err != nil {
+		return err
+	}
 	if err := i.tell(); err != nil {
 		return err
 	}
@@ -293,6 +295,9 @@ func (i *instance) abandon() error {
 	errs := []error{i.closeFiles()}
 	if i.handler != nil {
 		i.handler.Close()
+	}
+	if i.beat != nil {
+		i.beat.Close()
 	}
 	if i.flowLog != nil {
 		errs = append(errs, i.flowLog.Close())

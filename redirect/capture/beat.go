@@ -35,6 +35,9 @@ type Kernel interface {
 	Beat(alive, busy bool, maxAge int64) error
 	AdmitCanary(source, slot netip.AddrPort) error
 	ForgetCanary(source, slot netip.AddrPort) error
+	// SetCanaryListener hands over the socket that connections to the canary
+	// slot of a family are to come to.
+	SetCanaryListener(v6 bool, fd int) error
 	// Exempt tags a socket as the handler's own.
 	Exempt(fd int) error
 	// Kick asks for routes and links to be looked at: something is wrong.
@@ -63,19 +66,35 @@ type Beat struct {
 }
 
 // New returns a heartbeat that tests the way to slots, the canary addresses of
-// each family; invalid ones are left out.
-func New(k Kernel, h Handler, slots []netip.Addr, log *slog.Logger) *Beat {
+// each family; invalid ones are left out. Run closes what it opens; if Run is
+// not called, Close must be.
+func New(k Kernel, h Handler, slots []netip.Addr, log *slog.Logger) (*Beat, error) {
 	b := &Beat{kernel: k, handler: h, log: log}
 	for _, s := range slots {
-		if s.IsValid() {
-			b.probes = append(b.probes, &canary{kernel: k, slot: netip.AddrPortFrom(s, canaryPort)})
+		if !s.IsValid() {
+			continue
 		}
+		c, err := newCanary(k, s)
+		if err != nil {
+			b.Close()
+			return nil, fmt.Errorf("open canary at %s: %w", s, err)
+		}
+		b.probes = append(b.probes, c)
 	}
-	return b
+	return b, nil
+}
+
+// Close closes the sockets.
+func (b *Beat) Close() {
+	for _, c := range b.probes {
+		c.close()
+	}
+	b.probes = nil
 }
 
 // Run beats until ctx is done; then it publishes that nobody is there.
 func (b *Beat) Run(ctx context.Context) error {
+	defer b.Close()
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {

@@ -24,6 +24,7 @@ type kernel struct {
 	beats    []beat
 	admitted map[netip.AddrPort]bool
 	exempt   int
+	listener int
 	kicks    int
 	fail     error
 }
@@ -53,6 +54,8 @@ func (k *kernel) ForgetCanary(source, _ netip.AddrPort) error {
 
 func (k *kernel) Exempt(int) error { k.exempt++; return nil }
 
+func (k *kernel) SetCanaryListener(_ bool, fd int) error { k.listener = fd; return nil }
+
 func (k *kernel) Kick() { k.kicks++ }
 
 // life is a handler's.
@@ -65,118 +68,147 @@ func (l *life) Backlog() float64 { return l.fill }
 
 func (l *life) Moved() bool { return !l.still }
 
-// answer listens on loopback, where do treats each connection.
-func answer(t *testing.T, do func(*net.TCPConn)) netip.AddrPort {
+// newBeat returns a heartbeat whose canaries fly to loopback. Where the kernel's
+// programs would lead them to the canary's listener, they dial it.
+func newBeat(t *testing.T, k *kernel, h Handler, slots ...netip.Addr) *Beat {
 	t.Helper()
-	ln, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	k.admitted = map[netip.AddrPort]bool{}
+	b, err := New(k, h, slots, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	var served sync.WaitGroup
-	served.Go(func() {
-		for {
-			c, err := ln.AcceptTCP()
-			if err != nil {
-				return
-			}
-			do(c)
-			c.Close()
+	t.Cleanup(b.Close)
+	for _, c := range b.probes {
+		at, err := ownAddr(c.listener)
+		if err != nil {
+			t.Fatal(err)
 		}
-	})
-	t.Cleanup(func() { ln.Close(); served.Wait() })
-	return ln.Addr().(*net.TCPAddr).AddrPort()
-}
-
-// reset is what the handler does with a canary.
-func reset(c *net.TCPConn) { _ = c.SetLinger(0) }
-
-func newBeat(k *kernel, h Handler, slots ...netip.AddrPort) *Beat {
-	k.admitted = map[netip.AddrPort]bool{}
-	b := New(k, h, nil, slog.New(slog.DiscardHandler))
-	for _, s := range slots {
-		b.probes = append(b.probes, &canary{kernel: k, slot: s})
+		c.slot = at
 	}
 	return b
 }
 
+var (
+	loopback4 = netip.MustParseAddr("127.0.0.1")
+	loopback6 = netip.IPv6Loopback()
+)
+
 func TestBeat(t *testing.T) {
-	closed := answer(t, reset)
-	ln, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	refused := ln.Addr().(*net.TCPAddr).AddrPort()
-	ln.Close()
+	none := netip.Addr{}
 	tests := map[string]struct {
-		slots []netip.AddrPort
+		slots []netip.Addr
 		life  life
 		want  []beat
 	}{
-		"in order":         {slots: []netip.AddrPort{closed}, want: []beat{{alive: true}}},
-		"no family":        {want: []beat{{alive: true}}},
-		"refused":          {slots: []netip.AddrPort{refused}},
-		"one family":       {slots: []netip.AddrPort{closed, refused}},
-		"somebody else":    {slots: []netip.AddrPort{answer(t, func(c *net.TCPConn) { _, _ = c.Write([]byte("hello")) })}},
-		"end of file":      {slots: []netip.AddrPort{answer(t, func(*net.TCPConn) {})}},
-		"queue is full":    {slots: []netip.AddrPort{closed}, life: life{fill: 0.9}, want: []beat{{alive: true, busy: true}}},
-		"queue is not":     {slots: []netip.AddrPort{closed}, life: life{fill: 0.5}, want: []beat{{alive: true}}},
-		"workers are busy": {slots: []netip.AddrPort{closed}, life: life{still: true}, want: []beat{{alive: true}}},
+		"in order":         {slots: []netip.Addr{loopback4, loopback6}, want: []beat{{alive: true}}},
+		"one family":       {slots: []netip.Addr{loopback4, none}, want: []beat{{alive: true}}},
+		"no family":        {slots: []netip.Addr{none, none}, want: []beat{{alive: true}}},
+		"queue is full":    {slots: []netip.Addr{loopback4}, life: life{fill: 0.9}, want: []beat{{alive: true, busy: true}}},
+		"queue is not":     {slots: []netip.Addr{loopback4}, life: life{fill: 0.5}, want: []beat{{alive: true}}},
+		"workers are busy": {slots: []netip.Addr{loopback4}, life: life{still: true}, want: []beat{{alive: true}}},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			k := &kernel{}
-			b := newBeat(k, &tt.life, tt.slots...)
-			if err := b.Once(t.Context()); err != nil {
-				t.Fatal(err)
-			}
-			if !slices.Equal(k.beats, tt.want) {
-				t.Errorf("beats %v, want %v", k.beats, tt.want)
-			}
-			alive := tt.want != nil
-			if b.Alive() != alive || (k.kicks > 0) == alive {
-				t.Errorf("alive %v, %d kicks, want alive %v", b.Alive(), k.kicks, alive)
+			b := newBeat(t, k, &tt.life, tt.slots...)
+			once(t, b)
+			if !slices.Equal(k.beats, tt.want) || !b.Alive() || k.kicks != 0 {
+				t.Errorf("beats %v, want %v; alive %v, %d kicks", k.beats, tt.want, b.Alive(), k.kicks)
 			}
 			if len(k.admitted) != 0 {
 				t.Errorf("canaries %v are still let in", k.admitted)
-			}
-			if len(tt.slots) > 0 && k.exempt == 0 {
-				t.Error("the canary's socket is not exempt")
 			}
 		})
 	}
 }
 
-// TestNoAnswer: a listener that accepts and is silent is a handler that hangs.
-func TestNoAnswer(t *testing.T) {
+func once(t *testing.T, b *Beat) {
+	t.Helper()
+	if err := b.Once(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wantDead fails unless b finds something wrong, and says nothing of life.
+func wantDead(t *testing.T, k *kernel, b *Beat) {
+	t.Helper()
+	once(t, b)
+	if len(k.beats) != 0 || b.Alive() || k.kicks == 0 {
+		t.Errorf("beats %v, alive %v, %d kicks of a handler that cannot be reached", k.beats, b.Alive(), k.kicks)
+	}
+	if len(k.admitted) != 0 {
+		t.Errorf("canaries %v are still let in", k.admitted)
+	}
+}
+
+// TestRefused: nobody answers at the slot, in one of two families.
+func TestRefused(t *testing.T) {
+	k := &kernel{}
+	b := newBeat(t, k, &life{}, loopback4, loopback6)
+	ln, err := net.Listen("tcp6", "[::1]:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.Close()
+	b.probes[1].slot = ln.Addr().(*net.TCPAddr).AddrPort()
+	wantDead(t, k, b)
+}
+
+// TestNotForUs: somebody answers, and it is not the canary's listener.
+func TestNotForUs(t *testing.T) {
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer ln.Close()
 	k := &kernel{}
-	b := newBeat(k, &life{}, ln.Addr().(*net.TCPAddr).AddrPort())
-	if err := b.Once(t.Context()); err != nil {
+	b := newBeat(t, k, &life{}, loopback4)
+	b.probes[0].slot = ln.Addr().(*net.TCPAddr).AddrPort()
+	wantDead(t, k, b)
+}
+
+// TestLateBird: a canary of an earlier flight is not taken for the present one.
+func TestLateBird(t *testing.T) {
+	k := &kernel{}
+	b := newBeat(t, k, &life{}, loopback4)
+	late, err := net.Dial("tcp4", b.probes[0].slot.String())
+	if err != nil {
 		t.Fatal(err)
 	}
-	if len(k.beats) != 0 || b.Alive() {
-		t.Errorf("beats %v of a handler that hangs", k.beats)
+	defer late.Close()
+	once(t, b)
+	if !b.Alive() {
+		t.Error("a stranger in the queue made it fail")
+	}
+	b.probes[0].close()
+	b.probes = nil
+}
+
+// TestExempt: what the canary opens is the handler's own.
+func TestExempt(t *testing.T) {
+	k := &kernel{}
+	b := newBeat(t, k, &life{}, loopback4)
+	if k.exempt != 1 || k.listener != b.probes[0].listener {
+		t.Errorf("%d sockets exempt, want the listener; it is %d, handed over %d", k.exempt, b.probes[0].listener, k.listener)
+	}
+	once(t, b)
+	if k.exempt != 3 {
+		t.Errorf("%d sockets exempt, want the listener, the canary and what finds its way", k.exempt)
 	}
 }
 
 func TestStuck(t *testing.T) {
 	k, h := &kernel{}, &life{still: true}
-	b := newBeat(k, h)
+	b := newBeat(t, k, h)
 	for range stuckAfter {
-		if err := b.Once(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		once(t, b)
 	}
 	if len(k.beats) != stuckAfter-1 || b.Alive() {
 		t.Errorf("%d beats of a worker that does not move, alive %v", len(k.beats), b.Alive())
 	}
 	h.still = false
-	if err := b.Once(t.Context()); err != nil || !b.Alive() {
-		t.Errorf("alive %v after it moved again, %v", b.Alive(), err)
+	if once(t, b); !b.Alive() {
+		t.Error("not alive after it moved again")
 	}
 }
 
@@ -184,15 +216,13 @@ func TestStuck(t *testing.T) {
 // and idle again at a lower one.
 func TestHysteresis(t *testing.T) {
 	k, h := &kernel{}, &life{}
-	b := newBeat(k, h)
+	b := newBeat(t, k, h)
 	for _, step := range []struct {
 		fill float64
 		busy bool
 	}{{0.4, false}, {0.6, true}, {0.4, true}, {0.3, true}, {0.2, false}, {0.4, false}} {
 		h.fill = step.fill
-		if err := b.Once(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		once(t, b)
 		if got := k.beats[len(k.beats)-1].busy; got != step.busy {
 			t.Errorf("busy %v at %v", got, step.fill)
 		}
@@ -202,10 +232,10 @@ func TestHysteresis(t *testing.T) {
 // TestSourceChanges: an address that is gone is not dialed from for ever.
 func TestSourceChanges(t *testing.T) {
 	k := &kernel{}
-	b := newBeat(k, &life{}, answer(t, reset))
+	b := newBeat(t, k, &life{}, loopback4)
 	b.probes[0].source = netip.MustParseAddr("192.0.2.99") // not ours
-	if err := b.Once(t.Context()); err != nil || !b.Alive() {
-		t.Errorf("alive %v, %v", b.Alive(), err)
+	if once(t, b); !b.Alive() {
+		t.Error("not alive")
 	}
 	if got := b.probes[0].source; got != netip.MustParseAddr("127.0.0.1") {
 		t.Errorf("source %v", got)
@@ -215,7 +245,7 @@ func TestSourceChanges(t *testing.T) {
 // TestRun beats until it is told to stop, and says so.
 func TestRun(t *testing.T) {
 	k := &kernel{}
-	b := newBeat(k, &life{}, answer(t, reset))
+	b := newBeat(t, k, &life{}, loopback4)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- b.Run(ctx) }()
@@ -238,7 +268,7 @@ func TestRunCannotPublish(t *testing.T) {
 	k := &kernel{fail: unix.EBADF}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := newBeat(k, &life{}).Run(ctx); !errors.Is(err, unix.EBADF) {
+	if err := newBeat(t, k, &life{}).Run(ctx); !errors.Is(err, unix.EBADF) {
 		t.Errorf("error %v", err)
 	}
 }

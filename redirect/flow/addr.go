@@ -34,6 +34,4 @@ type Downstream struct {
 	// BoundSource is the address that the application bound, and is not
 	// valid if it bound none. The upstream socket is bound to it.
 	BoundSource netip.Addr
-	// Canary marks Pillion's own test connection, which has no upstream.
-	Canary bool
 }

@@ -116,9 +116,6 @@ func (h *Handler) Direct(local, remote netip.AddrPort) (l4.Target, error) {
 		return l4.Target{}, err
 	}
 	t := l4.Target{Downstream: d}
-	if d.Canary {
-		return t, nil
-	}
 	if s, ok := h.table.Load().Lookup(d.OrigDst); ok {
 		t.Service, t.Cluster = s.Name, s.Cluster
 		return t, nil

@@ -34,14 +34,13 @@ const patience = 10 * time.Second
 type kernel struct {
 	mu      sync.Mutex
 	orig    netip.AddrPort // not valid: nobody in scope opened it
-	canary  bool
 	cookies uint64
 }
 
-func (k *kernel) set(orig netip.AddrPort, canary bool) {
+func (k *kernel) set(orig netip.AddrPort) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.orig, k.canary = orig, canary
+	k.orig = orig
 }
 
 // Live implements origdst.Live.
@@ -50,7 +49,7 @@ func (k *kernel) Live(source, _ netip.AddrPort) (flow.Downstream, bool) {
 	defer k.mu.Unlock()
 	k.cookies++
 	return flow.Downstream{
-		Cookie: k.cookies, Source: source, OrigDst: flow.OrigDst{AddrPort: k.orig}, Reason: flow.ReasonService, Canary: k.canary,
+		Cookie: k.cookies, Source: source, OrigDst: flow.OrigDst{AddrPort: k.orig}, Reason: flow.ReasonService,
 	}, k.orig.IsValid()
 }
 
@@ -205,7 +204,7 @@ func TestService(t *testing.T) {
 	testutil.CheckLeaks(t)
 	good := greeter(t, "endpoint")
 	r := newRig(t, table(t, "web", service, good))
-	r.kernel.set(service, false)
+	r.kernel.set(service)
 	if len(r.v4) != 2 || len(r.v6) != 2 {
 		t.Fatalf("%d and %d listeners, want one per worker", len(r.v4), len(r.v6))
 	}
@@ -225,19 +224,16 @@ func TestService(t *testing.T) {
 	}
 }
 
-// What the kernel side does not know, and its own test connection, get a reset
-// and no record.
-func TestUnknownAndCanary(t *testing.T) {
+// What the kernel side does not know gets a reset and no record.
+func TestUnknown(t *testing.T) {
 	testutil.CheckLeaks(t)
 	r := newRig(t, nil)
 	wantReset(t, r.v4[0])
 	wantReset(t, r.v6[0])
-	r.kernel.set(service, true)
-	wantReset(t, r.v4[1])
 	testutil.Eventually(t, patience, func() bool {
 		s := r.handler.Stats()
-		return s.Unknown == 2 && s.Canaries == 1 && s.Ended == 0
-	}, "both kinds are counted, and no connection")
+		return s.Unknown == 2 && s.Ended == 0
+	}, "both are counted, and no connection")
 }
 
 // The handler is no open relay: it never dials what cannot have been captured.
@@ -262,7 +258,7 @@ func TestNeverDialed(t *testing.T) {
 		netip.MustParseAddrPort("[fd70:696c:6c69:1::1]:80"),
 		service,
 	} {
-		r.kernel.set(to, false)
+		r.kernel.set(to)
 		wantReset(t, r.v4[i%2])
 		if rec := r.lastEnded(i + 1); rec.End != flow.ReasonLoop {
 			t.Errorf("%s: record: %+v", to, rec)
@@ -275,7 +271,7 @@ func TestSetTable(t *testing.T) {
 	testutil.CheckLeaks(t)
 	first, second := table(t, "web", service, greeter(t, "first")), table(t, "web", service, greeter(t, "second"))
 	r := newRig(t, first)
-	r.kernel.set(service, false)
+	r.kernel.set(service)
 	old := open(t, r.v4[0], "first")
 	r.handler.SetTable(second)
 	if r.handler.Table() != second {
@@ -345,7 +341,7 @@ func TestUnnamedDestination(t *testing.T) {
 	})
 	dst := ln.Addr().(*net.TCPAddr).AddrPort()
 	r := newRig(t, table(t, "web", service, greeter(t, "endpoint")))
-	r.kernel.set(dst, false)
+	r.kernel.set(dst)
 	open(t, r.v4[0], "itself").Close()
 	if rec := r.lastEnded(1); rec.Endpoint != dst || rec.Service != "" || rec.Cluster != "" || rec.Attempts != 1 {
 		t.Errorf("record: %+v", rec)

@@ -18,12 +18,7 @@ func (w *worker) begin(fd int32) {
 		return
 	}
 	target, err := w.relay.director.Direct(w.addr.get(), remote)
-	switch {
-	case err == nil && target.Downstream.Canary:
-		w.counters.canaries.Add(1)
-		w.refuse(fd)
-		return
-	case flow.ReasonOf(err) == flow.ReasonNotOurs:
+	if flow.ReasonOf(err) == flow.ReasonNotOurs {
 		w.counters.unknown.Add(1)
 		w.refuse(fd)
 		return

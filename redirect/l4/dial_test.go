@@ -263,25 +263,15 @@ func TestNotAllowed(t *testing.T) {
 }
 
 // What is no connection of ours gets a reset, and no record.
-func TestUnknownAndCanary(t *testing.T) {
+func TestUnknown(t *testing.T) {
 	families(t, func(t *testing.T, loopback netip.Addr) {
-		answers := map[bool]struct {
-			canary bool
-			err    error
-		}{false: {err: flow.NewError(flow.ReasonNotOurs, "not ours")}, true: {canary: true}}
-		r := newRig(t, setup{loopback: loopback, perWorker: 2, direct: func(r *rig, local, remote netip.AddrPort) (l4.Target, error) {
-			target := r.target(local, remote)
-			a := answers[local == r.listeners[1]]
-			target.Downstream.Canary = a.canary
-			return target, a.err
+		r := newRig(t, setup{loopback: loopback, direct: func(*rig, netip.AddrPort, netip.AddrPort) (l4.Target, error) {
+			return l4.Target{}, flow.NewError(flow.ReasonNotOurs, "not ours")
 		}})
 		for range 3 {
 			r.wantRefused(r.listeners[0])
 		}
-		for range 2 {
-			r.wantRefused(r.listeners[1])
-		}
-		r.awaitStats("both are counted", func(s l4.Stats) bool { return s.Unknown == 3 && s.Canaries == 2 })
+		r.awaitStats("they are counted", func(s l4.Stats) bool { return s.Unknown == 3 })
 		if s := r.relay.Stats(); s.Ended != 0 || s.Dials != 0 {
 			t.Errorf("they were treated as connections: %+v", s)
 		}

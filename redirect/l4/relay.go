@@ -57,9 +57,8 @@ type Options struct {
 // Stats counts since the start, but for Live and Pipes, which are of now.
 type Stats struct {
 	Accepted, Ended, Dials, DialFailures, Retries uint64
-	// Unknown counts accepted sockets that no live entry names, Canaries the
-	// handler's own tests.
-	Unknown, Canaries uint64
+	// Unknown counts accepted sockets that no live entry names.
+	Unknown uint64
 	// Pauses counts how often accepting stopped for want of descriptors.
 	Pauses uint64
 	// Lost counts records that nobody took in time.
@@ -221,7 +220,7 @@ func (r *Relay) Stats() Stats {
 
 // counters are written by one worker and read by anybody.
 type counters struct {
-	accepted, ended, dials, dialFailures, retries, unknown, canaries, pauses atomic.Uint64
+	accepted, ended, dials, dialFailures, retries, unknown, pauses atomic.Uint64
 }
 
 func (c *counters) add(s *Stats) {
@@ -231,7 +230,6 @@ func (c *counters) add(s *Stats) {
 	s.DialFailures += c.dialFailures.Load()
 	s.Retries += c.retries.Load()
 	s.Unknown += c.unknown.Load()
-	s.Canaries += c.canaries.Load()
 	s.Pauses += c.pauses.Load()
 }
 

@@ -48,7 +48,6 @@ func TestScrape(t *testing.T) {
 		`pillion_records_lost_total{where="ring"} 4`,
 		`pillion_relay_accept_pauses_total 9`,
 		`pillion_relay_accepted_total 1`,
-		`pillion_relay_canaries_total 8`,
 		`pillion_relay_connections 3`,
 		`pillion_relay_dial_failures_total 5`,
 		`pillion_relay_dials_total 4`,

@@ -4,10 +4,10 @@ import "github.com/prometheus/client_golang/prometheus"
 
 // relay reads the handler's counters.
 type relay struct {
-	source                                 Relay
-	accepted, ended, connections           series
-	dials, dialFailures, retries           series
-	unknown, canaries, acceptPauses, pipes series
+	source                       Relay
+	accepted, ended, connections series
+	dials, dialFailures, retries series
+	unknown, acceptPauses, pipes series
 }
 
 func newRelay(source Relay) *relay {
@@ -21,7 +21,6 @@ func newRelay(source Relay) *relay {
 		retries:      counter("pillion_relay_retries_total", "Dials that followed a failed one of the same connection."),
 		unknown: counter("pillion_relay_unknown_total",
 			"Accepted connections that the kernel side does not know, which are refused."),
-		canaries: counter("pillion_relay_canaries_total", "The handler's own test connections."),
 		acceptPauses: counter("pillion_relay_accept_pauses_total",
 			"How often accepting stopped for want of descriptors."),
 		pipes: gauge("pillion_relay_pipes", "Pipes that are open for bulk transfers."),
@@ -30,7 +29,7 @@ func newRelay(source Relay) *relay {
 
 func (r *relay) all() []series {
 	return []series{r.accepted, r.ended, r.connections, r.dials, r.dialFailures, r.retries,
-		r.unknown, r.canaries, r.acceptPauses, r.pipes}
+		r.unknown, r.acceptPauses, r.pipes}
 }
 
 // collect reads the source. Lost records go to lost.
@@ -44,7 +43,6 @@ func (r *relay) collect(ch chan<- prometheus.Metric, lost map[string]uint64) {
 	r.dialFailures.emit(ch, float64(s.DialFailures))
 	r.retries.emit(ch, float64(s.Retries))
 	r.unknown.emit(ch, float64(s.Unknown))
-	r.canaries.emit(ch, float64(s.Canaries))
 	r.acceptPauses.emit(ch, float64(s.AcceptPauses))
 	r.pipes.emit(ch, float64(s.Pipes))
 }

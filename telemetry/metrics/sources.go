@@ -64,9 +64,8 @@ type RelayStats struct {
 	// Dials counts dials to endpoints, DialFailures those that failed, Retries
 	// those that followed a failed one of the same connection.
 	Dials, DialFailures, Retries uint64
-	// Unknown counts accepted connections that no live entry names, Canaries
-	// the handler's own tests.
-	Unknown, Canaries uint64
+	// Unknown counts accepted connections that no live entry names.
+	Unknown uint64
 	// AcceptPauses counts how often accepting stopped for want of descriptors.
 	AcceptPauses uint64
 	// LostRecords counts ended connections that nobody took in time.
