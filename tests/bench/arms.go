@@ -155,6 +155,11 @@ func (w *world) startPillion(ctx context.Context) (*arm, error) {
 	}
 	name, runtime := fmt.Sprintf("bench-%d", os.Getpid()), filepath.Join(w.dir, "run")
 	w.later(func() error { return unload(path, name, runtime) })
+	ready, err := newReadiness(filepath.Join(w.dir, "notify.sock"))
+	if err != nil {
+		return nil, err
+	}
+	defer ready.close()
 	p, err := w.start(path, "run", "--name", name, "--runtime-dir", runtime,
 		"--cgroup", w.scope.Name(), "--config", config, "--drain-timeout", "1s")
 	if err != nil {
@@ -164,7 +169,7 @@ func (w *world) startPillion(ctx context.Context) (*arm, error) {
 		arm:    &arm{name: armRelay, addr: serviceAddr, cgroup: w.scope, process: p},
 		client: admin.Dial(filepath.Join(runtime, name+".sock")),
 	}
-	return w.pill.arm, w.pill.serving(ctx)
+	return w.pill.arm, ready.wait(ctx, p)
 }
 
 // unload removes what a killed pillion leaves.
@@ -192,24 +197,6 @@ func (w *world) binary() (string, error) {
 		return "", fmt.Errorf("build pillion: %w\n%s", err, out)
 	}
 	return path, nil
-}
-
-func (p *pillion) serving(ctx context.Context) error {
-	ctx, stop := context.WithTimeout(ctx, startLimit)
-	defer stop()
-	for {
-		s, err := p.client.Status(ctx)
-		if err == nil && s.Ready && s.State == admin.StateServing {
-			return nil
-		}
-		select {
-		case <-p.process.done:
-			return fmt.Errorf("it has ended: %w", p.process.err)
-		case <-ctx.Done():
-			return fmt.Errorf("not serving: state %q: %w", s.State, errors.Join(err, ctx.Err()))
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
 }
 
 // relayed fails unless every connection of the relay arm went by relay.

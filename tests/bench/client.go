@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -44,7 +43,6 @@ const (
 // client does one job: it connects and gets warm, says so by an empty line, waits
 // for a line, works, and writes the result.
 func client(args []string, in io.Reader, out io.Writer) error {
-	runtime.GOMAXPROCS(1) // see serve
 	if len(args) != 1 {
 		return errors.New("client: want a job")
 	}

@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 
@@ -111,7 +110,6 @@ func spin(args []string) error {
 	if err != nil {
 		return fmt.Errorf("spinner: %w", err)
 	}
-	runtime.GOMAXPROCS(1)
 	var set unix.CPUSet
 	set.Set(cpu)
 	if err := unix.SchedSetaffinity(0, &set); err != nil {

@@ -44,6 +44,11 @@ func main() {
 	if len(args) > 0 {
 		role = args[0]
 	}
+	if role == roleServer || role == roleClient || role == roleSpin {
+		// One processor is a plain event loop. With more, the Go runtime's
+		// search for work would run beside the proxy that is measured.
+		runtime.GOMAXPROCS(1)
+	}
 	switch role {
 	case roleServer:
 		err = serve(args[1:])
@@ -194,7 +199,10 @@ func measure(ctx context.Context, o *options) (r *report, err error) {
 		}
 	}
 	say("")
-	return r, w.relayed(ctx)
+	if err := w.relayed(ctx); err != nil {
+		return nil, err
+	}
+	return r, r.restAgain(arms)
 }
 
 // progress returns a printf of one line that it writes over, on a terminal;

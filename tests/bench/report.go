@@ -44,6 +44,8 @@ type idle struct {
 	Memory int64 `json:"memory_bytes"`
 	// CPU is in ns per second.
 	CPU float64 `json:"cpu_ns_per_second"`
+	// After is what is resident when all the work is done.
+	After int64 `json:"memory_after_bytes"`
 }
 
 // idleTime is how long a proxy is watched doing nothing, after as long a rest.
@@ -115,6 +117,22 @@ func (r *report) rest(ctx context.Context, arms []*arm) error {
 			return err
 		}
 		r.Idle = append(r.Idle, i)
+	}
+	return nil
+}
+
+// restAgain looks at what the proxies keep after the work.
+func (r *report) restAgain(arms []*arm) error {
+	for i := range r.Idle {
+		for _, a := range arms {
+			if a.name != r.Idle[i].Arm {
+				continue
+			}
+			var err error
+			if r.Idle[i].After, err = rssOf(a.process.pid()); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
@@ -219,9 +237,9 @@ func (r *report) works2table() table.Writer {
 }
 
 func (r *report) idle2table() table.Writer {
-	t := newTable("idle", "resident", "cpu per second")
+	t := newTable("idle", "resident", "cpu per second", "resident after the work")
 	for _, i := range r.Idle {
-		t.AppendRow(table.Row{i.Arm, fmt.Sprintf("%.1f MB", float64(i.Memory)/1e6), span(i.CPU)})
+		t.AppendRow(table.Row{i.Arm, megabytes(i.Memory), span(i.CPU), megabytes(i.After)})
 	}
 	return t
 }
@@ -237,6 +255,8 @@ func (r *report) targets2table() table.Writer {
 	}
 	return t
 }
+
+func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }
 
 func newTable(header ...any) table.Writer {
 	t := table.NewWriter()

@@ -7,7 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"runtime"
+	"sync"
 	"time"
 )
 
@@ -30,9 +30,6 @@ func message(ask byte, amount uint64) []byte {
 
 // serve answers at an address until it is killed.
 func serve(args []string) error {
-	// One processor is a plain event loop. With more, the Go runtime's search
-	// for work would run beside the proxy that is measured.
-	runtime.GOMAXPROCS(1)
 	if len(args) != 1 {
 		return errors.New("server: want an address")
 	}
@@ -42,12 +39,19 @@ func serve(args []string) error {
 	if err != nil {
 		return fmt.Errorf("server: %w", err)
 	}
+	return accept(ln)
+}
+
+// accept answers until ln is closed, and when all clients have gone returns why.
+func accept(ln net.Listener) error {
+	var all sync.WaitGroup
+	defer all.Wait()
 	for {
 		c, err := ln.Accept()
 		if err != nil {
 			return fmt.Errorf("accept: %w", err)
 		}
-		go answer(c)
+		all.Go(func() { answer(c) })
 	}
 }
 
