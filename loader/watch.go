@@ -127,21 +127,46 @@ func (d *Datapath) mendLinks() {
 // listen turns the kernel's news into a signal. It ends with ctx.
 func (d *Datapath) listen(ctx context.Context, news chan<- struct{}, done chan<- struct{}) {
 	defer close(done)
-	fd := int32(d.network.events.GetFd())
-	for ctx.Err() == nil {
-		ready := []unix.PollFd{{Fd: fd, Events: unix.POLLIN}}
-		n, err := unix.Poll(ready, int(lookEvery/time.Millisecond)/4)
-		if n == 0 || err != nil {
-			continue
-		}
-		// ENOBUFS: some were lost, which is as good a reason to look.
-		if _, _, err := d.network.events.Receive(); err != nil && !errors.Is(err, unix.ENOBUFS) {
-			d.options.Log.Error("cannot hear of route changes", "error", fmt.Errorf("receive: %w", err))
-			pause(ctx, lookEvery)
-		}
+	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		d.options.Log.Error("cannot hear of route changes", "error", fmt.Errorf("create eventfd: %w", err))
+		return // syncEvery still holds
+	}
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		// The counter cannot be full.
+		_, _ = unix.Write(wake, []byte{7: 1})
+	})
+	for d.hear(ctx, wake) {
 		select {
 		case news <- struct{}{}:
 		default:
 		}
 	}
+	if !stop() {
+		<-stopped
+	}
+	unix.Close(wake)
+}
+
+// hear waits for news. It returns false when ctx is done.
+func (d *Datapath) hear(ctx context.Context, wake int) bool {
+	ready := []unix.PollFd{{Fd: int32(d.network.events.GetFd()), Events: unix.POLLIN}, {Fd: int32(wake), Events: unix.POLLIN}}
+	if _, err := unix.Poll(ready, -1); err != nil && !errors.Is(err, unix.EINTR) {
+		d.options.Log.Error("cannot hear of route changes", "error", fmt.Errorf("poll: %w", err))
+		return false
+	}
+	if ctx.Err() != nil {
+		return false
+	}
+	if ready[0].Revents == 0 {
+		return true
+	}
+	// ENOBUFS: some were lost, which is as good a reason to look.
+	if _, _, err := d.network.events.Receive(); err != nil && !errors.Is(err, unix.ENOBUFS) {
+		d.options.Log.Error("cannot hear of route changes", "error", fmt.Errorf("receive: %w", err))
+		pause(ctx, lookEvery)
+	}
+	return true
 }
