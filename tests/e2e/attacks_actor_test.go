@@ -199,6 +199,18 @@ func (a *actor) number(format string, args ...any) int {
 	return n
 }
 
+// learn teaches the actor what to do.
+func (a *actor) learn(code string, args ...any) {
+	a.t.Helper()
+	a.wants("None", "exec(%q, globals())", fmt.Sprintf(code, args...))
+}
+
+// drop makes the actor a user without any right.
+func (a *actor) drop() {
+	a.t.Helper()
+	a.wants("None", "(os.setgroups([]), os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534))[0]")
+}
+
 func (a *actor) end() {
 	a.in.Close()
 	if a.cmd.ProcessState == nil {
