@@ -3,6 +3,7 @@ package e2e
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -135,4 +136,50 @@ func TestCrowd(t *testing.T) {
 	if text := strings.TrimSpace(errs.String()); text != "" {
 		t.Errorf("client says %s", text)
 	}
+}
+
+// TestOnePort uses one port of the application's own for many connections at
+// once, which is right as long as they go to different places.
+func TestOnePort(t *testing.T) {
+	testutil.Need(t, "python3")
+	r := rig.New(t)
+	for i := range 20 {
+		r.Serve(t, netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, byte(100 + i)}), 8000), nameYourself)
+		r.Serve(t, netip.AddrPortFrom(netip.MustParseAddr(fmt.Sprintf("2001:db8:7::%x", 0x100+i)), 8000), nameYourself)
+	}
+	s := play(t, r, "")
+	same(t, "connections", runApp(t, r, "", "python3", "testdata/one_port.py"), "20 of 20\n20 of 20")
+	if n := s.AllRelayed(t, 40); n != 40 {
+		t.Errorf("%d connections, want 40", n)
+	}
+}
+
+// TestNobodyThere dials a closed port, and an address that nobody has: the
+// connection is reset, and the record says why.
+func TestNobodyThere(t *testing.T) {
+	r := rig.New(t)
+	r.Give(t, rig.Far4)
+	r.Give(t, rig.Far6)
+	s := play(t, r, "relay: {dial_timeout: 400ms, dial_budget: 1s}")
+	for to, want := range map[netip.AddrPort]flow.Reason{
+		at4(9):                           flow.ReasonDialRefused,
+		at6(9):                           flow.ReasonDialRefused,
+		netip.AddrPortFrom(rig.Void4, 9): flow.ReasonDialTimeout,
+	} {
+		var q request
+		if err := json.Unmarshal([]byte(goApp(t, r, "requests", "1", "1", "0s", to.String())), &q); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.HasSuffix(q.Err, "connection reset by peer") || q.Answer != "" {
+			t.Errorf("%s: answer %q, error %q, want a reset", to, q.Answer, q.Err)
+		}
+		found := false
+		testutil.Eventually(t, rig.Limit, func() bool {
+			for _, rec := range s.Ended(t, 1) {
+				found = found || rec.OrigDst == to && rec.Path == flow.PathRelay && rec.End == want && rec.Sent == 0 && rec.Received == 0
+			}
+			return found
+		}, "a record of ", to, " that ended with ", want)
+	}
+	s.AllRelayed(t, 3)
 }
