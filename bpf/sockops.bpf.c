@@ -41,7 +41,10 @@ static __always_inline void add(struct decision *d, int by)
 
 	if (st)
 		__sync_fetch_and_add(&st->live, by);
-	if (u)
+	/* The process may have forgotten the container in between: an account
+	 * that went below zero would be a quota used up for ever.
+	 */
+	if (u && (by > 0 || u->conns > 0))
 		__sync_fetch_and_add(&u->conns, by);
 }
 
