@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -106,7 +105,7 @@ func exitCode(state *os.ProcessState) int {
 
 // credential returns as whom a command runs: name, or if it is empty who called
 // sudo, or nil for who we are.
-func credential(_ context.Context, name string) (*syscall.Credential, error) {
+func credential(name string) (*syscall.Credential, error) {
 	if name == "" {
 		uid := os.Getenv("SUDO_UID")
 		if os.Geteuid() != 0 || uid == "" || uid == "0" {

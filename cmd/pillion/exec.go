@@ -116,7 +116,7 @@ func execute(ctx context.Context, g *global, f *execFlags, args []string) error 
 	if err != nil {
 		return usage(err)
 	}
-	who, err := credential(ctx, f.user)
+	who, err := credential(f.user)
 	if err != nil {
 		return usage(err)
 	}
