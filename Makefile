@@ -1,5 +1,7 @@
 # Pillion. `make help` lists the targets.
 
+# Where go.dev's installer puts Go, which sudo takes out of PATH.
+export PATH := $(PATH):/usr/local/go/bin
 GO      ?= go
 PREFIX  ?= /usr/local
 DESTDIR ?=
