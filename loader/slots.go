@@ -112,7 +112,10 @@ func (n *network) claim(start int, intend func(slotRange) error) (slotRange, err
 		case err == nil:
 			r.families |= 2
 		case errors.Is(err, unix.EEXIST):
-			n.removeRoutes(r)
+			// Back goes what we added; the other one is somebody else's.
+			if err := n.removeRoute(r.prefix4()); err != nil {
+				return r, err
+			}
 			continue
 		default:
 			// IPv6 is switched off: its connections go by on_failure, which
@@ -146,11 +149,15 @@ func (n *network) addRoute(p netip.Prefix) error {
 func (n *network) removeRoutes(r slotRange) error {
 	var errs []error
 	for _, p := range []netip.Prefix{r.prefix4(), r.prefix6()} {
-		route := n.slotRoute(p, netip.Addr{})
-		err := n.handle.RouteDel(route)
-		if err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENODEV) {
-			errs = append(errs, fmt.Errorf("remove route %s: %w", p, err))
-		}
+		errs = append(errs, n.removeRoute(p))
 	}
 	return errors.Join(errs...)
+}
+
+func (n *network) removeRoute(p netip.Prefix) error {
+	err := n.handle.RouteDel(n.slotRoute(p, netip.Addr{}))
+	if err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("remove route %s: %w", p, err)
+	}
+	return nil
 }
