@@ -236,10 +236,14 @@ func (d *Datapath) undo() error {
 			errs = append(errs, detach(l))
 		}
 	}
-	errs = append(errs, d.dir.remove())
-	if d.network != nil && d.slots.families != 0 {
-		errs = append(errs, d.network.removeRoutes(d.slots))
-	}
-	errs = append(errs, d.Close())
+	errs = append(errs, d.dir.remove(d.releaseRange), d.Close())
 	return errors.Join(errs...)
+}
+
+// releaseRange gives the slots back.
+func (d *Datapath) releaseRange() error {
+	if d.network == nil || d.slots.families == 0 {
+		return nil
+	}
+	return d.network.removeRoutes(d.slots)
 }

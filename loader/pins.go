@@ -163,14 +163,22 @@ func (d *dir) pin(name string) string { return filepath.Join(d.path, name) }
 const linkPrefix = "link_"
 
 // remove takes every pin and the directory away: links first, and of those
-// connect before all, so that nothing is redirected to what is gone.
-func (d *dir) remove() error {
+// connect before all, so that nothing is redirected to what is gone; the record
+// last, so that whoever finds the rest knows what it belongs to. release, if it
+// is not nil, takes away what is no pin, while the record still tells of it; if
+// it fails, the record stays for the next try.
+func (d *dir) remove(release func() error) error {
 	entries, err := os.ReadDir(d.path)
 	if err != nil {
 		return fmt.Errorf("list pins: %w", err)
 	}
 	var errs []error
-	for pass := range 3 {
+	for pass := range passes {
+		if pass == passMaps && release != nil {
+			if err := release(); err != nil {
+				return errors.Join(append(errs, err)...)
+			}
+		}
 		for _, e := range entries {
 			if removeIn(e.Name()) == pass {
 				errs = append(errs, os.Remove(d.pin(e.Name())))
@@ -184,13 +192,24 @@ func (d *dir) remove() error {
 	return nil
 }
 
+// The order in which pins are removed.
+const (
+	passConnect = iota
+	passLinks
+	passMaps
+	passRecord
+	passes
+)
+
 func removeIn(name string) (pass int) {
 	switch {
 	case strings.HasPrefix(name, linkPrefix+"pl_connect"):
-		return 0
+		return passConnect
 	case strings.HasPrefix(name, linkPrefix):
-		return 1
+		return passLinks
+	case name == instancePin:
+		return passRecord
 	default:
-		return 2
+		return passMaps
 	}
 }

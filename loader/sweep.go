@@ -3,8 +3,10 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/pillion-project/pillion/bpf"
@@ -101,7 +103,7 @@ func removeIf(bpffs, cgroups, name string, want func(*bpf.Instance) bool) error 
 	defer held.unlock()
 	m, i, err := readInstance(held)
 	if errors.Is(err, ErrIncomplete) {
-		return held.remove()
+		return held.remove(nil)
 	}
 	if err != nil {
 		return fmt.Errorf("instance %s: %w", name, err)
@@ -116,18 +118,40 @@ func removeIf(bpffs, cgroups, name string, want func(*bpf.Instance) bool) error 
 // removeAll takes away what a dead process left: pins, routes, and the cgroup
 // of a command that has ended.
 func removeAll(held *dir, cgroups string, i *bpf.Instance) error {
-	errs := []error{held.remove()}
-	if cookie, err := netnsCookie(); err == nil && cookie == i.Netns {
-		errs = append(errs, removeRoutes(i))
+	return held.remove(func() error {
+		var errs []error
+		if cookie, err := netnsCookie(); err == nil && cookie == i.Netns {
+			errs = append(errs, removeRoutes(i))
+		}
+		if Kind(i.Kind) == KindExec {
+			path, err := cgroupPath(cgroups, i.Cgroup)
+			// Only what Pillion itself would have called so.
+			if err == nil && strings.HasPrefix(filepath.Base(path), ExecCgroupPrefix) {
+				errs = append(errs, removeCgroup(path))
+			}
+		}
+		return errors.Join(errs...)
+	})
+}
+
+// removeCgroup removes a cgroup and those that its processes made below.
+func removeCgroup(path string) error {
+	var dirs []string
+	err := filepath.WalkDir(path, func(path string, e fs.DirEntry, err error) error {
+		if err == nil && e.IsDir() {
+			dirs = append(dirs, path)
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("list the cgroups of a command: %w", err)
 	}
-	if Kind(i.Kind) == KindExec {
-		path, err := cgroupPath(cgroups, i.Cgroup)
-		// Only what Pillion itself would have called so.
-		if err == nil && strings.HasPrefix(filepath.Base(path), ExecCgroupPrefix) {
-			errs = append(errs, os.Remove(path))
+	for _, dir := range slices.Backward(dirs) {
+		if err := os.Remove(dir); err != nil {
+			return fmt.Errorf("remove the cgroup of a command: %w", err)
 		}
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // removeRoutes takes the routes of a dead instance away. A range that was only
@@ -173,7 +197,8 @@ func Sweep(bpffs, cgroups string) ([]string, error) {
 		}
 		removed := false
 		err := removeIf(bpffs, cgroups, f.Name, func(i *bpf.Instance) bool {
-			removed = dead(cgroups, i)
+			// Nobody holds it, so whoever was to finish it is gone.
+			removed = i.Families == 0 || dead(cgroups, i)
 			return removed
 		})
 		switch {
