@@ -161,6 +161,7 @@ func (i *instance) assemble(table *route.Table) error {
 	// A worker that waits keeps its processor for a while; see redirect/l4.
 	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), workers+2))
 	maxConns := i.maxConns()
+	kernel := rules(i.config, workers, maxConns)
 	var exempt func(int) error
 	if i.inScope() {
 		exempt = i.datapath.Exempt
@@ -173,7 +174,7 @@ func (i *instance) assemble(table *route.Table) error {
 		Listen4: v4, Listen6: v6, Workers: workers,
 		DialTimeout: r.DialTimeout, DialBudget: r.DialBudget,
 		IdleTimeout: r.IdleTimeout, MaxLifetime: r.MaxLifetime,
-		Attempts: r.Attempts, MaxConns: maxConns, Exempt: exempt,
+		Attempts: r.Attempts, MaxConns: maxConns, MaxPerGroup: carried(kernel.ConnQuota), Exempt: exempt,
 	})
 	if err != nil {
 		return err
@@ -181,7 +182,7 @@ func (i *instance) assemble(table *route.Table) error {
 	if err := i.datapath.SetListeners(i.handler.Listeners()); err != nil {
 		return err
 	}
-	if err := i.datapath.SetRules(rules(i.config, workers, maxConns)); err != nil {
+	if err := i.datapath.SetRules(kernel); err != nil {
 		return err
 	}
 	c4, c6 := i.datapath.CanaryAddrs()
@@ -289,6 +290,11 @@ func rules(c *config.Config, workers, maxConns int) loader.Rules {
 	}
 	return r
 }
+
+// carried is how many connections of one container the handler carries, when the
+// container may have quota open. It hears of an end later than the kernel side
+// does: what that lets in meanwhile is not to be reset.
+func carried(quota int) int { return quota + quota/8 + 8 }
 
 // abandon undoes open. An instance that was taken over is left as it was.
 func (i *instance) abandon() error {

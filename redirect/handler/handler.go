@@ -31,7 +31,7 @@ type Options struct {
 	Workers          int
 	// The rest is as in [l4.Options].
 	DialTimeout, DialBudget, IdleTimeout, MaxLifetime time.Duration
-	Attempts, MaxConns                                int
+	Attempts, MaxConns, MaxPerGroup                   int
 	Exempt                                            func(fd int) error
 }
 
@@ -61,6 +61,7 @@ func New(o Options) (*Handler, error) {
 		IdleTimeout: o.IdleTimeout,
 		MaxLifetime: o.MaxLifetime,
 		MaxConns:    o.MaxConns,
+		MaxPerGroup: o.MaxPerGroup,
 		Exempt:      o.Exempt,
 	}, h)
 	if err != nil {

@@ -64,6 +64,7 @@ type conn struct {
 	dialing   bool
 	closing   bool // one side is broken; the rest is being saved
 	dead      bool
+	shared    bool // counted as its container's
 	kept      bool // keep-alive is on upstream too
 }
 

@@ -23,8 +23,12 @@ func (w *worker) begin(fd int32) {
 		w.refuse(fd)
 		return
 	}
+	if err == nil && !w.takeShare(target.Downstream.Group) {
+		err = errShare
+	}
 	c := w.slab.get()
 	c.target = target
+	c.shared = err == nil
 	c.opened, c.active = w.now, w.now
 	c.index = int32(len(w.conns))
 	w.conns = append(w.conns, c)
@@ -44,6 +48,12 @@ func (w *worker) begin(fd int32) {
 	if !c.dead && w.watch(fd, epollAll, c.sides[down].gen) != 0 {
 		w.end(c, flow.ReasonNoDescriptors, true)
 	}
+}
+
+// takeShare counts a connection of a container, if it may have one more.
+func (w *worker) takeShare(group uint64) bool {
+	most := w.relay.options.MaxPerGroup
+	return most == 0 || w.relay.shares.take(group, most)
 }
 
 // adopt makes fd the socket of side k.

@@ -74,6 +74,9 @@ func (w *worker) end(c *conn, why flow.Reason, reset bool) {
 	w.conns[len(w.conns)-1] = nil
 	w.conns = w.conns[:len(w.conns)-1]
 	w.relay.live.Add(-1)
+	if c.shared && w.relay.options.MaxPerGroup > 0 {
+		w.relay.shares.give(c.target.Downstream.Group)
+	}
 	w.counters.ended.Add(1)
 	w.reclaim(c)
 }

@@ -49,6 +49,9 @@ type Options struct {
 	IdleTimeout, MaxLifetime time.Duration
 	// MaxConns is how many connections may be open: two descriptors each.
 	MaxConns int
+	// MaxPerGroup is how many of them one container may have open; 0 is no
+	// limit. What is above it is reset.
+	MaxPerGroup int
 	// Exempt, if set, is called with each socket before it connects, so that
 	// the kernel side knows it for the handler's own.
 	Exempt func(fd int) error
@@ -75,6 +78,7 @@ type Relay struct {
 	pipes    atomic.Int32
 	live     atomic.Int64
 	stopping atomic.Bool
+	shares   shares
 }
 
 // ErrNoPreemption means that the process runs without asynchronous preemption:
