@@ -136,3 +136,37 @@ func processors() ([]int, error) {
 	}
 	return all, nil
 }
+
+// ticks is what /proc/stat says of all processors.
+type ticks struct{ idle, all int64 }
+
+func machineClock() (t ticks) {
+	b, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return t
+	}
+	line, _, _ := strings.Cut(string(b), "\n")
+	// cpu user nice system idle iowait irq softirq steal guest guest_nice; a
+	// guest's time is in user too.
+	for i, f := range strings.Fields(line) {
+		n, err := strconv.ParseInt(f, 10, 64)
+		if err != nil || i > 8 {
+			continue
+		}
+		t.all += n
+		if i == 4 || i == 5 {
+			t.idle += n
+		}
+	}
+	return t
+}
+
+// since is the share of the time since t in which the processors were busy, and
+// 0 where that is not known.
+func (t ticks) since() float64 {
+	now := machineClock()
+	if now.all == t.all {
+		return 0
+	}
+	return 1 - float64(now.idle-t.idle)/float64(now.all-t.all)
+}

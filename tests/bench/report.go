@@ -35,6 +35,8 @@ type machine struct {
 	Processors int               `json:"processors"`
 	Go         string            `json:"go"`
 	Versions   map[string]string `json:"versions"`
+	// Busy is the share of the processors that others used before the work.
+	Busy float64 `json:"busy"`
 }
 
 // idle is a proxy that was started a while ago and does nothing.
@@ -47,6 +49,9 @@ type idle struct {
 	// After is what is resident when all the work is done.
 	After int64 `json:"memory_after_bytes"`
 }
+
+// busyMost is how much of the machine others may use before the report warns.
+const busyMost = 0.05
 
 // idleTime is how long a proxy is watched doing nothing, after as long a rest.
 const idleTime = 3 * time.Second
@@ -91,7 +96,7 @@ func (r *report) rest(ctx context.Context, arms []*arm) error {
 	if err := pause(ctx, idleTime); err != nil {
 		return err
 	}
-	before := map[string]int64{}
+	before, busy := map[string]int64{}, machineClock()
 	for _, a := range arms {
 		if a.process == nil {
 			continue
@@ -104,6 +109,7 @@ func (r *report) rest(ctx context.Context, arms []*arm) error {
 	if err := pause(ctx, idleTime); err != nil {
 		return err
 	}
+	r.Machine.Busy = busy.since()
 	for _, a := range arms {
 		if a.process == nil {
 			continue
@@ -208,8 +214,12 @@ func (r *report) write(w io.Writer, format string) error {
 		return e.Encode(r)
 	}
 	m := r.Machine
-	fmt.Fprintf(w, "%s: Linux %s, %d processors, %s; %s; %s; medians of %d rounds\n\n",
+	fmt.Fprintf(w, "%s: Linux %s, %d processors, %s; %s; %s; medians of %d rounds\n",
 		m.Date, m.Kernel, m.Processors, m.Go, m.Versions[armHAProxy], m.Versions[armNginx], r.Rounds)
+	if m.Busy > busyMost {
+		fmt.Fprintf(w, "others kept %.0f%% of the processors busy: the figures are rough\n", 100*m.Busy)
+	}
+	fmt.Fprintln(w)
 	for _, t := range []table.Writer{r.works2table(), r.idle2table(), r.targets2table()} {
 		t.SuppressTrailingSpaces()
 		if _, err := fmt.Fprintf(w, "%s\n\n", t.Render()); err != nil {
