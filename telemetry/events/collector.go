@@ -228,6 +228,12 @@ func (c *Collector) event(raw []byte, now time.Time) {
 		return
 	}
 	r := c.clock.record(&e)
+	if r.Reason == flow.ReasonSelf {
+		// The handler's own, when it is in the scope itself: a dial, which the
+		// application's record tells of, or a test connection, ten of which a
+		// second would push everything else out of the history.
+		return
+	}
 	if r.Path != flow.PathRelay {
 		// Nobody else knows about it.
 		c.emit(&r)

@@ -188,3 +188,19 @@ func TestWithoutSources(t *testing.T) {
 		t.Error("a negative history is accepted")
 	}
 }
+
+// The handler's own connections are no application's: nobody is told of them.
+func TestOwnConnections(t *testing.T) {
+	t.Parallel()
+	b := newBench(Options{})
+	own := event(1, flow.PathPass, bpf.EndingReset)
+	own.Reason = uint8(flow.ReasonSelf)
+	b.ring.put(raw(own), raw(event(2, flow.PathPass, bpf.EndingClosed)))
+	b.Flush(t.Context())
+	if diff := cmp.Diff([]uint64{2}, cookies(b.sink.taken())); diff != "" {
+		t.Error(diff)
+	}
+	if diff := cmp.Diff([]uint64{2}, cookies(b.History())); diff != "" {
+		t.Error(diff)
+	}
+}
