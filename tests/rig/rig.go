@@ -71,6 +71,9 @@ type Rig struct {
 	*testutil.Pair
 	// Scope is the cgroup whose connections are captured.
 	Scope *testutil.Cgroup
+	// Home is the cgroup that every pillion run is started in; nil: the test's
+	// own.
+	Home *testutil.Cgroup
 	// Runtime is the runtime directory of every pillion in the rig.
 	Runtime string
 }
@@ -211,7 +214,7 @@ func (i *Instance) Launch(t testing.TB) {
 	t.Helper()
 	i.Cmd = exec.Command(Binary(t), i.args...)
 	i.Cmd.Stdout, i.Cmd.Stderr = i.log, i.log
-	if err := (testutil.Place{NS: i.rig.App}).Start(i.Cmd); err != nil {
+	if err := (testutil.Place{NS: i.rig.App, Cgroup: i.rig.Home}).Start(i.Cmd); err != nil {
 		t.Fatal(err)
 	}
 	i.done = make(chan struct{})
