@@ -186,6 +186,7 @@ func (n *network) repair(r slotRange) (repaired []string, err error) {
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return nil, fmt.Errorf("list slot routes: %w", err)
 	}
+	var errs []error
 	for _, p := range r.prefixes() {
 		want := n.source(p.Addr().Is6())
 		var have *netlink.Route
@@ -203,11 +204,24 @@ func (n *network) repair(r slotRange) (repaired []string, err error) {
 			continue
 		}
 		if err != nil {
-			return repaired, fmt.Errorf("repair route %s: %w", p, err)
+			errs = append(errs, fmt.Errorf("repair route %s: %w", p, err))
+			continue
 		}
 		repaired = append(repaired, fmt.Sprintf("%s src %s", p, want))
 	}
-	return repaired, nil
+	return repaired, errors.Join(errs...)
+}
+
+// usable returns the range without IPv6 if that was switched off since it was
+// claimed.
+func (n *network) usable(r slotRange) slotRange {
+	if r.families&2 == 0 {
+		return r
+	}
+	if err := n.addRoute(r.prefix6()); err != nil && !errors.Is(err, unix.EEXIST) {
+		r.families &^= 2
+	}
+	return r
 }
 
 // replaceRoute changes a slot route's source. An IPv6 route is not replaced by

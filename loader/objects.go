@@ -120,6 +120,8 @@ func (d *Datapath) open() error {
 		closeAll(pinned, instancePin)
 		return err
 	}
+	// The record keeps what was claimed: the next start may have it all.
+	d.slots = d.network.usable(d.slots)
 	return d.load(specs, pinned)
 }
 

@@ -28,10 +28,8 @@ func (d *Datapath) Sync() ([]string, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	mended, err := d.network.repair(d.slots)
-	if err != nil {
-		return mended, err
-	}
-	return mended, d.syncNetwork()
+	// One route that cannot be had is no reason to miss the other news.
+	return mended, errors.Join(err, d.syncNetwork())
 }
 
 func (d *Datapath) syncNetwork() error {
