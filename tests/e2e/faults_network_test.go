@@ -112,6 +112,24 @@ func TestIPv6Ends(t *testing.T) {
 	}
 }
 
+// TestIPv6EndsWhileAway switches IPv6 off while a killed run is away: the next
+// one takes over what it left, without IPv6.
+func TestIPv6EndsWhileAway(t *testing.T) {
+	g := newGround(t)
+	i := g.Run(t, "")
+	i.Kill(t)
+	g.App.Sysctl(t, "net/ipv6/conf/lo/disable_ipv6", "1")
+	i.Launch(t)
+	l := startLoad(t, g.Rig, g.job())
+	l.becomes(t, "relayed by IPv4", func(o *outcome) bool {
+		return o.To == g.at4 && o.relayed() || o.To == g.at6 && o.passed()
+	})
+	l.stop(t)
+	if reasons := i.Reasons(t); reasons["no_family"] == 0 {
+		t.Errorf("reasons %v, want no_family", reasons)
+	}
+}
+
 // TestExisting has a connection that is older than the capture. It is reported
 // and left alone, or reset, so that the application comes back captured.
 func TestExisting(t *testing.T) {
