@@ -185,8 +185,7 @@ func listen(a netip.Addr) (int, error) {
 	return fd, err
 }
 
-// connect connects from inside the scope, and returns how long the connection
-// is to be open. Where nobody listens it fails.
+// connect connects from inside the scope, and closes the connection.
 func (p *place) connect(t testing.TB, to netip.AddrPort) error {
 	t.Helper()
 	c, err := p.open(t, to)
@@ -219,7 +218,7 @@ func (p *place) open(t testing.TB, to netip.AddrPort) (net.Conn, error) {
 	defer enter(home)
 	var c net.Conn
 	err = p.App.Run(func() (err error) {
-		d := net.Dialer{Timeout: 200 * time.Millisecond}
+		d := net.Dialer{Timeout: patience}
 		d.SetMultipathTCP(false)
 		c, err = d.DialContext(context.Background(), "tcp", to.String())
 		return err

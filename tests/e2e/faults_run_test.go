@@ -260,7 +260,7 @@ func TestSecondInstance(t *testing.T) {
 	}
 	l.becomes(t, "relayed", (*outcome).relayed)
 	for _, o := range l.stop(t) {
-		if !o.relayed() {
+		if !o.served() {
 			t.Errorf("disturbed: %s", &o)
 		}
 	}
@@ -277,13 +277,14 @@ func TestSecondInstance(t *testing.T) {
 func TestAdopt(t *testing.T) {
 	g := newGround(t)
 	i := g.Run(t, "services: [{name: web, address: 10.96.0.12:80, endpoints: ["+g.at4.String()+"]}]")
-	l := startLoad(t, g.Rig, job{Targets: []netip.AddrPort{g.at4, g.at6, netip.MustParseAddrPort("10.96.0.12:80")}, Workers: 1, Count: 30})
-	for _, o := range l.finish(t) {
-		if !o.relayed() {
-			t.Errorf("before: %s", &o)
-		}
+	// A busy machine may make the handler late: then it is the address's own.
+	vip := g.Serve(t, netip.MustParseAddrPort("10.96.0.12:80"), introduce("vip"))
+	for _, to := range []netip.AddrPort{g.at4, g.at6, vip} {
+		l := startLoad(t, g.Rig, job{Targets: []netip.AddrPort{to}, Workers: 1, Pause: time.Millisecond})
+		l.becomes(t, "relayed", (*outcome).relayed)
+		l.stop(t)
 	}
-	i.Ended(t, 30)
+	i.Ended(t, 3)
 	s := newSession(t, g.Rig, g.at4)
 	before, err := i.Status(context.Background())
 	if err != nil {
@@ -310,7 +311,7 @@ func TestAdopt(t *testing.T) {
 			t.Errorf("counter %s: %d, before %d", name, after.Counters[name], before.Counters[name])
 		}
 	}
-	l = startLoad(t, g.Rig, job{Targets: []netip.AddrPort{g.at4, g.at6}, Workers: 1, Pause: time.Millisecond})
+	l := startLoad(t, g.Rig, job{Targets: []netip.AddrPort{g.at4, g.at6}, Workers: 1, Pause: time.Millisecond})
 	l.becomes(t, "relayed", (*outcome).relayed)
 	l.stop(t)
 	if diff := cmp.Diff(slots, slotsOf(t, i.Name)); diff != "" {
