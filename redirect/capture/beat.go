@@ -50,6 +50,8 @@ type Handler interface {
 	Backlog() float64
 	// Moved tells whether every worker waits or has moved since the last call.
 	Moved() bool
+	// Accepted returns how many connections of each family came in.
+	Accepted() (v4, v6 uint64)
 }
 
 // Beat is the heartbeat of one handler.
@@ -165,14 +167,19 @@ func (b *Beat) workersMove() error {
 }
 
 // slotsArrive tests the families in turn. While something is wrong it tests
-// all, since what works says nothing of the other.
+// all, since what works says nothing of the other. A family whose connections
+// come in needs no canary.
 func (b *Beat) slotsArrive(ctx context.Context) error {
+	v4, v6 := b.handler.Accepted()
 	for range b.probes {
 		c := b.probes[b.next%len(b.probes)]
+		b.next++
+		if b.alive && c.seen(v4, v6) {
+			break
+		}
 		if err := c.fly(ctx); err != nil {
 			return fmt.Errorf("connect to slot %s: %w", c.slot.Addr(), err)
 		}
-		b.next++
 		if b.alive {
 			break
 		}

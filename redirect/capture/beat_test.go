@@ -60,13 +60,16 @@ func (k *kernel) Kick() { k.kicks++ }
 
 // life is a handler's.
 type life struct {
-	fill  float64
-	still bool
+	fill     float64
+	still    bool
+	accepted uint64 // of IPv4
 }
 
 func (l *life) Backlog() float64 { return l.fill }
 
 func (l *life) Moved() bool { return !l.still }
+
+func (l *life) Accepted() (v4, v6 uint64) { return l.accepted, 0 }
 
 // newBeat returns a heartbeat whose canaries fly to loopback. Where the kernel's
 // programs would lead them to the canary's listener, they dial it.
@@ -182,6 +185,24 @@ func TestLateBird(t *testing.T) {
 	}
 	b.probes[0].close()
 	b.probes = nil
+}
+
+// TestConnectionsProveTheWay: where connections come in no canary flies, and
+// where they stop coming it does.
+func TestConnectionsProveTheWay(t *testing.T) {
+	k, h := &kernel{}, &life{}
+	b := newBeat(t, k, h, loopback4)
+	once(t, b) // the first proof is a canary's, whatever came in
+	flown := k.exempt
+	h.accepted = 7
+	once(t, b)
+	if k.exempt != flown || len(k.beats) != 2 {
+		t.Errorf("%d sockets, had %d, %d beats: a canary flew beside connections", k.exempt, flown, len(k.beats))
+	}
+	once(t, b)
+	if k.exempt == flown || len(k.beats) != 3 {
+		t.Errorf("%d sockets, %d beats: no canary flew where nothing came in", k.exempt, len(k.beats))
+	}
 }
 
 // TestExempt: what the canary opens is the handler's own.

@@ -27,6 +27,9 @@ type canary struct {
 	// source is the address that the kernel gives a socket towards the slot.
 	// It changes with the namespace's addresses.
 	source netip.Addr
+	// accepted is how many connections of the family had come in when last
+	// looked.
+	accepted uint64
 }
 
 var (
@@ -68,6 +71,17 @@ func (c *canary) listen() error {
 		return os.NewSyscallError("bind", err)
 	}
 	return os.NewSyscallError("listen", unix.Listen(fd, 16))
+}
+
+// seen tells whether a connection of the family has come in since the last call.
+func (c *canary) seen(v4, v6 uint64) bool {
+	now := v4
+	if c.slot.Addr().Is6() {
+		now = v6
+	}
+	before := c.accepted
+	c.accepted = now
+	return now != before
 }
 
 func (c *canary) close() {

@@ -154,6 +154,9 @@ func (h *Handler) Stats() l4.Stats { return h.relay.Stats() }
 // Backlog returns the fill of the fullest accept queue, from 0 to 1.
 func (h *Handler) Backlog() float64 { return h.relay.Backlog() }
 
+// Accepted returns how many connections of each family came in since the start.
+func (h *Handler) Accepted() (v4, v6 uint64) { return h.relay.Accepted() }
+
 // Moved tells whether every worker waits for work or has moved since the last
 // call. One caller at a time.
 func (h *Handler) Moved() bool { return h.relay.Moved() }

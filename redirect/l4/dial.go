@@ -11,8 +11,12 @@ import (
 
 // begin takes up an accepted socket.
 func (w *worker) begin(fd int32) {
-	w.counters.accepted.Add(1)
 	remote := w.peer.get()
+	if remote.Addr().Is4() {
+		w.counters.accepted4.Add(1)
+	} else {
+		w.counters.accepted6.Add(1)
+	}
 	if w.addr.local(fd) != 0 {
 		w.refuse(fd)
 		return

@@ -222,13 +222,22 @@ func (r *Relay) Stats() Stats {
 	return s
 }
 
+// Accepted returns how many connections of each family came in since the start.
+func (r *Relay) Accepted() (v4, v6 uint64) {
+	for _, w := range r.workers {
+		v4 += w.counters.accepted4.Load()
+		v6 += w.counters.accepted6.Load()
+	}
+	return v4, v6
+}
+
 // counters are written by one worker and read by anybody.
 type counters struct {
-	accepted, ended, dials, dialFailures, retries, unknown, pauses atomic.Uint64
+	accepted4, accepted6, ended, dials, dialFailures, retries, unknown, pauses atomic.Uint64
 }
 
 func (c *counters) add(s *Stats) {
-	s.Accepted += c.accepted.Load()
+	s.Accepted += c.accepted4.Load() + c.accepted6.Load()
 	s.Ended += c.ended.Load()
 	s.Dials += c.dials.Load()
 	s.DialFailures += c.dialFailures.Load()
