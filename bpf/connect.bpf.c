@@ -38,20 +38,6 @@ static __always_inline __u64 group_of_task(void)
 	return id ? id : bpf_get_current_cgroup_id();
 }
 
-static __always_inline struct usage *usage_of(__u64 group)
-{
-	struct usage *u = bpf_map_lookup_elem(&usage_by_group, &group);
-	struct usage none = {};
-
-	if (u)
-		return u;
-	/* A full map leaves the container without quotas of its own; the
-	 * limits of the whole instance still hold.
-	 */
-	bpf_map_update_elem(&usage_by_group, &group, &none, BPF_NOEXIST);
-	return bpf_map_lookup_elem(&usage_by_group, &group);
-}
-
 static __always_inline bool rule_names(void *trie, const struct gathered *g)
 {
 	union {

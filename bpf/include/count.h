@@ -30,12 +30,28 @@ static __always_inline __u64 event_flags(void)
 	return BPF_RB_NO_WAKEUP;
 }
 
+/* usage_of finds or opens the account of a container. */
+static __always_inline struct usage *usage_of(__u64 group)
+{
+	struct usage *u = bpf_map_lookup_elem(&usage_by_group, &group);
+	struct usage none = {};
+
+	if (u)
+		return u;
+	/* A full map leaves the container without quotas of its own; the
+	 * limits of the whole instance still hold.
+	 */
+	bpf_map_update_elem(&usage_by_group, &group, &none, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&usage_by_group, &group);
+}
+
 /* lost counts an event that found the ring full, so that nobody can hide a
- * flow by flooding it: the loss is on record, with whose it was.
+ * flow by flooding it: the loss is on record, with whose it was. Somebody who
+ * is only ever refused has no account yet.
  */
 static __always_inline void lost(__u64 group)
 {
-	struct usage *u = bpf_map_lookup_elem(&usage_by_group, &group);
+	struct usage *u = usage_of(group);
 
 	tally(TALLY_EVENTS_LOST);
 	if (u)
