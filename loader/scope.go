@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -36,13 +37,13 @@ func FindScope(root, path string) (Scope, error) {
 	if err != nil {
 		return s, fmt.Errorf("find cgroup %s: %w", path, err)
 	}
-	var fs unix.Statfs_t
-	switch err := unix.Statfs(abs, &fs); {
+	var st unix.Statfs_t
+	switch err := unix.Statfs(abs, &st); {
 	case errors.Is(err, unix.ENOENT):
 		return s, fmt.Errorf("%w: %s", ErrNoScope, path)
 	case err != nil:
 		return s, fmt.Errorf("find cgroup %s: %w", path, err)
-	case fs.Type != unix.CGROUP2_SUPER_MAGIC:
+	case st.Type != unix.CGROUP2_SUPER_MAGIC:
 		return s, fmt.Errorf("%w: %s is not in a cgroup v2 hierarchy (that is at %s)", ErrNoScope, path, root)
 	}
 	rel, err := filepath.Rel(root, abs)
@@ -101,6 +102,9 @@ func cgroupPath(root string, id uint64) (string, error) {
 	if errors.Is(err, unix.ESTALE) || errors.Is(err, unix.ENOENT) {
 		return "", fmt.Errorf("%w: id %d", ErrNoScope, id)
 	}
+	if errors.Is(err, unix.EPERM) {
+		return searchCgroup(root, id)
+	}
 	if err != nil {
 		return "", fmt.Errorf("open cgroup %d: %w", id, err)
 	}
@@ -113,6 +117,39 @@ func cgroupPath(root string, id uint64) (string, error) {
 		return "", fmt.Errorf("%w: id %d", ErrNoScope, id)
 	}
 	return path, nil
+}
+
+// rootCgroup is the id of the root of the hierarchy.
+const rootCgroup = 1
+
+// searchCgroup is cgroupPath for a process without CAP_DAC_READ_SEARCH, which
+// may not open by id. That there is none it only says when it sees all: in a
+// cgroup namespace it does not.
+func searchCgroup(root string, id uint64) (string, error) {
+	found := ""
+	err := filepath.WalkDir(root, func(path string, e fs.DirEntry, err error) error {
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		if err != nil || !e.IsDir() {
+			return nil // it ended while we looked
+		}
+		if n, err := cgroupID(path); err == nil && n == id {
+			found = path
+			return fs.SkipAll
+		}
+		return nil
+	})
+	if found != "" {
+		return found, nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("search cgroup %d: %w", id, err)
+	}
+	if n, err := cgroupID(root); err != nil || n != rootCgroup {
+		return "", fmt.Errorf("search cgroup %d: %s does not show all: %w", id, root, unix.EPERM)
+	}
+	return "", fmt.Errorf("%w: id %d", ErrNoScope, id)
 }
 
 // processStart returns when a process started, in clock ticks since boot, which
