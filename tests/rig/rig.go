@@ -71,9 +71,9 @@ type Rig struct {
 	*testutil.Pair
 	// Scope is the cgroup whose connections are captured.
 	Scope *testutil.Cgroup
-	// Home is the cgroup that every pillion run is started in; nil: the test's
-	// own.
-	Home *testutil.Cgroup
+	// Home is where every pillion run and exec is started, but for the
+	// namespace, which is the application's.
+	Home testutil.Place
 	// Runtime is the runtime directory of every pillion in the rig.
 	Runtime string
 }
@@ -214,7 +214,7 @@ func (i *Instance) Launch(t testing.TB) {
 	t.Helper()
 	i.Cmd = exec.Command(Binary(t), i.args...)
 	i.Cmd.Stdout, i.Cmd.Stderr = i.log, i.log
-	if err := (testutil.Place{NS: i.rig.App, Cgroup: i.rig.Home}).Start(i.Cmd); err != nil {
+	if err := i.rig.home().Start(i.Cmd); err != nil {
 		t.Fatal(err)
 	}
 	i.done = make(chan struct{})
@@ -228,6 +228,12 @@ func (i *Instance) Launch(t testing.TB) {
 		s, err := i.Status(context.Background())
 		return err == nil && s.Ready && s.State == admin.StateServing
 	}, "pillion is ready\n", i.log)
+}
+
+func (r *Rig) home() testutil.Place {
+	place := r.Home
+	place.NS = r.App
+	return place
 }
 
 func (i *Instance) wait(cmd *exec.Cmd, done chan<- struct{}) {
@@ -361,7 +367,7 @@ func (r *Rig) Exec(t testing.TB, flags []string, command ...string) (stdout, std
 	cmd := exec.Command(Binary(t), append(append(args, "--"), command...)...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	if err := (testutil.Place{NS: r.App}).Start(cmd); err != nil {
+	if err := r.home().Start(cmd); err != nil {
 		return "", "", err
 	}
 	err = cmd.Wait()
