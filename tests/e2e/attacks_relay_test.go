@@ -129,7 +129,7 @@ func TestAttackServiceRing(t *testing.T) {
 	r.Serve(t, netip.MustParseAddrPort("198.51.100.2:8080"), named("two"))
 	const ring = "services: [{name: a, address: 198.51.100.1:8080, endpoints: [198.51.100.2:8080]}, {name: b, address: 198.51.100.2:8080, endpoints: [198.51.100.1:8080]}]"
 	for _, home := range []*testutil.Cgroup{nil, r.Scope, r.Scope.Child(t, "sidecar")} {
-		r.Home = home
+		r.Home.Cgroup = home
 		i := r.Run(t, ring)
 		a := captive(t, r, r.Scope.Child(t, fmt.Sprint("app-", i.Name)))
 		a.wants("two", "dial('198.51.100.1', 8080)")

@@ -36,7 +36,12 @@ type prey struct {
 
 func newPrey(t testing.TB, config string) *prey {
 	t.Helper()
-	s := &prey{Rig: rig.New(t)}
+	return newPreyIn(t, rig.New(t), config)
+}
+
+func newPreyIn(t testing.TB, r *rig.Rig, config string) *prey {
+	t.Helper()
+	s := &prey{Rig: r}
 	s.Serve(t, netip.AddrPortFrom(rig.Far4, sitePort), named("far"))
 	s.Serve(t, netip.AddrPortFrom(rig.Far6, sitePort), named("far"))
 	s.i = s.Run(t, fmt.Sprintf("services: [{name: web, address: %s:%d, endpoints: [%s:%d]}]\n%s",
