@@ -28,10 +28,9 @@ type side struct {
 	done     bool // its end was passed on to the other side
 	blocked  bool // a write found no room: wait for EPOLLOUT
 	queued   bool // in the worker's again
-	nodelay  bool
+	tuned    bool // for more than one write
 	wrote    bool
 	splicing bool
-	local    bool  // the peer is on this machine and sends no further
 	full     uint8 // reads in a row that filled the buffer
 
 	pipe   pipe // borrowed while bulk flows

@@ -38,7 +38,7 @@ func (w *worker) begin(fd int32) {
 	w.conns = append(w.conns, c)
 	w.relay.live.Add(1)
 	w.adopt(c, down, fd)
-	c.sides[down].nodelay = true // inherited from the listener
+	c.sides[down].tuned = true // inherited from the listener
 	if err != nil {
 		w.end(c, flow.ReasonOf(err), true)
 		return
@@ -146,7 +146,6 @@ func (w *worker) connect(c *conn, to netip.AddrPort) syscall.Errno {
 	}
 	w.adopt(c, up, fd)
 	s := &c.sides[up]
-	s.local = to.Addr().IsLoopback()
 	if e := w.dress(fd, &c.target.Downstream, to.Addr()); e != 0 {
 		return e
 	}

@@ -107,6 +107,20 @@ func (w *worker) pump(c *conn, k int) {
 	}
 }
 
+// tune prepares the upstream socket for more than one write: the second must not
+// wait for the answer to the first (Nagle), and on a leg that does not leave the
+// machine nothing is to be paced. The downstream socket has both from its
+// listener.
+func (w *worker) tune(d *side) {
+	d.tuned = true
+	sysSetInt(d.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	// Towards an address of this machine the kernel takes that address as the
+	// source too.
+	if w.addr.local(d.fd) == 0 && w.peer.remote(d.fd) == 0 && w.addr.get().Addr() == w.peer.get().Addr() {
+		sysSetString(d.fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, []byte(localCongestion))
+	}
+}
+
 // writeRest writes what an earlier write had no room for, and tells whether all
 // of it is gone.
 func (w *worker) writeRest(c *conn, k int) bool {
@@ -189,13 +203,11 @@ func (w *worker) copyOnce(c *conn, k int, budget *int) bool {
 	return true
 }
 
-// write sends to d. Its second write in a row must not wait for the answer to
-// the first (Nagle); the first never does, so a connection of one request
-// saves the call.
+// write sends to d. A connection of one request saves what tune costs: a first
+// write does not wait for anything.
 func (w *worker) write(d *side, b []byte) (int, syscall.Errno) {
-	if d.wrote && !d.nodelay {
-		d.nodelay = true
-		sysSetInt(d.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	if d.wrote && !d.tuned {
+		w.tune(d)
 	}
 	n, e := sysSend(d.fd, b)
 	if e == 0 {

@@ -7,8 +7,8 @@ import (
 // spliceMin is what a splice has to move to be worth its two calls.
 const spliceMin = 16 << 10
 
-// localCongestion is for bulk that does not leave the machine: the system's
-// default may be one that paces (BBR), which doubles what loopback costs.
+// localCongestion is for legs that do not leave the machine: the system's default
+// may be one that paces (BBR), which doubles what bulk costs on loopback.
 const localCongestion = "reno"
 
 // startSplicing borrows a pipe for side k, if there is one.
@@ -21,13 +21,8 @@ func (w *worker) startSplicing(c *conn, k int) {
 		}
 	}
 	s.splicing = true
-	if d.local {
-		d.local = false // once is enough
-		sysSetString(d.fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, []byte(localCongestion))
-	}
-	if !d.nodelay {
-		d.nodelay = true
-		sysSetInt(d.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
+	if !d.tuned {
+		w.tune(d)
 	}
 }
 

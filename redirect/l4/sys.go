@@ -153,6 +153,14 @@ func (s *sockaddr) local(fd int32) syscall.Errno {
 	return e
 }
 
+// remote reads the address of a socket's peer into s.
+func (s *sockaddr) remote(fd int32) syscall.Errno {
+	s.len = uint32(unsafe.Sizeof(s.raw))
+	_, _, e := syscall.RawSyscall(unix.SYS_GETPEERNAME, uintptr(fd), uintptr(unsafe.Pointer(&s.raw)),
+		uintptr(unsafe.Pointer(&s.len)))
+	return e
+}
+
 func (s *sockaddr) connect(fd int32) syscall.Errno {
 	_, _, e := syscall.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&s.raw)), uintptr(s.len))
 	return e
