@@ -3,6 +3,7 @@ package e2e
 import (
 	"testing"
 
+	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
@@ -79,5 +80,60 @@ func TestAttackForgedLive(t *testing.T) {
 			t.Errorf("%d of two are refused as unknown", got-refused)
 		}
 		s.undisturbed(t, before)
+	}
+}
+
+// parking is Python for an actor: it leaves a socket that connects from a slot
+// to the application's address. The SYN is dropped by a listener whose queue is
+// full, so the socket waits, and what connects from there to the slot meets it.
+const parking = `
+def park(slot, port, app, at):
+    ln = new(app, SOCK_STREAM, [(SOL_SOCKET, SO_REUSEADDR, 1)])
+    ln.bind((app, at))
+    ln.listen(0)
+    fill = [new(app) for i in range(3)]
+    for f in fill:
+        f.setblocking(False)
+        f.connect_ex((app, at))
+    s = new(slot, SOCK_STREAM, [(SOL_SOCKET, SO_REUSEADDR, 1)] + ([(IPPROTO_IPV6, IPV6_FREEBIND, 1)] if ":" in slot else []))
+    s.bind((slot, port))
+    s.setblocking(False)
+    s.connect_ex((app, at))
+    for f in [ln] + fill: f.close()
+    kept.append(s)
+`
+
+// TestAttackMeetsHalfWay has a user without rights, outside of the scope, open a
+// connection from the slot to the port that the application connects from: TCP
+// takes the two SYNs for one connection, without the handler. No program of the
+// scope sees such a bind, so it is not prevented; but it is not hidden: the
+// connection is recorded as one that the handler did not have, and counted.
+func TestAttackMeetsHalfWay(t *testing.T) {
+	s := newPrey(t, "")
+	s.app.do("let_go()") // on the same port, the bait would stand in the way
+	out := outsider(t, s.Rig)
+	out.learn("%s", parking)
+	out.drop()
+	before := arrived(t, s.i)
+	for n, to := range []string{rig.Far4.String(), rig.Far6.String()} {
+		own := []string{testutil.AppV4.Addr().String(), testutil.AppV6.Addr().String()}[n]
+		at := 20000 + n
+		out.wants("None", "park(%q, %d, %q, %d)", s.slots.forms(s.known[n])[n], sitePort, own, at)
+		s.app.wants("ok", "dial(%q, %d, SOCK_STREAM, [(SOL_SOCKET, SO_REUSEADDR, 1)], (%q, %d), True)", to, sitePort, own, at)
+	}
+	s.undisturbed(t, before)
+	out.do("let_go()")
+	s.app.do("let_go()")
+	lost := 0
+	for _, r := range s.i.Ended(t, 5) {
+		if r.End == flow.ReasonHandlerLost && !r.Endpoint.IsValid() && r.Source.Port() >= 20000 && r.Source.Port() < 20002 {
+			lost++
+		}
+	}
+	if lost != 2 {
+		t.Errorf("%d of two connections are recorded as what they are", lost)
+	}
+	if n := series(t, s.i)[`pillion_records_lost_total{where="unmatched"}`]; n < 2 {
+		t.Errorf("%v records are counted as one-sided, want two", n)
 	}
 }
