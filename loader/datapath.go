@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -82,7 +83,8 @@ type Datapath struct {
 	linkMu   sync.Mutex // orders changes of links
 	attached bool       // all of them are made
 
-	mu       sync.Mutex // orders changes of the configuration and of slots
+	lost     atomic.Uint32 // families without a route, as in slotRange
+	mu       sync.Mutex    // orders changes of the configuration and of slots
 	settings bpf.Settings
 	retiring map[uint32]time.Time // when each slot was taken out of use
 	missing  map[bpf.LiveKey]bool // live entries without a socket, when last looked

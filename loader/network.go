@@ -180,11 +180,13 @@ func routePrefix(r *netlink.Route) (netip.Prefix, bool) {
 
 // repair brings a range's routes back, with the source that is right now. It
 // returns what it had to do.
-func (n *network) repair(r slotRange) (repaired []string, err error) {
+// A family whose route cannot be had is in lost, as in slotRange: IPv6 was
+// switched off.
+func (n *network) repair(r slotRange) (repaired []string, lost uint32, err error) {
 	filter := &netlink.Route{Table: unix.RT_TABLE_LOCAL, Protocol: probe.RouteProtocol}
 	list, err := n.handle.RouteListFiltered(netlink.FAMILY_ALL, filter, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return nil, fmt.Errorf("list slot routes: %w", err)
+		return nil, 0, fmt.Errorf("list slot routes: %w", err)
 	}
 	var errs []error
 	for _, p := range r.prefixes() {
@@ -198,6 +200,10 @@ func (n *network) repair(r slotRange) (repaired []string, err error) {
 		switch {
 		case have == nil:
 			err = n.addRoute(p)
+			if err != nil && p.Addr().Is6() {
+				lost |= 2
+				continue
+			}
 		case !have.Src.Equal(want.AsSlice()):
 			err = n.replaceRoute(p, have, want)
 		default:
@@ -209,7 +215,7 @@ func (n *network) repair(r slotRange) (repaired []string, err error) {
 		}
 		repaired = append(repaired, fmt.Sprintf("%s src %s", p, want))
 	}
-	return repaired, errors.Join(errs...)
+	return repaired, lost, errors.Join(errs...)
 }
 
 // usable returns the range without IPv6 if that was switched off since it was

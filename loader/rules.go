@@ -83,7 +83,7 @@ func (d *Datapath) applySettings(r Rules) error {
 		SlotQuota:    uint32(r.SlotQuota),
 		ConnQuota:    uint32(r.ConnQuota),
 		LiveMax:      uint32(r.MaxConns),
-		Families:     d.slots.families,
+		Families:     d.slots.families &^ d.lost.Load(),
 	}
 	return d.putSettings()
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/redirect/flow"
 	"golang.org/x/sys/unix"
 )
 
@@ -27,9 +28,34 @@ const (
 func (d *Datapath) Sync() ([]string, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	mended, err := d.network.repair(d.slots)
+	mended, lost, err := d.network.repair(d.slots)
+	err = errors.Join(err, d.lose(lost))
 	// One route that cannot be had is no reason to miss the other news.
 	return mended, errors.Join(err, d.syncNetwork())
+}
+
+// lose makes the connections of families without a slot route go by on_failure.
+func (d *Datapath) lose(families uint32) error {
+	if before := d.lost.Swap(families); before == families {
+		return nil
+	}
+	if families != 0 {
+		d.options.Log.Warn("IPv6 is switched off: its connections are not redirected", "reason", flow.ReasonNoFamily)
+	}
+	if d.settings.Families == 0 {
+		return nil // SetRules comes later
+	}
+	d.settings.Families = d.slots.families &^ families
+	return d.putSettings()
+}
+
+// Usable tells whether the slots of a family can be reached at all.
+func (d *Datapath) Usable(v6 bool) bool {
+	bit := uint32(1)
+	if v6 {
+		bit = 2
+	}
+	return d.slots.families&^d.lost.Load()&bit != 0
 }
 
 func (d *Datapath) syncNetwork() error {

@@ -92,8 +92,7 @@ func (i *instance) problems(s *loader.Stats) []string {
 	add(i.state(s) == admin.StateStale, "The handler does not get its own test connections: new connections go by on_failure. Run pillion doctor.")
 	add(s.Busy, "The accept queues are nearly full: new connections go by on_failure.")
 	add(s.EventsLost > 0, "Some flow records of the kernel side were lost: connections end faster than they are read.")
-	_, v6 := i.datapath.SlotPrefixes()
-	add(!v6.IsValid(), "IPv6 is switched off in this network namespace: IPv6 connections go by on_failure.")
+	add(!i.datapath.Usable(true), "IPv6 is switched off in this network namespace: IPv6 connections go by on_failure.")
 	add(i.existing.Load() > 0, "Connections that are older than Pillion are not captured. Restart the application, or use existing: reset.")
 	return all
 }

@@ -40,6 +40,9 @@ type Kernel interface {
 	SetCanaryListener(v6 bool, fd int) error
 	// Exempt tags a socket as the handler's own.
 	Exempt(fd int) error
+	// Usable tells whether a family's slots can be reached at all. Where they
+	// cannot, the connect hook knows, and no canary flies.
+	Usable(v6 bool) bool
 	// Kick asks for routes and links to be looked at: something is wrong.
 	Kick()
 }
@@ -174,6 +177,9 @@ func (b *Beat) slotsArrive(ctx context.Context) error {
 	for range b.probes {
 		c := b.probes[b.next%len(b.probes)]
 		b.next++
+		if !b.kernel.Usable(c.slot.Addr().Is6()) {
+			continue
+		}
 		if b.alive && c.seen(v4, v6) {
 			break
 		}

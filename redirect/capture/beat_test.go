@@ -27,6 +27,7 @@ type kernel struct {
 	listener int
 	kicks    int
 	fail     error
+	noIPv6   bool
 }
 
 type beat struct{ alive, busy bool }
@@ -53,6 +54,8 @@ func (k *kernel) ForgetCanary(source, _ netip.AddrPort) error {
 }
 
 func (k *kernel) Exempt(int) error { k.exempt++; return nil }
+
+func (k *kernel) Usable(v6 bool) bool { return !v6 || !k.noIPv6 }
 
 func (k *kernel) SetCanaryListener(_ bool, fd int) error { k.listener = fd; return nil }
 
@@ -155,6 +158,20 @@ func TestRefused(t *testing.T) {
 	ln.Close()
 	b.probes[1].slot = ln.Addr().(*net.TCPAddr).AddrPort()
 	wantDead(t, k, b)
+}
+
+// TestFamilyIsGone: what is switched off is not tested, and the other family goes
+// on.
+func TestFamilyIsGone(t *testing.T) {
+	k := &kernel{noIPv6: true}
+	b := newBeat(t, k, &life{}, loopback4, loopback6)
+	b.probes[1].slot = netip.MustParseAddrPort("[2001:db8::1]:9")
+	for range 3 {
+		once(t, b)
+	}
+	if len(k.beats) != 3 || !b.Alive() {
+		t.Errorf("beats %v, alive %v", k.beats, b.Alive())
+	}
 }
 
 // TestNotForUs: somebody answers, and it is not the canary's listener.

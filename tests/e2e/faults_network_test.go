@@ -103,7 +103,7 @@ func TestIPv6Ends(t *testing.T) {
 			l.becomes(t, "relayed", (*outcome).relayed)
 			g.App.Sysctl(t, "net/ipv6/conf/lo/disable_ipv6", "1")
 			l.becomes(t, setting, func(o *outcome) bool {
-				return byFailure(setting, o) || o.To == g.at4 && o.relayed()
+				return o.To == g.at6 && byFailure(setting, o) || o.To == g.at4 && o.relayed()
 			})
 			g.App.Sysctl(t, "net/ipv6/conf/lo/disable_ipv6", "0")
 			l.becomes(t, "relayed again", (*outcome).relayed)
