@@ -21,7 +21,7 @@ static __always_inline void tally(enum tally what)
 }
 
 /* event_flags wakes the reader only when half of the ring is used; it comes by
- * itself ten times a second. A wake-up per event costs more than the event.
+ * itself five times a second. A wake-up per event costs more than the event.
  */
 static __always_inline __u64 event_flags(void)
 {

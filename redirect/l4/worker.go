@@ -46,7 +46,11 @@ type worker struct {
 	again   []*conn // have more to do, and gave others a turn
 	spare   []*conn // again's other slice
 	dialing int
-	swept   int64
+	// accepts is how many connections are taken at a time, accepted the turn in
+	// which that was done last.
+	accepts  int
+	accepted uint64
+	swept    int64
 
 	slab    slab
 	buffers buffers
@@ -68,7 +72,7 @@ type worker struct {
 }
 
 func newWorker(r *Relay, listeners []int) *worker {
-	w := &worker{relay: r, ep: -1, wake: -1, buf: make([]byte, copySize)}
+	w := &worker{relay: r, ep: -1, wake: -1, buf: make([]byte, copySize), accepts: 1}
 	w.pipes.open = &r.pipes
 	for _, fd := range listeners {
 		w.listeners = append(w.listeners, int32(fd))
@@ -264,10 +268,23 @@ func (w *worker) handle(ev *unix.EpollEvent) {
 		w.runCommands()
 	case w.stopped: // a listener that was: its number may be another's by now
 	default:
-		for range acceptsPerTurn {
-			if !w.acceptFrom(fd) {
-				return
-			}
+		w.acceptSome(fd)
+	}
+}
+
+// acceptSome takes as many connections as seem to wait. Taking one more to see
+// that there is none costs as much as taking it: the loop comes back at once if
+// there is, and then for more.
+func (w *worker) acceptSome(listener int32) {
+	turn := w.turn.Load()
+	if turn == w.accepted+1 {
+		w.accepts = min(2*w.accepts, acceptsPerTurn)
+	}
+	w.accepted = turn
+	for n := range w.accepts {
+		if !w.acceptFrom(listener) {
+			w.accepts = max(n, 1)
+			return
 		}
 	}
 }

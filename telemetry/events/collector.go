@@ -18,7 +18,7 @@ const (
 	// interval is how often the ring and the handler are asked. The ring holds
 	// some nine thousand events, and the kernel side wakes the collector before
 	// its time when half of that is used.
-	interval = 100 * time.Millisecond
+	interval = 200 * time.Millisecond
 	// defaultHistory is how many records are kept.
 	defaultHistory = 4096
 	// bufferMax is the largest buffer, in records, that is kept for the next
@@ -131,7 +131,7 @@ func newCollector(o Options, ring source) *Collector {
 	return c
 }
 
-// Run collects until ctx is done, ten times a second. Then it collects once
+// Run collects until ctx is done, five times a second. Then it collects once
 // more, gives out what still waits for its other half, and closes the ring. Stop
 // the handler first: its last records are then in that collection.
 func (c *Collector) Run(ctx context.Context) error {

@@ -211,7 +211,7 @@ func (w *world) relayed(ctx context.Context) error {
 		if got >= w.pill.opened {
 			return nil
 		}
-		// Records come ten times a second.
+		// Records come five times a second.
 		if pause(ctx, 100*time.Millisecond) != nil {
 			return fmt.Errorf("%d of the %d connections of arm %s went by relay: the figures are not Pillion's",
 				got, w.pill.opened, armRelay)
