@@ -26,6 +26,8 @@ type side struct {
 	fin      bool // epoll has seen a FIN: what is unread is the last
 	urgent   bool // a short read says nothing: reads stop at the urgent mark
 	done     bool // its end was passed on to the other side
+	watched  bool // in the loop,
+	armed    bool // for EPOLLOUT too
 	blocked  bool // a write found no room: wait for EPOLLOUT
 	queued   bool // in the worker's again
 	tuned    bool // for more than one write

@@ -49,8 +49,8 @@ func (w *worker) begin(fd int32) {
 		return
 	}
 	w.dial(c)
-	if !c.dead && w.watch(fd, epollAll, c.sides[down].gen) != 0 {
-		w.end(c, flow.ReasonNoDescriptors, true)
+	if !c.dead {
+		w.follow(c, down)
 	}
 }
 
@@ -145,7 +145,6 @@ func (w *worker) connect(c *conn, to netip.AddrPort) syscall.Errno {
 		return e
 	}
 	w.adopt(c, up, fd)
-	s := &c.sides[up]
 	if e := w.dress(fd, &c.target.Downstream, to.Addr()); e != 0 {
 		return e
 	}
@@ -153,10 +152,32 @@ func (w *worker) connect(c *conn, to netip.AddrPort) syscall.Errno {
 	if e := w.addr.connect(fd); e != 0 && e != unix.EINPROGRESS {
 		return e
 	}
-	if e := w.watch(fd, epollAll, s.gen); e != 0 {
+	if e := w.sendFirst(c); e != 0 || c.dead {
+		return e
+	}
+	return w.follow(c, up)
+}
+
+// follow puts side k into the loop. Room to write is reported only where
+// somebody waits for it: it would be the first event of every socket, and wake
+// the loop for nothing.
+func (w *worker) follow(c *conn, k int) syscall.Errno {
+	s := &c.sides[k]
+	events := uint32(epollIn)
+	s.armed = s.blocked || k == up && c.dialing
+	if s.armed {
+		events |= unix.EPOLLOUT
+	}
+	s.watched = true
+	if e := w.control(unix.EPOLL_CTL_ADD, s.fd, events, s.gen); e == 0 {
+		return 0
+	}
+	// The kernel has no memory, or the user no watches, left.
+	if k == up && c.dialing {
 		return unix.ENOMEM
 	}
-	return w.sendFirst(c)
+	w.end(c, flow.ReasonNoDescriptors, true)
+	return 0
 }
 
 // sendFirst sends what the application has said already: on a local leg the

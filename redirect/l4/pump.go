@@ -129,7 +129,7 @@ func (w *worker) writeRest(c *conn, k int) bool {
 		n, e := w.write(d, s.pending())
 		switch {
 		case e == unix.EAGAIN:
-			d.blocked = true
+			w.block(d)
 			return false
 		case e != 0:
 			s.readable = false // nobody is left to read it for
@@ -187,7 +187,7 @@ func (w *worker) copyOnce(c *conn, k int, budget *int) bool {
 		switch {
 		case e == unix.EAGAIN:
 			s.rest, s.from = w.buffers.save(b), 0
-			d.blocked = true
+			w.block(d)
 			return false
 		case e != 0:
 			s.readable = false
@@ -201,6 +201,17 @@ func (w *worker) copyOnce(c *conn, k int, budget *int) bool {
 		w.startSplicing(c, k)
 	}
 	return true
+}
+
+// block notes that a write to d found no room.
+func (w *worker) block(d *side) {
+	d.blocked = true
+	if d.watched && !d.armed {
+		d.armed = true
+		// An edge is reported also if there is room by now. It cannot fail:
+		// nothing is allocated for it.
+		w.control(unix.EPOLL_CTL_MOD, d.fd, epollIn|unix.EPOLLOUT, d.gen)
+	}
 }
 
 // write sends to d. A connection of one request saves what tune costs: a first

@@ -79,7 +79,7 @@ func (w *worker) emptyPipe(c *conn, k int) bool {
 		n, e := sysSplice(s.pipe[0], d.fd, s.inPipe)
 		switch {
 		case e == unix.EAGAIN:
-			d.blocked = true
+			w.block(d)
 			return false
 		case e != 0 || n == 0:
 			s.readable = false

@@ -92,7 +92,7 @@ func (w *worker) open() error {
 	}
 	w.wake = int32(wake)
 	for _, fd := range append([]int32{w.wake}, w.listeners...) {
-		if e := w.watch(fd, unix.EPOLLIN, 0); e != 0 {
+		if e := w.control(unix.EPOLL_CTL_ADD, fd, unix.EPOLLIN, 0); e != 0 {
 			return fmt.Errorf("watch descriptor: %w", e)
 		}
 	}
@@ -238,16 +238,13 @@ func (w *worker) epollWait(call syscall6, timeout int) (int, syscall.Errno) {
 	return int(n), e
 }
 
-// watch adds a descriptor to the loop, for good: closing it takes it out.
-func (w *worker) watch(fd int32, events, gen uint32) syscall.Errno {
+// control adds a descriptor to the loop, takes it out, or changes what it is
+// watched for. Closing it takes it out too.
+func (w *worker) control(operation int, fd int32, events, gen uint32) syscall.Errno {
 	ev := unix.EpollEvent{Events: events, Fd: fd, Pad: int32(gen)}
-	_, _, e := syscall.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(w.ep), unix.EPOLL_CTL_ADD, uintptr(fd),
+	_, _, e := syscall.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(w.ep), uintptr(operation), uintptr(fd),
 		uintptr(unsafe.Pointer(&ev)), 0, 0)
 	return e
-}
-
-func (w *worker) unwatch(fd int32) {
-	_, _, _ = syscall.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(w.ep), unix.EPOLL_CTL_DEL, uintptr(fd), 0, 0, 0)
 }
 
 func (w *worker) handle(ev *unix.EpollEvent) {
@@ -352,7 +349,7 @@ func (w *worker) pause() {
 	w.paused = true
 	w.counters.pauses.Add(1)
 	for _, fd := range w.listeners {
-		w.unwatch(fd)
+		w.control(unix.EPOLL_CTL_DEL, fd, 0, 0)
 	}
 }
 
@@ -362,7 +359,7 @@ func (w *worker) resume() {
 	}
 	w.paused = false
 	for _, fd := range w.listeners {
-		w.watch(fd, unix.EPOLLIN, 0)
+		w.control(unix.EPOLL_CTL_ADD, fd, unix.EPOLLIN, 0)
 	}
 }
 
