@@ -180,11 +180,11 @@ func (a *actor) start(format string, args ...any) {
 	fmt.Fprintf(a.in, format+"\n", args...)
 }
 
-// wants fails the test unless what the actor does has this value.
+// wants ends the test unless what the actor does has this value.
 func (a *actor) wants(want, format string, args ...any) {
 	a.t.Helper()
 	if got := a.do(format, args...); got != want {
-		a.t.Errorf("%s: %q, want %q", fmt.Sprintf(format, args...), got, want)
+		a.t.Fatalf("%s: %q, want %q", fmt.Sprintf(format, args...), got, want)
 	}
 }
 

@@ -1,12 +1,10 @@
 package e2e
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -109,10 +107,9 @@ func TestAttackLoopByConfig(t *testing.T) {
 		if err := os.WriteFile(file, []byte(tt.config), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		_, err := r.Pillion(t, "run", "--cgroup", r.Scope.Path, "--config", file)
-		exit, ok := errors.AsType[*exec.ExitError](err)
-		if !ok || exit.ExitCode() != 64 || !strings.Contains(err.Error(), tt.says) {
-			t.Errorf("%s: %v", name, err)
+		code, said := refusal(t, r, "run", "--cgroup", r.Scope.Path, "--config", file)
+		if code != 64 || !strings.Contains(said, tt.says) {
+			t.Errorf("%s: %d, %s", name, code, said)
 		}
 	}
 	entries, err := os.ReadDir(r.Runtime)
