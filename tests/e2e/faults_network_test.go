@@ -213,7 +213,7 @@ func twoRuns(t *testing.T) (g *ground, a, b *rig.Rig, ia, ib *rig.Instance, vip 
 	atA := g.Serve(t, netip.AddrPortFrom(rig.Far4, 7001), introduce("a"))
 	atB := g.Serve(t, netip.AddrPortFrom(rig.Far4, 7002), introduce("b"))
 	a = g.Rig
-	b = &rig.Rig{Pair: a.Pair, Scope: testutil.NewCgroup(t), Runtime: a.Runtime}
+	b = a.Beside(t)
 	config := func(at netip.AddrPort) string {
 		return fmt.Sprintf("relay: {workers: 1}\nservices: [{name: web, address: %q, endpoints: [%q]}]", vip, at)
 	}

@@ -21,7 +21,9 @@ import (
 const (
 	pipesKept   = 2 * 8
 	threadsKept = 16
-	memoryKept  = 96 << 20
+	// Who asks for the metrics is served by some.
+	goroutinesKept = 8
+	memoryKept     = 96 << 20
 )
 
 // footprint is what a process has of the system.
@@ -29,10 +31,12 @@ type footprint struct {
 	fds     map[string]int // by kind
 	threads int
 	memory  int // resident, in bytes
+
+	goroutines int // as its metrics tell
 }
 
 func (f footprint) String() string {
-	return fmt.Sprintf("descriptors %v, %d threads, %d KiB", f.fds, f.threads, f.memory>>10)
+	return fmt.Sprintf("descriptors %v, %d threads, %d goroutines, %d KiB", f.fds, f.threads, f.goroutines, f.memory>>10)
 }
 
 func footprintOf(pid int) (footprint, error) {
@@ -82,7 +86,7 @@ func (f footprint) within(before footprint) bool {
 			return false
 		}
 	}
-	return f.threads <= before.threads+threadsKept && f.memory <= before.memory+memoryKept
+	return f.threads <= before.threads+threadsKept && f.goroutines <= before.goroutines+goroutinesKept && f.memory <= before.memory+memoryKept
 }
 
 // NoLeaks has the test end with an instance that holds no connection, no more
@@ -96,6 +100,7 @@ func (i *Instance) NoLeaks(t testing.TB) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	before.goroutines = i.goroutines(t)
 	t.Cleanup(func() {
 		if t.Failed() || i.Cmd.Process.Pid != pid {
 			return
@@ -107,9 +112,31 @@ func (i *Instance) NoLeaks(t testing.TB) {
 			if after, err = footprintOf(pid); err != nil {
 				t.Fatal(err)
 			}
+			after.goroutines = i.goroutines(t)
 			return after.within(before) || pause()
 		}, "what the instance holds is what it held: ", before, "; it holds ", &after)
 	})
+}
+
+// goroutines returns how many goroutines the instance has.
+func (i *Instance) goroutines(t testing.TB) int {
+	t.Helper()
+	body, err := i.Metrics(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer body.Close()
+	for lines := bufio.NewScanner(body); lines.Scan(); {
+		if value, ok := strings.CutPrefix(lines.Text(), "go_goroutines "); ok {
+			n, err := strconv.Atoi(value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	t.Fatal("the metrics tell no goroutines")
+	return 0
 }
 
 // Idle waits until no connection is open.

@@ -76,12 +76,24 @@ type Rig struct {
 	Home testutil.Place
 	// Runtime is the runtime directory of every pillion in the rig.
 	Runtime string
+
+	instances *atomic.Int64 // that have not finished
 }
 
 // New makes a rig.
 func New(t testing.TB) *Rig {
 	t.Helper()
-	return &Rig{Pair: testutil.NewPair(t), Scope: testutil.NewCgroup(t), Runtime: filepath.Join(t.TempDir(), "run")}
+	return &Rig{Pair: testutil.NewPair(t), Scope: testutil.NewCgroup(t), Runtime: filepath.Join(t.TempDir(), "run"),
+		instances: new(atomic.Int64)}
+}
+
+// Beside makes a second application in the same network namespace: a scope of
+// its own, and all else is r's.
+func (r *Rig) Beside(t testing.TB) *Rig {
+	t.Helper()
+	other := *r
+	other.Scope = testutil.NewCgroup(t)
+	return &other
 }
 
 // Serve has serve answer every connection to addr in the world, until the end of
@@ -203,6 +215,7 @@ func (r *Rig) Run(t testing.TB, config string, flags ...string) *Instance {
 	name := fmt.Sprintf("rig-%d-%d", os.Getpid(), instances.Add(1))
 	args := append([]string{"run", "--cgroup", r.Scope.Path, "--config", file, "--name", name, "--runtime-dir", r.Runtime, "--drain-timeout", "3s"}, flags...)
 	i := &Instance{Name: name, rig: r, args: args, log: &Log{}, Client: admin.Dial(filepath.Join(r.Runtime, name+".sock"))}
+	r.instances.Add(1)
 	t.Cleanup(func() { i.finish(t) })
 	i.Launch(t)
 	return i
@@ -297,11 +310,12 @@ func (i *Instance) finish(t testing.TB) {
 		}
 	}
 	// Whatever the test did, nothing may stay.
-	out, err := exec.Command(Binary(t), "unload", i.Name).CombinedOutput()
+	_, err := i.rig.Pillion(t, "unload", i.Name)
 	var exit *exec.ExitError
 	if err != nil && (!errors.As(err, &exit) || exit.ExitCode() != 64) { // 64: there is none
-		t.Errorf("pillion unload: %v\n%s", err, out)
+		t.Errorf("pillion unload: %v", err)
 	}
+	i.gone(t)
 	if t.Failed() {
 		t.Logf("log of %s:\n%s", i.Name, i.log)
 	}

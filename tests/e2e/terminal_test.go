@@ -1,0 +1,43 @@
+package e2e
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+// onTerminal runs a command on a terminal of its own, presses Ctrl-C when it
+// says that it is ready, and prints what came and how it ended.
+const onTerminal = `
+import os, pty, select, sys
+pid, fd = pty.fork()
+if pid == 0:
+    os.execv(sys.argv[1], sys.argv[1:])
+out, pressed = b"", False
+while select.select([fd], [], [], 30)[0]:
+    try:
+        b = os.read(fd, 4096)
+    except OSError:
+        break
+    if not b:
+        break
+    out += b
+    if b"ready" in out and not pressed:
+        os.write(fd, b"\x03")
+        pressed = True
+print(out.decode().replace("\r", ""), "code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+`
+
+// TestExecTerminal: the command has the terminal, and what is typed there comes
+// to it, once.
+func TestExecTerminal(t *testing.T) {
+	testutil.Need(t, "python3")
+	r := rig.New(t)
+	out := r.Output(t, "python3", "-c", onTerminal, rig.Binary(t), "exec", "--runtime-dir", r.Runtime, "--", "sh", "-c",
+		"test -t 0 && test -t 1 && echo terminal; trap 'echo interrupted; n=1' INT; echo ready; while [ -z \"$n\" ]; do sleep 0.1; done; sleep 0.3; exit 5")
+	if !strings.Contains(out, "terminal\n") || strings.Count(out, "interrupted") != 1 || !strings.Contains(out, "code 5") {
+		t.Errorf("output %q", out)
+	}
+}
