@@ -77,7 +77,7 @@ func (d *Datapath) Attach() ([]Existing, error) {
 		if name == bpf.ProgLookup {
 			target = netns
 		}
-		if _, err := d.attach(name, target); err != nil {
+		if err := d.attach(name, target); err != nil {
 			return nil, fmt.Errorf("attach %s: %w", name, err)
 		}
 	}
@@ -102,14 +102,14 @@ func (d *Datapath) AttachLookup() error {
 	defer netns.Close()
 	d.linkMu.Lock()
 	defer d.linkMu.Unlock()
-	if _, err := d.attach(bpf.ProgLookup, netns); err != nil {
+	if err := d.attach(bpf.ProgLookup, netns); err != nil {
 		return fmt.Errorf("attach %s: %w", bpf.ProgLookup, err)
 	}
 	return nil
 }
 
-// attach makes one program live. It reports whether it was not before.
-func (d *Datapath) attach(name string, target *os.File) (fresh bool, err error) {
+// attach makes one program live.
+func (d *Datapath) attach(name string, target *os.File) error {
 	prog := d.programs[name]
 	pin := d.dir.pin(linkPrefix + name)
 	l, err := link.LoadPinnedLink(pin, nil)
@@ -119,18 +119,18 @@ func (d *Datapath) attach(name string, target *os.File) (fresh bool, err error) 
 		err := l.Update(prog)
 		if err == nil {
 			d.links[name] = l
-			return false, nil
+			return nil
 		}
 		l.Close()
 		if !errors.Is(err, unix.ENOLINK) {
-			return false, fmt.Errorf("update link %s: %w", pin, err)
+			return fmt.Errorf("update link %s: %w", pin, err)
 		}
 		// What it was attached to is gone.
 		if err := os.Remove(pin); err != nil {
-			return false, fmt.Errorf("remove dead link: %w", err)
+			return fmt.Errorf("remove dead link: %w", err)
 		}
 	case !errors.Is(err, os.ErrNotExist):
-		return false, fmt.Errorf("open link %s: %w", pin, err)
+		return fmt.Errorf("open link %s: %w", pin, err)
 	}
 	raw, err := link.AttachRawLink(link.RawLinkOptions{
 		Target:  int(target.Fd()),
@@ -138,20 +138,20 @@ func (d *Datapath) attach(name string, target *os.File) (fresh bool, err error) 
 		Attach:  attachTypes[name],
 	})
 	if err != nil {
-		return false, err
+		return err
 	}
 	d.links[name] = raw
 	if err := raw.Pin(pin); err != nil {
-		return false, fmt.Errorf("pin link: %w", err)
+		return fmt.Errorf("pin link: %w", err)
 	}
 	// Opened again: a raw link does not tell what it is attached to, and
 	// Reattach has to know.
 	typed, err := link.LoadPinnedLink(pin, nil)
 	if err != nil {
-		return false, fmt.Errorf("open link %s: %w", pin, err)
+		return fmt.Errorf("open link %s: %w", pin, err)
 	}
 	d.links[name] = typed
-	return true, raw.Close()
+	return raw.Close()
 }
 
 // detach ends a link also where its pin was removed by hand.
@@ -233,6 +233,5 @@ func (d *Datapath) reattach(name string) error {
 		return err
 	}
 	defer target.Close()
-	_, err = d.attach(name, target)
-	return err
+	return d.attach(name, target)
 }
