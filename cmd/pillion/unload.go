@@ -101,25 +101,42 @@ func (g *global) stop(ctx context.Context, name string) error {
 	if err != nil {
 		return fmt.Errorf("find the process of %s: %w", name, err)
 	}
-	p, err := os.FindProcess(pid)
+	// A descriptor names this process for good, whoever gets its number.
+	p, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil // gone
+	}
 	if err != nil {
 		return fmt.Errorf("find the process of %s: %w", name, err)
 	}
+	defer unix.Close(p)
 	for _, step := range []struct {
 		signal unix.Signal
 		limit  time.Duration
 	}{{unix.SIGTERM, stopLimit}, {unix.SIGKILL, killLimit}} {
-		if err := p.Signal(step.signal); err != nil {
-			return nil // gone
+		err := unix.PidfdSendSignal(p, step.signal, nil, 0)
+		if errors.Is(err, unix.ESRCH) {
+			return nil
 		}
-		for end := time.Now().Add(step.limit); time.Now().Before(end) && ctx.Err() == nil; {
-			if p.Signal(unix.Signal(0)) != nil {
-				return nil
-			}
-			time.Sleep(20 * time.Millisecond)
+		if err != nil {
+			return fmt.Errorf("end process %d of %s: %w", pid, name, err)
+		}
+		if ended(p, step.limit) {
+			return nil
 		}
 	}
 	return fmt.Errorf("process %d of %s does not end", pid, name)
+}
+
+// ended waits until a process is gone, and tells whether it is.
+func ended(pidfd int, limit time.Duration) bool {
+	for end := time.Now().Add(limit); ; {
+		ready := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+		n, err := unix.Poll(ready, int(max(time.Until(end), 0)/time.Millisecond))
+		if !errors.Is(err, unix.EINTR) {
+			return n > 0
+		}
+	}
 }
 
 // listenerOf returns the process that listens at a socket. The kernel says so;
