@@ -68,6 +68,11 @@ func (o *outcome) String() string {
 // connected tells whether connect succeeded within its limit.
 func (o *outcome) connected() bool { return o.Errno == "" }
 
+// reset tells whether connect saw a connection that was established and reset
+// before it returned: accepted, that is. A SYN that is answered by a reset gives
+// ECONNREFUSED.
+func (o *outcome) reset() bool { return o.Errno == unix.ErrnoName(unix.ECONNRESET) }
+
 func (o *outcome) refused() bool { return o.Errno == unix.ErrnoName(unix.ECONNREFUSED) }
 
 // served tells whether the server answered.
