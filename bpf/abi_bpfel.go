@@ -55,6 +55,15 @@ const (
 	abiConnPathPATH__COUNT  abiConnPath = 7
 )
 
+type abiConnectMode uint32
+
+const (
+	abiConnectModeCONNECT_EARLY    abiConnectMode = 0
+	abiConnectModeCONNECT_MIRROR   abiConnectMode = 1
+	abiConnectModeCONNECT_ADAPTIVE abiConnectMode = 2
+	abiConnectModeCONNECT__COUNT   abiConnectMode = 3
+)
+
 type abiDecision struct {
 	_        structs.HostLayout
 	Key      abiLiveKey
@@ -72,7 +81,8 @@ type abiDecision struct {
 	Own      uint8
 	Open     uint8
 	Followed uint8
-	Zero     [4]uint8
+	Hold     uint8
+	Zero     [3]uint8
 }
 
 type abiEnding uint32
@@ -98,6 +108,24 @@ const (
 	abiEventKindEVENT_END    abiEventKind = 0
 	abiEventKindEVENT_DENIED abiEventKind = 1
 	abiEventKindEVENT__COUNT abiEventKind = 2
+)
+
+type abiHeld struct {
+	_     structs.HostLayout
+	Key   abiLiveKey
+	Mark  uint32
+	Kind  uint8
+	Size  uint8
+	Zero  [6]uint8
+	Frame [120]uint8
+}
+
+type abiHeldKind uint32
+
+const (
+	abiHeldKindHELD_ANSWER abiHeldKind = 0
+	abiHeldKindHELD_GONE   abiHeldKind = 1
+	abiHeldKindHELD__COUNT abiHeldKind = 2
 )
 
 type abiInstance struct {
@@ -140,7 +168,9 @@ type abiLive struct {
 	Tos      uint8
 	Reason   uint8
 	Canary   uint8
-	Zero     [5]uint8
+	Hold     uint8
+	Worker   uint8
+	Zero     [3]uint8
 }
 
 type abiLiveKey struct {
@@ -195,15 +225,20 @@ const (
 	abiReasonREASON_CONN_QUOTA     abiReason = 24
 	abiReasonREASON_NO_FAMILY      abiReason = 25
 	abiReasonREASON_NO_MEMORY      abiReason = 26
-	abiReasonREASON_ADMITTED       abiReason = 27
-	abiReasonREASON_PROBE          abiReason = 28
-	abiReasonREASON_NOT_LIVE       abiReason = 29
-	abiReasonREASON_NO_LISTENER    abiReason = 30
-	abiReasonREASON_NO_DECISION    abiReason = 31
-	abiReasonREASON_EXISTING       abiReason = 32
-	abiReasonREASON_UNSENT         abiReason = 33
-	abiReasonREASON_LIVE_LOST      abiReason = 34
-	abiReasonREASON__COUNT         abiReason = 35
+	abiReasonREASON_NO_ENDPOINT    abiReason = 27
+	abiReasonREASON_ADMITTED       abiReason = 28
+	abiReasonREASON_PROBE          abiReason = 29
+	abiReasonREASON_NOT_LIVE       abiReason = 30
+	abiReasonREASON_NO_LISTENER    abiReason = 31
+	abiReasonREASON_HELD           abiReason = 32
+	abiReasonREASON_INJECTED       abiReason = 33
+	abiReasonREASON_HOLD_STALE     abiReason = 34
+	abiReasonREASON_HOLD_FULL      abiReason = 35
+	abiReasonREASON_NO_DECISION    abiReason = 36
+	abiReasonREASON_EXISTING       abiReason = 37
+	abiReasonREASON_UNSENT         abiReason = 38
+	abiReasonREASON_LIVE_LOST      abiReason = 39
+	abiReasonREASON__COUNT         abiReason = 40
 )
 
 type abiRouteKind uint32
@@ -223,10 +258,13 @@ type abiRuleKey struct {
 }
 
 type abiService struct {
-	_         structs.HostLayout
-	Id        uint32
-	OnFailure uint8
-	Zero      [3]uint8
+	_           structs.HostLayout
+	Id          uint32
+	OnFailure   uint8
+	Connect     uint8
+	NoEndpoint  uint8
+	Zero        uint8
+	Unavailable uint64
 }
 
 type abiSettings struct {
@@ -241,6 +279,8 @@ type abiSettings struct {
 	LiveMax      uint32
 	Families     uint32
 	Draining     uint32
+	Connect      uint32
+	Zero         uint32
 }
 
 type abiSlot struct {
@@ -297,10 +337,13 @@ const (
 	abiVarExportBeat         = "export_beat"
 	abiVarExportConnEvent    = "export_conn_event"
 	abiVarExportConnPath     = "export_conn_path"
+	abiVarExportConnectMode  = "export_connect_mode"
 	abiVarExportDecision     = "export_decision"
 	abiVarExportEnding       = "export_ending"
 	abiVarExportEndpointKey  = "export_endpoint_key"
 	abiVarExportEventKind    = "export_event_kind"
+	abiVarExportHeld         = "export_held"
+	abiVarExportHeldKind     = "export_held_kind"
 	abiVarExportInstance     = "export_instance"
 	abiVarExportInstanceKind = "export_instance_kind"
 	abiVarExportIpAddr       = "export_ip_addr"
@@ -377,10 +420,13 @@ type abiVariableSpecs struct {
 	ExportBeat         *ebpf.VariableSpec `ebpf:"export_beat"`
 	ExportConnEvent    *ebpf.VariableSpec `ebpf:"export_conn_event"`
 	ExportConnPath     *ebpf.VariableSpec `ebpf:"export_conn_path"`
+	ExportConnectMode  *ebpf.VariableSpec `ebpf:"export_connect_mode"`
 	ExportDecision     *ebpf.VariableSpec `ebpf:"export_decision"`
 	ExportEnding       *ebpf.VariableSpec `ebpf:"export_ending"`
 	ExportEndpointKey  *ebpf.VariableSpec `ebpf:"export_endpoint_key"`
 	ExportEventKind    *ebpf.VariableSpec `ebpf:"export_event_kind"`
+	ExportHeld         *ebpf.VariableSpec `ebpf:"export_held"`
+	ExportHeldKind     *ebpf.VariableSpec `ebpf:"export_held_kind"`
 	ExportInstance     *ebpf.VariableSpec `ebpf:"export_instance"`
 	ExportInstanceKind *ebpf.VariableSpec `ebpf:"export_instance_kind"`
 	ExportIpAddr       *ebpf.VariableSpec `ebpf:"export_ip_addr"`
@@ -433,10 +479,13 @@ type abiVariables struct {
 	ExportBeat         *ebpf.Variable `ebpf:"export_beat"`
 	ExportConnEvent    *ebpf.Variable `ebpf:"export_conn_event"`
 	ExportConnPath     *ebpf.Variable `ebpf:"export_conn_path"`
+	ExportConnectMode  *ebpf.Variable `ebpf:"export_connect_mode"`
 	ExportDecision     *ebpf.Variable `ebpf:"export_decision"`
 	ExportEnding       *ebpf.Variable `ebpf:"export_ending"`
 	ExportEndpointKey  *ebpf.Variable `ebpf:"export_endpoint_key"`
 	ExportEventKind    *ebpf.Variable `ebpf:"export_event_kind"`
+	ExportHeld         *ebpf.Variable `ebpf:"export_held"`
+	ExportHeldKind     *ebpf.Variable `ebpf:"export_held_kind"`
 	ExportInstance     *ebpf.Variable `ebpf:"export_instance"`
 	ExportInstanceKind *ebpf.Variable `ebpf:"export_instance_kind"`
 	ExportIpAddr       *ebpf.Variable `ebpf:"export_ip_addr"`

@@ -137,6 +137,7 @@ var goEnums = map[string]struct{ count bool }{
 	"route_kind":    {},
 	"on_failure":    {},
 	"event_kind":    {},
+	"held_kind":     {},
 	"instance_kind": {},
 	"ending":        {},
 	"tally":         {count: true},
@@ -147,8 +148,9 @@ var flowEnums = map[string]struct {
 	prefix string
 	names  func() []string
 }{
-	"reason":    {"REASON_", func() []string { return texts(flow.Reasons()[:flow.KernelReasons]) }},
-	"conn_path": {"PATH_", func() []string { return texts(flow.Paths()) }},
+	"reason":       {"REASON_", func() []string { return texts(flow.Reasons()[:flow.KernelReasons]) }},
+	"conn_path":    {"PATH_", func() []string { return texts(flow.Paths()) }},
+	"connect_mode": {"CONNECT_", func() []string { return texts(flow.ConnectModes()) }},
 }
 
 func texts[T fmt.Stringer](values []T) []string {
@@ -255,6 +257,7 @@ var goDefines = map[string]string{
 	"PL_WORKERS_MAX":      "WorkersMax",
 	"PL_CANARY_LISTENER":  "CanaryListener",
 	"PL_RULE_PORT_BITS":   "RulePortBits",
+	"PL_FRAME_MAX":        "FrameMax",
 	"PL_SLOT4_SUPER":      "",
 	"PL_SLOT6_SUPER_W0":   "",
 	"PL_SLOT6_SUPER_H2":   "",

@@ -20,7 +20,9 @@ var budget = map[string]uint32{
 	ProgBind6:        90,
 	ProgRelease:      60,
 	ProgSockops:      1000,
-	ProgLookup:       860,
+	ProgLookup:       1000,
+	ProgHold:         2000,
+	ProgInject:       20,
 }
 
 func TestBudget(t *testing.T) {

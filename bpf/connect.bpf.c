@@ -26,6 +26,8 @@ struct gathered {
 	__u64 mark;
 	__u64 priority;
 	__u64 port;
+	__u64 hold; /* out: the handshake waits for the dial */
+	__u64 err; /* out: what a refused connect returns */
 };
 
 /* container_of_task is the cgroup whose quotas count: the container, one level
@@ -269,9 +271,18 @@ static __always_inline bool remember(struct bpf_sock_addr *ctx,
 	d->path = path;
 	d->reason = why;
 	d->pending = true;
+	d->hold = g->hold;
 	d->open = false;
 	d->followed = false;
 	return true;
+}
+
+/* answered_until is until when an earlier answer of a destination counts. */
+static __always_inline __u64 answered_until(const void *key)
+{
+	__u64 *until = bpf_map_lookup_elem(&answered, key);
+
+	return until ? *until : 0;
 }
 
 /* on_connect decides on one connect(2). When the path is PATH_RELAY, slot is
@@ -281,7 +292,7 @@ static __always_inline enum conn_path
 on_connect(struct bpf_sock_addr *ctx, struct gathered *g, struct ip_addr *slot)
 {
 	__u64 zero = 0;
-	__u32 on_failure;
+	__u32 on_failure, mode;
 	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
 	union {
 		__u64 d[3];
@@ -299,6 +310,8 @@ on_connect(struct bpf_sock_addr *ctx, struct gathered *g, struct ip_addr *slot)
 	if (!set)
 		return PATH_PASS; /* cannot be: array maps have every entry */
 	on_failure = set->on_failure;
+	mode = set->connect;
+	g->err = ECONNREFUSED;
 	a.dst = g->dst;
 	a.netns = bpf_get_netns_cookie(ctx);
 	a.our_netns = cfg_netns;
@@ -326,9 +339,16 @@ on_connect(struct bpf_sock_addr *ctx, struct gathered *g, struct ip_addr *slot)
 		f.service = service != NULL;
 		f.default_pass = set->default_path == PATH_PASS;
 		f.routed = f.service || has_route(&g->dst);
-		if (service)
+		if (service) {
 			on_failure = service->on_failure;
+			mode = service->connect;
+		}
 		why = by_rules(&f);
+		if (why == REASON_SERVICE && service &&
+		    g->now < service->unavailable) {
+			why = REASON_NO_ENDPOINT;
+			g->err = service->no_endpoint;
+		}
 	}
 	path = path_of(why, on_failure);
 	if (path == PATH_RELAY) {
@@ -338,6 +358,11 @@ on_connect(struct bpf_sock_addr *ctx, struct gathered *g, struct ip_addr *slot)
 		if (no != REASON_NONE) {
 			why = no;
 			path = path_of(why, on_failure);
+		} else {
+			g->hold = holds(mode, g->now,
+					mode == CONNECT_ADAPTIVE ?
+						answered_until(&key.k) :
+						0);
 		}
 	}
 
@@ -379,7 +404,7 @@ int pl_connect4(struct bpf_sock_addr *ctx)
 		g.bound = mapped(src);
 	switch (on_connect(ctx, &g, &slot)) {
 	case PATH_DENY:
-		return refuse(ECONNREFUSED);
+		return refuse(g.err);
 	case PATH_RELAY:
 		ctx->user_ip4 = slot.w[3];
 		return PROCEED;
@@ -404,7 +429,7 @@ int pl_connect6(struct bpf_sock_addr *ctx)
 
 	switch (on_connect(ctx, &g, &slot)) {
 	case PATH_DENY:
-		return refuse(ECONNREFUSED);
+		return refuse(g.err);
 	case PATH_RELAY:
 		STORE_IP6(ctx->user_ip6, slot);
 		return PROCEED;

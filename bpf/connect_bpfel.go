@@ -16,12 +16,14 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	connectMapAnswered        = "answered"
 	connectMapBeat            = "beat"
 	connectMapDecisions       = "decisions"
 	connectMapDeny            = "deny"
 	connectMapEvents          = "events"
 	connectMapExclude         = "exclude"
 	connectMapFreeSlots       = "free_slots"
+	connectMapHeld            = "held"
 	connectMapInstance        = "instance"
 	connectMapListeners       = "listeners"
 	connectMapLive            = "live"
@@ -42,6 +44,7 @@ const (
 	connectProgPlGetpeername4 = "pl_getpeername4"
 	connectProgPlGetpeername6 = "pl_getpeername6"
 	connectProgPlRelease      = "pl_release"
+	connectVarCfgFrameTag     = "cfg_frame_tag"
 	connectVarCfgNetns        = "cfg_netns"
 	connectVarCfgScopeLevel   = "cfg_scope_level"
 	connectVarCfgSlot4        = "cfg_slot4"
@@ -103,12 +106,14 @@ type connectProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectMapSpecs struct {
+	Answered     *ebpf.MapSpec `ebpf:"answered"`
 	Beat         *ebpf.MapSpec `ebpf:"beat"`
 	Decisions    *ebpf.MapSpec `ebpf:"decisions"`
 	Deny         *ebpf.MapSpec `ebpf:"deny"`
 	Events       *ebpf.MapSpec `ebpf:"events"`
 	Exclude      *ebpf.MapSpec `ebpf:"exclude"`
 	FreeSlots    *ebpf.MapSpec `ebpf:"free_slots"`
+	Held         *ebpf.MapSpec `ebpf:"held"`
 	Instance     *ebpf.MapSpec `ebpf:"instance"`
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	Live         *ebpf.MapSpec `ebpf:"live"`
@@ -128,6 +133,7 @@ type connectMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectVariableSpecs struct {
+	CfgFrameTag   *ebpf.VariableSpec `ebpf:"cfg_frame_tag"`
 	CfgNetns      *ebpf.VariableSpec `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.VariableSpec `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.VariableSpec `ebpf:"cfg_slot4"`
@@ -154,12 +160,14 @@ func (o *connectObjects) Close() error {
 //
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectMaps struct {
+	Answered     *ebpf.Map `ebpf:"answered"`
 	Beat         *ebpf.Map `ebpf:"beat"`
 	Decisions    *ebpf.Map `ebpf:"decisions"`
 	Deny         *ebpf.Map `ebpf:"deny"`
 	Events       *ebpf.Map `ebpf:"events"`
 	Exclude      *ebpf.Map `ebpf:"exclude"`
 	FreeSlots    *ebpf.Map `ebpf:"free_slots"`
+	Held         *ebpf.Map `ebpf:"held"`
 	Instance     *ebpf.Map `ebpf:"instance"`
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	Live         *ebpf.Map `ebpf:"live"`
@@ -177,12 +185,14 @@ type connectMaps struct {
 
 func (m *connectMaps) Close() error {
 	return _ConnectClose(
+		m.Answered,
 		m.Beat,
 		m.Decisions,
 		m.Deny,
 		m.Events,
 		m.Exclude,
 		m.FreeSlots,
+		m.Held,
 		m.Instance,
 		m.Listeners,
 		m.Live,
@@ -203,6 +213,7 @@ func (m *connectMaps) Close() error {
 //
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectVariables struct {
+	CfgFrameTag   *ebpf.Variable `ebpf:"cfg_frame_tag"`
 	CfgNetns      *ebpf.Variable `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.Variable `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.Variable `ebpf:"cfg_slot4"`

@@ -278,6 +278,7 @@ func TestPathOf(t *testing.T) {
 
 		flow.ReasonDenied:      deny,
 		flow.ReasonSlotAddress: deny,
+		flow.ReasonNoEndpoint:  deny,
 
 		flow.ReasonHandlerAbsent: byOnFailure,
 		flow.ReasonHandlerStale:  byOnFailure,
@@ -313,6 +314,10 @@ func TestPathOf(t *testing.T) {
 		flow.ReasonExisting:   pass,
 		flow.ReasonUnsent:     pass,
 		flow.ReasonLiveLost:   pass,
+		flow.ReasonHeld:       pass,
+		flow.ReasonInjected:   pass,
+		flow.ReasonHoldStale:  pass,
+		flow.ReasonHoldFull:   pass,
 	}
 	progs := loadCoreProgs(t)
 	all := reached{}

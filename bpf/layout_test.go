@@ -13,7 +13,7 @@ import (
 // PL_ABI goes up in the same commit.
 var layouts = map[string]struct{ goSize, pinned uintptr }{
 	"instance":     {unsafe.Sizeof(Instance{}), 56},
-	"settings":     {unsafe.Sizeof(Settings{}), 40},
+	"settings":     {unsafe.Sizeof(Settings{}), 48},
 	"state":        {unsafe.Sizeof(State{}), 8},
 	"beat":         {unsafe.Sizeof(Beat{}), 24},
 	"live_key":     {unsafe.Sizeof(LiveKey{}), 36},
@@ -21,11 +21,12 @@ var layouts = map[string]struct{ goSize, pinned uintptr }{
 	"decision":     {unsafe.Sizeof(Decision{}), 112},
 	"slot":         {unsafe.Sizeof(Slot{}), 40},
 	"usage":        {unsafe.Sizeof(Usage{}), 24},
-	"service":      {unsafe.Sizeof(Service{}), 8},
+	"service":      {unsafe.Sizeof(Service{}), 16},
 	"endpoint_key": {unsafe.Sizeof(EndpointKey{}), 20},
 	"rule_key":     {unsafe.Sizeof(RuleKey{}), 24},
 	"prefix_key":   {unsafe.Sizeof(PrefixKey{}), 20},
 	"conn_event":   {unsafe.Sizeof(ConnEvent{}), 104},
+	"held":         {unsafe.Sizeof(Held{}), 168},
 	"ip_addr":      {unsafe.Sizeof(IPAddr{}), 16},
 }
 

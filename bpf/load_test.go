@@ -29,13 +29,15 @@ var programs = map[string]kind{
 	ProgRelease:      {ebpf.CGroupSock, ebpf.AttachCgroupInetSockRelease},
 	ProgSockops:      {ebpf.SockOps, ebpf.AttachCGroupSockOps},
 	ProgLookup:       {ebpf.SkLookup, ebpf.AttachSkLookup},
+	ProgHold:         {ebpf.SchedCLS, ebpf.AttachNone},
+	ProgInject:       {ebpf.SchedCLS, ebpf.AttachNone},
 }
 
 // rodata is the map behind the knobs of one object.
 const rodata = ".rodata"
 
 // knobs are the variables of include/config.h.
-var knobs = []string{"cfg_netns", "cfg_scope_level", "cfg_slot4", "cfg_slot6"}
+var knobs = []string{"cfg_frame_tag", "cfg_netns", "cfg_scope_level", "cfg_slot4", "cfg_slot6"}
 
 func mustSpecs(t *testing.T) []*ebpf.CollectionSpec {
 	t.Helper()
@@ -46,7 +48,7 @@ func mustSpecs(t *testing.T) []*ebpf.CollectionSpec {
 	return specs
 }
 
-// loadAll loads the three objects over one set of maps, as the loader does, with
+// loadAll loads the objects over one set of maps, as the loader does, with
 // the knobs of values. All of it ends with the test.
 func loadAll(t *testing.T, values map[string]any) (map[string]*ebpf.Program, map[string]*ebpf.Map) {
 	t.Helper()

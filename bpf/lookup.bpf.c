@@ -9,6 +9,21 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
+/* worker_of gives the worker of this CPU: the packet's data is in its cache. A
+ * held connection stays with the one that dials for it, wherever its SYN is
+ * sent from again.
+ */
+static __always_inline __u32 worker_of(struct live *l, __u32 workers)
+{
+	__u32 here = bpf_get_smp_processor_id() % workers;
+
+	if (!l || !l->hold)
+		return here;
+	if (!l->worker)
+		l->worker = here + 1;
+	return (l->worker - 1) % workers;
+}
+
 SEC("sk_lookup")
 int pl_lookup(struct bpf_sk_lookup *ctx)
 {
@@ -21,6 +36,7 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 	struct arrival p = {};
 	struct settings *set;
 	struct bpf_sock *sk;
+	struct live *l = NULL;
 	__u64 index = 0, zero = 0;
 	__u32 workers;
 	enum reason why;
@@ -46,19 +62,20 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 	u.d[4] = port | ctx->local_port << 16;
 	p.tcp = ctx->protocol == IPPROTO_TCP;
 	p.probe = !ctx->ingress_ifindex && !port;
-	p.live = p.tcp && !p.probe && bpf_map_lookup_elem(&live, &u.k);
+	if (p.tcp && !p.probe)
+		l = bpf_map_lookup_elem(&live, &u.k);
+	p.live = l != NULL;
 	p.listener = true;
 
 	why = admit(&p);
 	if (why == REASON_ADMITTED || why == REASON_PROBE) {
-		/* The worker of this CPU: the packet's data is in its cache. */
 		set = bpf_map_lookup_elem(&settings, &zero);
 		workers = set ? set->workers : 0;
 		index = v6 ? PL_WORKERS_MAX : 0;
 		if (n == PL_SLOT_CANARY)
 			index = PL_CANARY_LISTENER + v6;
 		else if (workers)
-			index += bpf_get_smp_processor_id() % workers;
+			index += worker_of(l, workers);
 		sk = bpf_map_lookup_elem(&listeners, &index);
 		p.listener = false;
 		if (sk) {

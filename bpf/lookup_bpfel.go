@@ -16,12 +16,14 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	lookupMapAnswered      = "answered"
 	lookupMapBeat          = "beat"
 	lookupMapDecisions     = "decisions"
 	lookupMapDeny          = "deny"
 	lookupMapEvents        = "events"
 	lookupMapExclude       = "exclude"
 	lookupMapFreeSlots     = "free_slots"
+	lookupMapHeld          = "held"
 	lookupMapInstance      = "instance"
 	lookupMapListeners     = "listeners"
 	lookupMapLive          = "live"
@@ -36,6 +38,7 @@ const (
 	lookupMapTallies       = "tallies"
 	lookupMapUsageByGroup  = "usage_by_group"
 	lookupProgPlLookup     = "pl_lookup"
+	lookupVarCfgFrameTag   = "cfg_frame_tag"
 	lookupVarCfgNetns      = "cfg_netns"
 	lookupVarCfgScopeLevel = "cfg_scope_level"
 	lookupVarCfgSlot4      = "cfg_slot4"
@@ -91,12 +94,14 @@ type lookupProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type lookupMapSpecs struct {
+	Answered     *ebpf.MapSpec `ebpf:"answered"`
 	Beat         *ebpf.MapSpec `ebpf:"beat"`
 	Decisions    *ebpf.MapSpec `ebpf:"decisions"`
 	Deny         *ebpf.MapSpec `ebpf:"deny"`
 	Events       *ebpf.MapSpec `ebpf:"events"`
 	Exclude      *ebpf.MapSpec `ebpf:"exclude"`
 	FreeSlots    *ebpf.MapSpec `ebpf:"free_slots"`
+	Held         *ebpf.MapSpec `ebpf:"held"`
 	Instance     *ebpf.MapSpec `ebpf:"instance"`
 	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
 	Live         *ebpf.MapSpec `ebpf:"live"`
@@ -116,6 +121,7 @@ type lookupMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type lookupVariableSpecs struct {
+	CfgFrameTag   *ebpf.VariableSpec `ebpf:"cfg_frame_tag"`
 	CfgNetns      *ebpf.VariableSpec `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.VariableSpec `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.VariableSpec `ebpf:"cfg_slot4"`
@@ -142,12 +148,14 @@ func (o *lookupObjects) Close() error {
 //
 // It can be passed to loadLookupObjects or ebpf.CollectionSpec.LoadAndAssign.
 type lookupMaps struct {
+	Answered     *ebpf.Map `ebpf:"answered"`
 	Beat         *ebpf.Map `ebpf:"beat"`
 	Decisions    *ebpf.Map `ebpf:"decisions"`
 	Deny         *ebpf.Map `ebpf:"deny"`
 	Events       *ebpf.Map `ebpf:"events"`
 	Exclude      *ebpf.Map `ebpf:"exclude"`
 	FreeSlots    *ebpf.Map `ebpf:"free_slots"`
+	Held         *ebpf.Map `ebpf:"held"`
 	Instance     *ebpf.Map `ebpf:"instance"`
 	Listeners    *ebpf.Map `ebpf:"listeners"`
 	Live         *ebpf.Map `ebpf:"live"`
@@ -165,12 +173,14 @@ type lookupMaps struct {
 
 func (m *lookupMaps) Close() error {
 	return _LookupClose(
+		m.Answered,
 		m.Beat,
 		m.Decisions,
 		m.Deny,
 		m.Events,
 		m.Exclude,
 		m.FreeSlots,
+		m.Held,
 		m.Instance,
 		m.Listeners,
 		m.Live,
@@ -191,6 +201,7 @@ func (m *lookupMaps) Close() error {
 //
 // It can be passed to loadLookupObjects or ebpf.CollectionSpec.LoadAndAssign.
 type lookupVariables struct {
+	CfgFrameTag   *ebpf.Variable `ebpf:"cfg_frame_tag"`
 	CfgNetns      *ebpf.Variable `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.Variable `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.Variable `ebpf:"cfg_slot4"`

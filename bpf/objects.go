@@ -17,17 +17,19 @@ const (
 	ProgRelease      = "pl_release"
 	ProgSockops      = "pl_sockops"
 	ProgLookup       = "pl_lookup"
+	ProgHold         = "pl_hold"
+	ProgInject       = "pl_inject"
 )
 
 // Maps are the maps that all programs share. Whoever loaded them closes them.
 type Maps = connectMaps
 
-// Specs parses the three objects. Their maps have the same names and layout, so
+// Specs parses the objects. Their maps have the same names and layout, so
 // that one set serves all (MapReplacements); the knobs of include/config.h are
 // each object's own.
 func Specs() ([]*ebpf.CollectionSpec, error) {
 	var all []*ebpf.CollectionSpec
-	for _, load := range []func() (*ebpf.CollectionSpec, error){loadConnect, loadLookup, loadSockops} {
+	for _, load := range []func() (*ebpf.CollectionSpec, error){loadConnect, loadLookup, loadSockops, loadMirror} {
 		spec, err := load()
 		if err != nil {
 			return nil, fmt.Errorf("parse a built-in BPF object: %w", err)

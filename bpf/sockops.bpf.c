@@ -76,7 +76,8 @@ static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
 				  sizeof(tos))) {
 		tos = 0;
 	}
-	u.d[9] = (tos & 0xff) | d->reason << 8;
+	/* tos, reason, canary, hold; see struct live. */
+	u.d[9] = (tos & 0xff) | d->reason << 8 | (__u64)d->hold << 24;
 	if (bpf_map_update_elem(&live, &d->key, &u.l, BPF_ANY)) {
 		count(REASON_LIVE_LOST);
 		return;
@@ -118,6 +119,34 @@ static __always_inline void on_open(struct bpf_sock_ops *ctx,
 					       BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
+/* tell_gone cancels the dial of an application that gave up. If the ring is
+ * full, the worker finds out when it looks whether the application still waits.
+ */
+static __always_inline void tell_gone(const struct decision *d)
+{
+	struct live *l = bpf_map_lookup_elem(&live, &d->key);
+	__u64 index;
+	struct held *h;
+	void *ring;
+
+	if (!l || !l->hold || !l->worker)
+		return;
+	index = l->worker - 1;
+	ring = bpf_map_lookup_elem(&held, &index);
+	if (!ring)
+		return;
+	h = bpf_ringbuf_reserve(ring, sizeof(*h), 0);
+	if (!h) {
+		count(REASON_HOLD_FULL);
+		return;
+	}
+	h->key = d->key;
+	h->mark = 0;
+	h->kind = HELD_GONE;
+	h->size = 0;
+	bpf_ringbuf_submit(h, 0);
+}
+
 static __always_inline void on_close(struct bpf_sock_ops *ctx,
 				     struct decision *d, __u32 from)
 {
@@ -128,6 +157,8 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 	d->followed = false;
 	if (d->open) {
 		d->open = false;
+		if (d->hold && from == BPF_TCP_SYN_SENT)
+			tell_gone(d);
 		/* The process deletes it when it reconciles; then it has
 		 * counted too.
 		 */

@@ -23,6 +23,7 @@ type (
 	RuleKey     = abiRuleKey
 	PrefixKey   = abiPrefixKey
 	ConnEvent   = abiConnEvent
+	Held        = abiHeld
 	// IPAddr is 16 bytes in network byte order, IPv4 as ::ffff:a.b.c.d.
 	IPAddr = abiIpAddr
 )
@@ -51,6 +52,12 @@ const (
 const (
 	OnFailureOpen   = uint32(abiOnFailureON_FAILURE_OPEN)
 	OnFailureClosed = uint32(abiOnFailureON_FAILURE_CLOSED)
+)
+
+// Values of enum held_kind.
+const (
+	HeldAnswer = uint8(abiHeldKindHELD_ANSWER)
+	HeldGone   = uint8(abiHeldKindHELD_GONE)
 )
 
 // Values of enum event_kind.
@@ -89,7 +96,7 @@ const (
 
 // Constants of include/abi.h; a test reads the header and compares them.
 const (
-	ABI          = 1
+	ABI          = 2
 	Slots        = 65536
 	SlotFirst    = 1
 	SlotLast     = 0xffef
@@ -99,6 +106,8 @@ const (
 	// CanaryListener is where the listener of the canary slot is in the map
 	// listeners: of IPv4, and one further of IPv6.
 	CanaryListener = 64
+	// FrameMax is how many bytes of headers a [Held] has room for.
+	FrameMax = 120
 	// RulePortBits is how many bits of a [RuleKey] stand before the address.
 	RulePortBits = 32
 )

@@ -20,6 +20,7 @@ var attachOrder = []string{
 	bpf.ProgBind4, bpf.ProgBind6,
 	bpf.ProgRelease,
 	bpf.ProgSockops,
+	bpf.ProgHold,
 	bpf.ProgConnect4, bpf.ProgConnect6,
 }
 
@@ -40,6 +41,25 @@ var attachTypes = map[string]ebpf.AttachType{
 	bpf.ProgSockops:      ebpf.AttachCGroupSockOps,
 	bpf.ProgConnect4:     ebpf.AttachCGroupInet4Connect,
 	bpf.ProgConnect6:     ebpf.AttachCGroupInet6Connect,
+	bpf.ProgHold:         ebpf.AttachTCXIngress,
+}
+
+// target opens what a program is attached to. The descriptor is good until close
+// is called.
+func (d *Datapath) target(name string) (fd int, close func() error, err error) {
+	path := d.options.Scope.Path
+	switch name {
+	case bpf.ProgHold:
+		// Not a descriptor: links to interfaces take the index.
+		return d.network.loopback, func() error { return nil }, nil
+	case bpf.ProgLookup:
+		path = "/proc/thread-self/ns/net"
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return -1, nil, fmt.Errorf("open what %s is attached to: %w", name, err)
+	}
+	return int(f.Fd()), f.Close, nil
 }
 
 // Attach makes the programs live, or replaces those that an earlier process
@@ -49,23 +69,16 @@ var attachTypes = map[string]ebpf.AttachType{
 // Links only: a program that is attached in the old way lives on unseen when
 // its owner dies, and two owners overwrite each other.
 func (d *Datapath) Attach() ([]Existing, error) {
-	cgroup, err := os.Open(d.options.Scope.Path)
-	if err != nil {
-		return nil, fmt.Errorf("open cgroup: %w", err)
-	}
-	defer cgroup.Close()
-	netns, err := os.Open("/proc/thread-self/ns/net")
-	if err != nil {
-		return nil, fmt.Errorf("open network namespace: %w", err)
-	}
-	defer netns.Close()
-
 	d.linkMu.Lock()
 	defer d.linkMu.Unlock()
 	var before []Existing
+	var err error
 	for _, name := range attachOrder {
 		if d.links[name] != nil {
 			continue // AttachLookup was here
+		}
+		if name == bpf.ProgHold && !d.holds {
+			continue
 		}
 		if name == bpf.ProgConnect4 && !d.pinned(name) {
 			// From here on sockops counts what connect has not decided on.
@@ -73,11 +86,7 @@ func (d *Datapath) Attach() ([]Existing, error) {
 				return nil, err
 			}
 		}
-		target := cgroup
-		if name == bpf.ProgLookup {
-			target = netns
-		}
-		if err := d.attach(name, target); err != nil {
+		if err := d.attach(name); err != nil {
 			return nil, fmt.Errorf("attach %s: %w", name, err)
 		}
 	}
@@ -95,21 +104,16 @@ func (d *Datapath) pinned(name string) bool {
 // reach the handler, but nobody is sent there yet. It lets the handler prove
 // that it works before the first application depends on it.
 func (d *Datapath) AttachLookup() error {
-	netns, err := os.Open("/proc/thread-self/ns/net")
-	if err != nil {
-		return fmt.Errorf("open network namespace: %w", err)
-	}
-	defer netns.Close()
 	d.linkMu.Lock()
 	defer d.linkMu.Unlock()
-	if err := d.attach(bpf.ProgLookup, netns); err != nil {
+	if err := d.attach(bpf.ProgLookup); err != nil {
 		return fmt.Errorf("attach %s: %w", bpf.ProgLookup, err)
 	}
 	return nil
 }
 
 // attach makes one program live.
-func (d *Datapath) attach(name string, target *os.File) error {
+func (d *Datapath) attach(name string) error {
 	prog := d.programs[name]
 	pin := d.dir.pin(linkPrefix + name)
 	l, err := link.LoadPinnedLink(pin, nil)
@@ -132,8 +136,13 @@ func (d *Datapath) attach(name string, target *os.File) error {
 	case !errors.Is(err, os.ErrNotExist):
 		return fmt.Errorf("open link %s: %w", pin, err)
 	}
+	target, done, err := d.target(name)
+	if err != nil {
+		return err
+	}
+	defer done()
 	raw, err := link.AttachRawLink(link.RawLinkOptions{
-		Target:  int(target.Fd()),
+		Target:  target,
 		Program: prog,
 		Attach:  attachTypes[name],
 	})
@@ -178,7 +187,7 @@ func (d *Datapath) Reattach() ([]string, error) {
 	}
 	var mended []string
 	for _, name := range attachOrder {
-		if d.pinned(name) && attached(d.links[name]) {
+		if d.pinned(name) && attached(d.links[name]) || name == bpf.ProgHold && !d.holds {
 			continue
 		}
 		if err := d.reattach(name); err != nil {
@@ -204,6 +213,9 @@ func attached(l link.Link) bool {
 	if ns := info.NetNs(); ns != nil {
 		return ns.NetnsInode != 0
 	}
+	if tcx := info.TCX(); tcx != nil {
+		return tcx.Ifindex != 0
+	}
 	return true
 }
 
@@ -224,14 +236,5 @@ func (d *Datapath) reattach(name string) error {
 	if err := os.Remove(pin); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	path := d.options.Scope.Path
-	if name == bpf.ProgLookup {
-		path = "/proc/thread-self/ns/net"
-	}
-	target, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer target.Close()
-	return d.attach(name, target)
+	return d.attach(name)
 }

@@ -14,6 +14,7 @@ type consts struct {
 	slot4      uint32
 	slot6      uint32
 	scopeLevel uint32
+	frameTag   uint64
 }
 
 // set gives every knob of an object its value. A knob that only one side knows
@@ -24,6 +25,7 @@ func (c consts) set(spec *ebpf.CollectionSpec) error {
 		"cfg_slot4":       c.slot4,
 		"cfg_slot6":       c.slot6,
 		"cfg_scope_level": c.scopeLevel,
+		"cfg_frame_tag":   c.frameTag,
 	}
 	for name, v := range spec.Variables {
 		value, known := values[name]

@@ -80,6 +80,12 @@ type Datapath struct {
 	state    *sharedState
 	liveFD   int
 
+	// Holding handshakes back: see mirror.go.
+	holds    bool
+	frameTag uint64
+	heldSpec *ebpf.MapSpec
+	queues   []*Queue
+
 	linkMu   sync.Mutex // orders changes of links
 	attached bool       // all of them are made
 
@@ -204,6 +210,9 @@ func (d *Datapath) Close() error {
 	}
 	for _, p := range d.programs {
 		errs = append(errs, p.Close())
+	}
+	for _, q := range d.queues {
+		errs = append(errs, q.close())
 	}
 	errs = append(errs, d.maps.Close())
 	if d.state != nil {

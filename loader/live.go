@@ -22,9 +22,9 @@ func liveKey(source, slot netip.AddrPort) bpf.LiveKey {
 	}
 }
 
-// lookupAttr is the part of union bpf_attr that BPF_MAP_LOOKUP_ELEM reads
+// mapAttr is the part of union bpf_attr that calls for one element of a map read
 // (include/uapi/linux/bpf.h).
-type lookupAttr struct {
+type mapAttr struct {
 	mapFD uint32
 	_     uint32
 	key   unsafe.Pointer
@@ -38,11 +38,8 @@ type lookupAttr struct {
 // The library's Lookup was rejected here: it allocates, and tells the scheduler
 // of a system call that takes half a microsecond.
 func (d *Datapath) Live(source, slot netip.AddrPort) (flow.Downstream, bool) {
-	key := liveKey(source, slot)
-	var l bpf.Live
-	attr := lookupAttr{mapFD: uint32(d.liveFD), key: unsafe.Pointer(&key), value: unsafe.Pointer(&l)}
-	_, _, e := syscall.RawSyscall(unix.SYS_BPF, unix.BPF_MAP_LOOKUP_ELEM, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
-	if e != 0 {
+	l, ok := lookupLive(d.liveFD, liveKey(source, slot))
+	if !ok {
 		return flow.Downstream{}, false
 	}
 	return flow.Downstream{
@@ -57,6 +54,12 @@ func (d *Datapath) Live(source, slot netip.AddrPort) (flow.Downstream, bool) {
 		TOS:         l.Tos,
 		BoundSource: bpf.ToAddr(l.Bound),
 	}, true
+}
+
+func lookupLive(fd int, key bpf.LiveKey) (l bpf.Live, ok bool) {
+	attr := mapAttr{mapFD: uint32(fd), key: unsafe.Pointer(&key), value: unsafe.Pointer(&l)}
+	_, _, e := syscall.RawSyscall(unix.SYS_BPF, unix.BPF_MAP_LOOKUP_ELEM, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	return l, e == 0
 }
 
 // AdmitCanary lets one test connection in, from source to the canary's slot.

@@ -1,6 +1,8 @@
 package loader
 
 import (
+	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -10,6 +12,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/loader/probe"
 	"golang.org/x/sys/unix"
 )
 
@@ -176,14 +179,28 @@ func sharedMaps(specs []*ebpf.CollectionSpec) map[string]*ebpf.MapSpec {
 // load loads the programs of every object. Maps that have are used as they are;
 // the others are created. All of them are d's afterwards, also on failure.
 func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map) error {
+	var tag [8]byte
 	defer d.keepMaps(have)
+	d.holds = probe.TCX() == nil
+	if !d.holds {
+		d.options.Log.Warn("this kernel has no tcx: connects succeed before their dial has", "connect", "early")
+	}
+	// Crypto-random, and with the bit that no real address has: never zero.
+	if _, err := rand.Read(tag[:]); err != nil {
+		return fmt.Errorf("make frame tag: %w", err)
+	}
+	d.frameTag = binary.NativeEndian.Uint64(tag[:]) | 1
 	c := consts{
 		netns:      d.options.Scope.Netns,
 		slot4:      d.slots.slot4(),
 		slot6:      d.slots.slot6(),
 		scopeLevel: d.options.Scope.Level,
+		frameTag:   d.frameTag,
 	}
 	for name, spec := range sharedMaps(specs) {
+		if name == "held" {
+			d.heldSpec = spec.InnerMap
+		}
 		if have[name] != nil {
 			continue
 		}

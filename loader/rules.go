@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"syscall"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/pillion-project/pillion/bpf"
@@ -20,6 +22,8 @@ type Rules struct {
 	// Closed refuses what cannot be redirected; otherwise it goes where it was
 	// going.
 	Closed bool
+	// Connect is when the handshakes of connections end that no service names.
+	Connect flow.ConnectMode
 	// Workers is how many listeners the handler has per family.
 	Workers int
 	// MaxConns is how many redirected connections may be open at once,
@@ -32,6 +36,10 @@ type Rules struct {
 type Service struct {
 	Addr   netip.AddrPort
 	Closed bool // as in Rules, for this one
+	// Connect is when the handshakes of its connections end.
+	Connect flow.ConnectMode
+	// NoEndpoint is what a connect returns while [Datapath.Unavailable] says so.
+	NoEndpoint syscall.Errno
 }
 
 // Rule names destinations: a prefix, and one port or any (0).
@@ -55,7 +63,10 @@ func (d *Datapath) SetRules(r Rules) error {
 	}
 	services := make(map[bpf.EndpointKey]bpf.Service, len(r.Services))
 	for i, s := range r.Services {
-		v := bpf.Service{Id: uint32(i), OnFailure: uint8(onFailure(s.Closed))}
+		v := bpf.Service{
+			Id: uint32(i), OnFailure: uint8(onFailure(s.Closed)),
+			Connect: uint8(d.connect(s.Connect)), NoEndpoint: uint8(s.NoEndpoint),
+		}
 		services[bpf.EndpointKey{Addr: bpf.FromAddr(s.Addr.Addr()), Port: s.Addr.Port()}] = v
 	}
 	err := errors.Join(
@@ -84,6 +95,7 @@ func (d *Datapath) applySettings(r Rules) error {
 		ConnQuota:    uint32(r.ConnQuota),
 		LiveMax:      uint32(r.MaxConns),
 		Families:     d.slots.families &^ d.lost.Load(),
+		Connect:      uint32(d.connect(r.Connect)),
 	}
 	return d.putSettings()
 }
@@ -91,6 +103,35 @@ func (d *Datapath) applySettings(r Rules) error {
 func (d *Datapath) putSettings() error {
 	if err := d.maps.Settings.Put(uint32(0), d.settings); err != nil {
 		return fmt.Errorf("write settings: %w", err)
+	}
+	return nil
+}
+
+// connect is the mode that this kernel can do.
+func (d *Datapath) connect(m flow.ConnectMode) flow.ConnectMode {
+	if !d.holds {
+		return flow.ConnectEarly
+	}
+	return m
+}
+
+// Unavailable makes connects to a service fail at once for this long from now: it
+// has no endpoint that may be picked. 0 takes that back. The time is bounded, so
+// that what a dead process last said does not hold for ever.
+func (d *Datapath) Unavailable(service netip.AddrPort, wait time.Duration) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	key := bpf.EndpointKey{Addr: bpf.FromAddr(service.Addr()), Port: service.Port()}
+	var s bpf.Service
+	if err := d.maps.Services.Lookup(key, &s); err != nil {
+		return fmt.Errorf("look up service %s: %w", service, err)
+	}
+	s.Unavailable = 0
+	if wait > 0 {
+		s.Unavailable = uint64(monotonic() + int64(wait))
+	}
+	if err := d.maps.Services.Update(key, s, ebpf.UpdateExist); err != nil {
+		return fmt.Errorf("write service %s: %w", service, err)
 	}
 	return nil
 }

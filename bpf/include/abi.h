@@ -12,7 +12,7 @@
 /* Changes with every layout or meaning below: a process refuses the pins of
  * another ABI.
  */
-#define PL_ABI 1
+#define PL_ABI 2
 
 /* The slot supernets: no instance captures an address of them, whoever owns
  * it. An instance claims one /16 and one /64.
@@ -39,6 +39,11 @@
 #define PL_WORKERS_MAX 32
 /* And what answers at the canary slot of family f is at this and f. */
 #define PL_CANARY_LISTENER 64
+
+/* The headers of a held answer: Ethernet 14, IPv6 40 and TCP 60 bytes at most,
+ * rounded up.
+ */
+#define PL_FRAME_MAX 120
 
 /* Who carries the bytes. The same as flow.Path. */
 enum conn_path {
@@ -81,10 +86,15 @@ enum reason {
 	REASON_CONN_QUOTA,
 	REASON_NO_FAMILY,
 	REASON_NO_MEMORY,
+	REASON_NO_ENDPOINT,
 	REASON_ADMITTED,
 	REASON_PROBE,
 	REASON_NOT_LIVE,
 	REASON_NO_LISTENER,
+	REASON_HELD,
+	REASON_INJECTED,
+	REASON_HOLD_STALE,
+	REASON_HOLD_FULL,
 	REASON_NO_DECISION,
 	REASON_EXISTING,
 	REASON_UNSENT,
@@ -128,11 +138,22 @@ struct endpoint_key {
 	__u16 zero;
 };
 
+/* When the application's handshake ends. */
+enum connect_mode {
+	CONNECT_EARLY, /* at once; a failed dial is a reset */
+	CONNECT_MIRROR, /* when the dial has; a failed one is its errno */
+	CONNECT_ADAPTIVE, /* early where a dial was answered lately */
+	CONNECT__COUNT,
+};
+
 /* What the kernel side needs of a service. */
 struct service {
 	__u32 id; /* index in the configuration */
 	__u8 on_failure; /* enum on_failure */
-	__u8 zero[3];
+	__u8 connect; /* enum connect_mode */
+	__u8 no_endpoint; /* errno while unavailable */
+	__u8 zero;
+	__u64 unavailable; /* until then no endpoint can be picked */
 };
 
 enum on_failure {
@@ -200,6 +221,8 @@ struct settings {
 	__u32 live_max; /* open relayed connections of all */
 	__u32 families; /* bit 0: IPv4 slots, bit 1: IPv6 slots */
 	__u32 draining; /* 1: shutting down, on_failure decides */
+	__u32 connect; /* enum connect_mode, of what no service names */
+	__u32 zero;
 };
 
 /* What the hooks themselves keep. */
@@ -236,7 +259,9 @@ struct live {
 	__u8 tos;
 	__u8 reason; /* enum reason */
 	__u8 canary;
-	__u8 zero[5];
+	__u8 hold; /* 1: the handler's answer waits for the dial */
+	__u8 worker; /* who serves it, from 1; 0: nobody yet. Held ones only */
+	__u8 zero[3];
 };
 
 /* The decision on one socket, from the connect hook to its end. */
@@ -256,7 +281,24 @@ struct decision {
 	__u8 own; /* the process tagged it as the handler's */
 	__u8 open; /* counted in live */
 	__u8 followed; /* sockops reports its end */
-	__u8 zero[4];
+	__u8 hold; /* as in live */
+	__u8 zero[3];
+};
+
+enum held_kind {
+	HELD_ANSWER, /* a SYN-ACK for the application, kept back */
+	HELD_GONE, /* the application gave up */
+	HELD__COUNT,
+};
+
+/* One record in a worker's ring. */
+struct held {
+	struct live_key key;
+	__u32 mark; /* of the frame */
+	__u8 kind; /* enum held_kind */
+	__u8 size; /* of the frame */
+	__u8 zero[6];
+	__u8 frame[PL_FRAME_MAX]; /* as on the wire; checksums are partial */
 };
 
 enum event_kind {

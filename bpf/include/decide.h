@@ -176,6 +176,7 @@ static __always_inline enum conn_path path_of(enum reason why, __u32 on_failure)
 		return PATH_RELAY;
 	case REASON_DENIED:
 	case REASON_SLOT_ADDRESS:
+	case REASON_NO_ENDPOINT:
 		return PATH_DENY;
 	case REASON_HANDLER_ABSENT:
 	case REASON_HANDLER_STALE:
@@ -190,6 +191,15 @@ static __always_inline enum conn_path path_of(enum reason why, __u32 on_failure)
 	default:
 		return PATH_PASS;
 	}
+}
+
+/* holds tells whether a connection's handshake waits for its dial. answered is
+ * until when an earlier answer counts, 0 when there was none.
+ */
+static __always_inline bool holds(__u32 mode, __u64 now, __u64 answered)
+{
+	return mode == CONNECT_MIRROR ||
+	       (mode == CONNECT_ADAPTIVE && now >= answered);
 }
 
 /* A packet for one of our slots, as sk_lookup sees it. */

@@ -150,6 +150,32 @@ struct {
 	__type(value, struct live);
 } live SEC(".maps");
 
+/* Destinations whose dials were answered lately, and until when that counts. A
+ * lost entry costs one connection the wait for its dial. writer, deleter:
+ * loader; reader: connect.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct endpoint_key);
+	__type(value, __u64);
+} answered SEC(".maps");
+
+/* A ring per worker: what is held for it, and who gave up. A full one lets the
+ * answer pass, counted as REASON_HOLD_FULL. writer: loader (the rings), hold,
+ * sockops; reader: the worker.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, PL_WORKERS_MAX);
+	__type(key, __u32);
+	__array(
+		values, struct {
+			__uint(type, BPF_MAP_TYPE_RINGBUF);
+			__uint(max_entries, 1 << 18);
+		});
+} held SEC(".maps");
+
 /* writer: connect, sockops, loader (own); reader: sockops, release; deleter:
  * the kernel, with the socket.
  */

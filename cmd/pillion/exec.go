@@ -22,6 +22,7 @@ type execFlags struct {
 	exclude   []string
 	file      string
 	onFailure string
+	connect   string
 	existing  string
 	user      string
 	name      string
@@ -54,6 +55,7 @@ CMD, or 128 and the number of the signal that ended it.`,
 	flags.StringArrayVar(&f.exclude, "exclude", nil, "CIDR[:PORT]: leave connections there alone (repeatable)")
 	flags.StringVar(&f.file, "config", "", "configuration to start from; flags come on top")
 	flags.StringVar(&f.onFailure, "on-failure", "", "open or closed: what becomes of a connection that cannot be redirected (default open)")
+	flags.StringVar(&f.connect, "connect", "", "adaptive, mirror or early: when a redirected connect ends (default adaptive)")
 	flags.StringVar(&f.existing, "existing", "", "report or reset: what becomes of connections older than the capture (default report)")
 	flags.StringVar(&f.user, "user", "", "run CMD as this user (default: who called sudo)")
 	flags.StringVar(&f.name, "name", "", "name of the instance (default: made of the process number)")
@@ -96,6 +98,9 @@ func (f *execFlags) configuration() (*config.Config, error) {
 	}
 	if f.onFailure != "" {
 		c.OnFailure = config.OnFailure(f.onFailure)
+	}
+	if f.connect != "" {
+		c.Connect = config.Connect(f.connect)
 	}
 	if f.existing != "" {
 		c.Existing = config.Existing(f.existing)

@@ -84,12 +84,13 @@ func features() []feature {
 		feature{name: "sk_lookup from a sockmap", since: "5.9", try: func() error {
 			return loadsWith(mapSpec(ebpf.SockMap, 4, 8, 1, 0), ebpf.SkLookup, ebpf.AttachSkLookup, assign)
 		}},
-		feature{name: "tcx", since: "6.6", optional: "mirroring", try: tryTCX})
+		feature{name: "tcx", since: "6.6", optional: "connect: mirror (every connect succeeds before its dial has)", try: TCX})
 }
 
-// tryTCX attaches to an interface that cannot exist: the kernel looks for the
-// interface only when it knows the kind of link.
-func tryTCX() error {
+// TCX returns why programs cannot be attached to an interface by a link (Linux
+// 6.6), or nil. It attaches to an interface that cannot exist: the kernel looks for
+// the interface only when it knows the kind of link.
+func TCX() error {
 	p, err := load(ebpf.SchedCLS, ebpf.AttachTCXIngress, asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()})
 	if err != nil {
 		return err

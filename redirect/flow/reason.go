@@ -48,11 +48,22 @@ const (
 	ReasonNoFamily      // no slots in this address family
 	ReasonNoMemory      // the kernel had no memory for the decision
 
+	// ReasonNoEndpoint: the cluster has no endpoint that may be picked. The
+	// connect hook refuses at once; the handler when it finds out itself.
+	ReasonNoEndpoint
+
 	// What sk_lookup did with a packet for a slot.
 	ReasonAdmitted   // handed to the handler
 	ReasonProbe      // a look for the listener, by the connect hook
 	ReasonNotLive    // dropped: nobody in scope opened it
 	ReasonNoListener // dropped: the handler's listener is gone
+
+	// What became of an answer to an application whose handshake waits for
+	// the handler's dial.
+	ReasonHeld      // kept back: the worker has it
+	ReasonInjected  // no answer, but a frame that carries the result
+	ReasonHoldStale // let through, and so early: the heartbeat is old
+	ReasonHoldFull  // let through, and so early: the worker's ring is full
 
 	// What sockops saw.
 	ReasonNoDecision // escaped: it connects, and no hook decided on it
@@ -73,7 +84,7 @@ const (
 	ReasonDialTimeout                                   // ... with no answer in time
 	ReasonDialUnreachable                               // ... with no route or an ICMP error
 	ReasonDialFailed                                    // ... with another error
-	ReasonNoEndpoint                                    // the cluster has no endpoint to try
+	ReasonAbandoned                                     // the application gave up while it was dialed
 	ReasonIdleTimeout                                   // no byte moved for relay.idle_timeout
 	ReasonMaxLifetime                                   // open for relay.max_lifetime
 	ReasonNoDescriptors                                 // the descriptor limit was reached
@@ -116,10 +127,15 @@ var reasonNames = [reasonCount]string{
 	ReasonConnQuota:       "conn_quota",
 	ReasonNoFamily:        "no_family",
 	ReasonNoMemory:        "no_memory",
+	ReasonNoEndpoint:      "no_endpoint",
 	ReasonAdmitted:        "admitted",
 	ReasonProbe:           "probe",
 	ReasonNotLive:         "not_live",
 	ReasonNoListener:      "no_listener",
+	ReasonHeld:            "held",
+	ReasonInjected:        "injected",
+	ReasonHoldStale:       "hold_stale",
+	ReasonHoldFull:        "hold_full",
 	ReasonNoDecision:      "no_decision",
 	ReasonExisting:        "existing",
 	ReasonUnsent:          "unsent",
@@ -131,7 +147,7 @@ var reasonNames = [reasonCount]string{
 	ReasonDialTimeout:     "dial_timeout",
 	ReasonDialUnreachable: "dial_unreachable",
 	ReasonDialFailed:      "dial_failed",
-	ReasonNoEndpoint:      "no_endpoint",
+	ReasonAbandoned:       "abandoned",
 	ReasonIdleTimeout:     "idle_timeout",
 	ReasonMaxLifetime:     "max_lifetime",
 	ReasonNoDescriptors:   "no_descriptors",

@@ -2,6 +2,7 @@ package config
 
 import (
 	"net/netip"
+	"slices"
 	"strconv"
 	"time"
 
@@ -24,6 +25,11 @@ type Config struct {
 	// OnFailure is what happens to a connection that should be redirected and
 	// cannot be.
 	OnFailure OnFailure
+	// Connect is when a redirected application's connect(2) ends.
+	Connect Connect
+	// NoEndpoint is what a connect fails with whose service has no endpoint
+	// that may be picked: one of noEndpoints.
+	NoEndpoint string
 	// Existing is what happens to connections that are older than the capture.
 	Existing Existing
 	Relay    Relay
@@ -44,6 +50,19 @@ const (
 	OnFailureClosed OnFailure = "closed" // it is refused
 )
 
+// Connect says when a redirected application's connect(2) ends.
+type Connect string
+
+// The values of Connect, the same as the names of [flow.ConnectMode].
+const (
+	ConnectAdaptive Connect = "adaptive" // early where a dial was answered lately, else mirror
+	ConnectMirror   Connect = "mirror"   // with the handler's dial, and as that did
+	ConnectEarly    Connect = "early"    // at once; a failed dial is a reset
+)
+
+// Mode returns the value that the other packages go by.
+func (c Connect) Mode() flow.ConnectMode { return flow.ConnectMode(slices.Index(connectModes, c)) }
+
 // Existing says what happens to connections that were open before the capture.
 type Existing string
 
@@ -57,7 +76,11 @@ const (
 var (
 	onFailures = []OnFailure{OnFailureOpen, OnFailureClosed}
 	existings  = []Existing{ExistingReport, ExistingReset}
-	defaults   = []string{flow.PathRelay.String(), flow.PathPass.String()}
+	// In the order of their values in flow.
+	connectModes = []Connect{ConnectEarly, ConnectMirror, ConnectAdaptive}
+	// Those that a handler can also pass on as a packet.
+	noEndpoints = []string{"ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH"}
+	defaults    = []string{flow.PathRelay.String(), flow.PathPass.String()}
 )
 
 // Service is an address that applications dial, and what serves it.
@@ -69,8 +92,11 @@ type Service struct {
 	Endpoints []Endpoint
 	// Policy is one of balance.Names.
 	Policy string
-	// OnFailure is empty where the configuration's own applies.
-	OnFailure OnFailure
+	// OnFailure, Connect and NoEndpoint are empty where the configuration's own
+	// apply.
+	OnFailure  OnFailure
+	Connect    Connect
+	NoEndpoint string
 }
 
 // Endpoint is one of the addresses that serve a service.
@@ -133,9 +159,11 @@ type Limits struct {
 // it.
 func Default() Config {
 	return Config{
-		Default:   flow.PathRelay,
-		OnFailure: OnFailureOpen,
-		Existing:  ExistingReport,
+		Default:    flow.PathRelay,
+		OnFailure:  OnFailureOpen,
+		Connect:    ConnectAdaptive,
+		NoEndpoint: noEndpoints[0],
+		Existing:   ExistingReport,
 		Relay: Relay{
 			DialTimeout: 5 * time.Second,
 			DialBudget:  15 * time.Second,

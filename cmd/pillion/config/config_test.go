@@ -145,10 +145,11 @@ func TestDefaultIsValid(t *testing.T) {
 	want := Config{
 		Default:   flow.PathRelay,
 		OnFailure: OnFailureOpen,
-		Existing:  ExistingReport,
-		Relay:     Relay{DialTimeout: 5 * time.Second, DialBudget: 15 * time.Second, Attempts: 3},
-		Health:    health.Default(),
-		Limits:    Limits{SlotsPerContainer: 16384, Connections: 200000},
+		Connect:   ConnectAdaptive, NoEndpoint: "ECONNREFUSED",
+		Existing: ExistingReport,
+		Relay:    Relay{DialTimeout: 5 * time.Second, DialBudget: 15 * time.Second, Attempts: 3},
+		Health:   health.Default(),
+		Limits:   Limits{SlotsPerContainer: 16384, Connections: 200000},
 	}
 	if diff := cmp.Diff(want, c, equalAddrs); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
@@ -307,6 +308,9 @@ func TestValidatePaths(t *testing.T) {
 		"default":           {func(c *Config) { c.Default = flow.PathDirect }, "default: direct: want relay or pass"},
 		"no default":        {func(c *Config) { c.Default = 0 }, "default: none: want relay or pass"},
 		"no on_failure":     {func(c *Config) { c.OnFailure = "" }, `on_failure: "": want open or closed`},
+		"no connect":        {func(c *Config) { c.Connect = "" }, `connect: "": want early, mirror or adaptive`},
+		"connect":           {with(func(s *Service) { s.Connect = "late" }), `services[0].connect: "late": want early, mirror or adaptive`},
+		"no no_endpoint":    {func(c *Config) { c.NoEndpoint = "" }, `no_endpoint: "": want ECONNREFUSED, EHOSTUNREACH or ENETUNREACH`},
 		"no existing":       {func(c *Config) { c.Existing = "" }, `existing: "": want report or reset`},
 		"negative idle":     {func(c *Config) { c.Relay.IdleTimeout = -1 }, "relay.idle_timeout: -1ns: want a positive duration, or 0 for none"},
 		"negative lifetime": {func(c *Config) { c.Relay.MaxLifetime = -1 }, "relay.max_lifetime: -1ns: want a positive duration, or 0 for none"},

@@ -45,6 +45,8 @@ func (d *decoder) config(c *Config, n ast.Node) {
 			}
 		}},
 		{"on_failure", func(path string, n ast.Node) { word(d, path, n, onFailures, &c.OnFailure) }},
+		{"connect", func(path string, n ast.Node) { word(d, path, n, connectModes, &c.Connect) }},
+		{"no_endpoint", func(path string, n ast.Node) { word(d, path, n, noEndpoints, &c.NoEndpoint) }},
 		{"existing", func(path string, n ast.Node) { word(d, path, n, existings, &c.Existing) }},
 		{"relay", func(path string, n ast.Node) { d.relay(&c.Relay, path, n) }},
 		{"health", func(path string, n ast.Node) {
@@ -94,6 +96,8 @@ func (d *decoder) service(path string, n ast.Node) Service {
 		}},
 		{"policy", func(path string, n ast.Node) { word(d, path, n, balance.Names(), &s.Policy) }},
 		{"on_failure", func(path string, n ast.Node) { word(d, path, n, onFailures, &s.OnFailure) }},
+		{"connect", func(path string, n ast.Node) { word(d, path, n, connectModes, &s.Connect) }},
+		{"no_endpoint", func(path string, n ast.Node) { word(d, path, n, noEndpoints, &s.NoEndpoint) }},
 	})
 	if !named && s.Addr.IsValid() {
 		s.Name = s.Addr.String()

@@ -66,6 +66,14 @@ func (k *check) number(path string, n, low, high int) {
 	}
 }
 
+// oneWord says that the value at path is none of those known, unless it is one of
+// also.
+func oneWord[T ~string](k *check, path string, have T, known []T, also ...T) {
+	if !slices.Contains(known, have) && !slices.Contains(also, have) {
+		k.add(path, "%s: %s", show(string(have)), meant(string(have), known))
+	}
+}
+
 func (c *Config) problems() []problem {
 	k := &check{}
 	k.services(c.Services)
@@ -74,12 +82,10 @@ func (c *Config) problems() []problem {
 	if c.Default != flow.PathRelay && c.Default != flow.PathPass {
 		k.add("default", "%s: want %s or %s", c.Default, flow.PathRelay, flow.PathPass)
 	}
-	if !slices.Contains(onFailures, c.OnFailure) {
-		k.add("on_failure", "%s: %s", show(string(c.OnFailure)), meant(string(c.OnFailure), onFailures))
-	}
-	if !slices.Contains(existings, c.Existing) {
-		k.add("existing", "%s: %s", show(string(c.Existing)), meant(string(c.Existing), existings))
-	}
+	oneWord(k, "on_failure", c.OnFailure, onFailures)
+	oneWord(k, "connect", c.Connect, connectModes)
+	oneWord(k, "no_endpoint", c.NoEndpoint, noEndpoints)
+	oneWord(k, "existing", c.Existing, existings)
 	k.relay(c.Relay)
 	if err := c.Health.Validate(); err != nil {
 		for _, err := range split(err) {
@@ -128,9 +134,10 @@ func (k *check) services(services []Service) {
 		if names := balance.Names(); !slices.Contains(names, s.Policy) {
 			k.add(path+".policy", "unknown policy %s: %s", show(s.Policy), meant(s.Policy, names))
 		}
-		if s.OnFailure != "" && !slices.Contains(onFailures, s.OnFailure) {
-			k.add(path+".on_failure", "%s: %s", show(string(s.OnFailure)), meant(string(s.OnFailure), onFailures))
-		}
+		// Empty: the configuration's own.
+		oneWord(k, path+".on_failure", s.OnFailure, onFailures, "")
+		oneWord(k, path+".connect", s.Connect, connectModes, "")
+		oneWord(k, path+".no_endpoint", s.NoEndpoint, noEndpoints, "")
 	}
 }
 

@@ -1,0 +1,208 @@
+//go:build ignore
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* The result of connect(2) is the network's own: on its way back through lo the
+ * handler's SYN-ACK is kept from the application until the handler's dial has
+ * ended. Then the process injects frames: the third ACK in the application's
+ * name and the SYN-ACK, or a reset, or an ICMP error.
+ *
+ * The answer is held and not the SYN: then the kernel keeps the half-open
+ * connection, what is sent again finds it, and there is one frame less to
+ * inject.
+ */
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include "include/config.h"
+#include "include/count.h"
+#include "include/decide.h"
+#include "include/packet.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+#define TCX_NEXT -1
+#define TCX_DROP 2
+
+/* What a TCP segment from one of our slots is about. */
+struct segment {
+	union {
+		__u64 d[5];
+		struct live_key k;
+	} u;
+	__u32 size; /* of all its headers */
+	__u8 flags;
+};
+
+/* What is read of a TCP header. */
+struct ports {
+	__u64 sport, dport, doff, flags;
+};
+
+/* Each family reads its own, and a comment of its own ends the branch: clang would
+ * make one read at a variable offset of the two, which needs CAP_PERFMON.
+ */
+static __always_inline void read_tcp(const struct tcp *tcp, struct ports *p)
+{
+	p->sport = tcp->sport;
+	p->dport = tcp->dport;
+	p->doff = tcp->doff;
+	p->flags = tcp->flags;
+}
+
+/* from_slot reads a segment that a slot sends, and tells whether it is one.
+ * IPv4 with options is left alone: such an answer passes, and the connection is
+ * early.
+ */
+static __always_inline bool from_slot(struct __sk_buff *skb, struct segment *s)
+{
+	void *data = (void *)(long)skb->data;
+	void *end = (void *)(long)skb->data_end;
+	struct ip_addr src, dst;
+	struct eth *eth = data;
+	struct ports tcp;
+	__u32 size;
+
+	if (data + ETH_HLEN + IP4_HLEN + TCP_HLEN > end)
+		return false;
+	if (eth->proto == bpf_htons(ETH_P_IP)) {
+		struct ip4 *ip = data + ETH_HLEN;
+
+		if (ip->version_ihl != 0x45 || ip->proto != IPPROTO_TCP)
+			return false;
+		src = mapped(ip->src);
+		dst = mapped(ip->dst);
+		read_tcp(data + ETH_HLEN + IP4_HLEN, &tcp);
+		size = ETH_HLEN + IP4_HLEN;
+		asm volatile("# IPv4" ::: "memory");
+	} else if (eth->proto == bpf_htons(ETH_P_IPV6)) {
+		struct ip6 *ip = data + ETH_HLEN;
+
+		if (data + ETH_HLEN + IP6_HLEN + TCP_HLEN > end ||
+		    ip->next != IPPROTO_TCP)
+			return false;
+		src = ip_of(ip->src[0], ip->src[1], ip->src[2], ip->src[3]);
+		dst = ip_of(ip->dst[0], ip->dst[1], ip->dst[2], ip->dst[3]);
+		read_tcp(data + ETH_HLEN + IP6_HLEN, &tcp);
+		size = ETH_HLEN + IP6_HLEN;
+		asm volatile("# IPv6" ::: "memory");
+	} else {
+		return false;
+	}
+	/* Bulk ends here. */
+	s->flags = tcp.flags;
+	if (!(s->flags & (TCP_SYN | TCP_RST)) ||
+	    slot_of(&src, cfg_slot4, cfg_slot6) < 0)
+		return false;
+	s->size = size + (tcp.doff >> 4) * 4;
+	s->u.d[0] = PAIR(dst.w[0], dst.w[1]);
+	s->u.d[1] = PAIR(dst.w[2], dst.w[3]);
+	s->u.d[2] = PAIR(src.w[0], src.w[1]);
+	s->u.d[3] = PAIR(src.w[2], src.w[3]);
+	s->u.d[4] = bpf_ntohs(tcp.dport) | (__u32)bpf_ntohs(tcp.sport) << 16;
+	return true;
+}
+
+/* ours tells whether the process made a frame. */
+static __always_inline bool ours(const struct eth *eth)
+{
+	__u64 tag = (__u64)eth->tag[0] | (__u64)eth->tag[1] << 16 |
+		    (__u64)eth->tag[2] << 32 | (__u64)eth->tag[3] << 48;
+
+	return tag == cfg_frame_tag && tag;
+}
+
+/* send_round sends a frame of the process's through lo once more: a packet from
+ * a local address is a martian, unless it has an output route.
+ */
+static __always_inline int send_round(struct __sk_buff *skb,
+				      const struct eth *eth)
+{
+	__u32 mark = eth->mark[0] | (__u32)eth->mark[1] << 16;
+	struct segment s = {};
+	struct live *l;
+
+	/* The verdict is on its way: from now on answers pass. */
+	if (from_slot(skb, &s)) {
+		l = bpf_map_lookup_elem(&live, &s.u.k);
+		if (l)
+			l->hold = false;
+	}
+	skb->mark = mark;
+	count(REASON_INJECTED);
+	return bpf_redirect_neigh(skb->ifindex, NULL, 0, 0);
+}
+
+static __always_inline bool beats(void)
+{
+	__u64 zero = 0, now = bpf_ktime_get_ns();
+	struct beat *b = bpf_map_lookup_elem(&beat, &zero);
+
+	/* As in obstacle: a stamp may be younger than now. */
+	return b && b->stamp &&
+	       (now <= b->stamp || now - b->stamp <= b->max_age);
+}
+
+/* hold gives an answer to the worker, and tells whether it has it. */
+static __always_inline bool hold(struct __sk_buff *skb, struct live *l,
+				 const struct segment *s)
+{
+	__u64 index = l->worker - 1;
+	__u32 size = s->size;
+	struct held *h;
+	void *ring;
+
+	if (!beats()) {
+		count(REASON_HOLD_STALE);
+		return false;
+	}
+	ring = bpf_map_lookup_elem(&held, &index);
+	h = ring ? bpf_ringbuf_reserve(ring, sizeof(*h), 0) : NULL;
+	if (!h) {
+		count(REASON_HOLD_FULL);
+		return false;
+	}
+	h->key = s->u.k;
+	h->mark = skb->mark;
+	h->kind = HELD_ANSWER;
+	h->size = size;
+	if (size < ETH_HLEN + IP4_HLEN + TCP_HLEN || size > PL_FRAME_MAX ||
+	    bpf_skb_load_bytes(skb, 0, h->frame, size)) {
+		bpf_ringbuf_discard(h, 0);
+		count(REASON_HOLD_FULL);
+		return false;
+	}
+	count(REASON_HELD);
+	bpf_ringbuf_submit(h, 0);
+	return true;
+}
+
+/* Attached to the ingress of lo. Everything that is not ours to keep goes on to
+ * whoever else is there.
+ */
+SEC("tc")
+int pl_hold(struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data;
+	void *end = (void *)(long)skb->data_end;
+	struct segment s = {};
+	struct live *l;
+
+	if (data + ETH_HLEN > end)
+		return TCX_NEXT;
+	if (ours(data))
+		return send_round(skb, data);
+	if (!from_slot(skb, &s) || (s.flags & (TCP_SYN | TCP_ACK | TCP_RST |
+					       TCP_FIN)) != (TCP_SYN | TCP_ACK))
+		return TCX_NEXT;
+	l = bpf_map_lookup_elem(&live, &s.u.k);
+	if (!l || !l->hold || !l->worker)
+		return TCX_NEXT;
+	return hold(skb, l, &s) ? TCX_DROP : TCX_NEXT;
+}
+
+/* Run by the process (BPF_PROG_TEST_RUN) with a frame, which comes in at the
+ * interface it is run for: lo.
+ */
+SEC("tc")
+int pl_inject(struct __sk_buff *skb)
+{
+	return bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS) ? 1 : 0;
+}
