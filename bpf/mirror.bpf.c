@@ -103,8 +103,8 @@ static __always_inline bool from_slot(struct __sk_buff *skb, struct segment *s)
 /* ours tells whether the process made a frame. */
 static __always_inline bool ours(const struct eth *eth)
 {
-	__u64 tag = (__u64)eth->tag[0] | (__u64)eth->tag[1] << 16 |
-		    (__u64)eth->tag[2] << 32 | (__u64)eth->tag[3] << 48;
+	__u64 tag = (__u64)eth->src[0] | (__u64)eth->src[1] << 16 |
+		    (__u64)eth->src[2] << 32;
 
 	return tag == cfg_frame_tag && tag;
 }
@@ -112,10 +112,8 @@ static __always_inline bool ours(const struct eth *eth)
 /* send_round sends a frame of the process's through lo once more: a packet from
  * a local address is a martian, unless it has an output route.
  */
-static __always_inline int send_round(struct __sk_buff *skb,
-				      const struct eth *eth)
+static __always_inline int send_round(struct __sk_buff *skb)
 {
-	__u32 mark = eth->mark[0] | (__u32)eth->mark[1] << 16;
 	struct segment s = {};
 	struct live *l;
 
@@ -125,7 +123,6 @@ static __always_inline int send_round(struct __sk_buff *skb,
 		if (l)
 			l->hold = false;
 	}
-	skb->mark = mark;
 	count(REASON_INJECTED);
 	return bpf_redirect_neigh(skb->ifindex, NULL, 0, 0);
 }
@@ -188,7 +185,7 @@ int pl_hold(struct __sk_buff *skb)
 	if (data + ETH_HLEN > end)
 		return TCX_NEXT;
 	if (ours(data))
-		return send_round(skb, data);
+		return send_round(skb);
 	if (!from_slot(skb, &s) || (s.flags & (TCP_SYN | TCP_ACK | TCP_RST |
 					       TCP_FIN)) != (TCP_SYN | TCP_ACK))
 		return TCX_NEXT;

@@ -77,12 +77,19 @@ func (a *answer) appPort() []byte  { return a.tcp[2:4] }
 func (a *answer) isn() uint32  { return binary.BigEndian.Uint32(a.tcp[4:]) }
 func (a *answer) next() uint32 { return binary.BigEndian.Uint32(a.tcp[8:]) }
 
-// begin starts a frame: the Ethernet header, whose addresses are the tag and the
-// packet mark, and an IP header for size bytes.
-func (f *frame) begin(tag uint64, mark uint32, v6 bool, src, dst []byte, proto byte, size int) (ip, payload []byte) {
+// tag writes the Ethernet source by which the kernel side knows our frames. The
+// destination stays zero, which is lo's: with another one the frame would be
+// somebody else's.
+func (f *frame) tag(tag uint64) {
+	var b [8]byte
+	binary.NativeEndian.PutUint64(b[:], tag)
+	copy(f.b[6:12], b[:6])
+}
+
+// begin starts a frame: the Ethernet header, and an IP header for size bytes.
+func (f *frame) begin(tag uint64, v6 bool, src, dst []byte, proto byte, size int) (ip, payload []byte) {
 	clear(f.b[:])
-	binary.NativeEndian.PutUint64(f.b[0:], tag)
-	binary.NativeEndian.PutUint32(f.b[8:], mark)
+	f.tag(tag)
 	if v6 {
 		binary.BigEndian.PutUint16(f.b[12:], unix.ETH_P_IPV6)
 		ip = f.b[ethLen : ethLen+ip6Len]
@@ -112,10 +119,9 @@ func ipHeader6(ip, src, dst []byte, proto byte, size int) {
 }
 
 // synAck is the held answer, with whole checksums: on lo they are partial.
-func (f *frame) synAck(a *answer, tag uint64, mark uint32) {
+func (f *frame) synAck(a *answer, tag uint64) {
 	clear(f.b[:])
-	binary.NativeEndian.PutUint64(f.b[0:], tag)
-	binary.NativeEndian.PutUint32(f.b[8:], mark)
+	f.tag(tag)
 	binary.BigEndian.PutUint16(f.b[12:], unix.ETH_P_IP)
 	if a.v6 {
 		binary.BigEndian.PutUint16(f.b[12:], unix.ETH_P_IPV6)
@@ -135,14 +141,14 @@ func (f *frame) synAck(a *answer, tag uint64, mark uint32) {
 // thirdACK ends the handshake with our own listener, as the application's kernel
 // would: it echoes the timestamps. The window is small; the real one comes with
 // the application's own acknowledgement.
-func (f *frame) thirdACK(a *answer, tag uint64, mark uint32) {
+func (f *frame) thirdACK(a *answer, tag uint64) {
 	stamp := findTimestamp(a.tcp[tcpLen:])
 	size := tcpLen
 	if stamp != nil {
 		size += 2 + timestampLen
 	}
 	slot, app := a.addrs()
-	ip, tcp := f.begin(tag, mark, a.v6, app, slot, unix.IPPROTO_TCP, size)
+	ip, tcp := f.begin(tag, a.v6, app, slot, unix.IPPROTO_TCP, size)
 	tcpHeader(tcp, a.appPort(), a.slotPort(), a.next(), a.isn()+1, tcpFlagACK)
 	binary.BigEndian.PutUint16(tcp[14:], 64)
 	if stamp != nil {
@@ -155,29 +161,29 @@ func (f *frame) thirdACK(a *answer, tag uint64, mark uint32) {
 }
 
 // refusal is what a closed port answers to the application's SYN.
-func (f *frame) refusal(a *answer, tag uint64, mark uint32) {
+func (f *frame) refusal(a *answer, tag uint64) {
 	slot, app := a.addrs()
-	ip, tcp := f.begin(tag, mark, a.v6, slot, app, unix.IPPROTO_TCP, tcpLen)
+	ip, tcp := f.begin(tag, a.v6, slot, app, unix.IPPROTO_TCP, tcpLen)
 	tcpHeader(tcp, a.slotPort(), a.appPort(), 0, a.next(), tcpFlagRST|tcpFlagACK)
 	putSum(ip, tcp, 16, unix.IPPROTO_TCP)
 }
 
 // abandonment ends the half-open connection at our own listener.
-func (f *frame) abandonment(a *answer, tag uint64, mark uint32) {
+func (f *frame) abandonment(a *answer, tag uint64) {
 	slot, app := a.addrs()
-	ip, tcp := f.begin(tag, mark, a.v6, app, slot, unix.IPPROTO_TCP, tcpLen)
+	ip, tcp := f.begin(tag, a.v6, app, slot, unix.IPPROTO_TCP, tcpLen)
 	tcpHeader(tcp, a.appPort(), a.slotPort(), a.next(), 0, tcpFlagRST)
 	putSum(ip, tcp, 16, unix.IPPROTO_TCP)
 }
 
 // icmpError answers the application's SYN with an ICMP error.
-func (f *frame) icmpError(a *answer, tag uint64, mark uint32, kind, code byte) {
+func (f *frame) icmpError(a *answer, tag uint64, kind, code byte) {
 	slot, app := a.addrs()
 	proto, size := byte(unix.IPPROTO_ICMP), icmpLen+len(a.ip)+embeddedLen
 	if a.v6 {
 		proto = unix.IPPROTO_ICMPV6
 	}
-	ip, m := f.begin(tag, mark, a.v6, slot, app, proto, size)
+	ip, m := f.begin(tag, a.v6, slot, app, proto, size)
 	m[0], m[1] = kind, code
 	inner, syn := m[icmpLen:icmpLen+len(a.ip)], m[icmpLen+len(a.ip):]
 	if a.v6 {

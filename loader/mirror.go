@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync/atomic"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -99,8 +100,8 @@ func (q *Queue) Finish(h *flow.Held) error {
 	if !ok {
 		return errFrame
 	}
-	q.frame.thirdACK(&a, q.tag, h.Mark)
-	return q.send()
+	q.frame.thirdACK(&a, q.tag)
+	return q.send(h.Mark)
 }
 
 // Release lets the application have the answer.
@@ -109,8 +110,8 @@ func (q *Queue) Release(h *flow.Held) error {
 	if !ok {
 		return errFrame
 	}
-	q.frame.synAck(&a, q.tag, h.Mark)
-	return q.send()
+	q.frame.synAck(&a, q.tag)
+	return q.send(h.Mark)
 }
 
 // Refuse makes the application's connect fail with an error, as the network
@@ -127,11 +128,11 @@ func (q *Queue) Refuse(h *flow.Held, e syscall.Errno) error {
 		kinds = icmp6
 	}
 	if k, ok := kinds[e]; ok {
-		q.frame.icmpError(&a, q.tag, h.Mark, k.kind, k.code)
+		q.frame.icmpError(&a, q.tag, k.kind, k.code)
 	} else {
-		q.frame.refusal(&a, q.tag, h.Mark)
+		q.frame.refusal(&a, q.tag)
 	}
-	return q.send()
+	return q.send(h.Mark)
 }
 
 // Forget ends the half-open connection at our own listener.
@@ -140,8 +141,8 @@ func (q *Queue) Forget(h *flow.Held) error {
 	if !ok {
 		return errFrame
 	}
-	q.frame.abandonment(&a, q.tag, h.Mark)
-	return q.send()
+	q.frame.abandonment(&a, q.tag)
+	return q.send(h.Mark)
 }
 
 // Waits tells whether the socket with this cookie is still connecting, or
@@ -169,16 +170,23 @@ type testRunAttr struct {
 	_                     uint32
 }
 
+// testRunContext is the beginning of struct __sk_buff.
+type testRunContext struct{ len, packetType, mark uint32 }
+
 // sendTries bounds how often a frame is sent again that found the loopback
 // interface's queue (net.core.netdev_max_backlog) full.
 const sendTries = 8
 
 // send injects the frame. It raises the softirq itself, so as a rule the frame
 // has arrived when it returns.
-func (q *Queue) send() error {
+func (q *Queue) send(mark uint32) error {
+	b := q.frame.bytes()
+	attr := testRunAttr{progFD: uint32(q.inject), sizeIn: uint32(len(b)), in: unsafe.Pointer(&b[0])}
+	context := testRunContext{mark: mark}
+	if mark != 0 {
+		attr.ctxIn, attr.ctxSizeIn = unsafe.Pointer(&context), uint32(unsafe.Sizeof(context))
+	}
 	for range sendTries {
-		b := q.frame.bytes()
-		attr := testRunAttr{progFD: uint32(q.inject), sizeIn: uint32(len(b)), in: unsafe.Pointer(&b[0])}
 		_, _, e := syscall.RawSyscall(unix.SYS_BPF, unix.BPF_PROG_TEST_RUN, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
 		switch {
 		case e == unix.EINTR:
@@ -249,13 +257,13 @@ func (r *ringReader) advance() {
 }
 
 // Answered tells the kernel side that a destination answered a dial, which
-// counts for d ns from now; 0 takes it back. See connect_mode in bpf/include/abi.h.
-func (d *Datapath) Answered(dst netip.AddrPort, ns int64) {
+// counts for this long from now; 0 takes it back. See connect_mode in bpf/include/abi.h.
+func (d *Datapath) Answered(dst netip.AddrPort, lasts time.Duration) {
 	key := bpf.EndpointKey{Addr: bpf.FromAddr(dst.Addr()), Port: dst.Port()}
 	attr := mapAttr{mapFD: uint32(d.maps.Answered.FD()), key: unsafe.Pointer(&key)}
 	call := uintptr(unix.BPF_MAP_DELETE_ELEM)
-	until := uint64(monotonic() + ns)
-	if ns > 0 {
+	until := uint64(monotonic() + int64(lasts))
+	if lasts > 0 {
 		call, attr.value = unix.BPF_MAP_UPDATE_ELEM, unsafe.Pointer(&until)
 	}
 	// It fails when there is nothing to delete, or no memory: then the next

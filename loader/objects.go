@@ -185,11 +185,11 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 	if !d.holds {
 		d.options.Log.Warn("this kernel has no tcx: connects succeed before their dial has", "connect", "early")
 	}
-	// Crypto-random, and with the bit that no real address has: never zero.
+	// 48 bits, and never zero.
 	if _, err := rand.Read(tag[:]); err != nil {
 		return fmt.Errorf("make frame tag: %w", err)
 	}
-	d.frameTag = binary.NativeEndian.Uint64(tag[:]) | 1
+	d.frameTag = binary.NativeEndian.Uint64(tag[:])>>16 | 1
 	c := consts{
 		netns:      d.options.Scope.Netns,
 		slot4:      d.slots.slot4(),

@@ -10,10 +10,9 @@
 #define IP6_HLEN 40
 #define TCP_HLEN 20
 
-/* An Ethernet header in which the tag stands in the addresses. */
 struct eth {
-	__u16 tag[4]; /* destination, and the beginning of the source */
-	__u16 mark[2]; /* the rest of the source */
+	__u16 dst[3];
+	__u16 src[3];
 	__u16 proto; /* network byte order */
 };
 

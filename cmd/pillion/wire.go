@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,6 +23,7 @@ import (
 	"github.com/pillion-project/pillion/loader/probe"
 	"github.com/pillion-project/pillion/redirect/capture"
 	"github.com/pillion-project/pillion/redirect/handler"
+	"github.com/pillion-project/pillion/redirect/l4"
 	"github.com/pillion-project/pillion/redirect/route"
 	"github.com/pillion-project/pillion/redirect/upstream"
 	"github.com/pillion-project/pillion/redirect/upstream/balance"
@@ -102,7 +104,7 @@ func (i *instance) build(c *config.Config) (*route.Table, error) {
 		if err != nil {
 			return nil, fmt.Errorf("service %q: %w", s.Name, err)
 		}
-		spec := upstream.ClusterSpec{Name: s.Name, Policy: policy}
+		spec := upstream.ClusterSpec{Name: s.Name, Policy: policy, NoEndpoint: errnoOf(cmp.Or(s.NoEndpoint, c.NoEndpoint))}
 		for _, e := range s.Endpoints {
 			spec.Endpoints = append(spec.Endpoints, upstream.EndpointSpec{Addr: e.Addr, Weight: e.Weight})
 		}
@@ -168,13 +170,17 @@ func (i *instance) assemble(table *route.Table) error {
 	}
 	r := &i.config.Relay
 	v4, v6 := i.datapath.ListenAddrs()
-	var err error
+	queues, err := i.queues(workers)
+	if err != nil {
+		return err
+	}
 	i.handler, err = handler.New(handler.Options{
 		Live: i.datapath, Table: table, Slots: loader.Supernets(),
 		Listen4: v4, Listen6: v6, Workers: workers,
 		DialTimeout: r.DialTimeout, DialBudget: r.DialBudget,
 		IdleTimeout: r.IdleTimeout, MaxLifetime: r.MaxLifetime,
 		Attempts: r.Attempts, MaxConns: maxConns, MaxPerGroup: carried(kernel.ConnQuota), Exempt: exempt,
+		Queues: queues, Answered: i.datapath.Answered, Unavailable: i.unavailable,
 	})
 	if err != nil {
 		return err
@@ -193,6 +199,23 @@ func (i *instance) assemble(table *route.Table) error {
 		return err
 	}
 	return i.datapath.AttachLookup()
+}
+
+// queues are how the workers hear of handshakes that wait.
+func (i *instance) queues(workers int) ([]l4.Queue, error) {
+	list, err := i.datapath.Queues(workers)
+	all := make([]l4.Queue, 0, len(list))
+	for _, q := range list {
+		all = append(all, q)
+	}
+	return all, err
+}
+
+// unavailable tells the connect hook that a service has no endpoint for a while.
+func (i *instance) unavailable(service netip.AddrPort, wait time.Duration) {
+	if err := i.datapath.Unavailable(service, wait); err != nil {
+		i.log.Error("cannot tell the connect hook which services are unavailable", "error", err)
+	}
 }
 
 // tell makes the telemetry.
@@ -270,6 +293,7 @@ func rules(c *config.Config, workers, maxConns int) loader.Rules {
 		MaxConns:  maxConns,
 		ConnQuota: c.Limits.ConnectionsPerContainer,
 		SlotQuota: c.Limits.SlotsPerContainer,
+		Connect:   c.Connect.Mode(),
 	}
 	if r.ConnQuota == 0 {
 		// One container in a loop must leave something to the others.
@@ -280,7 +304,10 @@ func rules(c *config.Config, workers, maxConns int) loader.Rules {
 		if s.OnFailure != "" {
 			closed = s.OnFailure == config.OnFailureClosed
 		}
-		r.Services = append(r.Services, loader.Service{Addr: s.Addr, Closed: closed})
+		r.Services = append(r.Services, loader.Service{
+			Addr: s.Addr, Closed: closed, Connect: cmp.Or(s.Connect, c.Connect).Mode(),
+			NoEndpoint: errnoOf(cmp.Or(s.NoEndpoint, c.NoEndpoint)),
+		})
 	}
 	for _, d := range c.Deny {
 		r.Deny = append(r.Deny, loader.Rule(d))
@@ -289,6 +316,18 @@ func rules(c *config.Config, workers, maxConns int) loader.Rules {
 		r.Exclude = append(r.Exclude, loader.Rule(e))
 	}
 	return r
+}
+
+// errnoOf returns the value of an errno's name, which Validate has looked at.
+func errnoOf(name string) unix.Errno {
+	switch name {
+	case "EHOSTUNREACH":
+		return unix.EHOSTUNREACH
+	case "ENETUNREACH":
+		return unix.ENETUNREACH
+	default:
+		return unix.ECONNREFUSED
+	}
 }
 
 // carried is how many connections of one container the handler carries, when the

@@ -142,7 +142,7 @@ func TestRecordJSON(t *testing.T) {
 		"cookie": 7.0, "cgroup": 0.0, "source": "192.0.2.1:4000", "original_destination": "[2001:db8::1]:443",
 		"endpoint": "192.0.2.2:8443", "path": "relay", "reason": "service", "end": "closed", "attempts": 2.0,
 		"start": "0001-01-01T00:00:00Z", "duration_ns": 1e9, "connect_ns": 0.0, "rtt_ns": 1e6, "retransmits": 0.0,
-		"bytes_sent": 10.0, "bytes_received": 20.0, "open": false,
+		"bytes_sent": 10.0, "bytes_received": 20.0, "mirrored": false, "open": false,
 	}
 	if diff := cmp.Diff(want, fields); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)

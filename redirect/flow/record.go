@@ -38,6 +38,8 @@ type Record struct {
 	// from the endpoint to the application.
 	Sent     uint64 `json:"bytes_sent"`
 	Received uint64 `json:"bytes_received"`
+	// Mirrored is true when the application's handshake waited for the dial.
+	Mirrored bool `json:"mirrored"`
 	// Open is true in a listing of live connections.
 	Open bool `json:"open"`
 }

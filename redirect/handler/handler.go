@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -33,6 +34,11 @@ type Options struct {
 	DialTimeout, DialBudget, IdleTimeout, MaxLifetime time.Duration
 	Attempts, MaxConns, MaxPerGroup                   int
 	Exempt                                            func(fd int) error
+	Queues                                            []l4.Queue
+	Answered                                          func(dst netip.AddrPort, lasts time.Duration)
+	// Unavailable, if set, is told when a service has no endpoint that may be
+	// picked, for how long, and (0) when it has again. It must not block.
+	Unavailable func(service netip.AddrPort, wait time.Duration)
 }
 
 // Handler accepts redirected connections and carries them.
@@ -42,12 +48,20 @@ type Handler struct {
 	slots     []netip.Prefix
 	relay     *l4.Relay
 	listeners [2][]int // of IPv4 and IPv6, one per worker
+
+	unavailable func(netip.AddrPort, time.Duration)
+	mu          sync.Mutex              // guards without
+	without     map[netip.AddrPort]bool // services that were told to be unavailable
+	any         atomic.Bool             // whether there are
 }
 
 // New opens the listeners. Run serves them, and closes them at its end; if it
 // is not called, Close must be.
 func New(o Options) (*Handler, error) {
-	h := &Handler{resolver: origdst.NewResolver(o.Live), slots: o.Slots}
+	h := &Handler{
+		resolver: origdst.NewResolver(o.Live), slots: o.Slots,
+		unavailable: o.Unavailable, without: map[netip.AddrPort]bool{},
+	}
 	h.table.Store(o.Table)
 	perWorker, err := h.listen(o)
 	if err != nil {
@@ -63,6 +77,9 @@ func New(o Options) (*Handler, error) {
 		MaxConns:    o.MaxConns,
 		MaxPerGroup: o.MaxPerGroup,
 		Exempt:      o.Exempt,
+		Queues:      o.Queues,
+		Answered:    o.Answered,
+		Unavailable: h.dialed,
 	}, h)
 	if err != nil {
 		return nil, fmt.Errorf("start relay: %w", err)
@@ -127,6 +144,30 @@ func (h *Handler) Direct(local, remote netip.AddrPort) (l4.Target, error) {
 		return t, fmt.Errorf("relay to %s: %w", d.OrigDst, ErrLoop)
 	}
 	return t, nil
+}
+
+// dialed looks whether the target's cluster has an endpoint, when a dial has ended.
+func (h *Handler) dialed(t *l4.Target) {
+	if h.unavailable == nil {
+		return
+	}
+	wait := t.Cluster.Wait()
+	if wait == 0 && !h.any.Load() {
+		return // as always
+	}
+	service := t.Downstream.OrigDst.AddrPort
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if wait == 0 && !h.without[service] {
+		return
+	}
+	h.unavailable(service, wait)
+	if wait > 0 {
+		h.without[service] = true
+	} else {
+		delete(h.without, service)
+	}
+	h.any.Store(len(h.without) > 0)
 }
 
 // Allowed implements [l4.Director].

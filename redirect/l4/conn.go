@@ -54,6 +54,7 @@ type conn struct {
 	tried      []*upstream.Endpoint
 	triedSpace [3]*upstream.Endpoint
 
+	held      *held // its handshake waits for the dial; see hold.go
 	opened    int64 // ns of the worker's clock, like all below
 	active    int64 // when bytes last moved
 	dialed    int64 // when the present dial began
@@ -61,8 +62,11 @@ type conn struct {
 	connected time.Duration
 	last      flow.Reason // why the last dial failed
 	index     int32       // in worker.conns
-	attempts  uint8
+	errno     uint16      // of the last dial that failed
+	attempts  uint8       // dials in all,
+	round     uint8       // and in this round
 	dialing   bool
+	mirrored  bool // it was held
 	closing   bool // one side is broken; the rest is being saved
 	dead      bool
 	shared    bool // counted as its container's

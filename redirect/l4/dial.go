@@ -1,6 +1,7 @@
 package l4
 
 import (
+	"math"
 	"net/netip"
 	"syscall"
 	"time"
@@ -21,24 +22,25 @@ func (w *worker) begin(fd int32) {
 		w.refuse(fd)
 		return
 	}
-	target, err := w.relay.director.Direct(w.addr.get(), remote)
+	local := w.addr.get()
+	if len(w.held) > 0 {
+		if c := w.held[heldKey{remote, local}]; c != nil {
+			w.arrive(c, fd)
+			return
+		}
+	}
+	target, err := w.relay.director.Direct(local, remote)
 	if flow.ReasonOf(err) == flow.ReasonNotOurs {
 		w.counters.unknown.Add(1)
 		w.refuse(fd)
 		return
 	}
-	if err == nil && !w.takeShare(target.Downstream.Group) {
-		err = errShare
-	}
-	c := w.slab.get()
-	c.target = target
-	c.shared = err == nil
-	c.opened, c.active = w.now, w.now
-	c.index = int32(len(w.conns))
-	w.conns = append(w.conns, c)
-	w.relay.live.Add(1)
+	c := w.start(target, err)
 	w.adopt(c, down, fd)
 	c.sides[down].tuned = true // inherited from the listener
+	if err == nil && !c.shared {
+		err = errShare
+	}
 	if err != nil {
 		w.end(c, flow.ReasonOf(err), true)
 		return
@@ -52,6 +54,19 @@ func (w *worker) begin(fd int32) {
 	if !c.dead {
 		w.follow(c, down)
 	}
+}
+
+// start makes a connection that has no sockets yet. It counts as its container's
+// (shared) if there is no error and the container may have one more.
+func (w *worker) start(target Target, err error) *conn {
+	c := w.slab.get()
+	c.target = target
+	c.shared = err == nil && w.takeShare(target.Downstream.Group)
+	c.opened, c.active = w.now, w.now
+	c.index = int32(len(w.conns))
+	w.conns = append(w.conns, c)
+	w.relay.live.Add(1)
+	return c
 }
 
 // takeShare counts a connection of a container, if it may have one more.
@@ -107,7 +122,7 @@ func (w *worker) dialOnce(c *conn) bool {
 			if c.last != flow.ReasonNone {
 				why = c.last // which is why there is none left
 			}
-			w.end(c, why, true)
+			w.giveUp(c, why)
 			return true
 		}
 		c.endpoint = e
@@ -115,7 +130,8 @@ func (w *worker) dialOnce(c *conn) bool {
 		to = e.Addr
 		e.Begin()
 	}
-	c.attempts++
+	c.attempts = min(c.attempts, math.MaxUint8-1) + 1
+	c.round++
 	c.dialing = true
 	w.dialing++
 	w.counters.dials.Add(1)
@@ -126,9 +142,9 @@ func (w *worker) dialOnce(c *conn) bool {
 	// The batch's time is too old to measure a dial by.
 	w.tick()
 	c.dialed = w.now
-	o := &w.relay.options
-	c.deadline = min(w.now+int64(o.DialTimeout), c.opened+int64(o.DialBudget))
+	c.deadline = w.dialDeadline(c)
 	if e := w.connect(c, to); e != 0 {
+		c.errno = uint16(e)
 		return w.attemptFailed(c, reasonOf(e))
 	}
 	return true
@@ -149,7 +165,16 @@ func (w *worker) connect(c *conn, to netip.AddrPort) syscall.Errno {
 		return e
 	}
 	w.addr.set(to)
-	if e := w.addr.connect(fd); e != 0 && e != unix.EINPROGRESS {
+	e = w.addr.connect(fd)
+	if e == unix.EINPROGRESS && c.held != nil {
+		// Towards this machine the answer is there already, and asking for it
+		// is cheaper than waiting for the event.
+		e = w.addr.connect(fd)
+	}
+	switch {
+	case e == 0 && c.held != nil:
+		w.established(c)
+	case e != 0 && e != unix.EINPROGRESS && e != unix.EALREADY:
 		return e
 	}
 	if e := w.sendFirst(c); e != 0 || c.dead {
@@ -258,6 +283,10 @@ func (w *worker) established(c *conn) {
 	if c.endpoint != nil {
 		c.endpoint.Connected(c.connected)
 	}
+	w.tell(c, true)
+	if c.held != nil {
+		w.injected(w.queue.Finish(&c.held.Held))
+	}
 }
 
 // dialFailed ends the present attempt and makes another, or ends the
@@ -283,9 +312,9 @@ func (w *worker) attemptFailed(c *conn, why flow.Reason) bool {
 		last.Failed(why)
 	}
 	o := &w.relay.options
-	if last == nil || int(c.attempts) >= o.Attempts || w.now-c.opened >= int64(o.DialBudget) ||
+	if last == nil || int(c.round) >= o.Attempts || w.now-c.began() >= int64(o.DialBudget) ||
 		why == flow.ReasonNoDescriptors || why == flow.ReasonLoop {
-		w.end(c, why, true)
+		w.giveUp(c, why)
 		return true
 	}
 	last.End()

@@ -52,6 +52,9 @@ func (w *worker) end(c *conn, why flow.Reason, reset bool) {
 	r.Open, r.End = false, why
 	w.ledger.add(&r)
 	c.dead = true
+	if c.held != nil {
+		w.refuseHeld(c, why)
+	}
 	if c.dialing {
 		c.dialing = false
 		w.dialing--
@@ -122,6 +125,7 @@ func (w *worker) record(c *conn) flow.Record {
 		Connect:  c.connected,
 		Sent:     c.sides[down].moved,
 		Received: c.sides[up].moved,
+		Mirrored: c.mirrored,
 		Open:     true,
 	}
 	if c.target.Cluster != nil {

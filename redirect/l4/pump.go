@@ -22,6 +22,12 @@ func (w *worker) ready(c *conn, k int, events uint32) {
 			return
 		}
 	}
+	if c.held != nil {
+		// The application comes first; then this is looked at.
+		s.readable = true
+		c.held.reset = c.held.reset || events&unix.EPOLLERR != 0
+		return
+	}
 	if events&unix.EPOLLERR != 0 && k == down && c.dialing {
 		w.end(c, flow.ReasonDownstreamReset, true)
 		return
@@ -57,9 +63,14 @@ func (w *worker) answered(c *conn, events uint32) bool {
 			// It connected, spoke perhaps, and was reset, all before we
 			// looked: a reset of a dial is ECONNREFUSED.
 			w.established(c)
-			w.broken(c, up)
+			if c.held != nil {
+				c.held.reset = true
+			} else {
+				w.broken(c, up)
+			}
 			return false
 		default:
+			c.errno = uint16(e)
 			w.dialFailed(c, reasonOf(e))
 			return false
 		}
@@ -77,7 +88,7 @@ func (w *worker) answered(c *conn, events uint32) bool {
 // room to write, or the turn is over.
 func (w *worker) pump(c *conn, k int) {
 	s, d := &c.sides[k], &c.sides[1-k]
-	if d.blocked || c.dialing {
+	if d.blocked || c.dialing || c.held != nil {
 		return
 	}
 	if s.rest != nil && !w.writeRest(c, k) {

@@ -55,6 +55,15 @@ type Options struct {
 	// Exempt, if set, is called with each socket before it connects, so that
 	// the kernel side knows it for the handler's own.
 	Exempt func(fd int) error
+	// Queues, if set, is one per worker, by which it hears of connections whose
+	// handshakes wait for their dials. They stay the caller's.
+	Queues []Queue
+	// Answered, if set, hears of original destinations that answered a dial,
+	// which is to count for so long, or whose dials failed (0). Unavailable, if
+	// set, hears of targets with a cluster when a dial has ended. Every worker
+	// calls them, so they must not block.
+	Answered    func(dst netip.AddrPort, lasts time.Duration)
+	Unavailable func(t *Target)
 }
 
 // Stats counts since the start, but for Live and Pipes, which are of now.
@@ -64,6 +73,8 @@ type Stats struct {
 	Unknown uint64
 	// Pauses counts how often accepting stopped for want of descriptors.
 	Pauses uint64
+	// Unsent counts frames that could not be injected.
+	Unsent uint64
 	// Lost counts records that nobody took in time.
 	Lost        uint64
 	Live, Pipes int
@@ -89,8 +100,11 @@ var ErrNoPreemption = errors.New("GODEBUG=asyncpreemptoff=1 is set, which the re
 func New(o Options, d Director) (*Relay, error) {
 	r := &Relay{options: o, director: d, start: time.Now()}
 	err := o.check()
-	for _, fds := range o.Listeners {
+	for i, fds := range o.Listeners {
 		w := newWorker(r, fds)
+		if i < len(o.Queues) {
+			w.queue = o.Queues[i]
+		}
 		r.workers = append(r.workers, w)
 		if err == nil {
 			err = w.open()
@@ -148,6 +162,7 @@ func (r *Relay) Run(ctx, force context.Context) error {
 		r.each(func(w *worker) {
 			w.stopAccepting()
 			w.resetAll()
+			w.stopIfIdle()
 		})
 	})
 	running.Wait()
@@ -233,7 +248,7 @@ func (r *Relay) Accepted() (v4, v6 uint64) {
 
 // counters are written by one worker and read by anybody.
 type counters struct {
-	accepted4, accepted6, ended, dials, dialFailures, retries, unknown, pauses atomic.Uint64
+	accepted4, accepted6, ended, dials, dialFailures, retries, unknown, pauses, unsent atomic.Uint64
 }
 
 func (c *counters) add(s *Stats) {
@@ -244,6 +259,7 @@ func (c *counters) add(s *Stats) {
 	s.Retries += c.retries.Load()
 	s.Unknown += c.unknown.Load()
 	s.Pauses += c.pauses.Load()
+	s.Unsent += c.unsent.Load()
 }
 
 // ledgerSize is how many records wait for a reader who comes ten times a

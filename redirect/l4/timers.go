@@ -40,6 +40,8 @@ func (w *worker) interval() time.Duration {
 		return dialSweep
 	case len(w.conns) == 0:
 		return 0
+	case len(w.held) > 0:
+		return idleSweep
 	case o.IdleTimeout > 0 || o.MaxLifetime > 0:
 		return idleSweep
 	default:
@@ -51,6 +53,9 @@ func (w *worker) interval() time.Duration {
 func (w *worker) timeout() int {
 	if len(w.again) > 0 {
 		return 0
+	}
+	if len(w.unheard) > 0 {
+		return 1
 	}
 	d := w.interval()
 	if d == 0 {
@@ -80,6 +85,13 @@ func (w *worker) sweep() {
 
 func (w *worker) expire(c *conn) {
 	o := &w.relay.options
+	if c.held != nil && w.now-c.held.checked >= int64(waitsEvery) {
+		c.held.checked = w.now
+		if !w.queue.Waits(&c.held.Held, c.target.Downstream.Cookie) {
+			w.end(c, flow.ReasonAbandoned, true)
+			return
+		}
+	}
 	switch {
 	case o.MaxLifetime > 0 && w.now-c.opened >= int64(o.MaxLifetime):
 		w.end(c, flow.ReasonMaxLifetime, true)
@@ -87,6 +99,7 @@ func (w *worker) expire(c *conn) {
 		if w.now >= c.deadline {
 			w.dialFailed(c, flow.ReasonDialTimeout)
 		}
+	case c.held != nil:
 	case o.IdleTimeout > 0 && w.now-c.active >= int64(o.IdleTimeout):
 		w.end(c, flow.ReasonIdleTimeout, true)
 	case !c.kept && w.now-c.opened >= int64(keepSweep):

@@ -3,6 +3,7 @@ package l4
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -36,7 +37,8 @@ type worker struct {
 	wake      int32 // an eventfd
 	listeners []int32
 	paused    bool // not accepting, for want of descriptors
-	stopped   bool // not accepting any more
+	stopping  bool // no new connections,
+	stopped   bool // and not accepting any more
 	now       int64
 	gap       int64 // ns between the last two waits
 	gen       uint32
@@ -51,6 +53,15 @@ type worker struct {
 	accepts  int
 	accepted uint64
 	swept    int64
+
+	// Connections whose handshakes wait; see hold.go.
+	queue     Queue // nil: there are none
+	queueFD   int32
+	held      map[heldKey]*conn
+	spareHeld []*held
+	news      flow.Held
+	unheard   []refusal
+	told      map[netip.AddrPort]int64 // when it was last told
 
 	slab    slab
 	buffers buffers
@@ -72,7 +83,10 @@ type worker struct {
 }
 
 func newWorker(r *Relay, listeners []int) *worker {
-	w := &worker{relay: r, ep: -1, wake: -1, buf: make([]byte, copySize), accepts: 1}
+	w := &worker{
+		relay: r, ep: -1, wake: -1, queueFD: -1, buf: make([]byte, copySize), accepts: 1,
+		held: map[heldKey]*conn{}, told: map[netip.AddrPort]int64{},
+	}
 	w.pipes.open = &r.pipes
 	for _, fd := range listeners {
 		w.listeners = append(w.listeners, int32(fd))
@@ -91,7 +105,12 @@ func (w *worker) open() error {
 		return fmt.Errorf("create eventfd: %w", err)
 	}
 	w.wake = int32(wake)
-	for _, fd := range append([]int32{w.wake}, w.listeners...) {
+	watch := append([]int32{w.wake}, w.listeners...)
+	if w.queue != nil {
+		w.queueFD = int32(w.queue.FD())
+		watch = append(watch, w.queueFD)
+	}
+	for _, fd := range watch {
 		if e := w.control(unix.EPOLL_CTL_ADD, fd, unix.EPOLLIN, 0); e != 0 {
 			return fmt.Errorf("watch descriptor: %w", e)
 		}
@@ -147,7 +166,8 @@ func (w *worker) runCommands() {
 	}
 }
 
-// stopAccepting serves what is in the accept queues and closes the listeners.
+// stopAccepting serves what is in the accept queues and closes the listeners, when
+// nobody's handshake waits any more.
 func (w *worker) stopAccepting() {
 	for _, fd := range w.listeners {
 		for range backlog {
@@ -156,8 +176,20 @@ func (w *worker) stopAccepting() {
 			}
 		}
 	}
-	w.closeListeners()
-	w.stopped, w.paused = true, false
+	w.stopping = true
+	for _, c := range w.held {
+		if c.held.silent {
+			w.end(c, flow.ReasonDrained, true) // it may wait for minutes
+		}
+	}
+	w.stopIfIdle()
+}
+
+func (w *worker) stopIfIdle() {
+	if w.stopping && !w.stopped && len(w.held) == 0 {
+		w.closeListeners()
+		w.stopped, w.paused = true, false
+	}
 }
 
 func (w *worker) resetAll() {
@@ -187,6 +219,8 @@ func (w *worker) run() error {
 		}
 		w.goOn()
 		w.sweep()
+		w.refuseAgain()
+		w.stopIfIdle()
 	}
 	return nil
 }
@@ -263,6 +297,8 @@ func (w *worker) handle(ev *unix.EpollEvent) {
 	case ev.Pad != 0: // a socket that was closed in this batch
 	case fd == w.wake:
 		w.runCommands()
+	case fd == w.queueFD:
+		w.takeNews()
 	case w.stopped: // a listener that was: its number may be another's by now
 	default:
 		w.acceptSome(fd)
@@ -320,7 +356,8 @@ func (w *worker) later(c *conn, k int) {
 
 // acceptFrom takes one connection, and tells whether there may be another.
 func (w *worker) acceptFrom(listener int32) bool {
-	if int(w.relay.live.Load()) >= w.relay.options.MaxConns {
+	// Those whose handshakes wait count already.
+	if int(w.relay.live.Load())-len(w.held) >= w.relay.options.MaxConns {
 		w.pause()
 		return false
 	}

@@ -1,6 +1,9 @@
 package upstream
 
 import (
+	"syscall"
+	"time"
+
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/redirect/upstream/health"
 )
@@ -24,6 +27,9 @@ type NewPicker func(endpoints []*Endpoint, random func() uint64) Picker
 type Cluster struct {
 	Name      string
 	Endpoints []*Endpoint
+	// NoEndpoint is what connect(2) returns when no endpoint may be picked, where
+	// that can still be told; 0 is ECONNREFUSED.
+	NoEndpoint syscall.Errno
 
 	picker  Picker
 	group   *health.Group
@@ -63,6 +69,10 @@ func (c *Cluster) Pick(key uint64, tried []*Endpoint) (*Endpoint, error) {
 	}
 	return first, nil
 }
+
+// Wait returns 0 if an endpoint may be picked, and else after how long one may
+// again: all of them are ejected, and the configuration knows no panic.
+func (c *Cluster) Wait() time.Duration { return c.group.Wait() }
 
 // untried returns an endpoint that is not in tried: one that is not ejected if
 // there is any, else an ejected one unless the configuration says that

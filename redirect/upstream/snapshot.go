@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/pillion-project/pillion/redirect/upstream/health"
@@ -18,6 +19,8 @@ type ClusterSpec struct {
 	Endpoints []EndpointSpec
 	// Policy makes the picker; package balance has them.
 	Policy NewPicker
+	// NoEndpoint is as in [Cluster].
+	NoEndpoint syscall.Errno
 }
 
 // EndpointSpec says what an endpoint is to be.
@@ -93,9 +96,10 @@ func (s *Snapshot) build(old *Cluster, spec ClusterSpec, h health.Config) *Clust
 		}
 	}
 	c := &Cluster{
-		Name:      spec.Name,
-		Endpoints: make([]*Endpoint, 0, len(spec.Endpoints)),
-		monitor:   s.monitor,
+		Name:       spec.Name,
+		NoEndpoint: spec.NoEndpoint,
+		Endpoints:  make([]*Endpoint, 0, len(spec.Endpoints)),
+		monitor:    s.monitor,
 	}
 	members := make([]*health.Ejector, 0, len(spec.Endpoints))
 	for _, es := range spec.Endpoints {

@@ -71,3 +71,20 @@ func (g *Group) judge(changes uint64, now time.Duration) *verdict {
 		panics:  available*100 < g.Config.Panic*len(g.members),
 	}
 }
+
+// Wait returns 0 if a member is available, and else after how long one is again.
+func (g *Group) Wait() time.Duration {
+	if g.Config.Failures == 0 || g.Config.Panic > 0 {
+		return 0
+	}
+	now := g.monitor.now()
+	next := time.Duration(math.MaxInt64)
+	for _, e := range g.members {
+		left := e.left(now)
+		if left == 0 {
+			return 0
+		}
+		next = min(next, left)
+	}
+	return next
+}
