@@ -156,21 +156,26 @@ type abiIpAddr struct {
 }
 
 type abiLive struct {
-	_        structs.HostLayout
-	Cookie   uint64
-	Cgroup   uint64
-	Group    uint64
-	Opened   uint64
-	Orig     abiIpAddr
-	Bound    abiIpAddr
-	Mark     uint32
-	Priority uint32
-	Tos      uint8
-	Reason   uint8
-	Canary   uint8
-	Hold     uint8
-	Worker   uint8
-	Zero     [3]uint8
+	_            structs.HostLayout
+	Cookie       uint64
+	Cgroup       uint64
+	Group        uint64
+	Opened       uint64
+	Orig         abiIpAddr
+	Bound        abiIpAddr
+	Mark         uint32
+	Priority     uint32
+	Tos          uint8
+	Reason       uint8
+	Canary       uint8
+	Hold         uint8
+	Worker       uint8
+	KeepCount    uint8
+	KeepIdle     uint16
+	KeepInterval uint16
+	Zero         uint16
+	UserTimeout  uint32
+	Congestion   [16]uint8
 }
 
 type abiLiveKey struct {

@@ -55,6 +55,11 @@ const (
 	heldMark     = 0x55aa
 	heldPriority = 5
 	heldTOS      = 0x28
+	heldCount    = 3 // keep-alive
+	heldIdle     = 7201
+	heldInterval = 11
+	heldTimeout  = 123456 // ms
+	heldControl  = "reno"
 )
 
 // hold connects from source to addr, says so, and waits.
@@ -79,7 +84,13 @@ func holdOptions(network, _ string, raw syscall.RawConn) error {
 			// First: IP_TOS also sets a priority of its own.
 			unix.SetsockoptInt(int(fd), level, tos, heldTOS),
 			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PRIORITY, heldPriority),
-			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, heldMark))
+			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, heldMark),
+			unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1),
+			unix.SetsockoptInt(int(fd), unix.SOL_TCP, unix.TCP_KEEPCNT, heldCount),
+			unix.SetsockoptInt(int(fd), unix.SOL_TCP, unix.TCP_KEEPIDLE, heldIdle),
+			unix.SetsockoptInt(int(fd), unix.SOL_TCP, unix.TCP_KEEPINTVL, heldInterval),
+			unix.SetsockoptInt(int(fd), unix.SOL_TCP, unix.TCP_USER_TIMEOUT, heldTimeout),
+			unix.SetsockoptString(int(fd), unix.SOL_TCP, unix.TCP_CONGESTION, heldControl))
 	})
 	return errors.Join(err, set)
 }
@@ -451,7 +462,9 @@ func TestLiveEntry(t *testing.T) {
 			want := Live{
 				Cgroup: h.cgroup.ID, Orig: abiIpAddr(FromAddr(dst.Addr())), Bound: abiIpAddr(FromAddr(source)),
 				Mark: heldMark, Priority: heldPriority, Tos: heldTOS, Reason: uint8(flow.ReasonDefault),
+				KeepCount: heldCount, KeepIdle: heldIdle, KeepInterval: heldInterval, UserTimeout: heldTimeout,
 			}
+			copy(want.Congestion[:], heldControl)
 			if key != wantKey || got != want {
 				t.Errorf("live:\n got %+v %+v\nwant %+v %+v", key, got, wantKey, want)
 			}

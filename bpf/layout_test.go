@@ -17,7 +17,7 @@ var layouts = map[string]struct{ goSize, pinned uintptr }{
 	"state":        {unsafe.Sizeof(State{}), 8},
 	"beat":         {unsafe.Sizeof(Beat{}), 24},
 	"live_key":     {unsafe.Sizeof(LiveKey{}), 36},
-	"live":         {unsafe.Sizeof(Live{}), 80},
+	"live":         {unsafe.Sizeof(Live{}), 104},
 	"decision":     {unsafe.Sizeof(Decision{}), 112},
 	"slot":         {unsafe.Sizeof(Slot{}), 40},
 	"usage":        {unsafe.Sizeof(Usage{}), 24},

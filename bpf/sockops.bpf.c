@@ -48,13 +48,34 @@ static __always_inline void add(struct decision *d, int by)
 		__sync_fetch_and_add(&u->conns, by);
 }
 
+/* option returns what the application set, or 0 also where this kernel does not
+ * tell (before 6.1).
+ */
+static __always_inline __u64 option(struct bpf_sock_ops *ctx, int level,
+				    int name)
+{
+	__u32 value = 0;
+
+	if (bpf_getsockopt(ctx, level, name, &value, sizeof(value)))
+		return 0;
+	return value;
+}
+
+/* The name is not initialised on purpose: a number stored there first is what
+ * net.h says of PAIR. A call that fails zeroes it.
+ */
+union algorithm {
+	__u64 d[2];
+	char name[16];
+};
+
 /* let_in enters the connection in live, before its SYN leaves. Without an entry
  * the lookup program refuses it.
  */
 static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
 {
 	union {
-		__u64 d[10];
+		__u64 d[13];
 		struct live l;
 	} u = { .d = {
 			bpf_get_socket_cookie(ctx),
@@ -67,17 +88,25 @@ static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
 			PAIR(d->bound.w[2], d->bound.w[3]),
 			PAIR(d->mark, d->priority),
 		} };
-	int tos = 0;
+	union algorithm congestion;
+	__u64 tos = ctx->family == AF_INET ?
+			    option(ctx, IPPROTO_IP, IP_TOS) :
+			    option(ctx, IPPROTO_IPV6, IPV6_TCLASS);
 
-	if (ctx->family == AF_INET) {
-		if (bpf_getsockopt(ctx, IPPROTO_IP, IP_TOS, &tos, sizeof(tos)))
-			tos = 0;
-	} else if (bpf_getsockopt(ctx, IPPROTO_IPV6, IPV6_TCLASS, &tos,
-				  sizeof(tos))) {
-		tos = 0;
-	}
-	/* tos, reason, canary, hold; see struct live. */
+	/* tos, reason, canary, hold, worker, keep_count, keep_idle, and
+	 * keep_interval, zero, user_timeout; see struct live.
+	 */
 	u.d[9] = (tos & 0xff) | d->reason << 8 | (__u64)d->hold << 24;
+	u.d[10] = (__u64)option(ctx, IPPROTO_TCP, TCP_USER_TIMEOUT) << 32;
+	if (option(ctx, SOL_SOCKET, SO_KEEPALIVE)) {
+		u.d[9] |= option(ctx, IPPROTO_TCP, TCP_KEEPCNT) << 40 |
+			  option(ctx, IPPROTO_TCP, TCP_KEEPIDLE) << 48;
+		u.d[10] |= option(ctx, IPPROTO_TCP, TCP_KEEPINTVL);
+	}
+	bpf_getsockopt(ctx, IPPROTO_TCP, TCP_CONGESTION, &congestion,
+		       sizeof(congestion));
+	u.d[11] = congestion.d[0];
+	u.d[12] = congestion.d[1];
 	if (bpf_map_update_elem(&live, &d->key, &u.l, BPF_ANY)) {
 		count(REASON_LIVE_LOST);
 		return;

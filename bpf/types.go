@@ -96,7 +96,7 @@ const (
 
 // Constants of include/abi.h; a test reads the header and compares them.
 const (
-	ABI          = 2
+	ABI          = 3
 	Slots        = 65536
 	SlotFirst    = 1
 	SlotLast     = 0xffef

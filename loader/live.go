@@ -52,6 +52,9 @@ func (d *Datapath) Live(source, slot netip.AddrPort) (flow.Downstream, bool) {
 		Mark:        l.Mark,
 		Priority:    l.Priority,
 		TOS:         l.Tos,
+		KeepAlive:   flow.KeepAlive{Count: l.KeepCount, Idle: l.KeepIdle, Interval: l.KeepInterval},
+		UserTimeout: l.UserTimeout,
+		Congestion:  l.Congestion,
 		BoundSource: bpf.ToAddr(l.Bound),
 	}, true
 }

@@ -12,7 +12,7 @@
 /* Changes with every layout or meaning below: a process refuses the pins of
  * another ABI.
  */
-#define PL_ABI 2
+#define PL_ABI 3
 
 /* The slot supernets: no instance captures an address of them, whoever owns
  * it. An instance claims one /16 and one /64.
@@ -261,7 +261,12 @@ struct live {
 	__u8 canary;
 	__u8 hold; /* 1: the handler's answer waits for the dial */
 	__u8 worker; /* who serves it, from 1; 0: nobody yet. Held ones only */
-	__u8 zero[3];
+	__u8 keep_count; /* 0: no keep-alive */
+	__u16 keep_idle; /* s */
+	__u16 keep_interval; /* s */
+	__u16 zero;
+	__u32 user_timeout; /* ms; 0: none */
+	__u8 congestion[16]; /* the algorithm's name; zero: not known */
 };
 
 /* The decision on one socket, from the connect hook to its end. */

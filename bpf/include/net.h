@@ -11,6 +11,13 @@
 #define IPPROTO_IP 0
 #define IPPROTO_TCP 6
 #define IPPROTO_IPV6 41
+#define SOL_SOCKET 1 /* on the architectures that Pillion builds for */
+#define SO_KEEPALIVE 9
+#define TCP_KEEPIDLE 4
+#define TCP_KEEPINTVL 5
+#define TCP_KEEPCNT 6
+#define TCP_CONGESTION 13
+#define TCP_USER_TIMEOUT 18
 #define IP_TOS 1
 #define IPV6_TCLASS 67
 #define EADDRNOTAVAIL 99

@@ -31,7 +31,20 @@ type Downstream struct {
 	Mark     uint32
 	Priority uint32
 	TOS      uint8
+	// KeepAlive, UserTimeout (TCP_USER_TIMEOUT, in milliseconds) and Congestion
+	// (TCP_CONGESTION, padded with zeroes) are options too, as they were when
+	// the application connected. What it sets later is not known.
+	KeepAlive   KeepAlive
+	UserTimeout uint32
+	Congestion  [16]byte
 	// BoundSource is the address that the application bound, and is not
 	// valid if it bound none. The upstream socket is bound to it.
 	BoundSource netip.Addr
+}
+
+// KeepAlive is how a socket probes a silent peer: after Idle seconds, then every
+// Interval, and Count times before it gives up. It is off when Count is 0.
+type KeepAlive struct {
+	Count          uint8
+	Idle, Interval uint16
 }

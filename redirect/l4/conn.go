@@ -31,6 +31,7 @@ type side struct {
 	blocked  bool // a write found no room: wait for EPOLLOUT
 	queued   bool // in the worker's again
 	tuned    bool // for more than one write
+	chosen   bool // the application has chosen its congestion control
 	wrote    bool
 	splicing bool
 	full     uint8 // reads in a row that filled the buffer

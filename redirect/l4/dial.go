@@ -164,6 +164,7 @@ func (w *worker) connect(c *conn, to netip.AddrPort) syscall.Errno {
 	if e := w.dress(fd, &c.target.Downstream, to.Addr()); e != 0 {
 		return e
 	}
+	w.mirrorTCP(c, fd)
 	w.addr.set(to)
 	e = w.addr.connect(fd)
 	if e == unix.EINPROGRESS && c.held != nil {

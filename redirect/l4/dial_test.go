@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -298,7 +299,11 @@ func TestUpstreamIsDressed(t *testing.T) {
 		var mu sync.Mutex
 		var exempt []int
 		server, conns := serveTo(t, loopback)
-		d := flow.Downstream{TOS: 0x28, Priority: 5}
+		d := flow.Downstream{
+			TOS: 0x28, Priority: 5, UserTimeout: 54321,
+			KeepAlive:  flow.KeepAlive{Count: 3, Idle: 7201, Interval: 11},
+			Congestion: otherCongestion(t),
+		}
 		if os.Geteuid() == 0 {
 			d.Mark = 0x1234
 		}
@@ -320,8 +325,9 @@ func TestUpstreamIsDressed(t *testing.T) {
 			},
 			direct: func(r *rig, local, remote netip.AddrPort) (l4.Target, error) {
 				target := r.target(local, remote)
-				target.Downstream.TOS, target.Downstream.Priority = d.TOS, d.Priority
-				target.Downstream.Mark, target.Downstream.BoundSource = d.Mark, d.BoundSource
+				known := target.Downstream
+				target.Downstream = d
+				target.Downstream.Cookie, target.Downstream.Source, target.Downstream.OrigDst = known.Cookie, known.Source, known.OrigDst
 				return target, nil
 			},
 		})
@@ -329,6 +335,9 @@ func TestUpstreamIsDressed(t *testing.T) {
 		mustWrite(t, c, []byte("x"))
 		s := accept(t, conns)
 		wantBytes(t, s, []byte("x"))
+		// A second write is when a leg like this gets an algorithm of its own.
+		mustWrite(t, c, []byte("y"))
+		wantBytes(t, s, []byte("y"))
 		from := s.RemoteAddr().(*net.TCPAddr).AddrPort().Addr()
 		if d.BoundSource.IsValid() && from != d.BoundSource {
 			t.Errorf("dialed from %s, want %s", from, d.BoundSource)
@@ -345,8 +354,40 @@ func TestUpstreamIsDressed(t *testing.T) {
 		wantOption(t, exempt[0], "tos", level, option, int(d.TOS))
 		wantOption(t, exempt[0], "priority", unix.SOL_SOCKET, unix.SO_PRIORITY, int(d.Priority))
 		wantOption(t, exempt[0], "mark", unix.SOL_SOCKET, unix.SO_MARK, int(d.Mark))
+		wantOption(t, exempt[0], "keep-alive", unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
+		wantOption(t, exempt[0], "keep-alive count", unix.IPPROTO_TCP, unix.TCP_KEEPCNT, int(d.KeepAlive.Count))
+		wantOption(t, exempt[0], "keep-alive idle", unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(d.KeepAlive.Idle))
+		wantOption(t, exempt[0], "keep-alive interval", unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(d.KeepAlive.Interval))
+		wantOption(t, exempt[0], "user timeout", unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(d.UserTimeout))
+		want := unix.ByteSliceToString(d.Congestion[:])
+		if got, err := unix.GetsockoptString(exempt[0], unix.IPPROTO_TCP, unix.TCP_CONGESTION); err != nil || got != want {
+			t.Errorf("congestion control is %q (%v), want %q", got, err, want)
+		}
 		s.Close()
 	})
+}
+
+// otherCongestion is one that a socket here may have and none has by itself: not
+// the default, nor what a leg that does not leave the machine gets. Where there
+// is none it is the default.
+func otherCongestion(t *testing.T) (name [16]byte) {
+	t.Helper()
+	read := func(what string) string {
+		b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_" + what)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(b))
+	}
+	own := read("congestion_control")
+	copy(name[:], own)
+	for _, a := range strings.Fields(read("available_congestion_control")) {
+		if a != own && a != "reno" {
+			name = [16]byte{}
+			copy(name[:], a)
+		}
+	}
+	return name
 }
 
 func wantOption(t *testing.T, fd int, name string, level, option, want int) {

@@ -127,7 +127,7 @@ func (w *worker) tune(d *side) {
 	sysSetInt(d.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)
 	// Towards an address of this machine the kernel takes that address as the
 	// source too.
-	if w.addr.local(d.fd) == 0 && w.peer.remote(d.fd) == 0 && w.addr.get().Addr() == w.peer.get().Addr() {
+	if !d.chosen && w.addr.local(d.fd) == 0 && w.peer.remote(d.fd) == 0 && w.addr.get().Addr() == w.peer.get().Addr() {
 		sysSetString(d.fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, []byte(localCongestion))
 	}
 }

@@ -70,6 +70,14 @@ func sysSetString(fd int32, level, option int, value []byte) syscall.Errno {
 	return e
 }
 
+// sysCongestion returns the name of a socket's algorithm, padded with zeroes.
+func sysCongestion(fd int32) (name [16]byte) {
+	size := int32(len(name))
+	_, _, _ = syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION,
+		uintptr(unsafe.Pointer(&name)), uintptr(unsafe.Pointer(&size)), 0)
+	return name
+}
+
 // sysSocketError returns what an asynchronous connect ended with, and clears it.
 func sysSocketError(fd int32) syscall.Errno {
 	var v, size int32 = 0, 4

@@ -4,7 +4,6 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/redirect/flow"
-	"golang.org/x/sys/unix"
 )
 
 // The loop wakes for time only when something is open that time may end.
@@ -113,8 +112,5 @@ func (w *worker) expire(c *conn) {
 // KeepAlive makes the kernel probe a silent peer. Errors are ignored: the
 // connection works without.
 func KeepAlive(fd int) {
-	sysSetInt(int32(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1)
-	sysSetInt(int32(fd), unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepIdle)
-	sysSetInt(int32(fd), unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepInterval)
-	sysSetInt(int32(fd), unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepCount)
+	setKeepAlive(int32(fd), flow.KeepAlive{Count: keepCount, Idle: keepIdle, Interval: keepInterval})
 }

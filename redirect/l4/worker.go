@@ -68,8 +68,11 @@ type worker struct {
 	pipes   pipes
 	buf     []byte
 	events  [eventsPerWait]unix.EpollEvent
-	peer    sockaddr
-	addr    sockaddr
+	// congestion is the default of new sockets, as congestionRead knew it.
+	congestion     [16]byte
+	congestionRead int64
+	peer           sockaddr
+	addr           sockaddr
 
 	ledger   ledger
 	counters counters
