@@ -1,0 +1,9 @@
+package fidelity
+
+import "testing"
+
+// TestEnds ends connections in every way and order there is.
+func TestEnds(t *testing.T) {
+	r := both(t, "ends.py", "", nil)
+	r.compare(t, nil)
+}
