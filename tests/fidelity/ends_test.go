@@ -7,3 +7,9 @@ func TestEnds(t *testing.T) {
 	r := both(t, "ends.py", "", nil)
 	r.compare(t, nil)
 }
+
+// TestSpeaks has either side speak first, as early as can be.
+func TestSpeaks(t *testing.T) {
+	r := both(t, "speaks.py", "", nil)
+	r.compare(t, nil)
+}
