@@ -7,6 +7,9 @@ import (
 	"github.com/pillion-project/pillion/redirect/flow"
 )
 
+// windowMin fits in every window: so much does not wait for a reader.
+const windowMin = 1 << 10
+
 // finish passes on that side k has ended: everything read from it is written.
 func (w *worker) finish(c *conn, k int) {
 	s, d := &c.sides[k], &c.sides[1-k]
@@ -15,12 +18,43 @@ func (w *worker) finish(c *conn, k int) {
 		return
 	}
 	s.done = true
-	if d.done {
+	if d.done && !w.unsent(c) {
 		// Both ends were seen and passed on; close sends the second FIN.
 		w.end(c, flow.ReasonClosed, false)
 		return
 	}
 	sysShutdownWrite(d.fd)
+	if d.done {
+		// It has ended, and is on record; what is left is the kernel's work.
+		w.enter(c, flow.ReasonClosed)
+		c.lingers = true
+	}
+}
+
+// enter puts an ended connection on record.
+func (w *worker) enter(c *conn, why flow.Reason) {
+	r := w.record(c)
+	r.Open, r.End = false, why
+	w.ledger.add(&r)
+}
+
+// unsent tells whether bytes wait for a reader's window. The kernel gives up a
+// closed socket that waits for long, and one that is open never.
+func (w *worker) unsent(c *conn) bool {
+	for k := range c.sides {
+		// What has gone the other way is what this socket had to send.
+		if c.sides[1-k].moved > windowMin && sysUnsent(c.sides[k].fd) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// lingered looks at a connection that has ended but for unsent bytes.
+func (w *worker) lingered(c *conn) {
+	if !w.unsent(c) {
+		w.end(c, flow.ReasonClosed, false)
+	}
 }
 
 // broken ends a connection whose side k was reset or timed out: what it sent
@@ -48,9 +82,9 @@ func (w *worker) end(c *conn, why flow.Reason, reset bool) {
 	if c.dead {
 		return
 	}
-	r := w.record(c)
-	r.Open, r.End = false, why
-	w.ledger.add(&r)
+	if !c.lingers {
+		w.enter(c, why)
+	}
 	c.dead = true
 	if c.held != nil {
 		w.refuseHeld(c, why)
@@ -155,7 +189,9 @@ func (w *worker) list() []flow.Record {
 	w.tick()
 	all := make([]flow.Record, 0, len(w.conns))
 	for _, c := range w.conns {
-		all = append(all, w.record(c))
+		if !c.lingers { // else it is on record
+			all = append(all, w.record(c))
+		}
 	}
 	return all
 }

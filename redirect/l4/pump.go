@@ -10,6 +10,10 @@ import (
 // ready acts on the events of side k.
 func (w *worker) ready(c *conn, k int, events uint32) {
 	s := &c.sides[k]
+	if c.lingers && events&unix.EPOLLERR == 0 {
+		w.lingered(c)
+		return
+	}
 	// A reset looks like a FIN too, and must not be passed on as one.
 	if events&unix.EPOLLRDHUP != 0 && events&unix.EPOLLERR == 0 {
 		s.fin = true

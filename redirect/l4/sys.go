@@ -16,6 +16,8 @@ import (
 const (
 	epollIn = unix.EPOLLIN | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET
 
+	siocOutqNSD = 0x894b // linux/sockios.h
+
 	spliceFlags = unix.SPLICE_F_MOVE | unix.SPLICE_F_NONBLOCK
 )
 
@@ -55,6 +57,13 @@ func sysClose(fd int32) {
 func sysShutdownWrite(fd int32) {
 	// ENOTCONN: the peer has reset it. The event that says so is on its way.
 	_, _, _ = syscall.RawSyscall(unix.SYS_SHUTDOWN, uintptr(fd), unix.SHUT_WR, 0)
+}
+
+// sysUnsent returns how many bytes a socket has not sent once yet.
+func sysUnsent(fd int32) int {
+	var n int32
+	_, _, _ = syscall.RawSyscall(unix.SYS_IOCTL, uintptr(fd), siocOutqNSD, uintptr(unsafe.Pointer(&n)))
+	return int(n)
 }
 
 func sysSetInt(fd int32, level, option, value int) syscall.Errno {
