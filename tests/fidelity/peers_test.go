@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"strings"
 	"sync"
 	"testing"
@@ -113,6 +114,9 @@ func parseSeen(from *bytes.Buffer) ([]seen, error) {
 type ran struct {
 	direct, redirected []seen
 	instance           *rig.Instance
+	// apart is set when the application's end of a connection may be gone for
+	// long before the handler's: then each has a record of its own.
+	apart bool
 }
 
 // both runs a program directly and redirected, side by side.
@@ -131,7 +135,7 @@ func both(t *testing.T, program, config string, prepare func(*rig.Rig), cases ..
 			t.Fatal(err)
 		}
 	}
-	r := ran{results[0], results[1], worlds[1].instance}
+	r := ran{direct: results[0], redirected: results[1], instance: worlds[1].instance}
 	if len(r.direct) == 0 || len(r.direct) != len(r.redirected) {
 		t.Fatalf("%d cases directly, %d redirected", len(r.direct), len(r.redirected))
 	}
@@ -166,7 +170,17 @@ func (r *ran) compare(t *testing.T, differs known) {
 			}
 		})
 	}
-	if n := r.instance.AllRelayed(t, connections); n != connections {
+	if n := r.instance.AllRelayed(t, connections); n != connections && !r.apart {
 		t.Errorf("%d connections were relayed, want %d", n, connections)
 	}
+}
+
+// nft loads rules into the namespace of the calling thread.
+func nft(rules string) error {
+	cmd := exec.Command("nft", "-f", "-")
+	cmd.Stdin = strings.NewReader(rules)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("nft: %w: %s", err, out)
+	}
+	return nil
 }

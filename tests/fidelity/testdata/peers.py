@@ -246,13 +246,13 @@ class Later(threading.Thread):
         return "no end" if self.is_alive() else self.value
 
 
-def fill(s):
+def fill(s, most=1 << 30):
     """Writes until there is no room for a good while; returns how much it took."""
     s.setblocking(False)
     n, b = 0, bytes(64 << 10)
     p = select.poll()
     p.register(s.fileno(), OUT)
-    while p.poll(700):
+    while n < most and p.poll(700):
         try:
             n += s.send(b)
         except BlockingIOError:
@@ -263,19 +263,35 @@ def fill(s):
     return n
 
 
-def main(cases):
-    """Runs cases: redirected or direct, then the names, or all of them."""
+def run_case(which, f, family, redirected):
+    began = time.monotonic()
+    net = Net(family, redirected)
+    saw = trouble = None
+    try:
+        saw = f(net)
+    except Exception:
+        trouble = traceback.format_exc()
+    net.close()
+    net.listener.close()
+    return json.dumps({"case": which, "family": family, "saw": saw, "trouble": trouble,
+                       "connections": net.made, "seconds": round(time.monotonic() - began, 1)}, default=str)
+
+
+def main(cases, together=False):
+    """Runs cases: redirected or direct, then the names, or all of them. together is
+    for those that mostly wait."""
     redirected = sys.argv[1] == "redirected"
-    for which in sys.argv[2:] or cases:
-        for family in (4, 6):
-            began = time.monotonic()
-            net = Net(family, redirected)
-            saw = trouble = None
-            try:
-                saw = cases[which](net)
-            except Exception:
-                trouble = traceback.format_exc()
-            net.close()
-            net.listener.close()
-            print(json.dumps({"case": which, "family": family, "saw": saw, "trouble": trouble,
-                              "connections": net.made, "seconds": round(time.monotonic() - began, 1)}, default=str), flush=True)
+    todo = [(which, cases[which], family, redirected) for which in sys.argv[2:] or cases for family in (4, 6)]
+    if not together:
+        for one in todo:
+            print(run_case(*one), flush=True)
+        return
+    results = [None] * len(todo)
+
+    def run(n):
+        results[n] = run_case(*todo[n])
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(todo))]
+    [t.start() for t in threads]
+    for n, t in enumerate(threads):
+        t.join()
+        print(results[n], flush=True)
