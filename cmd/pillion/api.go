@@ -184,6 +184,8 @@ func (i *instance) Relay() metrics.RelayStats {
 		DialFailures: s.DialFailures,
 		Retries:      s.Retries,
 		Unknown:      s.Unknown,
+		Refused:      s.Refused,
+		NotInjected:  s.NotInjected,
 		AcceptPauses: s.Pauses,
 		LostRecords:  s.Lost,
 		Pipes:        s.Pipes,

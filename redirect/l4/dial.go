@@ -175,6 +175,10 @@ func (w *worker) connect(c *conn, to netip.AddrPort) syscall.Errno {
 	switch {
 	case e == 0 && c.held != nil:
 		w.established(c)
+	case e == unix.ECONNRESET && c.held != nil:
+		// It connected and was reset since, as in answered.
+		w.established(c)
+		c.held.reset = true
 	case e != 0 && e != unix.EINPROGRESS && e != unix.EALREADY:
 		return e
 	}

@@ -67,10 +67,13 @@ type refusal struct {
 	left   int
 }
 
-// takeNews reads the queue.
+// takeNews reads the queue. What it leaves is still there in the next turn.
 func (w *worker) takeNews() {
 	h := &w.news
-	for w.queue.Next(h) {
+	for range eventsPerWait {
+		if !w.queue.Next(h) {
+			return
+		}
 		switch c := w.held[keyOf(h)]; {
 		case c == nil && !h.Gone:
 			w.hold(h)
@@ -152,7 +155,7 @@ func (w *worker) let(h *held) {
 // kernel sends its answer again, or the application its SYN.
 func (w *worker) injected(err error) {
 	if err != nil {
-		w.counters.unsent.Add(1)
+		w.counters.notInjected.Add(1)
 	}
 }
 
@@ -201,6 +204,7 @@ func (w *worker) arriveEarly(c *conn) {
 // refuseHeld gives the application the result of a connection that ends before
 // its handshake has.
 func (w *worker) refuseHeld(c *conn, why flow.Reason) {
+	w.counters.refused.Add(1)
 	h, cookie := c.held, c.target.Downstream.Cookie
 	delete(w.held, keyOf(&h.Held))
 	c.held = nil

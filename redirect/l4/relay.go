@@ -73,8 +73,11 @@ type Stats struct {
 	Unknown uint64
 	// Pauses counts how often accepting stopped for want of descriptors.
 	Pauses uint64
-	// Unsent counts frames that could not be injected.
-	Unsent uint64
+	// Refused counts connections whose applications' handshakes were never
+	// completed, so that they were not accepted either: the dial failed, or the
+	// application gave up. NotInjected counts frames of which the kernel had
+	// none in the end.
+	Refused, NotInjected uint64
 	// Lost counts records that nobody took in time.
 	Lost        uint64
 	Live, Pipes int
@@ -248,7 +251,7 @@ func (r *Relay) Accepted() (v4, v6 uint64) {
 
 // counters are written by one worker and read by anybody.
 type counters struct {
-	accepted4, accepted6, ended, dials, dialFailures, retries, unknown, pauses, unsent atomic.Uint64
+	accepted4, accepted6, ended, dials, dialFailures, retries, unknown, pauses, refused, notInjected atomic.Uint64
 }
 
 func (c *counters) add(s *Stats) {
@@ -259,7 +262,8 @@ func (c *counters) add(s *Stats) {
 	s.Retries += c.retries.Load()
 	s.Unknown += c.unknown.Load()
 	s.Pauses += c.pauses.Load()
-	s.Unsent += c.unsent.Load()
+	s.Refused += c.refused.Load()
+	s.NotInjected += c.notInjected.Load()
 }
 
 // ledgerSize is how many records wait for a reader who comes ten times a

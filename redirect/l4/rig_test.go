@@ -159,7 +159,7 @@ func (r *rig) close() {
 
 func (r *rig) balanced() {
 	s := r.relay.Stats()
-	if s.Live != 0 || s.Pipes != 0 || s.Accepted != s.Ended+s.Unknown {
+	if s.Live != 0 || s.Pipes != 0 || s.Accepted+s.Refused != s.Ended+s.Unknown {
 		r.t.Errorf("books at the end: %+v", s)
 	}
 	r.records = r.relay.Ended(r.records)

@@ -8,6 +8,7 @@ type relay struct {
 	accepted, ended, connections series
 	dials, dialFailures, retries series
 	unknown, acceptPauses, pipes series
+	refused, notInjected         series
 }
 
 func newRelay(source Relay) *relay {
@@ -23,13 +24,17 @@ func newRelay(source Relay) *relay {
 			"Accepted connections that the kernel side does not know, which are refused."),
 		acceptPauses: counter("pillion_relay_accept_pauses_total",
 			"How often accepting stopped for want of descriptors."),
+		refused: counter("pillion_relay_refused_total",
+			"Connections whose application's connect was made to fail, as the dial had, or was given up by it."),
+		notInjected: counter("pillion_relay_not_injected_total",
+			"Frames with the result of a dial that the loopback interface did not take."),
 		pipes: gauge("pillion_relay_pipes", "Pipes that are open for bulk transfers."),
 	}
 }
 
 func (r *relay) all() []series {
 	return []series{r.accepted, r.ended, r.connections, r.dials, r.dialFailures, r.retries,
-		r.unknown, r.acceptPauses, r.pipes}
+		r.unknown, r.acceptPauses, r.refused, r.notInjected, r.pipes}
 }
 
 // collect reads the source. Lost records go to lost.
@@ -44,5 +49,7 @@ func (r *relay) collect(ch chan<- prometheus.Metric, lost map[string]uint64) {
 	r.retries.emit(ch, float64(s.Retries))
 	r.unknown.emit(ch, float64(s.Unknown))
 	r.acceptPauses.emit(ch, float64(s.AcceptPauses))
+	r.refused.emit(ch, float64(s.Refused))
+	r.notInjected.emit(ch, float64(s.NotInjected))
 	r.pipes.emit(ch, float64(s.Pipes))
 }

@@ -68,6 +68,9 @@ type RelayStats struct {
 	Unknown uint64
 	// AcceptPauses counts how often accepting stopped for want of descriptors.
 	AcceptPauses uint64
+	// Refused counts connections whose applications' connect never succeeded,
+	// NotInjected frames that could not be sent to say so, or the opposite.
+	Refused, NotInjected uint64
 	// LostRecords counts ended connections that nobody took in time.
 	LostRecords uint64
 	// Pipes is how many pipes are open for bulk transfers.

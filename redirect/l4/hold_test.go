@@ -1,0 +1,444 @@
+package l4_test
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/l4"
+	"github.com/pillion-project/pillion/tests/testutil"
+	"golang.org/x/sys/unix"
+)
+
+// queue stands for the kernel side and the applications whose handshakes it
+// holds: an application is a bound socket, which connects to the relay's listener
+// when the relay finishes its handshake.
+type queue struct {
+	t    testing.TB
+	bell int // an eventfd
+
+	mu   sync.Mutex
+	news []flow.Held
+	apps map[netip.AddrPort]*app
+	deaf int // how many refusals the kernel misses
+}
+
+// app is an application that connects.
+type app struct {
+	q        *queue
+	fd       int
+	held     flow.Held
+	released chan struct{}
+	refused  chan syscall.Errno
+	forgot   chan struct{}
+	finished int
+	gone     bool
+}
+
+func newQueue(t testing.TB) *queue {
+	t.Helper()
+	bell, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(bell) })
+	return &queue{t: t, bell: bell, apps: map[netip.AddrPort]*app{}}
+}
+
+// connect is an application's connect(2): its handshake is held.
+func (q *queue) connect(slot netip.AddrPort) *app {
+	q.t.Helper()
+	fd, err := unix.Socket(familyOf(slot.Addr()), unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		q.t.Fatal(err)
+	}
+	if err := unix.Bind(fd, sockaddrOf(netip.AddrPortFrom(slot.Addr(), 0))); err != nil {
+		q.t.Fatal(err)
+	}
+	source := localAddr(q.t, fd)
+	a := &app{
+		q: q, fd: fd, held: flow.Held{Source: source, Slot: slot},
+		released: make(chan struct{}, 1), refused: make(chan syscall.Errno, 1000), forgot: make(chan struct{}, 1000),
+	}
+	q.mu.Lock()
+	q.apps[source] = a
+	q.mu.Unlock()
+	q.t.Cleanup(a.close)
+	q.tell(a.held)
+	return a
+}
+
+func (q *queue) tell(h flow.Held) {
+	q.mu.Lock()
+	q.news = append(q.news, h)
+	q.mu.Unlock()
+	if _, err := unix.Write(q.bell, []byte{7: 1}); err != nil {
+		q.t.Error(err)
+	}
+}
+
+// again is the application's next SYN.
+func (a *app) again() { a.q.tell(a.held) }
+
+// giveUp is the end of the application's socket.
+func (a *app) giveUp() {
+	a.q.mu.Lock()
+	a.gone = true
+	a.q.mu.Unlock()
+}
+
+// conn is the application's side of a connection that came about.
+func (a *app) conn() *net.TCPConn {
+	a.q.t.Helper()
+	receive(a.q.t, a.released)
+	return a.file()
+}
+
+// close ends a socket that nobody made a connection of.
+func (a *app) close() {
+	if a.fd >= 0 {
+		unix.Close(a.fd)
+	}
+}
+
+func (a *app) file() *net.TCPConn {
+	a.q.t.Helper()
+	c := connOf(a.q.t, a.fd)
+	a.fd = -1
+	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+		a.q.t.Fatal(err)
+	}
+	return c
+}
+
+// FD implements l4.Queue.
+func (q *queue) FD() int { return q.bell }
+
+// Next implements l4.Queue.
+func (q *queue) Next(h *flow.Held) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	var counter [8]byte
+	_, _ = unix.Read(q.bell, counter[:])
+	if len(q.news) == 0 {
+		return false
+	}
+	*h = q.news[0]
+	q.news = q.news[1:]
+	return true
+}
+
+func (q *queue) app(h *flow.Held) *app {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.apps[h.Source]
+}
+
+// Finish implements l4.Queue.
+func (q *queue) Finish(h *flow.Held) error {
+	a := q.app(h)
+	q.mu.Lock()
+	a.finished++
+	first := a.finished == 1
+	q.mu.Unlock()
+	if !first {
+		return nil
+	}
+	return unix.Connect(a.fd, sockaddrOf(h.Slot))
+}
+
+// Release implements l4.Queue.
+func (q *queue) Release(h *flow.Held) error {
+	q.app(h).released <- struct{}{}
+	return nil
+}
+
+// Refuse implements l4.Queue.
+func (q *queue) Refuse(h *flow.Held, e syscall.Errno) error {
+	a := q.app(h)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	a.refused <- e
+	if q.deaf--; q.deaf < 0 {
+		a.gone = true
+	}
+	return nil
+}
+
+// Waits implements l4.Queue.
+func (q *queue) Waits(h *flow.Held, _ uint64) bool {
+	a := q.app(h)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return !a.gone
+}
+
+// Forget implements l4.Queue.
+func (q *queue) Forget(h *flow.Held) error {
+	q.app(h).forgot <- struct{}{}
+	return nil
+}
+
+// newHeldRig is a rig of one worker with a queue.
+func newHeldRig(t *testing.T, s setup) (*rig, *queue) {
+	t.Helper()
+	q := newQueue(t)
+	options := s.options
+	s.options = func(o *l4.Options) {
+		o.Queues = []l4.Queue{q}
+		if options != nil {
+			options(o)
+		}
+	}
+	return newRig(t, s), q
+}
+
+// wantRefusal wants the connection's end on the application's side.
+func (a *app) wantRefusal(want syscall.Errno) {
+	a.q.t.Helper()
+	if got := receive(a.q.t, a.refused); got != want {
+		a.q.t.Errorf("refused with %v, want %v", got, want)
+	}
+	receive(a.q.t, a.forgot)
+}
+
+func wantEnd(t testing.TB, rec flow.Record, want flow.Reason) {
+	t.Helper()
+	if rec.End != want || !rec.Mirrored {
+		t.Errorf("ended with %s (mirrored %v), want %s: %+v", rec.End, rec.Mirrored, want, rec)
+	}
+}
+
+// The application's handshake ends when the dial has, and what the endpoint said
+// before is there then.
+func TestHeldUntilAnswered(t *testing.T) {
+	families(t, func(t *testing.T, loopback netip.Addr) {
+		server := serve(t, loopback, func(c *net.TCPConn) {
+			mustWrite(t, c, []byte("220 "))
+			echo(c)
+		})
+		var told []time.Duration
+		r, q := newHeldRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}, options: func(o *l4.Options) {
+			o.Answered = func(_ netip.AddrPort, lasts time.Duration) { told = append(told, lasts) }
+		}})
+		c := q.connect(r.listeners[0]).conn()
+		defer c.Close()
+		wantBytes(t, c, []byte("220 "))
+		mustExchange(t, c, "hello")
+		c.Close()
+		rec := r.awaitEnded(1)[0]
+		wantEnd(t, rec, flow.ReasonClosed)
+		r.close()
+		if len(told) != 1 || told[0] <= 0 {
+			t.Errorf("answers told: %v, want one", told)
+		}
+	})
+}
+
+// What the network answers is what the application gets.
+func TestHeldAndRefused(t *testing.T) {
+	families(t, func(t *testing.T, loopback netip.Addr) {
+		var told []time.Duration
+		r, q := newHeldRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{refusing(t, loopback)}, options: func(o *l4.Options) {
+			o.Answered = func(_ netip.AddrPort, lasts time.Duration) { told = append(told, lasts) }
+		}})
+		q.connect(r.listeners[0]).wantRefusal(unix.ECONNREFUSED)
+		wantEnd(t, r.awaitEnded(1)[0], flow.ReasonDialRefused)
+		r.close()
+		if len(told) != 1 || told[0] != 0 {
+			t.Errorf("answers told: %v, want that there is none", told)
+		}
+		if s := r.relay.Stats(); s.Refused != 1 || s.Accepted != 0 {
+			t.Errorf("stats: %+v", s)
+		}
+	})
+}
+
+// A retry is hidden: the application hears of the endpoint that answers.
+func TestHeldWhileAnotherIsTried(t *testing.T) {
+	good := serve(t, loopback4, echo)
+	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{refusing(t, loopback4), refusing(t, loopback4), good}})
+	c := q.connect(r.listeners[0]).conn()
+	defer c.Close()
+	mustExchange(t, c, "hello")
+	c.Close()
+	if rec := r.awaitEnded(1)[0]; rec.Endpoint != good || rec.Attempts != 3 {
+		t.Errorf("record: %+v", rec)
+	}
+}
+
+// Errors that the system call gives at once are passed on as they are.
+func TestHeldAndUnreachable(t *testing.T) {
+	r, q := newHeldRig(t, setup{
+		endpoints: []netip.AddrPort{netip.MustParseAddrPort("[fe80::1]:9")}, // without a scope
+	})
+	q.connect(r.listeners[0]).wantRefusal(unix.EINVAL)
+	wantEnd(t, r.awaitEnded(1)[0], flow.ReasonDialFailed)
+}
+
+// A refusal that the application's kernel misses is repeated until it is heard.
+func TestRefusalIsRepeated(t *testing.T) {
+	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{refusing(t, loopback4)}})
+	q.deaf = 5
+	a := q.connect(r.listeners[0])
+	for range 6 {
+		if got := receive(t, a.refused); got != unix.ECONNREFUSED {
+			t.Errorf("refused with %v", got)
+		}
+	}
+	r.awaitEnded(1)
+	r.close()
+	if len(a.refused) != 0 {
+		t.Errorf("refused %d times more after it was heard", len(a.refused))
+	}
+}
+
+// Silence stays silence, and the next SYN is the next dial.
+func TestHeldInSilence(t *testing.T) {
+	listener, silent := hanging(t, loopback4)
+	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{silent}, options: func(o *l4.Options) {
+		o.DialTimeout, o.DialBudget, o.Attempts = 200*time.Millisecond, 300*time.Millisecond, 1
+	}})
+	a := q.connect(r.listeners[0])
+	r.awaitStats("the dial has failed", func(s l4.Stats) bool { return s.DialFailures == 1 })
+	if s := r.relay.Stats(); len(a.refused) != 0 || s.Live != 1 || s.Dials != 1 {
+		t.Errorf("%d refusals, %+v; want a connection that waits", len(a.refused), s)
+	}
+	acceptOne(t, listener) // room for the next dial
+	a.again()
+	c := a.conn()
+	acceptOne(t, listener)
+	c.Close()
+	wantEnd(t, r.awaitEnded(1)[0], flow.ReasonClosed)
+}
+
+// An application that gives up takes its dial with it, also when only a look
+// finds out.
+func TestHeldAndGivenUp(t *testing.T) {
+	for _, told := range []bool{true, false} {
+		_, silent := hanging(t, loopback4)
+		r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{silent}})
+		a := q.connect(r.listeners[0])
+		r.awaitStats("it is dialed", func(s l4.Stats) bool { return s.Dials == 1 })
+		a.giveUp()
+		if told {
+			gone := a.held
+			gone.Gone = true
+			q.tell(gone)
+		}
+		wantEnd(t, r.awaitEnded(1)[0], flow.ReasonAbandoned)
+		receive(t, a.forgot)
+		r.close()
+		if len(a.refused) != 0 {
+			t.Errorf("told %v: refused one that gave up", told)
+		}
+	}
+}
+
+// An answer that was let through after all makes the connection early.
+func TestHeldAndLetThrough(t *testing.T) {
+	listener, silent := hanging(t, loopback4)
+	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{silent}})
+	a := q.connect(r.listeners[0])
+	r.awaitStats("it is dialed", func(s l4.Stats) bool { return s.Dials == 1 })
+	if err := unix.Connect(a.fd, sockaddrOf(a.held.Slot)); err != nil {
+		t.Fatal(err)
+	}
+	c := a.file()
+	mustWrite(t, c, []byte("early"))
+	r.awaitStats("it is accepted", func(s l4.Stats) bool { return s.Accepted == 1 })
+	acceptOne(t, listener) // the one that filled the queue
+	fd, _, err := unix.Accept(listener)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := connOf(t, fd)
+	defer server.Close()
+	if err := server.SetDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	wantBytes(t, server, []byte("early"))
+	server.Close()
+	c.Close()
+	r.awaitEnded(1)
+	if len(a.released) != 0 {
+		t.Error("released what was let through")
+	}
+}
+
+// An endpoint that resets at once has connected: so has the application.
+func TestHeldAndResetAtOnce(t *testing.T) {
+	server := serve(t, loopback4, reset)
+	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{server}})
+	for range 50 {
+		c := q.connect(r.listeners[0]).conn()
+		if err := checkReset(c, nil); err != nil && !errors.Is(err, unix.EPIPE) {
+			t.Error(err)
+		}
+		c.Close()
+	}
+	for _, rec := range r.awaitEnded(50) {
+		wantEnd(t, rec, flow.ReasonUpstreamReset)
+	}
+}
+
+// A container that has all its connections is refused another.
+func TestHeldAndOverItsShare(t *testing.T) {
+	server, conns := serveTo(t, loopback4)
+	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{server}, options: func(o *l4.Options) { o.MaxPerGroup = 1 }})
+	first := q.connect(r.listeners[0]).conn()
+	defer first.Close()
+	accept(t, conns)
+	q.connect(r.listeners[0]).wantRefusal(unix.ECONNREFUSED)
+	wantEnd(t, r.awaitEnded(1)[0], flow.ReasonConnQuota)
+}
+
+// Draining lets those go on that wait for a dial, and refuses those that wait for
+// nobody.
+func TestDrainWhileHeld(t *testing.T) {
+	listener, slow := hanging(t, loopback4)
+	_, silent := hanging(t, loopback4)
+	r, q := newHeldRig(t, setup{
+		perWorker: 2, endpoints: []netip.AddrPort{slow}, others: []netip.AddrPort{silent}, direct: twoClusters,
+		options: func(o *l4.Options) { o.DialTimeout, o.Attempts = 2*time.Second, 1 },
+	})
+	waits := q.connect(r.listeners[1])
+	r.awaitStats("nobody answers", func(s l4.Stats) bool { return s.DialFailures == 1 })
+	dialed := q.connect(r.listeners[0])
+	r.awaitStats("it is dialed", func(s l4.Stats) bool { return s.Dials == 2 })
+	r.drain()
+	waits.wantRefusal(unix.ECONNREFUSED)
+	acceptOne(t, listener)
+	c := dialed.conn()
+	acceptOne(t, listener)
+	c.Close()
+	testutil.Eventually(t, patience, func() bool { return r.relay.Stats().Live == 0 }, "the relay is drained")
+}
+
+// acceptOne takes a connection of a listener, and closes it.
+func acceptOne(t testing.TB, listener int) {
+	t.Helper()
+	fd, _, err := unix.Accept(listener)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(fd)
+}
+
+// connOf makes a connection of a descriptor, which it takes over.
+func connOf(t testing.TB, fd int) *net.TCPConn {
+	t.Helper()
+	f := os.NewFile(uintptr(fd), "application")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c.(*net.TCPConn)
+}
