@@ -64,6 +64,17 @@ def dial(a, port, kind=SOCK_STREAM, opts=(), source=None, keep=False):
     finally:
         if not keep: s.close()
 
+def begin(a, port):
+    "a connect that does not wait: ok when it is on its way"
+    s = new(a)
+    s.setblocking(False)
+    e = s.connect_ex((a, port))
+    if e in (0, errno.EINPROGRESS):
+        kept.append(s)
+        return "ok"
+    s.close()
+    return errno.errorcode[e]
+
 def bind(a, port, kind=SOCK_STREAM, opts=()):
     s = new(a, kind, opts)
     try:

@@ -100,7 +100,7 @@ func TestAttackConnectionFlood(t *testing.T) {
 			one, two := s.Scope.Child(t, "one"), s.Scope.Child(t, "two")
 			a, b := captive(t, s.Rig, one), captive(t, s.Rig, two)
 			before := s.i.Reasons(t)
-			open := a.number("[dial(%q, %d, SOCK_STREAM, [], None, True) for i in range(%d)].count('ok')", tt.to, sitePort, flood)
+			open := a.number("[begin(%q, %d) for i in range(%d)].count('ok')", tt.to, sitePort, flood)
 			if n := usageOf(t, s.i, one).Conns; n != quota {
 				t.Errorf("the flood has %d relayed connections, want its quota", n)
 			}
@@ -129,7 +129,7 @@ func TestAttackAbandonedDials(t *testing.T) {
 	a, b := captive(t, s.Rig, one), captive(t, s.Rig, two)
 	most := 0.0
 	for range 20 {
-		a.do("[dial(%q, 80, SOCK_STREAM, [], None, True) for i in range(20)]", rig.Void4)
+		a.do("[begin(%q, 80) for i in range(20)]", rig.Void4)
 		a.do("time.sleep(0.02)")
 		a.do("let_go()")
 		most = max(most, series(t, s.i)["pillion_relay_connections"])
