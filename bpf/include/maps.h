@@ -172,7 +172,7 @@ struct {
 	__array(
 		values, struct {
 			__uint(type, BPF_MAP_TYPE_RINGBUF);
-			__uint(max_entries, 1 << 18);
+			__uint(max_entries, 1 << 17);
 		});
 } held SEC(".maps");
 

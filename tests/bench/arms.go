@@ -20,6 +20,7 @@ import (
 const (
 	armDirect  = "direct"
 	armRelay   = "relay"
+	armMirror  = "mirror" // relay, with connect: mirror
 	armHAProxy = "haproxy"
 	armNginx   = "nginx"
 )
@@ -38,6 +39,8 @@ type arm struct {
 	cgroup *os.File
 	// process is the proxy, nil for none.
 	process *process
+	// only is the one work that the arm does, or empty.
+	only string
 	// opened counts the connections of all clients.
 	opened int
 }
@@ -57,7 +60,10 @@ func (w *world) arms(ctx context.Context) ([]*arm, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []*arm{direct, relay, haproxy, nginx}, nil
+	// The same process, and another service.
+	mirror := &arm{name: armMirror, addr: mirrorAddr, cgroup: relay.cgroup, process: relay.process, only: workConnection}
+	w.pill.mirror = mirror
+	return []*arm{direct, relay, mirror, haproxy, nginx}, nil
 }
 
 const haproxyConfig = `
@@ -131,12 +137,14 @@ func find(name string) (string, error) {
 // pillion is the one under test.
 type pillion struct {
 	*arm
+	mirror *arm
 	client *admin.Client
 }
 
 const pillionConfig = `
 services:
   - {address: "%s", endpoints: ["%s"]}
+  - {address: "%s", endpoints: ["%s"], connect: mirror}
 relay: {workers: %d}
 # A connection that is not relayed must fail, not spoil the figures.
 on_failure: closed
@@ -149,7 +157,7 @@ func (w *world) startPillion(ctx context.Context) (*arm, error) {
 		return nil, err
 	}
 	config := filepath.Join(w.dir, "pillion.yaml")
-	text := fmt.Sprintf(pillionConfig, serviceAddr, server, workers)
+	text := fmt.Sprintf(pillionConfig, serviceAddr, server, mirrorAddr, server, workers)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return nil, err
 	}
@@ -208,13 +216,13 @@ func (w *world) relayed(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if got >= w.pill.opened {
+		if got >= w.pill.opened+w.pill.mirror.opened {
 			return nil
 		}
 		// Records come five times a second.
 		if pause(ctx, 100*time.Millisecond) != nil {
-			return fmt.Errorf("%d of the %d connections of arm %s went by relay: the figures are not Pillion's",
-				got, w.pill.opened, armRelay)
+			return fmt.Errorf("%d of the %d connections of arm %s and its like went by relay: the figures are not Pillion's",
+				got, w.pill.opened+w.pill.mirror.opened, armRelay)
 		}
 	}
 }

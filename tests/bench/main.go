@@ -189,6 +189,9 @@ func measure(ctx context.Context, o *options) (r *report, err error) {
 			// Nobody always comes after the same one.
 			for i := range arms {
 				a := arms[(round+i)%len(arms)]
+				if a.only != "" && a.only != work.Name {
+					continue
+				}
 				say("round %d of %d: %s, %s", round+1, o.rounds, work.Name, a.name)
 				s, err := w.run(ctx, a, work)
 				if err != nil {

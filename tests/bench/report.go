@@ -98,7 +98,7 @@ func (r *report) rest(ctx context.Context, arms []*arm) error {
 	}
 	before, busy := map[string]int64{}, machineClock()
 	for _, a := range arms {
-		if a.process == nil {
+		if a.process == nil || a.only != "" {
 			continue
 		}
 		var err error
@@ -111,7 +111,7 @@ func (r *report) rest(ctx context.Context, arms []*arm) error {
 	}
 	r.Machine.Busy = busy.since()
 	for _, a := range arms {
-		if a.process == nil {
+		if a.process == nil || a.only != "" {
 			continue
 		}
 		cpu, err := cpuOf(a.process.pid())
@@ -153,7 +153,7 @@ type row struct {
 	Arm  string `json:"arm"`
 	sample
 	// Ratio is the median of the rounds' ratios of relay's proxy time to this
-	// arm's; 0 for arms without a proxy.
+	// arm's; 0 for relay itself and for no proxy.
 	Ratio float64 `json:"relay_to_this,omitempty"`
 }
 
@@ -161,7 +161,10 @@ type row struct {
 func (r *report) sum() {
 	r.Rows, r.Targets = nil, nil
 	for _, w := range r.works {
-		for _, name := range []string{armDirect, armRelay, armHAProxy, armNginx} {
+		for _, name := range []string{armDirect, armRelay, armMirror, armHAProxy, armNginx} {
+			if len(r.Samples[w.Name][name]) == 0 {
+				continue
+			}
 			r.Rows = append(r.Rows, r.row(w.Name, name))
 		}
 	}

@@ -28,6 +28,7 @@ var (
 	worldAddr   = netip.MustParsePrefix("198.51.100.7/32")
 	server      = netip.AddrPortFrom(worldAddr.Addr(), 9000)
 	serviceAddr = netip.MustParseAddrPort("10.96.0.12:9000")
+	mirrorAddr  = netip.MustParseAddrPort("10.96.0.13:9000")
 	haproxyAddr = netip.AddrPortFrom(podAddr.Addr(), 7001)
 	nginxAddr   = netip.AddrPortFrom(podAddr.Addr(), 7002)
 )
