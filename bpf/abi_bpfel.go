@@ -239,11 +239,12 @@ const (
 	abiReasonREASON_INJECTED       abiReason = 33
 	abiReasonREASON_HOLD_STALE     abiReason = 34
 	abiReasonREASON_HOLD_FULL      abiReason = 35
-	abiReasonREASON_NO_DECISION    abiReason = 36
-	abiReasonREASON_EXISTING       abiReason = 37
-	abiReasonREASON_UNSENT         abiReason = 38
-	abiReasonREASON_LIVE_LOST      abiReason = 39
-	abiReasonREASON__COUNT         abiReason = 40
+	abiReasonREASON_FORGED         abiReason = 36
+	abiReasonREASON_NO_DECISION    abiReason = 37
+	abiReasonREASON_EXISTING       abiReason = 38
+	abiReasonREASON_UNSENT         abiReason = 39
+	abiReasonREASON_LIVE_LOST      abiReason = 40
+	abiReasonREASON__COUNT         abiReason = 41
 )
 
 type abiRouteKind uint32

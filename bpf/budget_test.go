@@ -21,7 +21,7 @@ var budget = map[string]uint32{
 	ProgRelease:      60,
 	ProgSockops:      1000,
 	ProgLookup:       1000,
-	ProgHold:         2000,
+	ProgHold:         1500,
 	ProgInject:       20,
 }
 

@@ -101,6 +101,14 @@ type coreRunEndingOf struct {
 	Out    uint32
 }
 
+type coreRunHolds struct {
+	_        structs.HostLayout
+	Now      uint64
+	Answered uint64
+	Mode     uint32
+	Out      uint32
+}
+
 type coreRunLeaveAlone struct {
 	_    structs.HostLayout
 	In   coreAttempt
@@ -139,6 +147,7 @@ const (
 	coreProgPlAdmit      = "pl_admit"
 	coreProgPlByRules    = "pl_by_rules"
 	coreProgPlEndingOf   = "pl_ending_of"
+	coreProgPlHolds      = "pl_holds"
 	coreProgPlLeaveAlone = "pl_leave_alone"
 	coreProgPlObstacle   = "pl_obstacle"
 	coreProgPlPathOf     = "pl_path_of"
@@ -191,6 +200,7 @@ type coreProgramSpecs struct {
 	PlAdmit      *ebpf.ProgramSpec `ebpf:"pl_admit"`
 	PlByRules    *ebpf.ProgramSpec `ebpf:"pl_by_rules"`
 	PlEndingOf   *ebpf.ProgramSpec `ebpf:"pl_ending_of"`
+	PlHolds      *ebpf.ProgramSpec `ebpf:"pl_holds"`
 	PlLeaveAlone *ebpf.ProgramSpec `ebpf:"pl_leave_alone"`
 	PlObstacle   *ebpf.ProgramSpec `ebpf:"pl_obstacle"`
 	PlPathOf     *ebpf.ProgramSpec `ebpf:"pl_path_of"`
@@ -249,6 +259,7 @@ type corePrograms struct {
 	PlAdmit      *ebpf.Program `ebpf:"pl_admit"`
 	PlByRules    *ebpf.Program `ebpf:"pl_by_rules"`
 	PlEndingOf   *ebpf.Program `ebpf:"pl_ending_of"`
+	PlHolds      *ebpf.Program `ebpf:"pl_holds"`
 	PlLeaveAlone *ebpf.Program `ebpf:"pl_leave_alone"`
 	PlObstacle   *ebpf.Program `ebpf:"pl_obstacle"`
 	PlPathOf     *ebpf.Program `ebpf:"pl_path_of"`
@@ -261,6 +272,7 @@ func (p *corePrograms) Close() error {
 		p.PlAdmit,
 		p.PlByRules,
 		p.PlEndingOf,
+		p.PlHolds,
 		p.PlLeaveAlone,
 		p.PlObstacle,
 		p.PlPathOf,

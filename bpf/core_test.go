@@ -318,6 +318,7 @@ func TestPathOf(t *testing.T) {
 		flow.ReasonInjected:   pass,
 		flow.ReasonHoldStale:  pass,
 		flow.ReasonHoldFull:   pass,
+		flow.ReasonForged:     pass,
 	}
 	progs := loadCoreProgs(t)
 	all := reached{}
@@ -422,4 +423,32 @@ func TestEndingOf(t *testing.T) {
 		}
 	}
 	all.equal(t, "ending_of", "ENDING_")
+}
+
+// TestHolds goes through when a handshake waits for its dial.
+func TestHolds(t *testing.T) {
+	progs := loadCoreProgs(t)
+	const early, mirror, adaptive = uint32(flow.ConnectEarly), uint32(flow.ConnectMirror), uint32(flow.ConnectAdaptive)
+	for _, tt := range []struct {
+		mode          uint32
+		now, answered uint64
+		want          uint32
+	}{
+		{early, 100, 0, 0},
+		{early, 100, 200, 0},
+		{mirror, 100, 0, 1},
+		{mirror, 100, 200, 1},
+		{adaptive, 100, 0, 1},   // nothing is known
+		{adaptive, 100, 101, 0}, // it answered lately
+		{adaptive, 100, 100, 1}, // that is over
+		{adaptive, 100, 99, 1},
+		{adaptive, 0, 1 << 63, 0},
+		{adaptive + 1, 100, 0, 0}, // no mode
+	} {
+		io := coreRunHolds{Mode: tt.mode, Now: tt.now, Answered: tt.answered}
+		run(t, progs.PlHolds, &io)
+		if io.Out != tt.want {
+			t.Errorf("holds(%v, now %d, answered until %d): %d, want %d", flow.ConnectMode(tt.mode), tt.now, tt.answered, io.Out, tt.want)
+		}
+	}
 }

@@ -101,6 +101,7 @@ type hooks struct {
 	ns        *testutil.NS
 	cgroup    *testutil.Cgroup
 	maps      map[string]*ebpf.Map
+	progs     map[string]*ebpf.Program
 	listeners []*net.TCPListener
 }
 
@@ -112,7 +113,7 @@ func newHooks(t *testing.T) *hooks {
 		"cfg_netns": cookie, "cfg_slot4": uint32(testSlot4), "cfg_slot6": uint32(testSlot6),
 		"cfg_scope_level": uint32(0),
 	})
-	h.maps = shared
+	h.maps, h.progs = shared, progs
 	for name, at := range programs {
 		if at.Type == ebpf.SchedCLS {
 			continue // only a process that answers may hold
@@ -141,15 +142,16 @@ func (h *hooks) listen(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		for i, family := range []struct{ route, listener string }{
-			{"240.5.0.0/16", "240.5.255.253:9"},
-			{"fd70:696c:6c69:9::/64", "[fd70:696c:6c69:9::fffd]:9"},
+		for i, family := range []struct{ route, listener, source string }{
+			// The application's own address: without it a slot would be.
+			{"240.5.0.0/16", "240.5.255.253:9", "127.0.0.1"},
+			{"fd70:696c:6c69:9::/64", "[fd70:696c:6c69:9::fffd]:9", "::1"},
 		} {
 			_, dst, err := net.ParseCIDR(family.route)
 			if err != nil {
 				return err
 			}
-			route := netlink.Route{LinkIndex: lo.Attrs().Index, Dst: dst, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: unix.RT_SCOPE_HOST}
+			route := netlink.Route{LinkIndex: lo.Attrs().Index, Dst: dst, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: unix.RT_SCOPE_HOST, Src: net.ParseIP(family.source)}
 			if err := netlink.RouteAdd(&route); err != nil {
 				return fmt.Errorf("add route %s: %w", family.route, err)
 			}

@@ -36,8 +36,8 @@ struct ports {
 	__u64 sport, dport, doff, flags;
 };
 
-/* Each family reads its own, and a comment of its own ends the branch: clang would
- * make one read at a variable offset of the two, which needs CAP_PERFMON.
+/* Each family reads its own, and a comment of its own ends the branch: clang
+ * would make one read at a variable offset of the two, which needs CAP_PERFMON.
  */
 static __always_inline void read_tcp(const struct tcp *tcp, struct ports *p)
 {
@@ -171,6 +171,44 @@ static __always_inline bool hold(struct __sk_buff *skb, struct live *l,
 	return true;
 }
 
+/* slot_state is the TCP state of what a segment from a slot comes from, 0 if
+ * the kernel finds nothing.
+ */
+static __always_inline __u32 slot_state(struct __sk_buff *skb,
+					const struct segment *s)
+{
+	union {
+		__u64 d[5];
+		struct bpf_sock_tuple t;
+	} u = {};
+	const struct live_key *k = &s->u.k;
+	struct bpf_sock *sk;
+	__u32 ports, state;
+
+	/* The tuple is the other way round: what the slot's socket receives. */
+	ports = bpf_htons(k->source_port) | (__u32)bpf_htons(k->slot_port)
+						    << 16;
+	if (is_mapped(&k->slot)) {
+		u.d[0] = PAIR(k->source.w[3], k->slot.w[3]);
+		u.d[1] = ports;
+		sk = bpf_skc_lookup_tcp(skb, &u.t, sizeof(u.t.ipv4),
+					BPF_F_CURRENT_NETNS, 0);
+	} else {
+		u.d[0] = s->u.d[0];
+		u.d[1] = s->u.d[1];
+		u.d[2] = s->u.d[2];
+		u.d[3] = s->u.d[3];
+		u.d[4] = ports;
+		sk = bpf_skc_lookup_tcp(skb, &u.t, sizeof(u.t.ipv6),
+					BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!sk)
+		return 0;
+	state = sk->state;
+	bpf_sk_release(sk);
+	return state;
+}
+
 /* Attached to the ingress of lo. Everything that is not ours to keep goes on to
  * whoever else is there.
  */
@@ -186,9 +224,16 @@ int pl_hold(struct __sk_buff *skb)
 		return TCX_NEXT;
 	if (ours(data))
 		return send_round(skb);
-	if (!from_slot(skb, &s) || (s.flags & (TCP_SYN | TCP_ACK | TCP_RST |
-					       TCP_FIN)) != (TCP_SYN | TCP_ACK))
+	if (!from_slot(skb, &s) || !(s.flags & TCP_SYN))
 		return TCX_NEXT;
+	/* A handler accepts and never opens. Somebody who knows the port that
+	 * an application will connect from could bind the slot, and open a
+	 * connection of his own that meets the application's half-way.
+	 */
+	if (forged(s.flags & TCP_ACK, slot_state(skb, &s))) {
+		count(REASON_FORGED);
+		return TCX_DROP;
+	}
 	l = bpf_map_lookup_elem(&live, &s.u.k);
 	if (!l || !l->hold || !l->worker)
 		return TCX_NEXT;

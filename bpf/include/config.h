@@ -11,8 +11,8 @@ volatile const __u64 cfg_netns = 0;
 volatile const __u32 cfg_slot4 = 0;
 /* Our slots: bits 48..63 of the /64, host byte order. */
 volatile const __u32 cfg_slot6 = 0;
-/* The Ethernet source of the frames that the process injects. Random, so that two
- * instances do not take each other's, nor those of an application with raw
+/* The Ethernet source of the frames that the process injects. Random, so that
+ * two instances do not take each other's, nor those of an application with raw
  * sockets, for their own.
  */
 volatile const __u64 cfg_frame_tag = 0;

@@ -202,6 +202,15 @@ static __always_inline bool holds(__u32 mode, __u64 now, __u64 answered)
 	       (mode == CONNECT_ADAPTIVE && now >= answered);
 }
 
+/* forged tells whether a segment with SYN comes from a slot and not from the
+ * handler's listener: it opens, or answers for a socket (state: BPF_TCP_*) that
+ * has opened. A listener's half-open connections are no sockets of that kind.
+ */
+static __always_inline bool forged(bool ack, __u32 state)
+{
+	return !ack || state == BPF_TCP_SYN_SENT || state == BPF_TCP_SYN_RECV;
+}
+
 /* A packet for one of our slots, as sk_lookup sees it. */
 struct arrival {
 	__u8 tcp;

@@ -94,6 +94,20 @@ int pl_ending_of(struct run_ending_of *ctx)
 	return 0;
 }
 
+struct run_holds {
+	__u64 now;
+	__u64 answered;
+	__u32 mode; /* enum connect_mode */
+	__u32 out;
+};
+
+SEC("syscall")
+int pl_holds(struct run_holds *ctx)
+{
+	ctx->out = holds(ctx->mode, ctx->now, ctx->answered);
+	return 0;
+}
+
 /* Everything that net.h and decide.h say of one address. */
 struct run_address {
 	struct ip_addr in;

@@ -64,6 +64,7 @@ const (
 	ReasonInjected  // no answer, but a frame that carries the result
 	ReasonHoldStale // let through, and so early: the heartbeat is old
 	ReasonHoldFull  // let through, and so early: the worker's ring is full
+	ReasonForged    // dropped: not the handler sends it from a slot
 
 	// What sockops saw.
 	ReasonNoDecision // escaped: it connects, and no hook decided on it
@@ -136,6 +137,7 @@ var reasonNames = [reasonCount]string{
 	ReasonInjected:        "injected",
 	ReasonHoldStale:       "hold_stale",
 	ReasonHoldFull:        "hold_full",
+	ReasonForged:          "forged",
 	ReasonNoDecision:      "no_decision",
 	ReasonExisting:        "existing",
 	ReasonUnsent:          "unsent",

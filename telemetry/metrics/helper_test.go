@@ -37,7 +37,7 @@ func full() *sources {
 		}},
 		relay: RelayStats{
 			Accepted: 1, Ended: 2, Live: 3, Dials: 4, DialFailures: 5, Retries: 6,
-			Unknown: 7, AcceptPauses: 9, LostRecords: 10, Pipes: 11,
+			Unknown: 7, AcceptPauses: 9, LostRecords: 10, Pipes: 11, Refused: 12, NotInjected: 13,
 		},
 	}
 }

@@ -53,6 +53,8 @@ func TestScrape(t *testing.T) {
 		`pillion_relay_dials_total 4`,
 		`pillion_relay_ended_total 2`,
 		`pillion_relay_pipes 11`,
+		`pillion_relay_refused_total 12`,
+		`pillion_relay_not_injected_total 13`,
 		`pillion_relay_retries_total 6`,
 		`pillion_relay_unknown_total 7`,
 		`pillion_slots_limit 65000`,

@@ -64,16 +64,21 @@ def dial(a, port, kind=SOCK_STREAM, opts=(), source=None, keep=False):
     finally:
         if not keep: s.close()
 
-def begin(a, port):
+def begin(a, port, opts=(), source=None):
     "a connect that does not wait: ok when it is on its way"
-    s = new(a)
+    s = new(a, SOCK_STREAM, opts)
     s.setblocking(False)
+    if source: s.bind(source)
     e = s.connect_ex((a, port))
     if e in (0, errno.EINPROGRESS):
         kept.append(s)
         return "ok"
     s.close()
     return errno.errorcode[e]
+
+def peer(s):
+    try: return s.getpeername()[0]
+    except OSError as e: return errno.errorcode[e.errno]
 
 def bind(a, port, kind=SOCK_STREAM, opts=()):
     s = new(a, kind, opts)

@@ -1,0 +1,165 @@
+package bpf
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+	"os/exec"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/ringbuf"
+	"golang.org/x/sys/unix"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+// holding attaches the program that holds answers to lo, for connections in a
+// mode.
+func (h *hooks) holding(t *testing.T, mode flow.ConnectMode) {
+	t.Helper()
+	var l link.Link
+	err := h.ns.Run(func() (err error) {
+		l, err = link.AttachTCX(link.TCXOptions{Interface: 1, Program: h.progs[ProgHold], Attach: ebpf.AttachTCXIngress})
+		return err
+	})
+	if errors.Is(err, ebpf.ErrNotSupported) && testutil.InVM() {
+		t.Skip("needs tcx (Linux 6.6), which the virtual machine's kernel does not have")
+	}
+	if err != nil {
+		t.Fatalf("attach %s: %v", ProgHold, err)
+	}
+	t.Cleanup(func() { l.Close() })
+	var s Settings
+	if err := h.maps["settings"].Lookup(uint32(0), &s); err != nil {
+		t.Fatal(err)
+	}
+	s.Connect = uint32(mode)
+	h.put(t, "settings", uint32(0), s)
+	h.fresh(t)
+}
+
+// fresh makes the heartbeat good for longer than the test takes.
+func (h *hooks) fresh(t *testing.T) {
+	t.Helper()
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		t.Fatal(err)
+	}
+	h.put(t, "beat", uint32(0), Beat{Stamp: uint64(now.Nano()), MaxAge: uint64(time.Hour)})
+}
+
+// ring gives worker 0 a ring and returns a function that waits for a record.
+func (h *hooks) ring(t *testing.T) func() Held {
+	t.Helper()
+	var inner *ebpf.MapSpec
+	for _, spec := range mustSpecs(t) {
+		inner = spec.Maps["held"].InnerMap
+	}
+	m, err := ebpf.NewMap(inner)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	h.put(t, "held", uint32(0), uint32(m.FD()))
+	r, err := ringbuf.NewReader(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	return func() Held {
+		t.Helper()
+		r.SetDeadline(time.Now().Add(10 * time.Second))
+		record, err := r.Read()
+		if err != nil {
+			t.Fatalf("read what is held: %v", err)
+		}
+		if len(record.RawSample) != int(unsafe.Sizeof(Held{})) {
+			t.Fatalf("a record of %d bytes", len(record.RawSample))
+		}
+		return *(*Held)(unsafe.Pointer(&record.RawSample[0]))
+	}
+}
+
+// TestHold keeps the handler's answer back, and says so when the application ends
+// before it gets it.
+func TestHold(t *testing.T) {
+	for _, to := range []string{"198.51.100.1:80", "[2001:db8::1]:80"} {
+		t.Run(to, func(t *testing.T) {
+			testutil.CheckLeaks(t)
+			h := newHooks(t)
+			h.serve(t)
+			h.holding(t, flow.ConnectMirror)
+			next := h.ring(t)
+			cmd := exec.Command("/proc/self/exe")
+			cmd.Env = append(os.Environ(), envDial+"="+to)
+			if err := (testutil.Place{NS: h.ns, Cgroup: h.cgroup}).Start(cmd); err != nil {
+				t.Fatal(err)
+			}
+			answer := next()
+			if answer.Kind != HeldAnswer || answer.Key.SlotPort != 80 || answer.Size < 14+20+20 {
+				t.Errorf("held: %+v", answer)
+			}
+			if a := ToAddr(answer.Key.Slot); a.Is4() != (netip.MustParseAddrPort(to).Addr().Is4()) {
+				t.Errorf("held for %s, dialed %s", a, to)
+			}
+			if err := cmd.Process.Kill(); err != nil {
+				t.Fatal(err)
+			}
+			cmd.Wait()
+			gone := next()
+			for ; gone.Kind == HeldAnswer; gone = next() { // sent again meanwhile
+			}
+			if gone.Kind != HeldGone || gone.Key != answer.Key {
+				t.Errorf("then: %+v", gone)
+			}
+			if n := h.reasons(t)["held"]; n == 0 {
+				t.Error("nothing is counted as held")
+			}
+			h.waitClosed(t)
+		})
+	}
+}
+
+// TestHoldLetsThrough has answers that are not held: the connection is early.
+func TestHoldLetsThrough(t *testing.T) {
+	const to = "198.51.100.1:80"
+	for name, tt := range map[string]struct {
+		mode  flow.ConnectMode
+		ready func(t *testing.T, h *hooks)
+		count string // the reason that is counted, if any
+	}{
+		"early":      {flow.ConnectEarly, func(t *testing.T, h *hooks) { h.ring(t) }, ""},
+		"no ring":    {flow.ConnectMirror, func(*testing.T, *hooks) {}, "hold_full"},
+		"answered":   {flow.ConnectAdaptive, func(t *testing.T, h *hooks) { h.ring(t); h.answered(t, to, 1<<62) }, ""},
+		"not lately": {flow.ConnectAdaptive, func(t *testing.T, h *hooks) { h.answered(t, to, 1) }, "hold_full"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHooks(t)
+			h.serve(t)
+			h.holding(t, tt.mode)
+			tt.ready(t, h)
+			if got := h.dial(t, to); got[0] != to+" "+to {
+				t.Errorf("dial: %q, counted: %v", got, h.reasons(t))
+			}
+			h.accepted(t)
+			h.waitClosed(t)
+			reasons := h.reasons(t)
+			for _, reason := range []string{"held", "hold_stale", "hold_full"} {
+				if want := reason == tt.count; (reasons[reason] > 0) != want {
+					t.Errorf("%s: %d, want some: %v", reason, reasons[reason], want)
+				}
+			}
+		})
+	}
+}
+
+func (h *hooks) answered(t *testing.T, to string, until uint64) {
+	t.Helper()
+	a := netip.MustParseAddrPort(to)
+	h.put(t, "answered", EndpointKey{Addr: FromAddr(a.Addr()), Port: a.Port()}, until)
+}
