@@ -24,6 +24,14 @@ func (i *instance) api() admin.API {
 	}
 }
 
+// connect is the mode that applies where no service names one.
+func (i *instance) connect() config.Connect {
+	if !i.datapath.Holds() {
+		return config.ConnectEarly
+	}
+	return i.config.Connect
+}
+
 func (i *instance) flows(ctx context.Context, q admin.FlowQuery) ([]flow.Record, error) {
 	if q.Live {
 		return i.collector.Live(ctx), nil
@@ -46,6 +54,7 @@ func (i *instance) status(context.Context) (admin.Status, error) {
 		Ready:       i.ready.Load(),
 		State:       i.state(&stats),
 		OnFailure:   string(i.config.OnFailure),
+		Connect:     string(i.connect()),
 		Started:     i.started,
 		Live:        i.handler.Stats().Live,
 		Counters:    map[string]uint64{},
@@ -93,6 +102,7 @@ func (i *instance) problems(s *loader.Stats) []string {
 	add(s.Busy, "The accept queues are nearly full: new connections go by on_failure.")
 	add(s.EventsLost > 0, "Some flow records of the kernel side were lost: connections end faster than they are read.")
 	add(!i.datapath.Usable(true), "IPv6 is switched off in this network namespace: IPv6 connections go by on_failure.")
+	add(!i.datapath.Holds() && i.config.Connect != config.ConnectEarly, "This kernel has no tcx (Linux 6.6): connects succeed before their dial has, whatever connect says.")
 	add(i.existing.Load() > 0, "Connections that are older than Pillion are not captured. Restart the application, or use existing: reset.")
 	return all
 }

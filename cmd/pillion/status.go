@@ -117,8 +117,8 @@ func showStatus(ctx context.Context, w io.Writer, g *global, o *output, names []
 }
 
 func printStatus(w io.Writer, s *admin.Status) error {
-	_, err := fmt.Fprintf(w, "%s (%s, pid %d, %s): %s, on_failure %s, up %s\n  scope %s\n  slots %s %s\n  open connections %d, unaccounted %d\n",
-		s.Instance, s.Kind, s.Pid, s.Version, s.State, s.OnFailure, time.Since(s.Started).Round(time.Second),
+	_, err := fmt.Fprintf(w, "%s (%s, pid %d, %s): %s, on_failure %s, connect %s, up %s\n  scope %s\n  slots %s %s\n  open connections %d, unaccounted %d\n",
+		s.Instance, s.Kind, s.Pid, s.Version, s.State, s.OnFailure, s.Connect, time.Since(s.Started).Round(time.Second),
 		s.Scope, s.Slots4, s.Slots6, s.Live, s.Unaccounted)
 	if err != nil {
 		return err

@@ -41,7 +41,7 @@ func start(t *testing.T, api API) (path string, stop func()) {
 func status() Status {
 	return Status{
 		Instance: "i1", Kind: KindRun, Version: "1", Pid: 2, Scope: "/a", Ready: true, State: StateServing,
-		OnFailure: "open", Slots4: "240.0.0.0/16", Started: epoch, Live: 3,
+		OnFailure: "open", Connect: "adaptive", Slots4: "240.0.0.0/16", Started: epoch, Live: 3,
 		Counters: map[string]uint64{"service": 4}, Unaccounted: -1,
 		Services: []ServiceStatus{{Name: "web", Address: "10.96.0.12:80", Policy: "round_robin", Endpoints: []EndpointStatus{
 			{Address: "127.0.0.1:8081", Weight: 1, Live: 3, Connects: 4, Failures: 1, LastReason: flow.ReasonDialRefused},

@@ -37,6 +37,9 @@ type Status struct {
 	State string `json:"state"`
 	// OnFailure is the default, open or closed.
 	OnFailure string `json:"on_failure"`
+	// Connect is when connects end that no service names: adaptive, mirror or
+	// early. Where the kernel cannot hold them back it is early.
+	Connect string `json:"connect"`
 	// Slots4 and Slots6 are the instance's own slot prefixes, empty for a
 	// family that it does not capture.
 	Slots4  string    `json:"slots4,omitempty"`
