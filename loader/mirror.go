@@ -48,6 +48,12 @@ func (d *Datapath) Queues(workers int) ([]*Queue, error) {
 			return nil, fmt.Errorf("make ring of worker %d: %w", i, err)
 		}
 	}
+	// An earlier process may have had more: nobody reads those rings.
+	for i := workers; i < bpf.WorkersMax; i++ {
+		if err := d.maps.Held.Delete(uint32(i)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil, fmt.Errorf("remove ring of worker %d: %w", i, err)
+		}
+	}
 	return d.queues, nil
 }
 
