@@ -19,7 +19,7 @@ var budget = map[string]uint32{
 	ProgBind4:        65,
 	ProgBind6:        90,
 	ProgRelease:      60,
-	ProgSockops:      1000,
+	ProgSockops:      2000, // the options that the upstream leg is to have
 	ProgLookup:       1000,
 	ProgHold:         1500,
 	ProgInject:       20,

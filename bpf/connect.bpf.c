@@ -291,7 +291,7 @@ static __always_inline __u64 answered_until(const void *key)
 static __always_inline enum conn_path
 on_connect(struct bpf_sock_addr *ctx, struct gathered *g, struct ip_addr *slot)
 {
-	__u64 zero = 0;
+	__u64 zero = 0, unavailable = 0, no_endpoint = 0;
 	__u32 on_failure, mode;
 	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
 	union {
@@ -342,12 +342,13 @@ on_connect(struct bpf_sock_addr *ctx, struct gathered *g, struct ip_addr *slot)
 		if (service) {
 			on_failure = service->on_failure;
 			mode = service->connect;
+			unavailable = service->unavailable;
+			no_endpoint = service->no_endpoint;
 		}
 		why = by_rules(&f);
-		if (why == REASON_SERVICE && service &&
-		    g->now < service->unavailable) {
+		if (why == REASON_SERVICE && g->now < unavailable) {
 			why = REASON_NO_ENDPOINT;
-			g->err = service->no_endpoint;
+			g->err = no_endpoint;
 		}
 	}
 	path = path_of(why, on_failure);

@@ -13,21 +13,22 @@ import (
 )
 
 // attachOrder is such that nothing is redirected before what it is redirected
-// to is there, and that sockops sees every connection that connect does.
-var attachOrder = []string{
-	bpf.ProgLookup,
-	bpf.ProgGetpeername4, bpf.ProgGetpeername6,
-	bpf.ProgBind4, bpf.ProgBind6,
-	bpf.ProgRelease,
-	bpf.ProgSockops,
-	bpf.ProgHold,
-	bpf.ProgConnect4, bpf.ProgConnect6,
-}
-
-func attachOrderReversed() []string {
-	all := slices.Clone(attachOrder)
-	slices.Reverse(all)
-	return all
+// to is there, and that sockops sees every connection that connect does. Without
+// holds there is no program that holds answers back: the kernel has no tcx.
+func attachOrder(holds bool) []string {
+	order := []string{
+		bpf.ProgLookup,
+		bpf.ProgGetpeername4, bpf.ProgGetpeername6,
+		bpf.ProgBind4, bpf.ProgBind6,
+		bpf.ProgRelease,
+		bpf.ProgSockops,
+		bpf.ProgHold,
+		bpf.ProgConnect4, bpf.ProgConnect6,
+	}
+	if !holds {
+		order = slices.DeleteFunc(order, func(name string) bool { return name == bpf.ProgHold })
+	}
+	return order
 }
 
 // attachTypes are those of bpf_attach_type, by program.
@@ -73,12 +74,9 @@ func (d *Datapath) Attach() ([]Existing, error) {
 	defer d.linkMu.Unlock()
 	var before []Existing
 	var err error
-	for _, name := range attachOrder {
+	for _, name := range attachOrder(d.holds) {
 		if d.links[name] != nil {
 			continue // AttachLookup was here
-		}
-		if name == bpf.ProgHold && !d.holds {
-			continue
 		}
 		if name == bpf.ProgConnect4 && !d.pinned(name) {
 			// From here on sockops counts what connect has not decided on.
@@ -186,8 +184,8 @@ func (d *Datapath) Reattach() ([]string, error) {
 		return nil, nil
 	}
 	var mended []string
-	for _, name := range attachOrder {
-		if d.pinned(name) && attached(d.links[name]) || name == bpf.ProgHold && !d.holds {
+	for _, name := range attachOrder(d.holds) {
+		if d.pinned(name) && attached(d.links[name]) {
 			continue
 		}
 		if err := d.reattach(name); err != nil {

@@ -164,7 +164,7 @@ func TestReattach(t *testing.T) {
 	}
 	all := func() {
 		t.Helper()
-		for _, name := range attachOrder {
+		for _, name := range attachOrder(d.holds) {
 			pin := filepath.Join(p.bpffs, "pillion", "one", linkPrefix+name)
 			l, err := link.LoadPinnedLink(pin, nil)
 			if err != nil {

@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/loader/probe"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
@@ -172,14 +173,15 @@ func TestPartial(t *testing.T) {
 
 // TestSomeLinks opens what a process left that was killed while it attached.
 func TestSomeLinks(t *testing.T) {
-	for n := range len(attachOrder) + 1 {
+	order := attachOrder(probe.TCX() == nil)
+	for n := range len(order) + 1 {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			p := newPlace(t)
 			d := p.create(t, "one")
 			setRules(t, d, plain)
 			p.attach(t, d)
 			// As if the last ones had not been attached yet.
-			for _, name := range attachOrder[n:] {
+			for _, name := range order[n:] {
 				if err := errors.Join(os.Remove(d.dir.pin(linkPrefix+name)), d.links[name].Close()); err != nil {
 					t.Fatal(err)
 				}

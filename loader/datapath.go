@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -242,7 +243,7 @@ func (d *Datapath) Unload() error {
 func (d *Datapath) undo() error {
 	var errs []error
 	// Also without their pins, links hold until their last handle is closed.
-	for _, name := range attachOrderReversed() {
+	for _, name := range slices.Backward(attachOrder(d.holds)) {
 		if l := d.links[name]; l != nil {
 			errs = append(errs, detach(l))
 		}
