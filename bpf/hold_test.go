@@ -134,9 +134,9 @@ func TestHoldLetsThrough(t *testing.T) {
 		count string // the reason that is counted, if any
 	}{
 		"early":      {flow.ConnectEarly, func(t *testing.T, h *hooks) { h.ring(t) }, ""},
-		"no ring":    {flow.ConnectMirror, func(*testing.T, *hooks) {}, "hold_full"},
+		"no ring":    {flow.ConnectMirror, func(*testing.T, *hooks) {}, "hold_stale"},
 		"answered":   {flow.ConnectAdaptive, func(t *testing.T, h *hooks) { h.ring(t); h.answered(t, to, 1<<62) }, ""},
-		"not lately": {flow.ConnectAdaptive, func(t *testing.T, h *hooks) { h.answered(t, to, 1) }, "hold_full"},
+		"not lately": {flow.ConnectAdaptive, func(t *testing.T, h *hooks) { h.answered(t, to, 1) }, "hold_stale"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHooks(t)

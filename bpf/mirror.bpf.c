@@ -137,24 +137,26 @@ static __always_inline bool beats(void)
 	       (now <= b->stamp || now - b->stamp <= b->max_age);
 }
 
-/* hold gives an answer to the worker, and tells whether it has it. */
+/* hold gives an answer to the worker, and tells whether it is to be kept back.
+ * Where the ring has no room it is as if it had been lost: the kernel sends it
+ * again after a second.
+ */
 static __always_inline bool hold(struct __sk_buff *skb, struct live *l,
 				 const struct segment *s)
 {
 	__u64 index = l->worker - 1;
 	__u32 size = s->size;
 	struct held *h;
-	void *ring;
+	void *ring = bpf_map_lookup_elem(&held, &index);
 
-	if (!beats()) {
+	if (!ring || !beats()) {
 		count(REASON_HOLD_STALE);
 		return false;
 	}
-	ring = bpf_map_lookup_elem(&held, &index);
-	h = ring ? bpf_ringbuf_reserve(ring, sizeof(*h), 0) : NULL;
+	h = bpf_ringbuf_reserve(ring, sizeof(*h), 0);
 	if (!h) {
 		count(REASON_HOLD_FULL);
-		return false;
+		return true;
 	}
 	h->key = s->u.k;
 	h->mark = skb->mark;
@@ -162,8 +164,9 @@ static __always_inline bool hold(struct __sk_buff *skb, struct live *l,
 	h->size = size;
 	if (size < ETH_HLEN + IP4_HLEN + TCP_HLEN || size > PL_FRAME_MAX ||
 	    bpf_skb_load_bytes(skb, 0, h->frame, size)) {
+		/* Cut short: no kernel makes such an answer. */
 		bpf_ringbuf_discard(h, 0);
-		count(REASON_HOLD_FULL);
+		count(REASON_HOLD_STALE);
 		return false;
 	}
 	count(REASON_HELD);
@@ -224,8 +227,20 @@ int pl_hold(struct __sk_buff *skb)
 		return TCX_NEXT;
 	if (ours(data))
 		return send_round(skb);
-	if (!from_slot(skb, &s) || !(s.flags & TCP_SYN))
+	if (!from_slot(skb, &s))
 		return TCX_NEXT;
+	l = bpf_map_lookup_elem(&live, &s.u.k);
+	if (s.flags & TCP_RST) {
+		/* A refusal would be the process's. This one is for the SYN of
+		 * an application that uses the same port again, sooner than
+		 * the process could end what the kernel keeps of the last
+		 * time. It has ended now; the SYN is sent again.
+		 */
+		if (!l || !l->hold || !beats())
+			return TCX_NEXT;
+		count(REASON_HELD);
+		return TCX_DROP;
+	}
 	/* A handler accepts and never opens. Somebody who knows the port that
 	 * an application will connect from could bind the slot, and open a
 	 * connection of his own that meets the application's half-way.
@@ -234,7 +249,6 @@ int pl_hold(struct __sk_buff *skb)
 		count(REASON_FORGED);
 		return TCX_DROP;
 	}
-	l = bpf_map_lookup_elem(&live, &s.u.k);
 	if (!l || !l->hold || !l->worker)
 		return TCX_NEXT;
 	return hold(skb, l, &s) ? TCX_DROP : TCX_NEXT;

@@ -161,9 +161,9 @@ struct {
 	__type(value, __u64);
 } answered SEC(".maps");
 
-/* A ring per worker: what is held for it, and who gave up. A full one lets the
- * answer pass, counted as REASON_HOLD_FULL. writer: loader (the rings), hold,
- * sockops; reader: the worker.
+/* A ring per worker: what is held for it, and who gave up. What a full one has
+ * no room for is counted as REASON_HOLD_FULL, and comes again. writer: loader
+ * (the rings), hold, sockops; reader: the worker.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);

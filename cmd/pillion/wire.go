@@ -376,9 +376,10 @@ func (i *instance) closeFiles() error {
 func (i *instance) serve(stop, force context.Context, attached func() error) error {
 	live, die := context.WithCancelCause(stop)
 	defer die(nil)
-	// In the order in which they end: who says that the handler is there, the
-	// handler, those that it needs, and those that tell of its end.
-	beat, relay, helpers := newCircle(live, die), newCircle(live, die), newCircle(live, die)
+	// In the order in which they end: the handler, who says that it is there
+	// (the handshakes that wait go on while it drains), those that it needs, and
+	// those that tell of its end.
+	relay, beat, helpers := newCircle(live, die), newCircle(live, die), newCircle(live, die)
 	collect, write := newCircle(live, die), newCircle(live, die)
 	relay.run("handler", func(ctx context.Context) error { return i.handler.Run(ctx, force) })
 	helpers.run("admin", func(ctx context.Context) error { return admin.Serve(ctx, i.socket, i.api()) })
@@ -404,7 +405,7 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 	i.draining.Store(true)
 	i.ready.Store(false)
 	err = errors.Join(err, i.datapath.Drain())
-	for _, c := range []*circle{beat, relay, helpers, collect, write} {
+	for _, c := range []*circle{relay, beat, helpers, collect, write} {
 		c.end()
 	}
 	return errors.Join(err, i.closeFiles())

@@ -63,7 +63,7 @@ const (
 	ReasonHeld      // kept back: the worker has it
 	ReasonInjected  // no answer, but a frame that carries the result
 	ReasonHoldStale // let through, and so early: the heartbeat is old
-	ReasonHoldFull  // let through, and so early: the worker's ring is full
+	ReasonHoldFull  // lost: the worker's ring is full. It is sent again
 	ReasonForged    // dropped: not the handler sends it from a slot
 
 	// What sockops saw.
