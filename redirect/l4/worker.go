@@ -207,6 +207,7 @@ func (w *worker) run() error {
 	defer runtime.UnlockOSThread()
 	defer w.close()
 	defer w.lastCommands()
+	defer w.waiting.Store(true) // for good: it does not hang
 	w.tick()
 	for !w.stopped || len(w.conns) > 0 {
 		before := w.now
