@@ -1,0 +1,3 @@
+package connect
+
+func goDialer([]string) error { return nil }
