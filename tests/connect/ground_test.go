@@ -101,6 +101,16 @@ func newGround(t testing.TB) *ground {
 	return g
 }
 
+// with starts Pillion beside the applications, which must end as quiet as it
+// begins.
+func (g *ground) with(t testing.TB, config string) *rig.Instance {
+	t.Helper()
+	i := g.Run(t, config)
+	i.Prefer(t)
+	i.NoLeaks(t)
+	return i
+}
+
 // routes replaces the default routes by what a test needs.
 func (g *ground) routes(t testing.TB) {
 	t.Helper()

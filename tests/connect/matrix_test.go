@@ -276,9 +276,7 @@ func TestSame(t *testing.T) {
 	for mode, attempts := range map[string][]attempt{"mirror": all, "adaptive": bad} {
 		t.Run(mode, func(t *testing.T) {
 			g.fresh(t)
-			i := g.Run(t, "connect: "+mode)
-			i.Prefer(t)
-			i.NoLeaks(t)
+			i := g.with(t, "connect: "+mode)
 			compare(t, g, attempts, without)
 			redirected(t, i, len(attempts)/2)
 		})

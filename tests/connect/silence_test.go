@@ -22,9 +22,7 @@ func TestSilenceOutlastsDial(t *testing.T) {
 	g := newGround(t)
 	without := perform(t, g, silent())
 	late := lateAnswers(t, g)
-	i := g.Run(t, "connect: mirror\nrelay: {dial_timeout: 400ms, dial_budget: 700ms}")
-	i.Prefer(t)
-	i.NoLeaks(t)
+	g.with(t, "connect: mirror\nrelay: {dial_timeout: 400ms, dial_budget: 700ms}")
 	compare(t, g, silent(), without)
 	alike(t, late, lateAnswers(t, g))
 }
@@ -36,9 +34,7 @@ func TestAnswersLater(t *testing.T) {
 	without := lateAnswers(t, g)
 	for _, mode := range modes {
 		t.Run(mode, func(t *testing.T) {
-			i := g.Run(t, "connect: "+mode)
-			i.Prefer(t)
-			i.NoLeaks(t)
+			g.with(t, "connect: "+mode)
 			alike(t, without, lateAnswers(t, g))
 			if mode == "mirror" {
 				return
@@ -105,9 +101,7 @@ func alike(t *testing.T, without, with []transcript) {
 func TestFullQueue(t *testing.T) {
 	g := newGround(t)
 	without := drained(t, g, 9001)
-	i := g.Run(t, "connect: mirror")
-	i.Prefer(t)
-	i.NoLeaks(t)
+	g.with(t, "connect: mirror")
 	alike(t, without, drained(t, g, 9002))
 }
 
@@ -163,6 +157,9 @@ func fullListener(t *testing.T, g *ground, at netip.AddrPort) int {
 	var ln int
 	g.World.Do(t, func() error {
 		ln = open()
+		if err := unix.SetsockoptTimeval(ln, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(rig.Limit.Seconds())}); err != nil {
+			return err
+		}
 		filler := open()
 		if err := unix.Bind(ln, to); err != nil {
 			return err

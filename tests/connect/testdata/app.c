@@ -329,6 +329,9 @@ static void step(char *s)
 	} else if (!strcmp(s, "shutdown")) {
 		ret = shutdown(fd, SHUT_WR);
 		tell(s, ret, errno, "");
+	} else if (!strcmp(s, "wait")) {
+		tell(s, 0, 0, "");
+		await();
 	} else if (!strcmp(s, "poll"))
 		do_poll(s, POLLOUT, PATIENCE_MS);
 	else if (!strcmp(s, "poll0"))
