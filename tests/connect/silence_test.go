@@ -175,8 +175,14 @@ func fullListener(t *testing.T, g *ground, at netip.AddrPort) int {
 // overflows is how often a SYN in the world found an accept queue full.
 func overflows(t *testing.T, g *ground) int {
 	t.Helper()
-	var n int
-	g.World.Do(t, func() error {
+	return netstat(t, g.World, "ListenOverflows")
+}
+
+// netstat returns a counter of a namespace's TCP.
+func netstat(t *testing.T, ns *testutil.NS, counter string) int {
+	t.Helper()
+	n := -1
+	ns.Do(t, func() error {
 		b, err := os.ReadFile("/proc/thread-self/net/netstat")
 		if err != nil {
 			return err
@@ -184,11 +190,14 @@ func overflows(t *testing.T, g *ground) int {
 		lines := strings.Split(string(b), "\n")
 		names, values := strings.Fields(lines[0]), strings.Fields(lines[1])
 		for i, name := range names {
-			if name == "ListenOverflows" {
+			if name == counter {
 				n, err = strconv.Atoi(values[i])
 			}
 		}
 		return err
 	})
+	if n < 0 {
+		t.Fatalf("no counter %s", counter)
+	}
 	return n
 }
