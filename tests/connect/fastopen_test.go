@@ -29,9 +29,13 @@ func TestFastOpen(t *testing.T) {
 			g.Serve(t, far6(9300), echo)
 			var all []attempt
 			for _, round := range []string{"first", "again"} {
-				// No refused port at an address whose cookie is known: what the
-				// kernel remembers of it is the slot's.
 				for _, a := range append(fast("good, "+round, 9300), fast("late, "+round, portLate)...) {
+					// A cookie is the server's, and a slot has none. So what is
+					// known to be sent with the SYN at once is not, here, and
+					// there is no refused port at an address with a cookie.
+					if tt.app&noCookieSent == 0 && slices.Contains(a.steps, "nonblock") {
+						continue
+					}
 					a.answers, a.soft = true, strings.Contains(a.name, "late")
 					all = append(all, a)
 				}
@@ -41,7 +45,7 @@ func TestFastOpen(t *testing.T) {
 				all = append(all, fast("reset", portReset)...)
 			}
 			without := perform(t, g, all)
-			if netstat(t, g.App, "TCPFastOpenActive") == 0 && tt.world&server != 0 {
+			if netstat(t, g.App, "TCPFastOpenActive") == 0 && (tt.app&noCookieSent == 0 || tt.world&noCookieWanted != 0) {
 				t.Error("without Pillion no data is sent with a SYN: the test tests nothing")
 			}
 			g.fresh(t)
