@@ -21,7 +21,7 @@ const (
 // lostEarly tells whether an application was connected early, and then learned
 // that there is nobody.
 func lostEarly(saw string) bool {
-	return saw == "connect=0, send=5, recv=-1 ECONNRESET" || saw == "connect=0, send=-1 ECONNRESET, recv=0" ||
+	return strings.HasPrefix(saw, "connect=-1 ECONNRESET") || saw == "connect=0, send=5, recv=-1 ECONNRESET" || saw == "connect=0, send=-1 ECONNRESET, recv=0" ||
 		saw == "connect=0, send=-1 EPIPE, recv=0" || saw == "connect=0, send=-1 EPIPE, recv=-1 ECONNRESET"
 }
 

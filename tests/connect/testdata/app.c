@@ -74,7 +74,8 @@ static void tell(const char *call, long ret, int err, const char *note)
 
 	if (fd >= 0)
 		getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len);
-	printf("{\"call\":\"%s\",\"ret\":%ld,\"errno\":\"%s\",\"note\":\"%s\",\"retrans\":%u}\n",
+	printf("{\"call\":\"%s\",\"ret\":%ld,\"errno\":\"%s\",\"note\":\"%s\","
+	       "\"retrans\":%u}\n",
 	       call, ret, ret < 0 ? strerrorname_np(err) : "", note,
 	       info.tcpi_total_retrans);
 	fflush(stdout);
@@ -137,8 +138,8 @@ static const char *address(const void *a, char *text)
 	return text;
 }
 
-static void do_name(const char *call, int (*get)(int, struct sockaddr *,
-						 socklen_t *), int port)
+static void do_name(const char *call,
+		    int (*get)(int, struct sockaddr *, socklen_t *), int port)
 {
 	struct sockaddr_storage a = {};
 	socklen_t len = sizeof(a);
@@ -147,7 +148,8 @@ static void do_name(const char *call, int (*get)(int, struct sockaddr *,
 
 	if (!ret)
 		snprintf(text, sizeof(text), "%s %d", address(&a, name),
-			 port ? ntohs(((struct sockaddr_in *)&a)->sin_port) : 0);
+			 port ? ntohs(((struct sockaddr_in *)&a)->sin_port) :
+				0);
 	tell(call, ret, err, text);
 }
 
@@ -177,8 +179,10 @@ static void do_errqueue(const char *call)
 	struct sockaddr_storage name = {};
 	char data[512], note[256] = "";
 	struct iovec iov = { .iov_base = data, .iov_len = sizeof(data) };
-	struct msghdr m = { .msg_name = &name, .msg_namelen = sizeof(name),
-			    .msg_iov = &iov, .msg_iovlen = 1,
+	struct msghdr m = { .msg_name = &name,
+			    .msg_namelen = sizeof(name),
+			    .msg_iov = &iov,
+			    .msg_iovlen = 1,
 			    .msg_control = control,
 			    .msg_controllen = sizeof(control) };
 	long ret = recvmsg(fd, &m, MSG_ERRQUEUE | MSG_DONTWAIT);
@@ -187,11 +191,14 @@ static void do_errqueue(const char *call)
 
 	for (struct cmsghdr *c = ret < 0 ? NULL : CMSG_FIRSTHDR(&m); c;
 	     c = CMSG_NXTHDR(&m, c)) {
-		if (!(c->cmsg_level == IPPROTO_IP && c->cmsg_type == IP_RECVERR) &&
-		    !(c->cmsg_level == IPPROTO_IPV6 && c->cmsg_type == IPV6_RECVERR))
+		if (!(c->cmsg_level == IPPROTO_IP &&
+		      c->cmsg_type == IP_RECVERR) &&
+		    !(c->cmsg_level == IPPROTO_IPV6 &&
+		      c->cmsg_type == IPV6_RECVERR))
 			continue;
 		e = (void *)CMSG_DATA(c);
-		snprintf(note, sizeof(note), "%s %d: %s origin %d type %d code %d from %s",
+		snprintf(note, sizeof(note),
+			 "%s %d: %s origin %d type %d code %d from %s",
 			 address(&name, dst),
 			 ntohs(((struct sockaddr_in *)&name)->sin_port),
 			 strerrorname_np(e->ee_errno), e->ee_origin, e->ee_type,
@@ -217,13 +224,15 @@ static void do_uring(const char *call)
 		die("io_uring_setup");
 	sq = mmap(NULL, p.sq_off.array + p.sq_entries * sizeof(uint32_t),
 		  PROT_READ | PROT_WRITE, MAP_SHARED, ring, IORING_OFF_SQ_RING);
-	cq = mmap(NULL, p.cq_off.cqes + p.cq_entries * sizeof(struct io_uring_cqe),
+	cq = mmap(NULL,
+		  p.cq_off.cqes + p.cq_entries * sizeof(struct io_uring_cqe),
 		  PROT_READ | PROT_WRITE, MAP_SHARED, ring, IORING_OFF_CQ_RING);
 	sqes = mmap(NULL, p.sq_entries * sizeof(*sqes), PROT_READ | PROT_WRITE,
 		    MAP_SHARED, ring, IORING_OFF_SQES);
 	if (sq == MAP_FAILED || cq == MAP_FAILED || sqes == MAP_FAILED)
 		die("mmap");
-	sqes[0] = (struct io_uring_sqe){ .opcode = IORING_OP_CONNECT, .fd = fd,
+	sqes[0] = (struct io_uring_sqe){ .opcode = IORING_OP_CONNECT,
+					 .fd = fd,
 					 .addr = (uintptr_t)&to.addr,
 					 .off = to.len };
 	*in(sq, p.sq_off.array) = 0;
@@ -289,8 +298,9 @@ static int prepare(const char *s, const char *value)
 	else if (!strcmp(s, "fastconnect"))
 		set(IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1);
 	else if (!strcmp(s, "recverr"))
-		to.addr.ss_family == AF_INET ? set(IPPROTO_IP, IP_RECVERR, 1) :
-					       set(IPPROTO_IPV6, IPV6_RECVERR, 1);
+		to.addr.ss_family == AF_INET ?
+			set(IPPROTO_IP, IP_RECVERR, 1) :
+			set(IPPROTO_IPV6, IPV6_RECVERR, 1);
 	else if (!strcmp(s, "bind"))
 		do_bind(value);
 	else if (!strcmp(s, "to"))
