@@ -22,6 +22,7 @@ func TestFastOpen(t *testing.T) {
 		"server knows it not":   {client | noCookieSent, client},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			g := newGround(t)
 			g.App.Sysctl(t, "net/ipv4/tcp_fastopen", fmt.Sprint(tt.app))
 			g.World.Sysctl(t, "net/ipv4/tcp_fastopen", fmt.Sprint(tt.world))
@@ -36,7 +37,9 @@ func TestFastOpen(t *testing.T) {
 					if tt.app&noCookieSent == 0 && slices.Contains(a.steps, "nonblock") {
 						continue
 					}
-					a.answers, a.soft = true, strings.Contains(a.name, "late")
+					// Nor is what is sent with a SYN taken at once: that shows
+					// as data that was sent again.
+					a.answers, a.soft = true, strings.Contains(a.name, "late") || tt.world&noCookieWanted != 0
 					all = append(all, a)
 				}
 			}
@@ -56,15 +59,17 @@ func TestFastOpen(t *testing.T) {
 	}
 }
 
-// TestErrorQueue has applications ask what the ICMP error was: that is the
-// network's own, but for the addresses in it.
+// TestErrorQueue has applications ask what the ICMP error was. There is one, and
+// the same errno. What the router meant beyond that, and the packet that it quotes,
+// is not the network's own: the kernel finds the socket by that packet.
 func TestErrorQueue(t *testing.T) {
 	steps := strings.Fields("recverr nonblock connect poll errqueue soerror errqueue")
 	g := newGround(t)
 	var all []attempt
 	for n := range icmp4 {
 		for _, at := range farEach(uint16(portLateICMP + n)) {
-			if code, ok := icmpAt(n, at.Addr()); ok {
+			// A port that is unreachable gives a reset.
+			if code, ok := icmpAt(n, at.Addr()); ok && code != "port-unreachable" {
 				all = append(all, attempt{name: code + "/" + familyName(at.Addr()), at: at, steps: steps, soft: true})
 			}
 		}
@@ -78,7 +83,7 @@ func TestErrorQueue(t *testing.T) {
 	with := perform(t, g, all)
 	for _, a := range all {
 		want, got := kinds(without[a.name]), kinds(with[a.name])
-		if want.String() != got.String() {
+		if a.seen(want) != a.seen(got) {
 			t.Errorf("%s:\n without %s\n with    %s", a.name, without[a.name], with[a.name])
 		}
 		if !strings.Contains(want.String(), "errno E") {
@@ -87,15 +92,14 @@ func TestErrorQueue(t *testing.T) {
 	}
 }
 
-// kinds leaves the addresses out of what an error queue says: the kernel quotes
-// the packet as it was on lo.
+// kinds leaves in what an error queue says its errno and where that came from.
 func kinds(tr transcript) transcript {
 	all := slices.Clone(tr)
 	for n, r := range all {
-		var addr, port, errno, from string
-		var origin, kind, code int
-		if _, err := fmt.Sscanf(r.Note, "%s %s %s origin %d type %d code %d from %s", &addr, &port, &errno, &origin, &kind, &code, &from); err == nil {
-			all[n].Note = fmt.Sprintf("errno %s origin %d type %d code %d", errno, origin, kind, code)
+		var addr, port, errno string
+		var origin int
+		if _, err := fmt.Sscanf(r.Note, "%s %s %s origin %d", &addr, &port, &errno, &origin); err == nil {
+			all[n].Note = fmt.Sprintf("errno %s origin %d", errno, origin)
 		}
 	}
 	return all

@@ -20,8 +20,8 @@ func pendingApps(t *testing.T, g *ground) []*app {
 	for range each {
 		for _, at := range []netip.AddrPort{far4(portSilent), far6(portSilent)} {
 			apps = append(apps,
-				g.begin(t, arguments(at, "syncnt=3", "connect")...),
-				g.begin(t, arguments(at, strings.Fields("nonblock syncnt=3 connect poll soerror")...)...))
+				g.begin(t, arguments(at, "syncnt=2", "connect")...),
+				g.begin(t, arguments(at, strings.Fields("nonblock syncnt=2 connect poll soerror")...)...))
 		}
 	}
 	dials(t, g, far4(portSilent), 2*each)

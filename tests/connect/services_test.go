@@ -82,9 +82,10 @@ func TestOneDead(t *testing.T) {
 // TestAllDead has services whose endpoints are all dead: what the last dial got
 // is what connect gives. One that is named on early is connected and reset.
 func TestAllDead(t *testing.T) {
-	g := newGround(t)
 	for _, mode := range modes {
 		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			g := newGround(t)
 			var b strings.Builder
 			fmt.Fprintf(&b, "connect: %s\nservices:\n", mode)
 			for _, f := range families {
