@@ -60,6 +60,11 @@ func familyName(a netip.Addr) string {
 // everyWay adds all ways to a destination.
 func everyWay(all []attempt, what string, at netip.AddrPort, soft bool) []attempt {
 	for way, steps := range map[string][]string{"blocking": wayBlocking, "poll": wayPoll, "next": wayNext, "epoll": wayEpoll, "io_uring": wayRing} {
+		if way == "io_uring" && soft && at.Addr().Unmap().Is4() {
+			// Woken by the error before the connection has ended, as in seen,
+			// the kernel's io_uring says that it is connected.
+			continue
+		}
 		all = append(all, attempt{name: what + "/" + familyName(at.Addr()) + "/" + way, at: at, steps: steps, soft: soft})
 	}
 	return all
@@ -169,28 +174,6 @@ func accepted() []attempt {
 	return all
 }
 
-// silent are the attempts that nobody answers, with what ends them.
-func silent() []attempt {
-	var all []attempt
-	for i, at := range farEach(portSilent) {
-		good := farEach(portEcho)[i]
-		for name, steps := range map[string]string{
-			"TCP_SYNCNT":           "syncnt=1 connect soerror connect",
-			"TCP_SYNCNT poll":      "nonblock syncnt=1 connect connect poll soerror connect",
-			"TCP_USER_TIMEOUT":     "usertimeout=1500 connect soerror",
-			"SO_SNDTIMEO":          "sndtimeo=300 connect connect soerror peer",
-			"closed while it is":   "nonblock connect connect poll0 reopen to=" + slashed(good) + " connect send=hello recv",
-			"AF_UNSPEC":            "nonblock connect poll0 unspec soerror peer to=" + slashed(good) + " connect poll soerror connect send=hello poll",
-			"AF_UNSPEC, as it was": "nonblock syncnt=1 connect unspec connect connect poll soerror",
-		} {
-			all = append(all, attempt{name: "silence/" + familyName(at.Addr()) + "/" + name, at: at, steps: strings.Fields(steps), soft: true})
-		}
-	}
-	return all
-}
-
-func slashed(at netip.AddrPort) string { return fmt.Sprintf("%s/%d", at.Addr(), at.Port()) }
-
 // atOnce is how many applications run side by side.
 func atOnce() int { return 50 * runtime.NumCPU() }
 
@@ -290,8 +273,8 @@ func sound(t testing.TB, all []attempt, saw map[string]transcript) {
 // adaptive those that nobody answers, since the others may be early.
 func TestSame(t *testing.T) {
 	g := newGround(t)
-	bad := append(failing(), silent()...)
-	all := append(accepted(), bad...)
+	bad := slices.Concat(failing(), silent())
+	all := slices.Concat(accepted(), again(), bad)
 	g.fresh(t)
 	without := perform(t, g, all)
 	sound(t, all, without)

@@ -260,21 +260,40 @@ static void set_sndtimeo(int ms)
 		die("SO_SNDTIMEO");
 }
 
-static void do_bind(const char *host)
+/* place reads ADDR or ADDR/PORT. */
+static struct dest place(const char *text)
 {
-	struct dest from = parse(host, "0");
+	char *host = strdup(text), *port = strchr(host, '/');
+
+	if (!port)
+		return parse(host, "0");
+	*port++ = 0;
+	return parse(host, port);
+}
+
+static void do_bind(const char *text)
+{
+	struct dest from = place(text);
 
 	if (bind(fd, (struct sockaddr *)&from.addr, from.len))
 		die("bind");
 }
 
-/* retarget changes where the next connect goes: ADDR/PORT. */
-static void retarget(const char *text)
+static void ring(int signal)
 {
-	char *host = strdup(text), *port = strchr(host, '/');
+	(void)signal;
+}
 
-	*port++ = 0;
-	to = parse(host, port);
+/* alarm_in has a signal come once; what it interrupts may go on by itself. */
+static void alarm_in(int ms, int flags)
+{
+	struct sigaction action = { .sa_handler = ring, .sa_flags = flags };
+	struct itimerval when = { .it_value = { .tv_sec = ms / 1000,
+						.tv_usec = ms % 1000 * 1000 } };
+
+	if (sigaction(SIGALRM, &action, NULL) ||
+	    setitimer(ITIMER_REAL, &when, NULL))
+		die("alarm");
 }
 
 static void open_socket(void)
@@ -304,7 +323,13 @@ static int prepare(const char *s, const char *value)
 	else if (!strcmp(s, "bind"))
 		do_bind(value);
 	else if (!strcmp(s, "to"))
-		retarget(value);
+		to = place(value);
+	else if (!strcmp(s, "reuse"))
+		set(SOL_SOCKET, SO_REUSEADDR, 1);
+	else if (!strcmp(s, "alarm"))
+		alarm_in(atoi(value), 0);
+	else if (!strcmp(s, "restart"))
+		alarm_in(atoi(value), SA_RESTART);
 	else if (!strcmp(s, "reopen"))
 		close(fd), open_socket();
 	else
