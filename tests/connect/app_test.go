@@ -201,7 +201,11 @@ func (g *ground) do(t testing.TB, at netip.AddrPort, steps string) transcript {
 // wants fails the test unless an application sees this.
 func (g *ground) wants(t testing.TB, at netip.AddrPort, steps, want string) {
 	t.Helper()
-	if got := g.do(t, at, steps).String(); got != want {
+	var got string
+	if !g.calmly(t, func() bool {
+		got = g.do(t, at, steps).String()
+		return got == want
+	}) {
 		t.Errorf("%s to %s: %s, want %s", steps, at, got, want)
 	}
 }

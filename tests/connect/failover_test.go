@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptrace"
@@ -120,7 +121,12 @@ func TestFailover(t *testing.T) {
 	for _, mode := range modes {
 		t.Run(mode, func(t *testing.T) {
 			i := g.with(t, "connect: "+mode)
-			for name, got := range all(t) {
+			var with map[string]string
+			g.calmly(t, func() bool {
+				with = all(t)
+				return maps.Equal(with, without)
+			})
+			for name, got := range with {
 				if got != without[name] {
 					t.Errorf("%s:\n without %s\n with    %s", name, without[name], got)
 				}

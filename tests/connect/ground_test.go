@@ -73,6 +73,8 @@ func farEach(port uint16) []netip.AddrPort {
 type ground struct {
 	*rig.Rig
 	app string // the application's path
+
+	instance *rig.Instance // that with has started, if any
 }
 
 // newGround makes it: servers, a firewall before them, and an application's
@@ -98,7 +100,19 @@ func newGround(t testing.TB) *ground {
 	g.App.Sysctl(t, "net/ipv4/ip_local_port_range", "1024 65535")
 	g.routes(t)
 	g.firewall(t)
+	g.carrier(t)
 	return g
+}
+
+// carrier waits until the link can be used in both namespaces.
+func (g *ground) carrier(t testing.TB) {
+	t.Helper()
+	testutil.Eventually(t, rig.Limit, func() bool {
+		return strings.Contains(in(t, g.App, "", "ip", "link", "show", testutil.AppLink), "state UP") &&
+			strings.Contains(in(t, g.World, "", "ip", "link", "show", testutil.WorldLink), "state UP") &&
+			g.do(t, far4(portEcho), "connect soerror").String() == "connect=0, soerror=0" &&
+			g.do(t, far6(portEcho), "connect soerror").String() == "connect=0, soerror=0"
+	}, "the world can be reached")
 }
 
 // with starts Pillion beside the applications, which must end as quiet as it
@@ -108,7 +122,36 @@ func (g *ground) with(t testing.TB, config string) *rig.Instance {
 	i := g.Run(t, config)
 	i.Prefer(t)
 	i.NoLeaks(t)
+	g.instance = i
+	t.Cleanup(func() { g.instance = nil })
 	return i
+}
+
+// early counts the connections that a late heartbeat made early, or had passed.
+func (g *ground) early(t testing.TB) int {
+	t.Helper()
+	if g.instance == nil {
+		return 0
+	}
+	r := g.instance.Reasons(t)
+	return int(r["hold_stale"] + r["hold_full"] + r["handler_stale"] + r["handler_busy"])
+}
+
+// calmly tries something until it succeeds, but goes on only as long as the
+// machine was too busy for the handler meanwhile.
+func (g *ground) calmly(t testing.TB, try func() bool) bool {
+	t.Helper()
+	for range 5 {
+		before := g.early(t)
+		if try() {
+			return true
+		}
+		if g.early(t) == before {
+			return false
+		}
+		t.Log("the machine is busy: once more")
+	}
+	return false
 }
 
 // routes replaces the default routes by what a test needs.

@@ -68,7 +68,7 @@ func (g *ground) becomes(t *testing.T, at netip.AddrPort, steps, want string) {
 	var saw transcript
 	var err error
 	testutil.Eventually(t, rig.Limit, func() bool {
-		saw, err = g.within(10*time.Second, at, steps)
+		saw, err = g.within(3*time.Second, at, steps)
 		return err == nil && saw.String() == want
 	}, "new connections to ", at, " see ", want, "; they see ", &saw, &err)
 	for range 10 {
@@ -110,7 +110,9 @@ func TestHandlerKilled(t *testing.T) {
 // and when it goes on, nothing is left hanging.
 func TestHandlerStopped(t *testing.T) {
 	g := newGround(t)
-	i := g.with(t, "connect: mirror")
+	i := g.Run(t, "connect: mirror")
+	i.Prefer(t)
+	i.NoLeaks(t)
 	apps := pendingApps(t, g)
 	i.Signal(t, unix.SIGSTOP)
 	// Whatever happens, it goes on.

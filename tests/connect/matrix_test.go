@@ -208,9 +208,17 @@ func perform(t testing.TB, g *ground, all []attempt) map[string]transcript {
 // compare fails the test where an application can tell the difference.
 func compare(t testing.TB, g *ground, all []attempt, without map[string]transcript) {
 	t.Helper()
+	before := g.early(t)
 	with := perform(t, g, all)
+	busy := g.early(t) != before
 	for _, a := range all {
 		want, got := without[a.name], with[a.name]
+		if busy && a.seen(got) != a.seen(want) {
+			g.calmly(t, func() bool {
+				got = perform(t, g, []attempt{a})[a.name]
+				return a.seen(got) == a.seen(want)
+			})
+		}
 		if a.seen(got) != a.seen(want) {
 			t.Errorf("%s (%s):\n without %s\n with    %s", a.name, a.at, want, got)
 			continue
@@ -274,7 +282,7 @@ func sound(t testing.TB, all []attempt, saw map[string]transcript) {
 func TestSame(t *testing.T) {
 	g := newGround(t)
 	bad := slices.Concat(failing(), silent())
-	all := slices.Concat(accepted(), again(), bad)
+	all := append(accepted(), bad...)
 	g.fresh(t)
 	without := perform(t, g, all)
 	sound(t, all, without)

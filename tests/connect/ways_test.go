@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"testing"
 )
 
 // silent are the attempts that nobody answers, with what ends them.
@@ -12,7 +13,7 @@ func silent() []attempt {
 	for i, at := range farEach(portSilent) {
 		good := farEach(portEcho)[i]
 		for name, steps := range map[string]string{
-			"TCP_SYNCNT":           "syncnt=1 connect soerror connect",
+			"TCP_SYNCNT":           "syncnt=1 connect soerror",
 			"TCP_SYNCNT poll":      "nonblock syncnt=1 connect connect poll soerror connect",
 			"TCP_USER_TIMEOUT":     "usertimeout=1500 connect soerror",
 			"shutdown":             "nonblock connect shutdown poll0 soerror peer to=" + slashed(good) + " connect poll soerror",
@@ -30,6 +31,15 @@ func silent() []attempt {
 }
 
 func slashed(at netip.AddrPort) string { return fmt.Sprintf("%s/%d", at.Addr(), at.Port()) }
+
+// TestSameSource makes attempts from a source that was used just before.
+func TestSameSource(t *testing.T) {
+	g := newGround(t)
+	all := again()
+	without := perform(t, g, all)
+	g.with(t, "connect: mirror")
+	compare(t, g, all, without)
+}
 
 // again are the attempts that use a source, address and port, once more: what is
 // left of the connection before must not be in the way, or must.
