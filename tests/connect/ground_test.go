@@ -134,7 +134,7 @@ func (g *ground) early(t testing.TB) int {
 		return 0
 	}
 	r := g.instance.Reasons(t)
-	return int(r["hold_stale"] + r["hold_full"] + r["handler_stale"] + r["handler_busy"])
+	return int(r["hold_stale"] + r["handler_stale"] + r["handler_busy"])
 }
 
 // calmly tries something until it succeeds, but goes on only as long as the

@@ -166,4 +166,22 @@ func TestFlood(t *testing.T) {
 		}
 	}
 	redirected(t, i, 4*n)
+	// Refused ones are refused, each, and by no other errno.
+	for _, at := range []netip.AddrPort{far4(portClosed), far6(portReset)} {
+		g.calmly(t, func() bool {
+			early := g.early(t)
+			a := g.begin(t, append([]string{"flood"}, arguments(at, fmt.Sprint(n), fmt.Sprint(threads), "client")...)...)
+			r := a.await(t, "flood")
+			if _, err := a.rest(); err != nil {
+				t.Error(err)
+			}
+			if r.Ret == 0 && r.Note == "connect ECONNREFUSED; " {
+				return true
+			}
+			if g.early(t) == early {
+				t.Errorf("%s: of %d connections %d are right, the others %s", at, n, r.Ret, r.Note)
+			}
+			return false
+		})
+	}
 }
