@@ -11,17 +11,24 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 /* worker_of gives the worker of this CPU: the packet's data is in its cache. A
  * held connection stays with the one that dials for it, wherever its SYN is
- * sent from again.
+ * sent from again. Its entry is looked up again: the verifier of 6.1 follows
+ * the pointer also where it is known to be NULL.
  */
-static __always_inline __u32 worker_of(struct live *l, __u32 workers)
+static __always_inline __u32 worker_of(const struct live_key *key, __u32 hold,
+				       __u32 worker, __u32 workers)
 {
 	__u32 here = bpf_get_smp_processor_id() % workers;
+	struct live *l;
 
-	if (!l || !l->hold)
+	if (!hold)
 		return here;
-	if (!l->worker)
-		l->worker = here + 1;
-	return (l->worker - 1) % workers;
+	if (!worker) {
+		worker = here + 1;
+		l = bpf_map_lookup_elem(&live, key);
+		if (l)
+			l->worker = worker;
+	}
+	return (worker - 1) % workers;
 }
 
 SEC("sk_lookup")
@@ -36,7 +43,8 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 	struct arrival p = {};
 	struct settings *set;
 	struct bpf_sock *sk;
-	struct live *l = NULL;
+	__u32 hold = 0, worker = 0;
+	struct live *l;
 	__u64 index = 0, zero = 0;
 	__u32 workers;
 	enum reason why;
@@ -62,9 +70,14 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 	u.d[4] = port | ctx->local_port << 16;
 	p.tcp = ctx->protocol == IPPROTO_TCP;
 	p.probe = !ctx->ingress_ifindex && !port;
-	if (p.tcp && !p.probe)
+	if (p.tcp && !p.probe) {
 		l = bpf_map_lookup_elem(&live, &u.k);
-	p.live = l != NULL;
+		if (l) {
+			p.live = true;
+			hold = l->hold;
+			worker = l->worker;
+		}
+	}
 	p.listener = true;
 
 	why = admit(&p);
@@ -75,7 +88,7 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 		if (n == PL_SLOT_CANARY)
 			index = PL_CANARY_LISTENER + v6;
 		else if (workers)
-			index += worker_of(l, workers);
+			index += worker_of(&u.k, hold, worker, workers);
 		sk = bpf_map_lookup_elem(&listeners, &index);
 		p.listener = false;
 		if (sk) {
