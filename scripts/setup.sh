@@ -14,7 +14,7 @@ check=("${generate[@]}" clang-format-19=clang-format-19 shellcheck=shellcheck
 	gcc=gcc /usr/include/stdlib.h=libc6-dev git=git)
 demo=(curl=curl redis-server=redis-server redis-cli=redis-tools
 	python3=python3)
-tests=("${demo[@]}" "${check[@]}" node=nodejs strace=strace java=default-jre-headless
+tests=("${demo[@]}" "${check[@]}" node=nodejs strace=strace musl-gcc=musl-tools java=default-jre-headless
 	javac=default-jdk-headless ssh=openssh-client
 	/usr/sbin/sshd=openssh-server ncat=ncat nft=nftables ip=iproute2
 	psql=postgresql-client

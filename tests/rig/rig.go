@@ -97,18 +97,10 @@ func (r *Rig) Beside(t testing.TB) *Rig {
 }
 
 // Serve has serve answer every connection to addr in the world, until the end of
-// the test. The address is added if it is missing. Port 0 is a free one; it
-// returns the address with its port.
+// the test. The address is as in [Rig.Listen]; it returns it with its port.
 func (r *Rig) Serve(t testing.TB, addr netip.AddrPort, serve func(net.Conn)) netip.AddrPort {
 	t.Helper()
-	r.World.Do(t, func() error { return addAddr(addr.Addr()) })
-	var ln net.Listener
-	r.World.Do(t, func() (err error) {
-		lc := net.ListenConfig{}
-		lc.SetMultipathTCP(false)
-		ln, err = lc.Listen(context.Background(), "tcp", addr.String())
-		return err
-	})
+	ln := r.Listen(t, addr)
 	var all sync.WaitGroup
 	var conns sync.Map
 	all.Go(func() {

@@ -22,12 +22,15 @@ func (r *Rig) Give(t testing.TB, addr netip.Addr) {
 	r.World.Do(t, func() error { return addAddr(addr) })
 }
 
-// Listen listens in the world. The address is added if it is missing. Port 0 is
-// a free one. The caller accepts; the listener is closed at the end of the test
-// at the latest.
+// Listen listens in the world. The address is added if it is missing, unless it
+// is the unspecified one, which is all that the world has. Port 0 is a free one.
+// The caller accepts; the listener is closed at the end of the test at the
+// latest.
 func (r *Rig) Listen(t testing.TB, addr netip.AddrPort) net.Listener {
 	t.Helper()
-	r.Give(t, addr.Addr())
+	if !addr.Addr().IsUnspecified() {
+		r.Give(t, addr.Addr())
+	}
 	var ln net.Listener
 	r.World.Do(t, func() (err error) {
 		lc := net.ListenConfig{}

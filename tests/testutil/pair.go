@@ -37,29 +37,34 @@ type Pair struct {
 func NewPair(t testing.TB) *Pair {
 	t.Helper()
 	p := &Pair{App: NewNS(t), World: NewNS(t)}
-	p.App.Do(t, func() error { return p.join() })
+	Join(t, p.App, AppLink, p.World, WorldLink)
 	p.App.AddAddr(t, AppLink, AppV4, AppV6)
 	p.World.AddAddr(t, WorldLink, WorldV4, WorldV6)
-	p.App.Do(t, func() error {
-		return defaultVia(AppLink, WorldV4.Addr(), WorldV6.Addr())
-	})
+	p.App.Route(t, AppLink, WorldV4.Addr(), WorldV6.Addr())
 	return p
 }
 
-// join makes the veth, from inside App, with its other end in World.
-func (p *Pair) join() error {
+// Join joins two namespaces by a veth, and sets both of its ends up.
+func Join(t testing.TB, a *NS, aLink string, b *NS, bLink string) {
+	t.Helper()
 	veth := &netlink.Veth{
-		LinkAttrs:     netlink.LinkAttrs{Name: AppLink},
-		PeerName:      WorldLink,
-		PeerNamespace: netlink.NsFd(p.World.FD()),
+		LinkAttrs:     netlink.LinkAttrs{Name: aLink},
+		PeerName:      bLink,
+		PeerNamespace: netlink.NsFd(b.FD()),
 	}
-	if err := netlink.LinkAdd(veth); err != nil {
-		return fmt.Errorf("add veth: %w", err)
-	}
-	if err := linkUp(AppLink); err != nil {
-		return err
-	}
-	return p.World.Run(func() error { return linkUp(WorldLink) })
+	a.Do(t, func() error {
+		if err := netlink.LinkAdd(veth); err != nil {
+			return fmt.Errorf("add veth: %w", err)
+		}
+		return linkUp(aLink)
+	})
+	b.Do(t, func() error { return linkUp(bLink) })
+}
+
+// Route gives the namespace default routes by an interface.
+func (ns *NS) Route(t testing.TB, link string, gateways ...netip.Addr) {
+	t.Helper()
+	ns.Do(t, func() error { return defaultVia(link, gateways...) })
 }
 
 func defaultVia(link string, gateways ...netip.Addr) error {

@@ -1,0 +1,146 @@
+package matrix
+
+import (
+	"io"
+	"net"
+	"net/netip"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+// port is where the world echoes, on every address it has.
+const port = "7000"
+
+// The addresses of the matrix' world, beside those of the rig.
+const (
+	other4 = "198.51.100.8"
+	other6 = "2001:db8:7::8"
+	// link is the world's on the application's own link.
+	link, otherLink, ownLink = "fe80::7", "fe80::8", "fe80::1"
+	// foreign is nobody's here, but the world sends it to the application.
+	foreign4, foreign6 = "203.0.113.9", "2001:db8:99::9"
+)
+
+// The sysctl net.ipv4.tcp_fastopen: who sends data with a SYN, without a cookie,
+// and who takes it, for every listener.
+const (
+	fastOpenClient = "5"
+	fastOpenServer = "1539"
+	fastOpenBoth   = "1543"
+)
+
+// world is a rig with all that the ways need.
+type world struct {
+	*rig.Rig
+	nested  *testutil.Cgroup // below the scope
+	outside *testutil.Cgroup // not of the scope
+	box     *testutil.NS     // a network namespace of a container in the scope
+	tuned   bool             // listeners of the application take data with a SYN
+	ways    map[string]string
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	testutil.Need(t, "gcc", "musl-gcc", "ip")
+	w := &world{Rig: rig.New(t), outside: testutil.NewCgroup(t), box: testutil.NewNS(t), ways: build(t)}
+	w.nested = w.Scope.Child(t, "pod").Child(t, "container")
+	for _, a := range []string{other4, other6} {
+		w.Give(t, netip.MustParseAddr(a))
+	}
+	for _, a := range []netip.Addr{rig.Far4, rig.Far6} {
+		w.Give(t, a)
+	}
+	testutil.Join(t, w.box, testutil.AppLink, w.World, "world1")
+	prefixes := func(ns *testutil.NS, on string, all ...string) {
+		for _, p := range all {
+			ns.AddAddr(t, on, netip.MustParsePrefix(p))
+		}
+	}
+	prefixes(w.box, testutil.AppLink, "203.0.113.130/25", "2001:db8:3::1/64")
+	prefixes(w.World, "world1", "203.0.113.129/25", "2001:db8:3::2/64")
+	w.box.Route(t, testutil.AppLink, netip.MustParseAddr("203.0.113.129"), netip.MustParseAddr("2001:db8:3::2"))
+	w.linkLocal(t)
+	w.foreign(t)
+	w.World.Sysctl(t, "net/ipv4/tcp_fastopen", fastOpenServer)
+	w.App.Sysctl(t, "net/ipv4/tcp_fastopen", fastOpenClient)
+	w.Serve(t, netip.MustParseAddrPort("[::]:"+port), echo)
+	return w
+}
+
+// linkLocal gives all interfaces link-local addresses of ours in place of the
+// kernel's, which come some time later and would change the source address of a
+// connection in between.
+func (w *world) linkLocal(t *testing.T) {
+	t.Helper()
+	for _, end := range []struct {
+		ns   *testutil.NS
+		link string
+		own  []string
+	}{
+		{w.App, testutil.AppLink, []string{ownLink}},
+		{w.box, testutil.AppLink, []string{ownLink}},
+		{w.World, testutil.WorldLink, []string{link, otherLink}},
+		{w.World, "world1", []string{link, otherLink}},
+	} {
+		end.ns.Sysctl(t, filepath.Join("net/ipv6/conf", end.link, "addr_gen_mode"), "1")
+		run(t, end.ns, "ip", "-6", "addr", "flush", "dev", end.link, "scope", "link")
+		for _, a := range end.own {
+			end.ns.AddAddr(t, end.link, netip.PrefixFrom(netip.MustParseAddr(a), 64))
+		}
+	}
+}
+
+// foreign has packets to the foreign addresses end at the application, as for a
+// transparent proxy.
+func (w *world) foreign(t *testing.T) {
+	t.Helper()
+	for _, f := range []struct{ version, addr, via string }{
+		{"-4", foreign4, testutil.AppV4.Addr().String()},
+		{"-6", foreign6, testutil.AppV6.Addr().String()},
+	} {
+		run(t, w.World, "ip", f.version, "route", "add", f.addr, "via", f.via)
+		run(t, w.App, "ip", f.version, "rule", "add", "iif", testutil.AppLink, "to", f.addr, "lookup", "100")
+		run(t, w.App, "ip", f.version, "route", "add", "local", f.addr, "dev", "lo", "table", "100")
+	}
+}
+
+// run runs a program in a namespace. It must succeed.
+func run(t *testing.T, ns *testutil.NS, name string, args ...string) {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	log := &rig.Log{}
+	cmd.Stdout, cmd.Stderr = log, log
+	err := ns.Start(cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", cmd, err, log)
+	}
+}
+
+// echo sends back what it gets, and ends when the client does.
+func echo(c net.Conn) { io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c}) }
+
+// build compiles the application for each C library.
+func build(t *testing.T) map[string]string {
+	t.Helper()
+	programs := map[string]string{}
+	for libc, compiler := range map[string][]string{
+		"glibc": {"gcc"},
+		// The kernel's headers are the system's: after its own.
+		"musl": {"musl-gcc", "-static", "-idirafter", "/usr/include", "-idirafter", "/usr/include/x86_64-linux-gnu"},
+	} {
+		path := filepath.Join(t.TempDir(), "ways-"+libc)
+		args := append(compiler[1:], "-O1", "-Wall", "-Werror", "-pthread", "-o", path, "testdata/ways.c")
+		if out, err := exec.Command(compiler[0], args...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", compiler[0], err, out)
+		}
+		programs[libc] = path
+	}
+	return programs
+}
