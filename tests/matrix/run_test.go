@@ -1,17 +1,21 @@
 package matrix
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
-	"net/netip"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
+
+// appLimit is how long an application may run.
+const appLimit = time.Minute
 
 // size is how many bytes are echoed.
 const size = 150001
@@ -38,28 +42,6 @@ type seen struct {
 	Same    bool
 }
 
-// addrPort is an address as the records have it: unmapped, without a scope.
-func addrPort(t *testing.T, addr string, port int) netip.AddrPort {
-	t.Helper()
-	a, err := netip.ParseAddr(addr)
-	if err != nil {
-		t.Errorf("not an address: %v", err)
-	}
-	return netip.AddrPortFrom(a.WithZone("").Unmap(), uint16(port))
-}
-
-// alike is what must not differ with Pillion. A free port is another one every
-// time; a bound one is looked at by itself.
-func (s seen) alike(w way) seen {
-	s.OwnPort = 0
-	if !w.fastOpen {
-		// The SYN goes to the handler, which does not take data with it,
-		// unless all listeners do: a matter of latency.
-		s.SynData = 0
-	}
-	return s
-}
-
 // place is where an application runs.
 func (w *world) place(box, nested bool) testutil.Place {
 	p := testutil.Place{NS: w.App, Cgroup: w.Scope}
@@ -72,32 +54,57 @@ func (w *world) place(box, nested bool) testutil.Place {
 	return p
 }
 
-// see runs an application, which writes a line of JSON for each connection.
-func see(t *testing.T, p testutil.Place, cmd *exec.Cmd) []seen {
+// process is a running application.
+type process struct {
+	cmd            *exec.Cmd
+	stdout, stderr rig.Log
+	gate           io.Closer
+	limit          *time.Timer
+}
+
+// launch starts an application, and waits until it stands at its gate, if it has
+// one.
+func launch(t *testing.T, p testutil.Place, cmd *exec.Cmd, gated bool) *process {
 	t.Helper()
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	err := p.Start(cmd)
+	a := &process{cmd: cmd}
+	cmd.Stdout, cmd.Stderr = &a.stdout, &a.stderr
+	var err error
+	if gated {
+		a.gate, err = cmd.StdinPipe()
+	}
 	if err == nil {
-		err = cmd.Wait()
+		err = p.Start(cmd)
 	}
 	if err != nil {
-		t.Errorf("%s: %v\n%s%s", strings.Join(cmd.Args, " "), err, &stdout, &stderr)
+		t.Fatalf("%s: %v", cmd, err)
+	}
+	a.limit = time.AfterFunc(appLimit, func() { cmd.Process.Kill() })
+	if gated {
+		testutil.Eventually(t, rig.Limit, func() bool { return a.stdout.String() != "" }, cmd, " is at its gate")
+	}
+	return a
+}
+
+// end waits for an application, which writes a line of JSON for each connection.
+func (a *process) end(t *testing.T) []seen {
+	t.Helper()
+	if a.gate != nil {
+		a.gate.Close()
+	}
+	err := a.cmd.Wait()
+	a.limit.Stop()
+	var all []seen
+	for d := json.NewDecoder(strings.NewReader(a.stdout.String())); err == nil; {
+		var s seen
+		if err = d.Decode(&s); err == nil {
+			all = append(all, s)
+		}
+	}
+	if err != io.EOF {
+		t.Errorf("%s: %v\n%s%s", a.cmd, err, a.stdout.String(), a.stderr.String())
 		return nil
 	}
-	var all []seen
-	for d := json.NewDecoder(&stdout); ; {
-		var s seen
-		err := d.Decode(&s)
-		if err == io.EOF {
-			return all
-		}
-		if err != nil {
-			t.Errorf("%s: %v", strings.Join(cmd.Args, " "), err)
-			return nil
-		}
-		all = append(all, s)
-	}
+	return all
 }
 
 // cell is one way for sockets of one family, by one application.
@@ -110,9 +117,10 @@ type cell struct {
 
 func (c cell) String() string { return fmt.Sprintf("%s, %s, %s", c.way.name, c.family.name, c.app) }
 
-// use makes the connections of a cell.
-func (w *world) use(t *testing.T, c cell) []seen {
+// start has the C application make the connections of a cell.
+func (w *world) start(t *testing.T, c cell) *process {
 	t.Helper()
+	w.tune(t, c.fastOpen)
 	program, socket := c.way.name, c.family.name
 	if c.program != "" {
 		program = c.program
@@ -122,21 +130,37 @@ func (w *world) use(t *testing.T, c cell) []seen {
 	}
 	cmd := exec.Command(w.ways[c.app], socket, program, c.dest, port)
 	cmd.Env = w.environment(c.family, c.sourcePort)
-	return see(t, w.place(c.box, c.nested), cmd)
+	return launch(t, w.place(c.box, c.nested), cmd, c.gated)
 }
 
-// cells are all that there are, by the C application. A bound source port is
-// used once only: the kernel keeps its connections in TIME_WAIT.
-func (w *world) cells(nextPort *int) []cell {
+// tune has listeners take data with a SYN, or not, if they could when they began
+// to listen.
+func (w *world) tune(t *testing.T, taken bool) {
+	t.Helper()
+	if taken == w.tuned {
+		return
+	}
+	w.tuned = taken
+	value := fastOpenClient
+	if taken {
+		value = fastOpenBoth
+	}
+	w.App.Sysctl(t, "net/ipv4/tcp_fastopen", value)
+}
+
+// cells are all that there are, by the C application: those that are open, or the
+// others. A bound source port is used once only: the kernel keeps its connections
+// in TIME_WAIT.
+func (w *world) cells(open bool) []cell {
 	var all []cell
 	for _, f := range families() {
 		for _, way := range ways() {
-			if way.wanted(f)[0] == none {
+			if way.wanted(f)[0] == none || slices.Contains(way.open, f.name) != open {
 				continue
 			}
 			for _, app := range []string{"glibc", "musl"} {
-				*nextPort++
-				all = append(all, cell{app, way, f, *nextPort})
+				w.lastPort++
+				all = append(all, cell{app, way, f, w.lastPort})
 			}
 		}
 	}

@@ -15,6 +15,9 @@ import (
 // port is where the world echoes, on every address it has.
 const port = "7000"
 
+// mptcp is IPPROTO_MPTCP.
+const mptcp = 262
+
 // The addresses of the matrix' world, beside those of the rig.
 const (
 	other4 = "198.51.100.8"
@@ -24,6 +27,9 @@ const (
 	// foreign is nobody's here, but the world sends it to the application.
 	foreign4, foreign6 = "203.0.113.9", "2001:db8:99::9"
 )
+
+// firstPort is below those that the kernel gives away.
+const firstPort = 20000
 
 // The sysctl net.ipv4.tcp_fastopen: who sends data with a SYN, without a cookie,
 // and who takes it, for every listener.
@@ -40,13 +46,15 @@ type world struct {
 	outside *testutil.Cgroup // not of the scope
 	box     *testutil.NS     // a network namespace of a container in the scope
 	tuned   bool             // listeners of the application take data with a SYN
-	ways    map[string]string
+	// lastPort is the source port that was bound last.
+	lastPort int
+	ways     map[string]string
 }
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	testutil.Need(t, "gcc", "musl-gcc", "ip")
-	w := &world{Rig: rig.New(t), outside: testutil.NewCgroup(t), box: testutil.NewNS(t), ways: build(t)}
+	w := &world{Rig: rig.New(t), outside: testutil.NewCgroup(t), box: testutil.NewNS(t), ways: build(t), lastPort: firstPort}
 	w.nested = w.Scope.Child(t, "pod").Child(t, "container")
 	for _, a := range []string{other4, other6} {
 		w.Give(t, netip.MustParseAddr(a))

@@ -316,16 +316,16 @@ func (i *Instance) finish(t testing.TB) {
 // Conserved fails the test unless every connection in scope is accounted for.
 func (i *Instance) Conserved(t testing.TB) {
 	t.Helper()
-	var left int64
+	var left number
 	// A connect under way is counted on one side only.
 	testutil.Eventually(t, Limit, func() bool {
 		s, err := i.Status(context.Background())
 		if err != nil {
 			t.Fatalf("status: %v\n%s", err, i.log)
 		}
-		left = s.Unaccounted
+		left = number(s.Unaccounted)
 		return left == 0
-	}, "unaccounted connections:", left)
+	}, "unaccounted connections: ", &left)
 }
 
 // Reasons returns the kernel side's counters.

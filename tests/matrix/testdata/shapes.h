@@ -142,6 +142,39 @@ static void again(const struct way *w)
 	use(w, fd, &other);
 }
 
+/* gate says that it is there, and waits for the end of its input, for which
+ * there is no limit.
+ */
+static void gate(void)
+{
+	char byte;
+
+	alarm(0);
+	if (write(STDOUT_FILENO, "\n", 1) != 1 || read(STDIN_FILENO, &byte, 1))
+		die("gate");
+	alarm(LIMIT);
+}
+
+static void early_socket(const struct way *w)
+{
+	int fd = new_socket(w);
+
+	gate();
+	use(w, fd, &dest);
+}
+
+static void early_connection(const struct way *w)
+{
+	struct conn c = { .fd = new_socket(w) };
+
+	dial(&c, &dest);
+	note(&c);
+	gate();
+	if (!c.err)
+		echo(&c);
+	report(&c, &dest);
+}
+
 static void *thread(void *arg)
 {
 	const struct way *w = ((void **)arg)[0];
@@ -324,6 +357,8 @@ static const struct way ways[] = {
 	{ "ring_async", .dial = dial_ring_async },
 	{ "ring_sqpoll", .dial = dial_ring_polled },
 	{ "again", .run = again },
+	{ "early_socket", .run = early_socket },
+	{ "early_connection", .run = early_connection },
 	{ "device", .prepare = device },
 	{ "mark", .prepare = mark },
 	{ "transparent", .prepare = transparent },

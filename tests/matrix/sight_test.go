@@ -1,0 +1,178 @@
+package matrix
+
+import (
+	"context"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/telemetry/admin"
+	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+// sight is what was seen with one instance, by the applications and by Pillion.
+type sight struct {
+	world    *world
+	instance *rig.Instance
+	found    table
+	conns    []conn
+	records  int               // that are wanted
+	existing int               // connections that are older than the instance
+	counters map[string]uint64 // that are wanted
+}
+
+// conn is one connection, and what is wanted of it.
+type conn struct {
+	cell
+	seen
+	wanted string
+}
+
+// ends tell one connection from another.
+type ends struct{ source, dest netip.AddrPort }
+
+// ends are as the records have them: unmapped, without a scope.
+func (c conn) ends(t *testing.T) ends {
+	t.Helper()
+	both := [2]netip.AddrPort{}
+	for n, text := range []string{c.Own, c.To} {
+		a, err := netip.ParseAddr(text)
+		if err != nil {
+			t.Errorf("%v: %v", c.cell, err)
+		}
+		both[n] = netip.AddrPortFrom(a.WithZone("").Unmap(), uint16([]int{c.OwnPort, c.PeerPort}[n]))
+	}
+	return ends{both[0], both[1]}
+}
+
+// add compares what an application saw with what it saw without Pillion.
+func (s *sight) add(t *testing.T, c cell, before, after []seen) {
+	t.Helper()
+	wanted := c.wanted(c.family)
+	if len(after) != len(before) || len(after) != len(wanted) {
+		t.Errorf("%v: %d connections, %d without Pillion, want %d", c, len(after), len(before), len(wanted))
+		return
+	}
+	if s.counters == nil {
+		s.counters = map[string]uint64{}
+	}
+	for n, a := range after {
+		c.sound(t, a, wanted[n], "with Pillion")
+		if b := before[n]; a.alike(c.fastOpen) != b.alike(c.fastOpen) {
+			t.Errorf("%v:\n   with: %+v\nwithout: %+v", c, a, b)
+		}
+		s.conns = append(s.conns, conn{c, a, wanted[n]})
+		counter := c.counter(c.family, n)
+		if counter != "" {
+			s.counters[counter]++
+		}
+		switch {
+		case isError(wanted[n]) && counter != "":
+			s.counters[flow.ReasonUnsent.String()]++
+		case wanted[n] == existing:
+			s.existing++
+		case !isError(wanted[n]) && wanted[n] != unseen:
+			s.records++
+		}
+	}
+}
+
+// check compares all with what Pillion has recorded and counted.
+func (s *sight) check(t *testing.T) {
+	t.Helper()
+	s.instance.Idle(t)
+	s.instance.Conserved(t)
+	s.instance.Ended(t, s.records)
+	all, err := s.instance.Flows(context.Background(), admin.FlowQuery{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(all) != s.records {
+		t.Errorf("%d records, want %d", len(all), s.records)
+	}
+	records := map[ends][]flow.Record{}
+	for _, r := range all {
+		e := ends{r.Source, r.OrigDst}
+		records[e] = append(records[e], r)
+	}
+	for _, c := range s.conns {
+		if isError(c.wanted) {
+			s.found.note(c, c.Error)
+			continue
+		}
+		e := c.ends(t)
+		if have := records[e]; len(have) > 0 {
+			s.compare(t, c, have[0])
+			records[e] = have[1:]
+			continue
+		}
+		got := unseen
+		if s.reported(e) {
+			got = existing
+		}
+		if got != c.wanted {
+			t.Errorf("%v: %s to %s is %s, want %s", c.cell, e.source, e.dest, got, c.wanted)
+		}
+		s.found.note(c, got)
+	}
+	s.count(t)
+}
+
+// reported tells whether a connection was found when the instance began.
+func (s *sight) reported(e ends) bool {
+	for line := range strings.Lines(s.instance.Log()) {
+		if strings.Contains(line, "source="+e.source.String()+" destination="+e.dest.String()+" reason=existing") {
+			return true
+		}
+	}
+	return false
+}
+
+// compare compares a connection with its record.
+func (s *sight) compare(t *testing.T, c conn, r flow.Record) {
+	t.Helper()
+	got := r.Path.String()
+	if r.Path != flow.PathRelay {
+		got += ", " + r.Reason.String()
+	}
+	s.found.note(c, got)
+	cgroup := s.cgroup(c.cell)
+	if got != c.wanted || r.Cgroup != cgroup.ID || r.Sent != size || r.Received != size || r.End != flow.ReasonClosed {
+		t.Errorf("%v, want %s of cgroup %d: %+v", c.cell, c.wanted, cgroup.ID, r)
+	}
+	if r.Path == flow.PathRelay && (r.Reason != flow.ReasonDefault || r.Endpoint != r.OrigDst || r.Attempts != 1) {
+		t.Errorf("%v: %+v", c.cell, r)
+	}
+}
+
+// cgroup is where the process is that connects.
+func (s *sight) cgroup(c cell) *testutil.Cgroup {
+	switch {
+	case c.out:
+		return s.world.outside
+	case c.box, c.nested:
+		return s.world.nested
+	}
+	return s.world.Scope
+}
+
+// count compares the kernel side's counters: every call of connect has made one
+// decision, and none was left out.
+func (s *sight) count(t *testing.T) {
+	t.Helper()
+	have := s.instance.Reasons(t)
+	for _, r := range flow.Reasons()[:flow.KernelReasons] {
+		switch r {
+		case flow.ReasonAdmitted, flow.ReasonProbe: // canaries, too
+			continue
+		}
+		if name := r.String(); have[name] != s.counters[name] {
+			t.Errorf("counted as %s: %d, want %d", name, have[name], s.counters[name])
+		}
+	}
+	if got := strings.Count(s.instance.Log(), "reason=existing"); got != s.existing {
+		t.Errorf("%d connections are reported as older, want %d", got, s.existing)
+	}
+}
