@@ -2,13 +2,10 @@ package e2e
 
 import (
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -18,32 +15,6 @@ import (
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
-
-// TestIOUring connects by io_uring, for which no system call is seen.
-func TestIOUring(t *testing.T) {
-	testutil.Need(t, "gcc")
-	program := filepath.Join(t.TempDir(), "io_uring")
-	if out, err := exec.Command("gcc", "-O1", "-Wall", "-Werror", "-o", program, "testdata/io_uring.c").CombinedOutput(); err != nil {
-		t.Fatalf("gcc: %v\n%s", err, out)
-	}
-	r := rig.New(t)
-	r.Serve(t, at4(7), echoBack)
-	r.Serve(t, at6(7), echoBack)
-	s := play(t, r, "")
-	for kind, want := range map[string]string{"4": "198.51.100.7", "6": "2001:db8:7::7", "m": "::ffff:198.51.100.7"} {
-		out, err := tryApp(r, "", program, kind, "7")
-		if exit, ok := errors.AsType[*exec.ExitError](err); ok && exit.ExitCode() == 2 {
-			t.Skipf("this kernel has no io_uring for us: %v", err)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		same(t, kind, out, want+" a line")
-	}
-	if n := s.AllRelayed(t, 3); n != 3 {
-		t.Errorf("%d connections, want 3", n)
-	}
-}
 
 // TestUDPUntouched has datagrams go their way: the server sees the application's
 // own socket.

@@ -26,7 +26,7 @@ and nothing is unaccounted for.
 - existing: left alone, and reported when Pillion starts, since it is older.
 - not seen: the kernel runs no hook of ours, since the socket was not made in the scope. It is no connection of the scope's.
 - an error: the kernel's own answer, with and without Pillion.
-- open: it does not hold yet. `+"`TestOpen`"+` has what it should be.
+- open: it does not hold yet. ` + "`TestOpen`" + ` has what it should be.
 - -: there is no such combination.
 
 `
