@@ -22,7 +22,7 @@ func TestUDPUntouched(t *testing.T) {
 	testutil.Need(t, "python3")
 	r := rig.New(t)
 	for _, at := range []netip.AddrPort{at4(7000), at6(7000)} {
-		packets := listenUDP(t, r, at)
+		packets := r.ListenUDP(t, at)
 		done := make(chan struct{})
 		go func() {
 			defer close(done)

@@ -38,8 +38,8 @@ var (
 	Void4 = netip.MustParseAddr("203.0.113.66") // nobody ever has it
 )
 
-// binary is what tests run: $PILLION, or a build of this tree.
-var binary = sync.OnceValues(func() (string, error) {
+// built is what tests run: $PILLION, or a build of this tree.
+var built = sync.OnceValues(func() (string, error) {
 	if path := os.Getenv("PILLION"); path != "" {
 		return path, nil
 	}
@@ -59,7 +59,7 @@ var binary = sync.OnceValues(func() (string, error) {
 // Binary returns the path of the pillion under test.
 func Binary(t testing.TB) string {
 	t.Helper()
-	path, err := binary()
+	path, err := built()
 	if err != nil {
 		t.Fatal(err)
 	}
