@@ -7,7 +7,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -62,25 +61,12 @@ func webSite() http.Handler {
 	return mux
 }
 
-// serveHTTP runs an HTTP server in the world until the end of the test.
-func serveHTTP(t testing.TB, r *rig.Rig, addr netip.AddrPort, h http.Handler) {
-	t.Helper()
-	ln := r.Listen(t, addr)
-	s := &http.Server{Handler: h, ReadHeaderTimeout: time.Minute}
-	done := make(chan error)
-	go func() { done <- s.Serve(ln) }()
-	t.Cleanup(func() {
-		s.Close()
-		<-done
-	})
-}
-
 // TestCurl is HTTP as curl speaks it.
 func TestCurl(t *testing.T) {
 	testutil.Need(t, "curl", "sha256sum", "ip")
 	r := rig.New(t)
-	serveHTTP(t, r, at4(8080), webSite())
-	serveHTTP(t, r, at6(8080), webSite())
+	r.ServeHTTP(t, at4(8080), webSite())
+	r.ServeHTTP(t, at6(8080), webSite())
 	unroute(t, r)
 	s := play(t, r, "")
 	file := filepath.Join(t.TempDir(), "upload")

@@ -19,8 +19,8 @@ import (
 // tests/matrix has all that its dialer does otherwise.
 func TestGo(t *testing.T) {
 	r := rig.New(t)
-	serveHTTP(t, r, at4(8080), webSite())
-	serveHTTP(t, r, at6(8080), webSite())
+	r.ServeHTTP(t, at4(8080), webSite())
+	r.ServeHTTP(t, at6(8080), webSite())
 	r.NameServer(t, at4(53), map[string][]netip.Addr{"both.test.": {rig.Far4, rig.Far6}})
 	unroute(t, r)
 	s := play(t, r, "")

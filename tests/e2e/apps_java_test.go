@@ -17,7 +17,7 @@ func TestJava(t *testing.T) {
 	r := rig.New(t)
 	r.Serve(t, at4(7), echoBack)
 	r.Serve(t, at6(7), echoBack)
-	serveHTTP(t, r, at4(8080), webSite())
+	r.ServeHTTP(t, at4(8080), webSite())
 	s := play(t, r, "")
 	same(t, "java", runApp(t, r, "", "java", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", classes, "Client"), `
 blocking /198.51.100.7:7 7 /192.0.2.1 true

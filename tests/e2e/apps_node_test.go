@@ -56,7 +56,7 @@ func TestNode(t *testing.T) {
 	r := rig.New(t)
 	r.Serve(t, at4(7), echoBack)
 	r.Serve(t, at6(7), echoBack)
-	serveHTTP(t, r, at4(8080), webSite())
+	r.ServeHTTP(t, at4(8080), webSite())
 	unroute(t, r)
 	s := play(t, r, "")
 	same(t, "node", runApp(t, r, "", "node", "testdata/node_client.js"), `

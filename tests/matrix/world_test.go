@@ -45,6 +45,7 @@ type world struct {
 	nested  *testutil.Cgroup // below the scope
 	outside *testutil.Cgroup // not of the scope
 	box     *testutil.NS     // a network namespace of a container in the scope
+	classes string           // of the Java application
 	tuned   bool             // listeners of the application take data with a SYN
 	// lastPort is the source port that was bound last.
 	lastPort int

@@ -3,6 +3,7 @@ package rig
 import (
 	"context"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -40,6 +41,20 @@ func (r *Rig) Listen(t testing.TB, addr netip.AddrPort) net.Listener {
 	})
 	t.Cleanup(func() { ln.Close() })
 	return ln
+}
+
+// ServeHTTP runs an HTTP server in the world until the end of the test. The
+// address is as in [Rig.Listen].
+func (r *Rig) ServeHTTP(t testing.TB, addr netip.AddrPort, h http.Handler) {
+	t.Helper()
+	ln := r.Listen(t, addr)
+	s := &http.Server{Handler: h, ReadHeaderTimeout: time.Minute}
+	done := make(chan error)
+	go func() { done <- s.Serve(ln) }()
+	t.Cleanup(func() {
+		s.Close()
+		<-done
+	})
 }
 
 // Daemon runs a server in the world until the end of the test, and waits until
