@@ -12,7 +12,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/tests/rig"

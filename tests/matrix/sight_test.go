@@ -178,6 +178,8 @@ func (s *sight) count(t *testing.T) {
 		switch r {
 		case flow.ReasonAdmitted, flow.ReasonProbe: // canaries, too
 			continue
+		case flow.ReasonHeld, flow.ReasonInjected: // as often as it takes
+			continue
 		}
 		if name := r.String(); have[name] != s.counters[name] {
 			t.Errorf("counted as %s: %d, want %d", name, have[name], s.counters[name])
@@ -185,5 +187,29 @@ func (s *sight) count(t *testing.T) {
 	}
 	if got := strings.Count(s.instance.Log(), "reason=existing"); got != s.existing {
 		t.Errorf("%d connections are reported as older, want %d", got, s.existing)
+	}
+}
+
+// held compares how many handshakes were held back until the dial had ended: all,
+// that of the first connection to a destination, or none.
+func (s *sight) held(t *testing.T, mode string) {
+	t.Helper()
+	relayed, least := 0, 0
+	known := map[netip.AddrPort]bool{}
+	for _, c := range s.conns {
+		if c.wanted == relay {
+			relayed++
+			known[c.ends(t).dest] = true
+		}
+	}
+	switch mode {
+	case "mirror":
+		least = relayed
+	case "adaptive":
+		least = len(known)
+	}
+	have := int(s.instance.Reasons(t)[flow.ReasonHeld.String()])
+	if have < least || mode == "early" && have > 0 || mode == "adaptive" && have >= relayed {
+		t.Errorf("%d of %d handshakes were held back, want %d at least", have, relayed, least)
 	}
 }

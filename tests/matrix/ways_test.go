@@ -87,7 +87,7 @@ func times(n int, want string) []string { return slices.Repeat([]string{want}, n
 
 func ways() []way {
 	local, device, unreachable := pass("link_local"), pass("bound_device"), "ENETUNREACH"
-	refused, every := []string{"v6only"}, []string{"4", "6", "mapped", "v6only"}
+	refused, taken, every := []string{"v6only"}, []string{"4", "6", "mapped"}, []string{"4", "6", "mapped", "v6only"}
 	return []way{
 		{name: "blocking", title: "blocking"},
 		{name: "poll", title: "non-blocking, `poll`"},
@@ -101,9 +101,9 @@ func ways() []way {
 			want: []string{relay, relay, "EADDRNOTAVAIL"}, by: on(device, device, "EADDRNOTAVAIL")},
 		{name: "fastopen", title: "Fast Open, `MSG_FASTOPEN`"},
 		{name: "fastopen_connect", title: "Fast Open, `TCP_FASTOPEN_CONNECT`"},
-		{name: "fastopen_taken", program: "fastopen", title: "Fast Open, `MSG_FASTOPEN`, all listeners take it", fastOpen: true},
+		{name: "fastopen_taken", program: "fastopen", title: "Fast Open, `MSG_FASTOPEN`, all listeners take it", fastOpen: true, open: taken},
 		{name: "fastopen_connect_taken", program: "fastopen_connect", title: "Fast Open, `TCP_FASTOPEN_CONNECT`, all listeners take it",
-			fastOpen: true},
+			fastOpen: true, open: taken},
 		{name: "mptcp", title: "MPTCP", open: refused},
 		{name: "mptcp_poll", title: "MPTCP, non-blocking", open: refused},
 		{name: "mptcp_bind", title: "MPTCP, bound to an address and a port", bound: true, by: on(device), open: refused},
@@ -177,5 +177,6 @@ func (w *world) environment(f family, sourcePort int) []string {
 	return []string{
 		"SOURCE=" + f.source, fmt.Sprintf("SOURCE_PORT=%d", sourcePort), "FOREIGN=" + f.foreign, "OTHER=" + f.other,
 		"DEVICE=" + testutil.AppLink, "INSIDE=" + w.Scope.Path, "OUTSIDE=" + w.outside.Path,
+		"LIMIT=" + w.limit,
 	}
 }

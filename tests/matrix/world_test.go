@@ -47,6 +47,7 @@ type world struct {
 	box     *testutil.NS     // a network namespace of a container in the scope
 	classes string           // of the Java application
 	tuned   bool             // listeners of the application take data with a SYN
+	limit   string           // of the C application, in seconds
 	// lastPort is the source port that was bound last.
 	lastPort int
 	ways     map[string]string
@@ -55,7 +56,7 @@ type world struct {
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	testutil.Need(t, "gcc", "musl-gcc", "ip")
-	w := &world{Rig: rig.New(t), outside: testutil.NewCgroup(t), box: testutil.NewNS(t), ways: build(t), lastPort: firstPort}
+	w := &world{Rig: rig.New(t), outside: testutil.NewCgroup(t), box: testutil.NewNS(t), ways: build(t), lastPort: firstPort, limit: "30"}
 	w.nested = w.Scope.Child(t, "pod").Child(t, "container")
 	for _, a := range []string{other4, other6} {
 		w.Give(t, netip.MustParseAddr(a))
