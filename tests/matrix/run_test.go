@@ -128,7 +128,11 @@ func (w *world) start(t *testing.T, c cell) *process {
 	if socket == "link" {
 		socket = "6"
 	}
-	cmd := exec.Command(w.ways[c.app], socket, program, c.dest, port)
+	dest := c.dest
+	if c.way.routed {
+		dest = c.family.routed
+	}
+	cmd := exec.Command(w.ways[c.app], socket, program, dest, port)
 	cmd.Env = w.environment(c.family, c.sourcePort)
 	return launch(t, w.place(c.box, c.nested), cmd, c.gated)
 }

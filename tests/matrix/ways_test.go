@@ -26,6 +26,7 @@ type family struct {
 	name, title     string
 	dest, other     string
 	source, foreign string
+	routed          string // whose route names another source address
 }
 
 // mapped is an address of IPv4 for a socket of IPv6.
@@ -37,11 +38,11 @@ func scoped(a string) string { return a + "%" + testutil.AppLink }
 func families() []family {
 	own4, own6 := testutil.AppV4.Addr().String(), testutil.AppV6.Addr().String()
 	return []family{
-		{"4", "IPv4", rig.Far4.String(), other4, own4, foreign4},
-		{"6", "IPv6", rig.Far6.String(), other6, own6, foreign6},
-		{"mapped", "IPv4-mapped", mapped(rig.Far4.String()), mapped(other4), mapped(own4), mapped(foreign4)},
-		{"v6only", "IPv4-mapped, V6ONLY", mapped(rig.Far4.String()), mapped(other4), own6, foreign6},
-		{"link", "link-local", scoped(link), scoped(otherLink), scoped(ownLink), ""},
+		{"4", "IPv4", rig.Far4.String(), other4, own4, foreign4, routed4},
+		{"6", "IPv6", rig.Far6.String(), other6, own6, foreign6, routed6},
+		{"mapped", "IPv4-mapped", mapped(rig.Far4.String()), mapped(other4), mapped(own4), mapped(foreign4), mapped(routed4)},
+		{"v6only", "IPv4-mapped, V6ONLY", mapped(rig.Far4.String()), mapped(other4), own6, foreign6, mapped(routed4)},
+		{"link", "link-local", scoped(link), scoped(otherLink), scoped(ownLink), "", ""},
 	}
 }
 
@@ -54,6 +55,8 @@ type way struct {
 	want []string
 	// by has what is wanted of a family where it is something else.
 	by map[string][]string
+	// routed: it goes to the destination of a route of its own.
+	routed bool
 	// box and nested say where it runs, where that is not right in the scope.
 	box, nested bool
 	// out: the process that connects is not of the scope.
@@ -126,6 +129,7 @@ func ways() []way {
 		{name: "older", title: "the socket is older than the process' move into the scope", by: of(unseen)},
 		{name: "passed_in", title: "the socket comes from outside (`SCM_RIGHTS`)", by: of(unseen)},
 		{name: "passed_out", title: "the socket goes outside (`SCM_RIGHTS`)", out: true},
+		{name: "routed", program: "blocking", title: "the route names another source address", routed: true, by: on(none), open: taken},
 		{name: "fork", title: "`fork` after `socket`"},
 		{name: "vfork", title: "`vfork` and `exec` after `socket`"},
 		{name: "threads", title: "threads, at once, with own sockets and others'", want: times(6, relay), by: on(times(6, local)...)},

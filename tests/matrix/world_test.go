@@ -26,6 +26,9 @@ const (
 	link, otherLink, ownLink = "fe80::7", "fe80::8", "fe80::1"
 	// foreign is nobody's here, but the world sends it to the application.
 	foreign4, foreign6 = "203.0.113.9", "2001:db8:99::9"
+	// The route to routed has second for the source address.
+	routed4, routed6 = "198.51.100.40", "2001:db8:7::40"
+	second4, second6 = "192.0.2.50", "2001:db8:1::50"
 )
 
 // firstPort is below those that the kernel gives away.
@@ -58,7 +61,7 @@ func newWorld(t *testing.T) *world {
 	testutil.Need(t, "gcc", "musl-gcc", "ip")
 	w := &world{Rig: rig.New(t), outside: testutil.NewCgroup(t), box: testutil.NewNS(t), ways: build(t), lastPort: firstPort, limit: "30"}
 	w.nested = w.Scope.Child(t, "pod").Child(t, "container")
-	for _, a := range []string{other4, other6} {
+	for _, a := range []string{other4, other6, routed4, routed6} {
 		w.Give(t, netip.MustParseAddr(a))
 	}
 	for _, a := range []netip.Addr{rig.Far4, rig.Far6} {
@@ -75,6 +78,7 @@ func newWorld(t *testing.T) *world {
 	w.box.Route(t, testutil.AppLink, netip.MustParseAddr("203.0.113.129"), netip.MustParseAddr("2001:db8:3::2"))
 	w.linkLocal(t)
 	w.foreign(t)
+	w.second(t)
 	w.World.Sysctl(t, "net/ipv4/tcp_fastopen", fastOpenServer)
 	w.App.Sysctl(t, "net/ipv4/tcp_fastopen", fastOpenClient)
 	w.Serve(t, netip.MustParseAddrPort("[::]:"+port), echo)
@@ -115,6 +119,20 @@ func (w *world) foreign(t *testing.T) {
 		run(t, w.World, "ip", f.version, "route", "add", f.addr, "via", f.via)
 		run(t, w.App, "ip", f.version, "rule", "add", "iif", testutil.AppLink, "to", f.addr, "lookup", "100")
 		run(t, w.App, "ip", f.version, "route", "add", "local", f.addr, "dev", "lo", "table", "100")
+	}
+}
+
+// second gives the application more addresses, and routes that have them for the
+// source.
+func (w *world) second(t *testing.T) {
+	t.Helper()
+	w.App.AddAddr(t, "lo", netip.MustParsePrefix(second4+"/32"), netip.MustParsePrefix(second6+"/128"))
+	for _, r := range []struct{ version, to, via, src, own string }{
+		{"-4", routed4, testutil.WorldV4.Addr().String(), second4, testutil.AppV4.Addr().String()},
+		{"-6", routed6, testutil.WorldV6.Addr().String(), second6, testutil.AppV6.Addr().String()},
+	} {
+		run(t, w.App, "ip", r.version, "route", "add", r.to, "via", r.via, "src", r.src)
+		run(t, w.World, "ip", r.version, "route", "add", r.src, "via", r.own)
 	}
 }
 
