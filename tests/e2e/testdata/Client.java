@@ -1,10 +1,9 @@
-// Sockets as Java makes them: an echo server on port 7, a site on port 8080.
+// Many sockets at once, and HTTP, as Java makes them: an echo server on port 7, a
+// site on port 8080.
 // Java's sockets are IPv6 sockets, to IPv4 destinations too.
 
 import java.io.IOException;
-import java.io.InputStream;
 import java.net.InetSocketAddress;
-import java.net.Socket;
 import java.net.URI;
 import java.net.http.HttpClient;
 import java.net.http.HttpRequest;
@@ -22,9 +21,6 @@ public class Client {
 
     public static void main(String[] args) throws Exception {
         for (String host : HOSTS) {
-            blocking(host);
-        }
-        for (String host : HOSTS) {
             selected(host, 20);
         }
         web();
@@ -36,28 +32,6 @@ public class Client {
             b[i] = (byte) (i * 31 + i / 251 + seed);
         }
         return b;
-    }
-
-    static void blocking(String host) throws Exception {
-        try (Socket s = new Socket()) {
-            s.setSoTimeout(20000);
-            s.connect(new InetSocketAddress(host, 7), 20000);
-            byte[] sent = data(2_000_000, 0);
-            Thread writer = new Thread(() -> {
-                try {
-                    s.getOutputStream().write(sent);
-                    s.shutdownOutput();
-                } catch (IOException e) {
-                    e.printStackTrace();
-                }
-            });
-            writer.start();
-            InputStream in = s.getInputStream();
-            boolean same = Arrays.equals(in.readAllBytes(), sent);
-            writer.join();
-            System.out.println("blocking " + s.getRemoteSocketAddress() + " " + s.getPort() + " "
-                    + s.getLocalAddress() + " " + same);
-        }
     }
 
     /** One of many connections that a selector serves. */

@@ -1,27 +1,10 @@
-// Sockets and HTTP as Node makes them: an echo server on port 7, a site on 8080.
+// HTTP as Node makes it: a site on port 8080.
 'use strict'
-const net = require('net')
 const http = require('http')
 const crypto = require('crypto')
 const assert = require('assert')
 
 const hash = (data) => crypto.createHash('sha256').update(data).digest('hex')
-
-// echo sends data, ends its side, and says whether all of it came back.
-function echo (options, size) {
-  return new Promise((resolve, reject) => {
-    const data = Buffer.alloc(size, 'node speaks ')
-    const parts = []
-    const s = net.connect({ ...options, port: 7, allowHalfOpen: true }, () => {
-      const who = `${s.remoteFamily} ${s.remoteAddress} ${s.remotePort} ${s.localAddress}`
-      s.end(data)
-      s.on('data', (b) => parts.push(b))
-      s.on('end', () => resolve(`${who} ${hash(Buffer.concat(parts)) === hash(data) ? 'same' : 'DIFFERS'}`))
-    })
-    s.setTimeout(20000, () => s.destroy(new Error('timeout')))
-    s.on('error', reject)
-  })
-}
 
 function request (agent, path, method, body) {
   return new Promise((resolve, reject) => {
@@ -41,14 +24,6 @@ function request (agent, path, method, body) {
 }
 
 async function main () {
-  console.log(await echo({ host: '198.51.100.7' }, 3 << 20))
-  console.log(await echo({ host: '2001:db8:7::7' }, 3 << 20))
-  console.log(await echo({ host: '::ffff:198.51.100.7' }, 3 << 20))
-  // Happy eyeballs: there is no route to the first address.
-  const lookup = (name, options, done) =>
-    done(null, [{ address: '2001:db8:dead::1', family: 6 }, { address: '198.51.100.7', family: 4 }])
-  console.log(await echo({ host: 'two.test', lookup, autoSelectFamily: true, autoSelectFamilyAttemptTimeout: 10000 }, 1000))
-
   const agent = new http.Agent({ keepAlive: true, maxSockets: 5 })
   const body = Buffer.alloc(1 << 20, 'a body ')
   const many = await Promise.all(Array.from({ length: 50 }, () => request(agent, '/sum', 'POST', body)))
