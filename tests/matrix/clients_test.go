@@ -29,12 +29,11 @@ func (c client) sound(t *testing.T, all []seen, to []target, when string) {
 	}
 }
 
-// client makes a client's connections beside the instance, and compares them with
-// those without it.
-func (s *sight) client(t *testing.T, c client, mode string, before []seen) {
+// client compares a client's connections beside the instance with those without
+// it.
+func (s *sight) client(t *testing.T, c client, mode string, before, after []seen) {
 	t.Helper()
 	to := targetsOf(c, mode)
-	after := s.world.converse(t, c, to)
 	c.sound(t, after, to, "with Pillion")
 	if len(after) != len(to) || len(before) != len(targetsOf(c, "")) {
 		return

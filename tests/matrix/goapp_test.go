@@ -21,7 +21,7 @@ const envNames = "PILLION_TEST_NAMES"
 func goApp(names string, args []string) error {
 	out := json.NewEncoder(os.Stdout)
 	for ; len(args) >= 3; args = args[3:] {
-		d := &net.Dialer{Timeout: 20 * time.Second, FallbackDelay: time.Second, Resolver: &net.Resolver{
+		d := &net.Dialer{Timeout: 20 * time.Second, FallbackDelay: 2 * time.Second, Resolver: &net.Resolver{
 			PreferGo: true,
 			Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
 				var d net.Dialer

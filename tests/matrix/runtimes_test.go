@@ -115,9 +115,10 @@ func TestRuntimes(t *testing.T) {
 	w.prepare(t)
 	clients := w.clients(t)
 	before := map[string][]seen{}
-	for _, c := range clients {
-		before[c.title] = w.converse(t, c, targetsOf(c, ""))
-		c.sound(t, before[c.title], targetsOf(c, ""), "without Pillion")
+	for n, all := range w.converse(t, clients, "") {
+		c := clients[n]
+		before[c.title] = all
+		c.sound(t, all, targetsOf(c, ""), "without Pillion")
 	}
 	found := table{}
 	for _, mode := range modes {
@@ -125,8 +126,8 @@ func TestRuntimes(t *testing.T) {
 			i := w.Run(t, "connect: "+mode)
 			i.Prefer(t)
 			s := &sight{world: w, instance: i, found: found}
-			for _, c := range clients {
-				s.client(t, c, mode, before[c.title])
+			for n, all := range w.converse(t, clients, mode) {
+				s.client(t, clients[n], mode, before[clients[n].title], all)
 			}
 			s.checkClients(t)
 		})
@@ -169,17 +170,35 @@ func targetsOf(c client, mode string) []target {
 	})
 }
 
-// converse makes the connections of a client.
-func (w *world) converse(t *testing.T, c client, all []target) []seen {
+// converse makes the connections of all clients, at once: some wait for long.
+func (w *world) converse(t *testing.T, clients []client, mode string) [][]seen {
 	t.Helper()
-	if c.curl != nil {
-		var each []seen
-		for _, to := range all {
-			each = append(each, w.curl(t, c, to)...)
+	running := make([]*process, len(clients))
+	for n, c := range clients {
+		if c.curl == nil {
+			running[n] = w.run(t, c, targetsOf(c, mode))
 		}
-		return each
 	}
-	args := c.command[1:]
+	each := make([][]seen, len(clients))
+	for n, c := range clients {
+		if c.curl != nil {
+			for _, to := range targetsOf(c, mode) {
+				each[n] = append(each[n], w.curl(t, c, to)...)
+			}
+		}
+	}
+	for n, a := range running {
+		if a != nil {
+			each[n] = a.end(t)
+		}
+	}
+	return each
+}
+
+// run starts a client.
+func (w *world) run(t *testing.T, c client, all []target) *process {
+	t.Helper()
+	args := slices.Clone(c.command[1:])
 	for _, to := range all {
 		host, at := strings.Join(to.addrs, ","), port
 		if to.name != "" && strings.HasPrefix(c.title, "Go") {
@@ -192,7 +211,7 @@ func (w *world) converse(t *testing.T, c client, all []target) []seen {
 	}
 	cmd := exec.Command(c.command[0], args...)
 	cmd.Env = append(os.Environ(), envNames+"="+nameAddr)
-	return launch(t, w.place(false, false), cmd, false).end(t)
+	return launch(t, w.place(false, false), cmd, false)
 }
 
 // curl posts random bytes, and compares what comes back.
@@ -211,7 +230,7 @@ func (w *world) curl(t *testing.T, c client, to target) []seen {
 		at = webPort4
 	}
 	args := []string{
-		"-sS", "-g", "-m", "40", "--happy-eyeballs-timeout-ms", "1000", "-H", "Expect:", "--data-binary", "@" + filepath.Join(dir, "up"),
+		"-sS", "-g", "-m", "40", "--happy-eyeballs-timeout-ms", "2000", "-H", "Expect:", "--data-binary", "@" + filepath.Join(dir, "up"),
 		"-o", filepath.Join(dir, "down"),
 		"-w", `{"peer": "%{remote_ip}", "peer_port": %{remote_port}, "own": "%{local_ip}", "own_port": %{local_port}}`,
 	}

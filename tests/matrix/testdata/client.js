@@ -12,7 +12,7 @@ function connect (host, port) {
     options.host = 'a.test'
     options.lookup = (name, how, done) => done(null, addresses)
     options.autoSelectFamily = true
-    options.autoSelectFamilyAttemptTimeout = 1000
+    options.autoSelectFamilyAttemptTimeout = 2000
   }
   return new Promise((resolve, reject) => {
     const data = crypto.randomBytes(150001)

@@ -40,7 +40,7 @@ def sync(host, port):
 
 
 async def evented(host, port):
-    reader, writer = await asyncio.open_connection(host, port, happy_eyeballs_delay=1)
+    reader, writer = await asyncio.open_connection(host, port, happy_eyeballs_delay=2)
     peer, own = (writer.get_extra_info(name) for name in ("peername", "sockname"))
     data = os.urandom(SIZE)
     back = asyncio.create_task(reader.read(-1))
