@@ -32,7 +32,7 @@ func TestMatrix(t *testing.T) {
 // TestOpen holds those that are open to what they should be.
 func TestOpen(t *testing.T) {
 	w := newWorld(t)
-	w.limit = "5" // what does not hold may be silence
+	w.limit = "3" // what does not hold may be silence
 	w.compare(t, true, []string{"mirror"})
 }
 

@@ -162,7 +162,10 @@ func (w *world) cells(open bool) []cell {
 			if way.wanted(f)[0] == none || slices.Contains(way.open, f.name) != open {
 				continue
 			}
-			for _, app := range []string{"glibc", "musl"} {
+			for app := range w.ways {
+				if open && app != "glibc" {
+					continue // what does not hold may take its time
+				}
 				w.lastPort++
 				all = append(all, cell{app, way, f, w.lastPort})
 			}
