@@ -245,6 +245,12 @@ static __always_inline void tell_denied(const struct gathered *g,
 	bpf_ringbuf_submit(e, event_flags());
 }
 
+/* is_bound is false for the unspecified addresses of both families. */
+static __always_inline bool is_bound(const struct ip_addr *a)
+{
+	return a->w[0] || a->w[1] || a->w[3];
+}
+
 /* remember keeps the decision with the socket, for sockops. It looks the
  * socket's entry up again: where a pointer is known to be NULL, the verifier
  * of 6.1 follows what the processor may speculate, and refuses to use it there.
@@ -258,8 +264,10 @@ static __always_inline bool remember(struct bpf_sock_addr *ctx,
 	if (!d)
 		return false;
 	/* The last decision on this socket never became a SYN. */
-	if (d->pending)
+	if (d->pending) {
 		tally(TALLY_UNSENT);
+		count(REASON_UNSENT);
+	}
 	d->orig = g->dst;
 	d->orig_port = g->port;
 	d->bound = g->bound;
@@ -338,6 +346,8 @@ on_connect(struct bpf_sock_addr *ctx, struct gathered *g, struct ip_addr *slot)
 		service = bpf_map_lookup_elem(&services, &key.k);
 		f.service = service != NULL;
 		f.default_pass = set->default_path == PATH_PASS;
+		f.foreign = is_bound(&g->bound) &&
+			    !bpf_map_lookup_elem(&own_addrs, &g->bound);
 		f.routed = f.service || has_route(&g->dst);
 		if (service) {
 			on_failure = service->on_failure;

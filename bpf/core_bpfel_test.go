@@ -42,6 +42,7 @@ type coreFacts struct {
 	Service     uint8
 	DefaultPass uint8
 	Routed      uint8
+	Foreign     uint8
 }
 
 type coreHealth struct {
@@ -91,6 +92,7 @@ type coreRunByRules struct {
 	_    structs.HostLayout
 	In   coreFacts
 	Zero [3]uint8
+	_    [3]byte
 	Out  uint32
 }
 

@@ -173,10 +173,12 @@ func TestByRules(t *testing.T) {
 		in   coreFacts
 		want flow.Reason
 	}{
-		{"denied", coreFacts{Denied: 1, Excluded: 1, Service: 1, DefaultPass: 1, Routed: 1}, flow.ReasonDenied},
+		{"denied", coreFacts{Denied: 1, Excluded: 1, Foreign: 1, Service: 1, DefaultPass: 1, Routed: 1}, flow.ReasonDenied},
 		{"denied alone", coreFacts{Denied: 1}, flow.ReasonDenied},
-		{"excluded", coreFacts{Excluded: 1, Service: 1, DefaultPass: 1, Routed: 1}, flow.ReasonExcluded},
+		{"excluded", coreFacts{Excluded: 1, Foreign: 1, Service: 1, DefaultPass: 1, Routed: 1}, flow.ReasonExcluded},
 		{"excluded alone", coreFacts{Excluded: 1}, flow.ReasonExcluded},
+		{"foreign source", coreFacts{Foreign: 1, Service: 1, DefaultPass: 1, Routed: 1}, flow.ReasonForeignSource},
+		{"foreign source alone", coreFacts{Foreign: 1}, flow.ReasonForeignSource},
 		{"service", coreFacts{Service: 1, DefaultPass: 1, Routed: 1}, flow.ReasonService},
 		{"service without route", coreFacts{Service: 1}, flow.ReasonService},
 		{"default pass", coreFacts{DefaultPass: 1, Routed: 1}, flow.ReasonDefaultPass},
@@ -303,6 +305,8 @@ func TestPathOf(t *testing.T) {
 		flow.ReasonExcluded:    pass,
 		flow.ReasonDefaultPass: pass,
 		flow.ReasonNoRoute:     pass,
+
+		flow.ReasonForeignSource: pass,
 
 		// No connect hook gives these.
 		flow.ReasonNone:       pass,

@@ -429,6 +429,7 @@ func TestLiveEntry(t *testing.T) {
 		t.Run(tt.dst, func(t *testing.T) {
 			source, dst := netip.MustParseAddr(tt.source), netip.MustParseAddrPort(tt.dst)
 			h.ns.AddAddr(t, "lo", netip.PrefixFrom(source, source.BitLen()))
+			h.put(t, "own_addrs", FromAddr(source), uint32(1))
 			cmd := exec.Command("/proc/self/exe")
 			cmd.Env = append(os.Environ(), envHold+"="+tt.source+" "+tt.dst)
 			stdin, err := cmd.StdinPipe()

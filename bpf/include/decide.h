@@ -108,6 +108,7 @@ struct facts {
 	__u8 service;
 	__u8 default_pass;
 	__u8 routed;
+	__u8 foreign; /* the source is bound, and not an own address */
 };
 
 /* by_rules never gives REASON_NONE. */
@@ -117,6 +118,8 @@ static __always_inline enum reason by_rules(const struct facts *f)
 		return REASON_DENIED;
 	if (f->excluded)
 		return REASON_EXCLUDED;
+	if (f->foreign)
+		return REASON_FOREIGN_SOURCE;
 	if (f->service)
 		return REASON_SERVICE;
 	if (f->default_pass)

@@ -32,6 +32,9 @@ const (
 	ReasonExcluded    // an exclusion names the destination
 	ReasonDefaultPass // no rule does, and the default is pass
 	ReasonNoRoute     // the kernel has no route: it answers itself
+	// The application bound an address that is not of this namespace: a
+	// slot's answer would not come back to it.
+	ReasonForeignSource
 
 	// Refused by rule.
 	ReasonDenied      // a deny rule names the destination
@@ -117,6 +120,7 @@ var reasonNames = [reasonCount]string{
 	ReasonExcluded:        "excluded",
 	ReasonDefaultPass:     "default_pass",
 	ReasonNoRoute:         "no_route",
+	ReasonForeignSource:   "foreign_source",
 	ReasonDenied:          "denied",
 	ReasonSlotAddress:     "slot_address",
 	ReasonHandlerAbsent:   "handler_absent",

@@ -76,6 +76,12 @@ func dressListener(fd int, addr netip.Addr) error {
 	if err := unix.Listen(fd, backlog); err != nil {
 		return os.NewSyscallError("listen", err)
 	}
+	// net.ipv4.tcp_fastopen can make every listener take data with a SYN,
+	// from the call before on. A connection that is accepted with its SYN
+	// cannot be held back until the dial has ended.
+	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_FASTOPEN, 0); err != nil {
+		return os.NewSyscallError("setsockopt", err)
+	}
 	// An accepted socket has a slot and the original port as its own address,
 	// and so stands in the way of an application that is to listen on that
 	// port, which nothing else would be. Inherited this lets it, if it sets

@@ -48,7 +48,7 @@ func (s *sight) client(t *testing.T, c client, mode string, before, after []seen
 	}
 	for n, a := range after {
 		b := without[to[n].title]
-		if a.alike(true) != b.alike(true) {
+		if a.alike() != b.alike() {
 			t.Errorf("%s, %s:\n   with: %+v\nwithout: %+v", c.title, to[n].title, a, b)
 		}
 		a.To = a.Peer

@@ -62,7 +62,7 @@ func (s *sight) add(t *testing.T, c cell, before, after []seen) {
 	}
 	for n, a := range after {
 		c.sound(t, a, wanted[n], "with Pillion")
-		if b := before[n]; a.alike(c.fastOpen) != b.alike(c.fastOpen) {
+		if b := before[n]; a.alike() != b.alike() {
 			t.Errorf("%v:\n   with: %+v\nwithout: %+v", c, a, b)
 		}
 		s.conns = append(s.conns, conn{c, a, wanted[n], false})
