@@ -1,0 +1,154 @@
+package model
+
+import (
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+var (
+	flagSeed    = flag.Uint64("seed", 0, "seed of the first script, 0 for a random one; the others follow it")
+	flagScripts = flag.Int("scripts", 2000, "how many scripts")
+	flagLanes   = flag.Int("lanes", 32, "how many scripts at once")
+	flagPrint   = flag.Bool("print", false, "print every script and what comes of it")
+)
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == argPeer {
+		if err := runPeer(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	testutil.Main(m)
+}
+
+// vip is the service of a lane: nobody has it.
+func vip(lane int, six bool) netip.AddrPort {
+	if six {
+		return netip.AddrPortFrom(netip.MustParseAddr("2001:db8:99::1"), uint16(1000+lane))
+	}
+	return netip.AddrPortFrom(netip.MustParseAddr("10.96.0.12"), uint16(1000+lane))
+}
+
+// world is what scripts are played in.
+type world struct {
+	rig              *rig.Rig
+	direct, redirect *road
+	instance         *rig.Instance
+	ports            [2][]uint16 // by family and lane
+	played           atomic.Int64
+}
+
+func newWorld(t *testing.T, lanes int) *world {
+	t.Helper()
+	r := rig.New(t)
+	r.Give(t, rig.Far4)
+	r.Give(t, rig.Far6)
+	w := &world{rig: r}
+	far := startPeer(t, testutil.Place{NS: r.World}, lanes)
+	for lane := range lanes {
+		for f, addr := range []netip.Addr{rig.Far4, rig.Far6} {
+			o := order{Lane: lane, Op: op{Kind: opListen}, Six: f == 1, To: netip.AddrPortFrom(addr, 0)}
+			if err := far.order(&o); err != nil {
+				t.Fatal(err)
+			}
+			a := far.answer(lane)
+			if a.ReadError != 0 || a.Trouble != "" {
+				t.Fatalf("listen: %v %s", a.ReadError, a.Trouble)
+			}
+			w.ports[f] = append(w.ports[f], uint16(a.Read))
+		}
+	}
+	w.direct = &road{server: far, to: w.endpoint, at: w.endpoint}
+	w.direct.client = startPeer(t, testutil.Place{NS: r.App}, lanes)
+	w.redirect = &road{server: far, to: w.asked, at: w.endpoint}
+	w.redirect.client = startPeer(t, testutil.Place{NS: r.App, Cgroup: r.Scope}, lanes)
+	var services strings.Builder
+	for lane := range lanes {
+		for _, six := range []bool{false, true} {
+			if to := w.asked(lane, six); to != w.endpoint(lane, six) {
+				fmt.Fprintf(&services, "  - {address: %q, endpoints: [%q]}\n", to, w.endpoint(lane, six))
+			}
+		}
+	}
+	w.instance = r.Run(t, "services:\n"+services.String())
+	return w
+}
+
+// endpoint is where a lane's server listens.
+func (w *world) endpoint(lane int, six bool) netip.AddrPort {
+	if six {
+		return netip.AddrPortFrom(rig.Far6, w.ports[1][lane])
+	}
+	return netip.AddrPortFrom(rig.Far4, w.ports[0][lane])
+}
+
+// asked is what the client of a lane dials when it is redirected: every other
+// lane a service, and else the server itself.
+func (w *world) asked(lane int, six bool) netip.AddrPort {
+	if lane%2 == 1 {
+		return vip(lane, six)
+	}
+	return w.endpoint(lane, six)
+}
+
+// TestScripts plays random scripts, each twice directly and once redirected.
+func TestScripts(t *testing.T) {
+	lanes := min(*flagLanes, *flagScripts)
+	seed := *flagSeed
+	if seed == 0 {
+		seed = rand.Uint64N(1 << 40)
+	}
+	t.Logf("replay with -seed %d -scripts %d", seed, *flagScripts)
+	w := newWorld(t, lanes)
+	var next atomic.Int64
+	var all sync.WaitGroup
+	for lane := range lanes {
+		all.Go(func() {
+			for {
+				i := next.Add(1) - 1
+				if i >= int64(*flagScripts) || t.Failed() {
+					return
+				}
+				w.play(t, generate(seed+uint64(i)), lane)
+			}
+		})
+	}
+	all.Wait()
+	if n := w.instance.AllRelayed(t, int(w.played.Load())); n != int(w.played.Load()) {
+		t.Errorf("%d connections were redirected, want %d", n, w.played.Load())
+	}
+}
+
+// play plays a script on both roads.
+func (w *world) play(t *testing.T, s *script, lane int) {
+	first, trouble := w.direct.run(s, lane)
+	if trouble != "" {
+		t.Errorf("direct: %s\n%v\n%s", trouble, s, strings.Join(first, "\n"))
+		return
+	}
+	second, trouble := w.direct.run(s, lane)
+	if d := differ(first, second); d != "" || trouble != "" {
+		t.Errorf("two direct runs differ: %s\n    %s\n%v\n%s", trouble, d, s, strings.Join(first, "\n"))
+		return
+	}
+	w.played.Add(1)
+	got, trouble := w.redirect.run(s, lane)
+	if d := differ(first, got); d != "" || trouble != "" {
+		t.Errorf("a redirected run differs: %s\n    %s\n%v\ndirect:\n%s", trouble, d, s, strings.Join(first, "\n"))
+	}
+	if *flagPrint {
+		t.Logf("%v\n%s", s, strings.Join(got, "\n"))
+	}
+}
