@@ -131,7 +131,7 @@ func (g *generator) race(k int) {
 	}
 	n := g.size(g.most())
 	mine := &op{Kind: []kind{opClose, opReset}[g.IntN(2)]}
-	others := &op{Kind: opMove, Write: n, Read: untilEnd, Chunk: g.chunk(n), Loose: anyAll}
+	others := &op{Kind: opMove, Write: n, Read: untilEnd, Chunk: g.chunk(max(n, 4096)), Loose: anyAll}
 	g.both(k, mine, others)
 	s.open, s.fin = false, true
 	o.doubtful = true

@@ -212,7 +212,7 @@ func (g *generator) move() {
 				n = 0
 			}
 		}
-		ops[k] = &op{Kind: opMove, Write: n, Chunk: g.chunk(n)}
+		ops[k] = &op{Kind: opMove, Write: n}
 	}
 	for k := range ops {
 		s, o := &g.sides[k], &g.sides[1-k]
@@ -220,6 +220,9 @@ func (g *generator) move() {
 			g.awaitArrival(k)
 		}
 		g.receive(k, ops[k], ops[1-k].Write)
+		if ops[k].Read != theRest {
+			ops[k].Chunk = g.chunk(max(ops[k].Write, ops[k].Read))
+		}
 		if o.fin && !s.flooded && s.unread == 0 && ops[k].Read > 0 && g.chance(50) {
 			ops[k].Read = untilEnd
 			s.sawEnd = true
