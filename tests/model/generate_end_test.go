@@ -105,6 +105,9 @@ func (g *generator) moveAndEnd(k int) {
 	n := g.size(g.most())
 	mine := &op{Kind: opMove, Write: n, Chunk: g.chunk(n)}
 	others := &op{Kind: opMove, Read: untilEnd, Chunk: g.chunk(o.unread + n)}
+	if g.chance(30) {
+		others.Nap = 1 + g.IntN(20)
+	}
 	mine.Then = []kind{opShut, opClose, opReset}[g.IntN(3)]
 	cuts := mine.Then == opReset || mine.Then == opClose && s.unread > 0
 	if cuts {

@@ -10,6 +10,7 @@ type generator struct {
 	script *script
 	sides  [2]sideState
 	budget [2]int // what side k may leave unread
+	bulky  bool   // sizes are large ones
 	dead   bool   // a reset has come, or both ends have: nothing more flows
 }
 
@@ -35,6 +36,7 @@ func generate(seed uint64) *script {
 		o.NoDelay = g.IntN(2) == 0
 		g.sides[k] = sideState{open: true, arrived: true}
 	}
+	g.bulky = g.chance(15) && !g.tight(client) && !g.tight(server)
 	for k := range g.budget {
 		// Of a large segment that is read in part, all is charged to the
 		// buffer, and little of the window is left.
@@ -120,6 +122,9 @@ func (g *generator) size(most int) int {
 	if most <= 0 {
 		return 0
 	}
+	if g.bulky && g.chance(60) {
+		return 1 + g.IntN(most)
+	}
 	limits := []int{1, 10, 100, 1500, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20}
 	weights := []int{2, 3, 4, 4, 4, 3, 2, 1, 1}
 	total := 0
@@ -170,7 +175,7 @@ func (g *generator) talk() {
 		g.breakOff(k)
 	case n < 45:
 		g.move()
-	case n < 50:
+	case n < 51:
 		g.fill(k)
 	case n < 60:
 		g.inspect(k)
@@ -226,6 +231,11 @@ func (g *generator) move() {
 		if o.fin && !s.flooded && s.unread == 0 && ops[k].Read > 0 && g.chance(50) {
 			ops[k].Read = untilEnd
 			s.sawEnd = true
+		}
+	}
+	for k := range ops {
+		if ops[k].Read != 0 && g.chance(15) {
+			ops[k].Nap = 1 + g.IntN(20)
 		}
 	}
 	g.both(0, ops[0], ops[1])

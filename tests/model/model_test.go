@@ -48,6 +48,7 @@ type world struct {
 	instance         *rig.Instance
 	ports            [2][]uint16 // by family and lane
 	played           atomic.Int64
+	shrinking        atomic.Bool
 }
 
 func newWorld(t *testing.T, lanes int) *world {
@@ -126,29 +127,60 @@ func TestScripts(t *testing.T) {
 		})
 	}
 	all.Wait()
+	if t.Failed() {
+		return // half-way, some connections were never made
+	}
 	if n := w.instance.AllRelayed(t, int(w.played.Load())); n != int(w.played.Load()) {
 		t.Errorf("%d connections were redirected, want %d", n, w.played.Load())
 	}
 }
 
-// play plays a script on both roads.
+// play plays a script on both roads, and fails the test unless they agree.
 func (w *world) play(t *testing.T, s *script, lane int) {
-	first, trouble := w.direct.run(s, lane)
+	c := w.compare(s, lane)
+	if *flagPrint {
+		t.Logf("%v\n%s", s, strings.Join(c.redirected, "\n"))
+	}
+	switch {
+	case c.undecided != "":
+		t.Errorf("direct runs differ, which is a mistake of the generator's: %s\n%v\n%s", c.undecided, s, strings.Join(c.direct, "\n"))
+	case c.difference != "":
+		t.Errorf("redirected it is not the same (-seed %d -scripts 1):\n    %s\n%v\ndirect:\n%s", s.Seed, c.difference, s, strings.Join(c.direct, "\n"))
+		if w.shrinking.CompareAndSwap(false, true) { // one is enough
+			less := shrink(s, func(less *script) bool {
+				for range 3 { // by chance it may fail once
+					c := w.compare(less, lane)
+					if c.undecided != "" || c.difference == "" {
+						return false
+					}
+				}
+				return true
+			})
+			t.Logf("smaller:\n%v\n    %s", less, w.compare(less, lane).difference)
+		}
+	}
+}
+
+// comparison is what two direct runs and a redirected one have given.
+type comparison struct {
+	direct, redirected []string
+	undecided          string // what the direct runs do not agree on
+	difference         string // of the redirected one
+}
+
+func (w *world) compare(s *script, lane int) (c comparison) {
+	var trouble string
+	c.direct, trouble = w.direct.run(s, lane)
 	if trouble != "" {
-		t.Errorf("direct: %s\n%v\n%s", trouble, s, strings.Join(first, "\n"))
-		return
+		c.undecided = trouble
+		return c
 	}
 	second, trouble := w.direct.run(s, lane)
-	if d := differ(first, second); d != "" || trouble != "" {
-		t.Errorf("two direct runs differ: %s\n    %s\n%v\n%s", trouble, d, s, strings.Join(first, "\n"))
-		return
+	if c.undecided = differ(c.direct, second) + trouble; c.undecided != "" {
+		return c
 	}
 	w.played.Add(1)
-	got, trouble := w.redirect.run(s, lane)
-	if d := differ(first, got); d != "" || trouble != "" {
-		t.Errorf("a redirected run differs: %s\n    %s\n%v\ndirect:\n%s", trouble, d, s, strings.Join(first, "\n"))
-	}
-	if *flagPrint {
-		t.Logf("%v\n%s", s, strings.Join(got, "\n"))
-	}
+	c.redirected, trouble = w.redirect.run(s, lane)
+	c.difference = differ(c.direct, c.redirected) + trouble
+	return c
 }

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -24,6 +25,7 @@ type order struct {
 	Six     bool
 	Options options
 	To      netip.AddrPort // of a connect and of a listen
+	Limit   time.Duration
 }
 
 // peer is one process of the two.
@@ -68,6 +70,7 @@ func (p *peer) serveLane(orders <-chan order) {
 	l := &lane{socket: socket{fd: -1}, listeners: [2]int{-1, -1}}
 	for o := range orders {
 		r := result{Lane: o.Lane}
+		l.limit = o.Limit
 		l.do(&o, &r)
 		p.mu.Lock()
 		err := p.results.Encode(&r)
@@ -96,7 +99,7 @@ func (l *lane) do(o *order, r *result) {
 		l.begin(o)
 		l.connect(o, r)
 	case opPending:
-		r.Events, r.Trouble = wait(l.listeners[family], unix.POLLIN, opLimit)
+		r.Events, r.Trouble = wait(l.listeners[family], unix.POLLIN, l.limit)
 	case opAccept:
 		l.begin(o)
 		fd, _, err := unix.Accept4(l.listeners[family], unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
@@ -185,7 +188,7 @@ func (l *lane) connect(o *order, r *result) {
 	if r.WriteError = errno(unix.Connect(fd, sa)); r.WriteError != unix.EINPROGRESS {
 		return
 	}
-	if _, r.Trouble = wait(fd, unix.POLLOUT, opLimit); r.Trouble != "" {
+	if _, r.Trouble = wait(fd, unix.POLLOUT, l.limit); r.Trouble != "" {
 		return
 	}
 	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
@@ -227,9 +230,9 @@ func (s *socket) do(o *op, r *result) {
 		s.awaitBytes(o.Read, r)
 		r.Events = 0
 	case opEnd:
-		_, r.Trouble = wait(s.fd, unix.POLLRDHUP, opLimit)
+		_, r.Trouble = wait(s.fd, unix.POLLRDHUP, s.limit)
 	case opHangUp:
-		_, r.Trouble = wait(s.fd, 0, opLimit)
+		_, r.Trouble = wait(s.fd, 0, s.limit)
 	case opClosed:
 		s.awaitClosed(r)
 	default:

@@ -80,6 +80,9 @@ func (w *road) step(s *script, st step, lane int, moved *[2]result) (results [2]
 // fill completes an order.
 func (w *road) fill(o *order, s *script, k int) *order {
 	o.Seed, o.Side, o.Six, o.Options = s.Seed, k, s.Six, s.Options[k]
+	if o.Limit = s.Limit; o.Limit == 0 {
+		o.Limit = opLimit
+	}
 	switch o.Op.Kind {
 	case opConnect:
 		o.To = w.to(o.Lane, s.Six)

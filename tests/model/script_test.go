@@ -3,6 +3,7 @@ package model
 import (
 	"fmt"
 	"strings"
+	"time"
 )
 
 // The peers.
@@ -65,6 +66,7 @@ type op struct {
 	Write, Read int
 	Chunk       int  // bytes per send, and per recv
 	Then        kind // opShut, opClose or opReset, after a move
+	Nap         int  // ms that a move does not read at first
 	Loose       int  // what of the result is left open
 }
 
@@ -82,6 +84,9 @@ func (o *op) String() string {
 		fmt.Fprintf(&b, " %d", o.Read)
 	case opShut:
 		b.WriteString([]string{" RD", " WR", " RDWR"}[o.How])
+	}
+	if o.Nap != 0 {
+		fmt.Fprintf(&b, " after a nap of %d ms", o.Nap)
 	}
 	if o.Then != 0 {
 		b.WriteString(" then " + kindNames[o.Then])
@@ -136,6 +141,7 @@ type script struct {
 	Six     bool
 	Options [2]options
 	Steps   []step
+	Limit   time.Duration // of an operation that is bound to end; 0 is the usual
 }
 
 func (s *script) String() string {

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// opLimit is how long an operation may take that is bound to end.
+// opLimit is how long an operation may usually take that is bound to end.
 const opLimit = 30 * time.Second
 
 // result is what came of an operation.
@@ -55,6 +55,7 @@ type socket struct {
 	fd      int
 	out, in stream
 	buf     []byte
+	limit   time.Duration // of what is bound to end
 }
 
 func (s *socket) close() {
@@ -122,15 +123,28 @@ func (s *socket) recv(n, flags int) (got int, e unix.Errno, trouble string) {
 func (s *socket) move(o *op, r *result) {
 	writing := o.Write > 0
 	reading := o.Read != 0
-	for end := time.Now().Add(opLimit); writing || reading; {
+	awake := time.Now().Add(time.Duration(o.Nap) * time.Millisecond)
+	for end := time.Now().Add(s.limit); writing || reading; {
+		if !writing {
+			time.Sleep(time.Until(awake))
+		}
+		reads := reading && !time.Now().Before(awake)
 		events := int16(0)
 		if writing {
 			events |= unix.POLLOUT
 		}
-		if reading {
+		if reads {
 			events |= unix.POLLIN
 		}
-		if _, r.Trouble = wait(s.fd, events, time.Until(end)); r.Trouble != "" {
+		limit := time.Until(end)
+		if reading && !reads {
+			limit = time.Until(awake)
+		}
+		if _, r.Trouble = wait(s.fd, events, limit); r.Trouble != "" {
+			if !reads && reading {
+				r.Trouble = "" // no room, and it may read now
+				continue
+			}
 			return
 		}
 		if writing {
@@ -141,7 +155,7 @@ func (s *socket) move(o *op, r *result) {
 			}
 			writing = r.Written < o.Write && r.WriteError == 0
 		}
-		if reading {
+		if reads {
 			reading = s.moveIn(o, r)
 		}
 	}
@@ -179,7 +193,7 @@ func (s *socket) fill(o *op, r *result) {
 		case e == unix.EAGAIN && r.Written > 0:
 			return
 		case e == unix.EAGAIN:
-			if _, r.Trouble = wait(s.fd, unix.POLLOUT, opLimit); r.Trouble != "" {
+			if _, r.Trouble = wait(s.fd, unix.POLLOUT, s.limit); r.Trouble != "" {
 				return
 			}
 		case e != 0:
@@ -192,10 +206,10 @@ func (s *socket) fill(o *op, r *result) {
 // awaitBytes waits until so many bytes can be read. The kernel tells of new
 // bytes, but not that there are enough of them.
 func (s *socket) awaitBytes(n int, r *result) {
-	if r.Events, r.Trouble = wait(s.fd, unix.POLLIN, opLimit); r.Trouble != "" {
+	if r.Events, r.Trouble = wait(s.fd, unix.POLLIN, s.limit); r.Trouble != "" {
 		return
 	}
-	r.Trouble = until(func() bool {
+	r.Trouble = s.until(func() bool {
 		r.Read, r.ReadError = s.inQueue()
 		return r.Read >= n || r.ReadError != 0
 	})
@@ -204,7 +218,7 @@ func (s *socket) awaitBytes(n int, r *result) {
 // awaitClosed waits for the last state of a TCP connection.
 func (s *socket) awaitClosed(r *result) {
 	const closed = 7 // TCP_CLOSE
-	r.Trouble = until(func() bool {
+	r.Trouble = s.until(func() bool {
 		info, err := unix.GetsockoptTCPInfo(s.fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 		r.ReadError = errno(err)
 		return err != nil || info.State == closed
@@ -212,9 +226,9 @@ func (s *socket) awaitClosed(r *result) {
 }
 
 // until looks, ever less often, for what there is no event for.
-func until(done func() bool) string {
+func (s *socket) until(done func() bool) string {
 	pause := 20 * time.Microsecond
-	for end := time.Now().Add(opLimit); !done(); time.Sleep(pause) {
+	for end := time.Now().Add(s.limit); !done(); time.Sleep(pause) {
 		if time.Now().After(end) {
 			return "it does not come"
 		}
