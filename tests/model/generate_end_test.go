@@ -213,7 +213,9 @@ func (g *generator) breakOff(k int) {
 		// How much of it, and whether the FIN, was before the reset.
 		s.doubtful = true
 	}
-	g.one(k, op{Kind: opSend, Write: 1 + g.IntN(1000)})
+	n := 1 + g.IntN(1000)
+	// Not one send: that there is room again may be known a little later.
+	g.one(k, op{Kind: opMove, Write: n, Chunk: n})
 	g.hungUp(k)
 	g.hungUp(1 - k)
 }

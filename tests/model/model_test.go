@@ -19,16 +19,22 @@ var (
 	flagSeed    = flag.Uint64("seed", 0, "seed of the first script, 0 for a random one; the others follow it")
 	flagScripts = flag.Int("scripts", 2000, "how many scripts")
 	flagLanes   = flag.Int("lanes", 32, "how many scripts at once")
+	flagConnect = flag.String("connect", "early,mirror,adaptive", "modes of connect that the scripts are shared out to")
 	flagPrint   = flag.Bool("print", false, "print every script and what comes of it")
 )
 
+// programs are what the test binary is besides a test, by its first argument.
+var programs = map[string]func() error{argPeer: runPeer, argServer: runServer, argClient: runClient}
+
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == argPeer {
-		if err := runPeer(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
+	if len(os.Args) > 1 {
+		if run := programs[os.Args[1]]; run != nil {
+			if err := run(); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
+			os.Exit(0)
 		}
-		os.Exit(0)
 	}
 	testutil.Main(m)
 }
@@ -47,16 +53,17 @@ type world struct {
 	direct, redirect *road
 	instance         *rig.Instance
 	ports            [2][]uint16 // by family and lane
+	connect          string
 	played           atomic.Int64
 	shrinking        atomic.Bool
 }
 
-func newWorld(t *testing.T, lanes int) *world {
+func newWorld(t *testing.T, lanes int, connect string) *world {
 	t.Helper()
 	r := rig.New(t)
 	r.Give(t, rig.Far4)
 	r.Give(t, rig.Far6)
-	w := &world{rig: r}
+	w := &world{rig: r, connect: connect}
 	far := startPeer(t, testutil.Place{NS: r.World}, lanes)
 	for lane := range lanes {
 		for f, addr := range []netip.Addr{rig.Far4, rig.Far6} {
@@ -83,7 +90,8 @@ func newWorld(t *testing.T, lanes int) *world {
 			}
 		}
 	}
-	w.instance = r.Run(t, "services:\n"+services.String())
+	w.instance = r.Run(t, "connect: "+connect+"\nservices:\n"+services.String())
+	w.instance.Prefer(t)
 	return w
 }
 
@@ -106,20 +114,31 @@ func (w *world) asked(lane int, six bool) netip.AddrPort {
 
 // TestScripts plays random scripts, each twice directly and once redirected.
 func TestScripts(t *testing.T) {
-	lanes := min(*flagLanes, *flagScripts)
 	seed := *flagSeed
 	if seed == 0 {
 		seed = rand.Uint64N(1 << 40)
 	}
 	t.Logf("replay with -seed %d -scripts %d", seed, *flagScripts)
-	w := newWorld(t, lanes)
+	modes := strings.Split(*flagConnect, ",")
+	for i, mode := range modes {
+		t.Run(mode, func(t *testing.T) {
+			from, to := *flagScripts*i/len(modes), *flagScripts*(i+1)/len(modes)
+			playAll(t, seed+uint64(from), to-from, mode)
+		})
+	}
+}
+
+// playAll plays n scripts, whose seeds follow each other.
+func playAll(t *testing.T, seed uint64, n int, connect string) {
+	lanes := min(*flagLanes, n)
+	w := newWorld(t, lanes, connect)
 	var next atomic.Int64
 	var all sync.WaitGroup
 	for lane := range lanes {
 		all.Go(func() {
 			for {
 				i := next.Add(1) - 1
-				if i >= int64(*flagScripts) || t.Failed() {
+				if i >= int64(n) || t.Failed() {
 					return
 				}
 				w.play(t, generate(seed+uint64(i)), lane)
@@ -145,7 +164,7 @@ func (w *world) play(t *testing.T, s *script, lane int) {
 	case c.undecided != "":
 		t.Errorf("direct runs differ, which is a mistake of the generator's: %s\n%v\n%s", c.undecided, s, strings.Join(c.direct, "\n"))
 	case c.difference != "":
-		t.Errorf("redirected it is not the same (-seed %d -scripts 1):\n    %s\n%v\ndirect:\n%s", s.Seed, c.difference, s, strings.Join(c.direct, "\n"))
+		t.Errorf("redirected it is not the same (-seed %d -scripts 1 -connect %s):\n    %s\n%v\ndirect:\n%s", s.Seed, w.connect, c.difference, s, strings.Join(c.direct, "\n"))
 		if w.shrinking.CompareAndSwap(false, true) { // one is enough
 			less := shrink(s, func(less *script) bool {
 				for range 3 { // by chance it may fail once
