@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
@@ -39,12 +40,12 @@ func TestMain(m *testing.M) {
 	testutil.Main(m)
 }
 
-// vip is the service of a lane: nobody has it.
-func vip(lane int, six bool) netip.AddrPort {
+// vip is the address of services.
+func vip(six bool) netip.Addr {
 	if six {
-		return netip.AddrPortFrom(netip.MustParseAddr("2001:db8:99::1"), uint16(1000+lane))
+		return netip.MustParseAddr("2001:db8:99::1")
 	}
-	return netip.AddrPortFrom(netip.MustParseAddr("10.96.0.12"), uint16(1000+lane))
+	return netip.MustParseAddr("10.96.0.12")
 }
 
 // world is what scripts are played in.
@@ -63,11 +64,14 @@ func newWorld(t *testing.T, lanes int, connect string) *world {
 	r := rig.New(t)
 	r.Give(t, rig.Far4)
 	r.Give(t, rig.Far6)
+	// A service's own address leads to its endpoint also past Pillion.
+	r.Give(t, vip(false))
+	r.Give(t, vip(true))
 	w := &world{rig: r, connect: connect}
 	far := startPeer(t, testutil.Place{NS: r.World}, lanes)
 	for lane := range lanes {
-		for f, addr := range []netip.Addr{rig.Far4, rig.Far6} {
-			o := order{Lane: lane, Op: op{Kind: opListen}, Six: f == 1, To: netip.AddrPortFrom(addr, 0)}
+		for f := range w.ports {
+			o := order{Lane: lane, Op: op{Kind: opListen}, Six: f == 1, To: w.listener(lane, f == 1)}
 			if err := far.order(&o); err != nil {
 				t.Fatal(err)
 			}
@@ -78,9 +82,9 @@ func newWorld(t *testing.T, lanes int, connect string) *world {
 			w.ports[f] = append(w.ports[f], uint16(a.Read))
 		}
 	}
-	w.direct = &road{server: far, to: w.endpoint, at: w.endpoint}
+	w.direct = &road{server: far, to: w.endpoint, at: w.listener}
 	w.direct.client = startPeer(t, testutil.Place{NS: r.App}, lanes)
-	w.redirect = &road{server: far, to: w.asked, at: w.endpoint}
+	w.redirect = &road{server: far, to: w.asked, at: w.listener}
 	w.redirect.client = startPeer(t, testutil.Place{NS: r.App, Cgroup: r.Scope}, lanes)
 	var services strings.Builder
 	for lane := range lanes {
@@ -95,7 +99,19 @@ func newWorld(t *testing.T, lanes int, connect string) *world {
 	return w
 }
 
-// endpoint is where a lane's server listens.
+// listener is what a lane's server binds: a free port at first.
+func (w *world) listener(lane int, six bool) netip.AddrPort {
+	addr, ports := netip.IPv4Unspecified(), w.ports[0]
+	if six {
+		addr, ports = netip.IPv6Unspecified(), w.ports[1]
+	}
+	if lane < len(ports) {
+		return netip.AddrPortFrom(addr, ports[lane])
+	}
+	return netip.AddrPortFrom(addr, 0)
+}
+
+// endpoint is where a lane's server is reached.
 func (w *world) endpoint(lane int, six bool) netip.AddrPort {
 	if six {
 		return netip.AddrPortFrom(rig.Far6, w.ports[1][lane])
@@ -106,10 +122,11 @@ func (w *world) endpoint(lane int, six bool) netip.AddrPort {
 // asked is what the client of a lane dials when it is redirected: every other
 // lane a service, and else the server itself.
 func (w *world) asked(lane int, six bool) netip.AddrPort {
+	to := w.endpoint(lane, six)
 	if lane%2 == 1 {
-		return vip(lane, six)
+		to = netip.AddrPortFrom(vip(six), to.Port())
 	}
-	return w.endpoint(lane, six)
+	return to
 }
 
 // TestScripts plays random scripts, each twice directly and once redirected.
@@ -149,8 +166,33 @@ func playAll(t *testing.T, seed uint64, n int, connect string) {
 	if t.Failed() {
 		return // half-way, some connections were never made
 	}
-	if n := w.instance.AllRelayed(t, int(w.played.Load())); n != int(w.played.Load()) {
-		t.Errorf("%d connections were redirected, want %d", n, w.played.Load())
+	relayed(t, w.instance, int(w.played.Load()))
+}
+
+// relayed fails the test unless so many connections have ended, and nearly all
+// were relayed: on a busy machine the handler may be late once, and then
+// connections are passed by.
+func relayed(t *testing.T, i *rig.Instance, want int) {
+	t.Helper()
+	i.Idle(t)
+	sum, passed := 0, 0
+	testutil.Eventually(t, rig.Limit, func() bool {
+		sum, passed = 0, 0
+		for _, total := range i.Totals(t) {
+			sum += total.Count
+			if total.Path != flow.PathRelay {
+				passed += total.Count
+			}
+		}
+		return sum >= want
+	}, "ended connections: want ", want)
+	if sum != want {
+		t.Errorf("%d connections ended, want %d: %+v", sum, want, i.Totals(t))
+	}
+	if passed > want/100 {
+		t.Errorf("%d of %d connections were not relayed: %+v", passed, want, i.Totals(t))
+	} else if passed > 0 {
+		t.Logf("%d of %d connections were not relayed", passed, want)
 	}
 }
 

@@ -83,17 +83,19 @@ func (w *crowd) slot(r *rand.Rand, end time.Time) {
 
 // once makes a connection and talks over it.
 func (w *crowd) once(r *rand.Rand, end time.Time) {
-	weights := []int{talkChat, talkChat, talkChat, talkIdle, talkIdle, talkIdle, talkIdle, talkEcho, talkUpload, talkDownload, talkReset, talkResetBack}
-	h := header{ID: w.ids.Add(1), Talk: uint32(weights[r.IntN(len(weights))])}
+	// Most are quiet most of the time.
+	h := header{ID: w.ids.Add(1), Talk: talkIdle}
+	switch n := r.IntN(3 * int(talks)); {
+	case n < int(talks):
+		h.Talk = uint32(n)
+	case n < 2*int(talks):
+		h.Talk = talkChat
+	}
 	to := w.order.Moody
 	if r.IntN(3) == 0 {
 		to = w.order.Steady
 	}
 	e := event{ID: h.ID, Talk: talkNames[h.Talk], Where: to[r.IntN(len(to))]}
-	if h.Talk != talkChat && h.Talk != talkIdle {
-		w.heavy <- struct{}{}
-		defer func() { <-w.heavy }()
-	}
 	w.dials <- struct{}{}
 	e.From = clock()
 	c, err := net.DialTimeout("tcp", e.Where, talkLimit)
@@ -143,6 +145,10 @@ func (w *crowd) talk(c net.Conn, h *header, r *rand.Rand, end time.Time) (got in
 	}
 	if err := h.write(c); err != nil {
 		return got, err
+	}
+	if h.Talk != talkChat && h.Talk != talkIdle {
+		w.heavy <- struct{}{}
+		defer func() { <-w.heavy }()
 	}
 	up, down := streams(h.ID)
 	err = w.say(c, h, &up, &down, r, end)
