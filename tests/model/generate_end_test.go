@@ -20,13 +20,20 @@ func (g *generator) shut(k, how int) {
 
 // over is the state after both FINs.
 func (g *generator) over() {
-	for k := range g.sides {
-		if g.sides[k].flooded {
-			// Its FIN is behind bytes that are to be read first.
-			g.drain(k)
-		}
-	}
 	g.dead = true
+	for k := range g.sides {
+		if s := &g.sides[k]; !s.flooded || !s.open {
+			continue
+		}
+		if g.chance(30) {
+			// Whether the other knows by now that its FIN has come is open.
+			g.one(k, op{Kind: []kind{opClose, opReset}[g.IntN(2)]})
+			g.sides[k].open, g.sides[1-k].doubtful = false, true
+			continue
+		}
+		// Its FIN is behind bytes that are to be read first.
+		g.drain(k)
+	}
 	for k := range g.sides {
 		g.awaitArrival(k)
 	}

@@ -7,11 +7,12 @@ import "math/rand/v2"
 // as plain TCP does.
 type generator struct {
 	*rand.Rand
-	script *script
-	sides  [2]sideState
-	budget [2]int // what side k may leave unread
-	bulky  bool   // sizes are large ones
-	dead   bool   // a reset has come, or both ends have: nothing more flows
+	script  *script
+	sides   [2]sideState
+	budget  [2]int // what side k may leave unread
+	bulky   bool   // sizes are large ones
+	refused bool   // connects may be refused
+	dead    bool   // a reset has come, or both ends have: nothing more flows
 }
 
 // sideState is what is known of one peer.
@@ -26,7 +27,8 @@ type sideState struct {
 	doubtful bool // what it sees from here on is left open
 }
 
-func generate(seed uint64) *script {
+// generate writes the script of a seed, with connects that are refused or without.
+func generate(seed uint64, refused bool) *script {
 	g := &generator{Rand: rand.New(rand.NewPCG(seed, 4)), script: &script{Seed: seed}}
 	g.script.Six = g.IntN(2) == 0
 	for k := range g.script.Options {
@@ -49,6 +51,7 @@ func generate(seed uint64) *script {
 			g.budget[k] = 4 << 10
 		}
 	}
+	g.refused = refused
 	g.begin()
 	for n := 1 + g.IntN(12); n > 0 && !g.dead && g.sides[client].open && g.sides[server].open; n-- {
 		g.talk()
@@ -83,7 +86,11 @@ func (g *generator) both(k int, mine, others *op) {
 // begin connects, and perhaps has the client speak or end before the server
 // has accepted.
 func (g *generator) begin() {
-	g.one(client, op{Kind: opConnect})
+	if how := g.IntN(2); g.refused && g.chance(25) {
+		g.refuse(how)
+	} else {
+		g.one(client, op{Kind: opConnect, How: how})
+	}
 	g.one(server, op{Kind: opPending})
 	if g.chance(15) {
 		switch g.IntN(4) {
@@ -107,6 +114,30 @@ func (g *generator) begin() {
 	if g.dead {
 		g.one(server, op{Kind: opHangUp})
 	}
+}
+
+// refuse has nobody listen at first, then again.
+func (g *generator) refuse(how int) {
+	g.one(server, op{Kind: opGone})
+	g.one(client, op{Kind: opConnect, How: how})
+	same := g.chance(50)
+	asks := []kind{opRecv, opSend, opError, opLook, opShut}
+	if same {
+		asks = asks[:4] // what was shut stays so
+	}
+	for n := g.IntN(3); n > 0; n-- {
+		g.one(client, op{Kind: asks[g.IntN(len(asks))], Write: 10, Read: 10, How: 1})
+	}
+	g.one(server, op{Kind: opListen})
+	if !same {
+		g.one(client, op{Kind: opConnect, How: g.IntN(2)})
+		return
+	}
+	if how == inProgress {
+		// The kernel first tells, once more, that the last one failed.
+		g.one(client, op{Kind: opConnect, How: again, Stillborn: true})
+	}
+	g.one(client, op{Kind: opConnect, How: again + g.IntN(2)})
 }
 
 func (g *generator) sent(k, n int) {

@@ -79,7 +79,7 @@ func newWorld(t *testing.T, lanes int, connect string) *world {
 			if a.ReadError != 0 || a.Trouble != "" {
 				t.Fatalf("listen: %v %s", a.ReadError, a.Trouble)
 			}
-			w.ports[f] = append(w.ports[f], uint16(a.Read))
+			w.ports[f] = append(w.ports[f], uint16(a.Port))
 		}
 	}
 	w.direct = &road{server: far, to: w.endpoint, at: w.listener}
@@ -158,7 +158,7 @@ func playAll(t *testing.T, seed uint64, n int, connect string) {
 				if i >= int64(n) || t.Failed() {
 					return
 				}
-				w.play(t, generate(seed+uint64(i)), lane)
+				w.play(t, generate(seed+uint64(i), connect == "mirror"), lane)
 			}
 		})
 	}
@@ -240,7 +240,7 @@ func (w *world) compare(s *script, lane int) (c comparison) {
 	if c.undecided = differ(c.direct, second) + trouble; c.undecided != "" {
 		return c
 	}
-	w.played.Add(1)
+	w.played.Add(int64(s.connects()))
 	c.redirected, trouble = w.redirect.run(s, lane)
 	c.difference = differ(c.direct, c.redirected) + trouble
 	return c

@@ -95,8 +95,10 @@ func (l *lane) do(o *order, r *result) {
 	switch o.Op.Kind {
 	case opListen:
 		l.listen(family, o, r)
+	case opGone:
+		r.ReadError = errno(unix.Close(l.listeners[family]))
+		l.listeners[family] = -1
 	case opConnect:
-		l.begin(o)
 		l.connect(o, r)
 	case opPending:
 		r.Events, r.Trouble = wait(l.listeners[family], unix.POLLIN, l.limit)
@@ -149,8 +151,9 @@ func (l *lane) listen(family int, o *order, r *result) {
 	if err == nil {
 		sa, err = unix.Getsockname(fd)
 	}
-	r.ReadError = errno(err)
-	r.Read = int(addrOf(sa).Port())
+	if r.ReadError = errno(err); err == nil {
+		r.Port = int(addrOf(sa).Port())
+	}
 }
 
 // buffers sets what a connection inherits from its listener, or has before it
@@ -175,27 +178,37 @@ func noDelay(fd int, o options) {
 
 func (l *lane) connect(o *order, r *result) {
 	sa, af := sockaddr(o.To)
-	fd, err := unix.Socket(af, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
-	if err != nil {
-		r.WriteError = errno(err)
-		return
+	if o.Op.How&again == 0 {
+		l.begin(o)
+		fd, err := unix.Socket(af, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+		if err != nil {
+			r.WriteError = errno(err)
+			return
+		}
+		l.fd = fd
+		if r.WriteError = errno(buffers(fd, o.Options)); r.WriteError != 0 {
+			return
+		}
+		noDelay(fd, o.Options)
 	}
-	l.fd = fd
-	if r.WriteError = errno(buffers(fd, o.Options)); r.WriteError != 0 {
-		return
+	err := unix.SetNonblock(l.fd, o.Op.How&blocking == 0)
+	if err == nil {
+		err = unix.Connect(l.fd, sa)
 	}
-	noDelay(fd, o.Options)
-	if r.WriteError = errno(unix.Connect(fd, sa)); r.WriteError != unix.EINPROGRESS {
-		return
+	r.WriteError = errno(err)
+	if r.WriteError == unix.EINPROGRESS {
+		if _, r.Trouble = wait(l.fd, unix.POLLOUT, l.limit); r.Trouble != "" {
+			return
+		}
+		n, err := unix.GetsockoptInt(l.fd, unix.SOL_SOCKET, unix.SO_ERROR)
+		if err != nil {
+			r.Trouble = "SO_ERROR: " + err.Error()
+		}
+		r.ReadError = unix.Errno(n)
 	}
-	if _, r.Trouble = wait(fd, unix.POLLOUT, l.limit); r.Trouble != "" {
-		return
+	if err := unix.SetNonblock(l.fd, true); err != nil {
+		r.Trouble = err.Error()
 	}
-	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
-	if err != nil {
-		r.Trouble = "SO_ERROR: " + err.Error()
-	}
-	r.ReadError = unix.Errno(n)
 }
 
 // do is an operation of a connection that exists.

@@ -39,10 +39,18 @@ const (
 	opPending // a connection waits to be accepted
 	opAccept
 	opListen
+	opGone // the listener is closed
+)
+
+// Values of op.How of a connect.
+const (
+	inProgress = iota // non-blocking, and poll
+	blocking
+	again = 2 // on the same socket
 )
 
 var kindNames = [...]string{"move", "fill", "send", "recv", "peek", "shutdown", "close", "reset", "look", "SO_ERROR",
-	"await bytes", "await end", "await hang-up", "await closed", "connect", "await connection", "accept", "listen"}
+	"await bytes", "await end", "await hang-up", "await closed", "connect", "await connection", "accept", "listen", "stop listening"}
 
 // Values of op.Read besides a number of bytes.
 const (
@@ -67,6 +75,7 @@ type op struct {
 	Chunk       int  // bytes per send, and per recv
 	Then        kind // opShut, opClose or opReset, after a move
 	Nap         int  // ms that a move does not read at first
+	Stillborn   bool // a connect that fails without a packet
 	Loose       int  // what of the result is left open
 }
 
@@ -82,6 +91,8 @@ func (o *op) String() string {
 		fmt.Fprintf(&b, " %d", o.Write)
 	case opRecv, opPeek, opArrived:
 		fmt.Fprintf(&b, " %d", o.Read)
+	case opConnect:
+		b.WriteString([]string{"", " blocking", " again", " again, blocking"}[o.How])
 	case opShut:
 		b.WriteString([]string{" RD", " WR", " RDWR"}[o.How])
 	}
@@ -158,4 +169,14 @@ func (s *script) String() string {
 		fmt.Fprintf(&b, "\n%3d %v", i, st)
 	}
 	return b.String()
+}
+
+// connects returns how many connections the script makes, or tries to.
+func (s *script) connects() (n int) {
+	for _, st := range s.Steps {
+		if o := st.Ops[client]; o != nil && o.Kind == opConnect && !o.Stillborn {
+			n++
+		}
+	}
+	return n
 }

@@ -23,6 +23,7 @@ type result struct {
 	EOF                   bool
 	Events                int16 // of poll
 	Peer                  string
+	Port                  int // of a listener
 	// Trouble is what must never be: a time-out, or other bytes than were sent.
 	Trouble string
 }
