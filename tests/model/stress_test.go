@@ -22,6 +22,7 @@ import (
 
 var (
 	flagStress = flag.Duration("stress", 20*time.Second, "how long the stress test loads")
+	flagMode   = flag.String("stress-connect", "adaptive", "its mode of connect")
 	flagConns  = flag.Int("conns", 5000, "how many connections it has open at once")
 )
 
@@ -141,7 +142,7 @@ func TestStress(t *testing.T) {
 	servers.tell(t, a.servers)
 	var word string
 	servers.hear(t, &word)
-	i := r.Run(t, config)
+	i := r.Run(t, "connect: "+*flagMode+"\n"+config)
 	i.Prefer(t)
 	client := startProgram(t, testutil.Place{NS: r.App, Cgroup: r.Scope}, argClient)
 
