@@ -18,7 +18,7 @@ import (
 
 var (
 	flagSeed    = flag.Uint64("seed", 0, "seed of the first script, 0 for a random one; the others follow it")
-	flagScripts = flag.Int("scripts", 2000, "how many scripts")
+	flagScripts = flag.Int("scripts", 4000, "how many scripts")
 	flagLanes   = flag.Int("lanes", 32, "how many scripts at once")
 	flagConnect = flag.String("connect", "early,mirror,adaptive", "modes of connect that the scripts are shared out to")
 	flagPrint   = flag.Bool("print", false, "print every script and what comes of it")
