@@ -25,7 +25,7 @@ var (
 )
 
 // programs are what the test binary is besides a test, by its first argument.
-var programs = map[string]func() error{argPeer: runPeer, argServer: runServer, argClient: runClient}
+var programs = map[string]func() error{argPeer: runPeer, argServer: runServer, argClient: runClient, argBrief: runBrief}
 
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
