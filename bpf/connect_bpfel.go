@@ -20,6 +20,7 @@ const (
 	connectMapBeat            = "beat"
 	connectMapDecisions       = "decisions"
 	connectMapDeny            = "deny"
+	connectMapDeparted        = "departed"
 	connectMapEvents          = "events"
 	connectMapExclude         = "exclude"
 	connectMapFreeSlots       = "free_slots"
@@ -110,6 +111,7 @@ type connectMapSpecs struct {
 	Beat         *ebpf.MapSpec `ebpf:"beat"`
 	Decisions    *ebpf.MapSpec `ebpf:"decisions"`
 	Deny         *ebpf.MapSpec `ebpf:"deny"`
+	Departed     *ebpf.MapSpec `ebpf:"departed"`
 	Events       *ebpf.MapSpec `ebpf:"events"`
 	Exclude      *ebpf.MapSpec `ebpf:"exclude"`
 	FreeSlots    *ebpf.MapSpec `ebpf:"free_slots"`
@@ -164,6 +166,7 @@ type connectMaps struct {
 	Beat         *ebpf.Map `ebpf:"beat"`
 	Decisions    *ebpf.Map `ebpf:"decisions"`
 	Deny         *ebpf.Map `ebpf:"deny"`
+	Departed     *ebpf.Map `ebpf:"departed"`
 	Events       *ebpf.Map `ebpf:"events"`
 	Exclude      *ebpf.Map `ebpf:"exclude"`
 	FreeSlots    *ebpf.Map `ebpf:"free_slots"`
@@ -189,6 +192,7 @@ func (m *connectMaps) Close() error {
 		m.Beat,
 		m.Decisions,
 		m.Deny,
+		m.Departed,
 		m.Events,
 		m.Exclude,
 		m.FreeSlots,

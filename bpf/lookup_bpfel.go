@@ -20,6 +20,7 @@ const (
 	lookupMapBeat          = "beat"
 	lookupMapDecisions     = "decisions"
 	lookupMapDeny          = "deny"
+	lookupMapDeparted      = "departed"
 	lookupMapEvents        = "events"
 	lookupMapExclude       = "exclude"
 	lookupMapFreeSlots     = "free_slots"
@@ -98,6 +99,7 @@ type lookupMapSpecs struct {
 	Beat         *ebpf.MapSpec `ebpf:"beat"`
 	Decisions    *ebpf.MapSpec `ebpf:"decisions"`
 	Deny         *ebpf.MapSpec `ebpf:"deny"`
+	Departed     *ebpf.MapSpec `ebpf:"departed"`
 	Events       *ebpf.MapSpec `ebpf:"events"`
 	Exclude      *ebpf.MapSpec `ebpf:"exclude"`
 	FreeSlots    *ebpf.MapSpec `ebpf:"free_slots"`
@@ -152,6 +154,7 @@ type lookupMaps struct {
 	Beat         *ebpf.Map `ebpf:"beat"`
 	Decisions    *ebpf.Map `ebpf:"decisions"`
 	Deny         *ebpf.Map `ebpf:"deny"`
+	Departed     *ebpf.Map `ebpf:"departed"`
 	Events       *ebpf.Map `ebpf:"events"`
 	Exclude      *ebpf.Map `ebpf:"exclude"`
 	FreeSlots    *ebpf.Map `ebpf:"free_slots"`
@@ -177,6 +180,7 @@ func (m *lookupMaps) Close() error {
 		m.Beat,
 		m.Decisions,
 		m.Deny,
+		m.Departed,
 		m.Events,
 		m.Exclude,
 		m.FreeSlots,

@@ -20,6 +20,7 @@ const (
 	mirrorMapBeat          = "beat"
 	mirrorMapDecisions     = "decisions"
 	mirrorMapDeny          = "deny"
+	mirrorMapDeparted      = "departed"
 	mirrorMapEvents        = "events"
 	mirrorMapExclude       = "exclude"
 	mirrorMapFreeSlots     = "free_slots"
@@ -100,6 +101,7 @@ type mirrorMapSpecs struct {
 	Beat         *ebpf.MapSpec `ebpf:"beat"`
 	Decisions    *ebpf.MapSpec `ebpf:"decisions"`
 	Deny         *ebpf.MapSpec `ebpf:"deny"`
+	Departed     *ebpf.MapSpec `ebpf:"departed"`
 	Events       *ebpf.MapSpec `ebpf:"events"`
 	Exclude      *ebpf.MapSpec `ebpf:"exclude"`
 	FreeSlots    *ebpf.MapSpec `ebpf:"free_slots"`
@@ -154,6 +156,7 @@ type mirrorMaps struct {
 	Beat         *ebpf.Map `ebpf:"beat"`
 	Decisions    *ebpf.Map `ebpf:"decisions"`
 	Deny         *ebpf.Map `ebpf:"deny"`
+	Departed     *ebpf.Map `ebpf:"departed"`
 	Events       *ebpf.Map `ebpf:"events"`
 	Exclude      *ebpf.Map `ebpf:"exclude"`
 	FreeSlots    *ebpf.Map `ebpf:"free_slots"`
@@ -179,6 +182,7 @@ func (m *mirrorMaps) Close() error {
 		m.Beat,
 		m.Decisions,
 		m.Deny,
+		m.Departed,
 		m.Events,
 		m.Exclude,
 		m.FreeSlots,

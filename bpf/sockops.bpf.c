@@ -176,6 +176,23 @@ static __always_inline void tell_gone(const struct decision *d)
 	bpf_ringbuf_submit(h, 0);
 }
 
+/* keep_departed remembers a connection that its application has closed, and on
+ * which nothing came, not even an end: it may wait to be accepted. One that the
+ * application has reset is not worth it, whoever sees that first.
+ */
+static __always_inline void keep_departed(struct bpf_sock_ops *ctx,
+					  const struct decision *d, __u32 from)
+{
+	struct live *l;
+
+	if (ctx->bytes_received ||
+	    (from != BPF_TCP_FIN_WAIT1 && from != BPF_TCP_FIN_WAIT2))
+		return;
+	l = bpf_map_lookup_elem(&live, &d->key);
+	if (l)
+		bpf_map_update_elem(&departed, &d->key, l, BPF_ANY);
+}
+
 static __always_inline void on_close(struct bpf_sock_ops *ctx,
 				     struct decision *d, __u32 from)
 {
@@ -188,6 +205,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 		d->open = false;
 		if (d->hold && from == BPF_TCP_SYN_SENT)
 			tell_gone(d);
+		keep_departed(ctx, d, from);
 		/* The process deletes it when it reconciles; then it has
 		 * counted too.
 		 */

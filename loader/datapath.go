@@ -79,7 +79,8 @@ type Datapath struct {
 	programs map[string]*ebpf.Program
 	links    map[string]link.Link
 	state    *sharedState
-	liveFD   int
+
+	liveFD, departedFD int
 
 	// Holding handshakes back: see mirror.go.
 	holds    bool

@@ -38,7 +38,12 @@ type mapAttr struct {
 // The library's Lookup was rejected here: it allocates, and tells the scheduler
 // of a system call that takes half a microsecond.
 func (d *Datapath) Live(source, slot netip.AddrPort) (flow.Downstream, bool) {
-	l, ok := lookupLive(d.liveFD, liveKey(source, slot))
+	key := liveKey(source, slot)
+	l, ok := lookupLive(d.liveFD, key)
+	if !ok {
+		// Its application may have said all, and be gone.
+		l, ok = lookupLive(d.departedFD, key)
+	}
 	if !ok {
 		return flow.Downstream{}, false
 	}

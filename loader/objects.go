@@ -253,9 +253,12 @@ func (d *Datapath) keepMaps(have map[string]*ebpf.Map) {
 			v.Field(i).Set(reflect.ValueOf(m))
 		}
 	}
-	d.liveFD = -1
+	d.liveFD, d.departedFD = -1, -1
 	if m := have["live"]; m != nil {
 		d.liveFD = m.FD()
+	}
+	if m := have["departed"]; m != nil {
+		d.departedFD = m.FD()
 	}
 }
 

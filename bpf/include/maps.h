@@ -150,6 +150,18 @@ struct {
 	__type(value, struct live);
 } live SEC(".maps");
 
+/* Connections that the application had closed before it heard anything, and so
+ * perhaps before anybody accepted them: what it said is to arrive. As many as
+ * an accept queue holds; a lost entry costs one such connection. writer:
+ * sockops at CLOSE; reader: loader, where live has none; deleter: nobody.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct live_key);
+	__type(value, struct live);
+} departed SEC(".maps");
+
 /* Destinations whose dials were answered lately, and until when that counts. A
  * lost entry costs one connection the wait for its dial. writer, deleter:
  * loader; reader: connect.
