@@ -20,7 +20,7 @@ KERNEL_PKGS := ./bpf/... ./loader/... ./cmd/pillion
 BLACKBOX    := ./tests/...
 
 .DEFAULT_GOAL := build
-.PHONY: help build generate check format test test-unit test-kernel test-vm bench demo install clean
+.PHONY: help build generate check format test test-unit test-kernel test-vm stress bench demo install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ test-kernel: build ## the tests that use the kernel and real programs (as root)
 test-vm: ## the attach tests on Debian's 6.1, the oldest supported kernel, in qemu
 	@scripts/setup.sh vm
 	scripts/vm-test.sh $(VM_PKGS)
+
+stress: build ## 5,000 connections for two minutes while endpoints come and go (as root)
+	PILLION=$(abspath $(PILLION)) $(GO) test -count=1 -v -timeout 15m ./tests/model -run TestStress -stress 2m
 
 bench: build ## what a hop costs, beside HAProxy and nginx (as root, some minutes)
 	@scripts/setup.sh bench

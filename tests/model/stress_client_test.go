@@ -21,8 +21,8 @@ const argClient = "stress-client"
 // clientOrder is a round of load, one line of stdin; a line of stdout answers.
 type clientOrder struct {
 	Seed  uint64
-	Conns int // open at once
-	For   time.Duration
+	Conns int           // open at once
+	For   time.Duration // from when so many are
 	// Steady are destinations that are always there, Moody ones that are away
 	// now and then, or have endpoints that are.
 	Steady, Moody []string
@@ -43,6 +43,8 @@ type crowd struct {
 	dials chan struct{} // bounds the dials at once
 	heavy chan struct{} // and what moves much
 	open  atomic.Int64
+	peak  atomic.Int64 // of open, nearly
+	end   atomic.Int64 // by clock; 0: not all are open yet
 	ids   *atomic.Uint64
 	bytes atomic.Int64
 
@@ -60,13 +62,14 @@ func runClient() error {
 		if err := json.Unmarshal(in.Bytes(), &w.order); err != nil {
 			return err
 		}
-		end := time.Now().Add(w.order.For)
+		late := time.AfterFunc(talkLimit, w.full)
 		var all sync.WaitGroup
 		for i := range w.order.Conns {
-			all.Go(func() { w.slot(rand.New(rand.NewPCG(w.order.Seed, uint64(i))), end) })
+			all.Go(func() { w.slot(rand.New(rand.NewPCG(w.order.Seed, uint64(i)))) })
 		}
 		all.Wait()
-		w.report.Bytes = w.bytes.Load()
+		late.Stop()
+		w.report.Bytes, w.report.Peak = w.bytes.Load(), int(w.peak.Load())
 		if err := printJSON(os.Stdout, &w.report); err != nil {
 			return err
 		}
@@ -75,14 +78,27 @@ func runClient() error {
 }
 
 // slot has one connection after the other.
-func (w *crowd) slot(r *rand.Rand, end time.Time) {
-	for time.Now().Before(end) {
-		w.once(r, end)
+func (w *crowd) slot(r *rand.Rand) {
+	for w.left() > 0 {
+		w.once(r)
 	}
 }
 
+// full begins the time that the round takes, when all connections are open, or
+// when that takes too long.
+func (w *crowd) full() { w.end.CompareAndSwap(0, clock()+int64(w.order.For)) }
+
+// left is how much of the round is left.
+func (w *crowd) left() time.Duration {
+	end := w.end.Load()
+	if end == 0 {
+		return talkLimit
+	}
+	return time.Duration(max(end-clock(), 0))
+}
+
 // once makes a connection and talks over it.
-func (w *crowd) once(r *rand.Rand, end time.Time) {
+func (w *crowd) once(r *rand.Rand) {
 	// Most are quiet most of the time.
 	h := header{ID: w.ids.Add(1), Talk: talkIdle}
 	switch n := r.IntN(3 * int(talks)); {
@@ -102,7 +118,7 @@ func (w *crowd) once(r *rand.Rand, end time.Time) {
 	<-w.dials
 	got := 0
 	if err == nil {
-		got, err = w.talk(c, &h, r, end)
+		got, err = w.talk(c, &h, r)
 		c.Close()
 	}
 	w.mu.Lock()
@@ -121,11 +137,12 @@ func (w *crowd) once(r *rand.Rand, end time.Time) {
 }
 
 // talk does the client's part of a connection. It returns how many bytes came.
-func (w *crowd) talk(c net.Conn, h *header, r *rand.Rand, end time.Time) (got int, err error) {
-	if n := int(w.open.Add(1)); n > w.report.Peak {
-		w.mu.Lock()
-		w.report.Peak = max(w.report.Peak, n)
-		w.mu.Unlock()
+func (w *crowd) talk(c net.Conn, h *header, r *rand.Rand) (got int, err error) {
+	if n := int(w.open.Add(1)); n > int(w.peak.Load()) {
+		w.peak.Store(int64(n))
+		if n == w.order.Conns {
+			w.full()
+		}
 	}
 	defer w.open.Add(-1)
 	_ = c.SetDeadline(time.Now().Add(talkLimit))
@@ -151,12 +168,12 @@ func (w *crowd) talk(c net.Conn, h *header, r *rand.Rand, end time.Time) (got in
 		defer func() { <-w.heavy }()
 	}
 	up, down := streams(h.ID)
-	err = w.say(c, h, &up, &down, r, end)
+	err = w.say(c, h, &up, &down, r)
 	w.bytes.Add(int64(up.at + down.at))
 	return got + int(down.at), err
 }
 
-func (w *crowd) say(c net.Conn, h *header, up, down *stream, r *rand.Rand, end time.Time) error {
+func (w *crowd) say(c net.Conn, h *header, up, down *stream, r *rand.Rand) error {
 	n := int(h.Size)
 	chunk := 1 + r.IntN(64<<10)
 	switch h.Talk {
@@ -180,7 +197,7 @@ func (w *crowd) say(c net.Conn, h *header, up, down *stream, r *rand.Rand, end t
 			if h.Talk == talkIdle {
 				nap *= 10
 			}
-			time.Sleep(min(nap, max(time.Until(end), 0)))
+			time.Sleep(min(nap, w.left()))
 			_ = c.SetDeadline(time.Now().Add(talkLimit))
 			size := min(100, n-int(up.at))
 			if err := pour(c, up, size, size); err != nil {
