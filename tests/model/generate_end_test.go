@@ -22,7 +22,7 @@ func (g *generator) shut(k, how int) {
 func (g *generator) over() {
 	g.dead = true
 	for k := range g.sides {
-		if s := &g.sides[k]; !s.flooded || !s.open {
+		if s := &g.sides[k]; !s.flooded || !s.open || s.doubtful {
 			continue
 		}
 		if g.chance(30) {

@@ -18,6 +18,7 @@ type Memory struct {
 	Heap     int // bytes of the heap in use
 }
 
+// String implements [fmt.Stringer].
 func (m Memory) String() string {
 	return fmt.Sprintf("%d KiB resident, %d KiB of heap", m.Resident>>10, m.Heap>>10)
 }
