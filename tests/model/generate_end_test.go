@@ -238,6 +238,9 @@ func (g *generator) probe(k int) {
 		o.Read = g.IntN(s.unread + 1000)
 	case opMove:
 		o.Read, o.Chunk = untilEnd, g.chunk(s.unread)
+		if s.flooded {
+			o.Chunk = 64 << 10
+		}
 	case opShut:
 		o.How = g.IntN(3)
 	}
