@@ -38,7 +38,9 @@ func (g *generator) over() {
 		g.awaitArrival(k)
 	}
 	for k := range g.sides {
-		if g.sides[k].open {
+		// If the other has told it by a reset that its bytes are lost, and there
+		// is a hop that knows that they have come, it is not told.
+		if s := &g.sides[k]; s.open && !(s.flooded && s.doubtful) {
 			g.one(k, op{Kind: opClosed})
 		}
 	}
