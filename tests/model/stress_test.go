@@ -148,7 +148,7 @@ func TestStress(t *testing.T) {
 
 	// The first round is what memory is compared with: some of it stays.
 	first := a.client
-	first.Conns, first.For, first.Seed = *flagConns, max(*flagStress/4, 10*time.Second), 1
+	first.Conns, first.For, first.Seed = *flagConns, max(*flagStress/2, 10*time.Second), 1
 	warm, _ := load(t, i, client, first)
 	i.Idle(t)
 	i.NoLeaks(t)
