@@ -43,11 +43,15 @@ func (i *Instance) Memory(t testing.TB) (most Memory) {
 	return most
 }
 
+// settleLimit is how long the runtime has to give free memory back, which it does
+// slowly.
+const settleLimit = 2 * time.Minute
+
 // Settles waits until an instance holds what it held before, but for a tenth.
 func (i *Instance) Settles(t testing.TB, before Memory) {
 	t.Helper()
 	var now Memory
-	testutil.Eventually(t, Limit, func() bool {
+	testutil.Eventually(t, settleLimit, func() bool {
 		now = i.memory(t)
 		return now.within(before) || pause()
 	}, "the instance holds what it held: ", before, "; it holds ", &now)
