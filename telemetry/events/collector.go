@@ -213,11 +213,27 @@ func (c *Collector) poll() error {
 	if c.ring != nil {
 		err = c.ring.read(func(raw []byte) { c.event(raw, now) })
 	}
+	// Before the ended ones are taken: what ends in between is then in both.
+	carried := c.carried(now)
 	if c.handler != nil {
 		c.takeEnded(now)
 	}
-	c.joiner.expire(now)
+	c.joiner.expire(now, carried)
 	return err
+}
+
+// carried are the connections that the handler has, if that is of interest now.
+func (c *Collector) carried(now time.Time) map[key]bool {
+	if c.handler == nil || !c.joiner.due(now) {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), interval)
+	defer cancel()
+	all := map[key]bool{}
+	for _, r := range c.handler.Live(ctx) {
+		all[key{cookie: r.Cookie, port: r.Source.Port()}] = true
+	}
+	return all
 }
 
 // event takes one event of the kernel side.

@@ -79,7 +79,7 @@ func fuzzStep(j *joiner, steps []byte, now *time.Time) (n, halves int) {
 		return 3, 1
 	default:
 		*now = now.Add(time.Duration(op) * 100 * time.Millisecond)
-		j.expire(*now)
+		j.expire(*now, nil)
 		return 1, 0
 	}
 }

@@ -2,6 +2,7 @@ package events
 
 import (
 	"container/list"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -93,11 +94,23 @@ func join(from side, r, other *flow.Record) flow.Record {
 	return merge(other, r)
 }
 
-// expire emits what has waited long enough.
-func (j *joiner) expire(now time.Time) {
-	for e := j.order.Front(); e != nil; e = j.order.Front() {
-		if now.Sub(e.Value.(*waiting).since) < patience {
-			return
+// due tells whether a record has waited long enough.
+func (j *joiner) due(now time.Time) bool {
+	e := j.order.Front()
+	return e != nil && now.Sub(e.Value.(*waiting).since) >= patience
+}
+
+// expire emits what has waited long enough, but for connections that the handler
+// still carries: an application may have closed its side long before the endpoint
+// closes the other.
+func (j *joiner) expire(now time.Time, carried map[key]bool) {
+	for j.due(now) {
+		e := j.order.Front()
+		w := e.Value.(*waiting)
+		if w.side == fromKernel && carried[w.key] {
+			w.since = now
+			j.order.MoveToBack(e)
+			continue
 		}
 		j.giveUp(e)
 	}
@@ -125,11 +138,12 @@ func (j *joiner) giveUp(e *list.Element) {
 	j.emit(&w.record)
 }
 
-// take removes e, which is the oldest of its key.
+// take removes e.
 func (j *joiner) take(e *list.Element) *waiting {
 	w := j.order.Remove(e).(*waiting)
-	if queue := j.byKey[w.key]; len(queue) > 1 {
-		j.byKey[w.key] = queue[1:]
+	queue := slices.DeleteFunc(j.byKey[w.key], func(other *list.Element) bool { return other == e })
+	if len(queue) > 0 {
+		j.byKey[w.key] = queue
 	} else {
 		delete(j.byKey, w.key)
 	}

@@ -55,7 +55,7 @@ func TestJoinInEitherOrder(t *testing.T) {
 		check(t, &got)
 		j.add(1-first, half(1-first, 1), epoch.Add(time.Second))
 		check(t, &got, out{1, flow.ReasonClosed, true})
-		j.expire(epoch.Add(time.Hour))
+		j.expire(epoch.Add(time.Hour), nil)
 		check(t, &got)
 		if n := j.unmatched.Load(); n != 0 || j.pending() != 0 || len(j.byKey) != 0 {
 			t.Errorf("first %d: %d unmatched, %d pending, %d keys", first, n, j.pending(), len(j.byKey))
@@ -69,11 +69,11 @@ func TestJoinGivesUp(t *testing.T) {
 	j := newJoiner(false, 10, collect(&got))
 	j.add(fromKernel, half(fromKernel, 1), epoch)
 	j.add(fromHandler, half(fromHandler, 2), epoch.Add(time.Second))
-	j.expire(epoch.Add(patience - 1))
+	j.expire(epoch.Add(patience-1), nil)
 	check(t, &got)
-	j.expire(epoch.Add(patience))
+	j.expire(epoch.Add(patience), nil)
 	check(t, &got, out{1, flow.ReasonHandlerLost, false})
-	j.expire(epoch.Add(time.Second + patience))
+	j.expire(epoch.Add(time.Second+patience), nil)
 	check(t, &got, out{2, flow.ReasonClosed, false})
 	if n := j.unmatched.Load(); n != 2 {
 		t.Errorf("%d unmatched, want 2", n)
@@ -87,7 +87,7 @@ func TestJoinRefusedIsComplete(t *testing.T) {
 	e := event(1, flow.PathRelay, bpf.EndingRefused)
 	r := clock{}.record(&e)
 	j.add(fromKernel, &r, epoch)
-	j.expire(epoch.Add(patience))
+	j.expire(epoch.Add(patience), nil)
 	check(t, &got, out{1, flow.ReasonRefused, false})
 	if n := j.unmatched.Load(); n != 0 {
 		t.Errorf("%d unmatched: the handler never had it", n)
@@ -165,4 +165,30 @@ func TestJoinSameSocket(t *testing.T) {
 	check(t, &got, joined, joined, joined)
 	j.flush()
 	check(t, &got, out{2, flow.ReasonClosed, false})
+}
+
+// An application may close its side long before the endpoint does: its half waits
+// for as long as the handler carries the connection.
+func TestJoinWaitsForTheHandler(t *testing.T) {
+	t.Parallel()
+	var got []out
+	j := newJoiner(false, 10, collect(&got))
+	first, second := half(fromKernel, 1), half(fromKernel, 2)
+	carried := map[key]bool{{cookie: 1, port: first.Source.Port()}: true}
+	j.add(fromKernel, first, epoch)
+	j.add(fromKernel, half(fromKernel, 1), epoch) // the same socket again
+	j.add(fromKernel, second, epoch)
+	now := epoch.Add(patience)
+	j.expire(now, carried)
+	check(t, &got, out{2, flow.ReasonHandlerLost, false})
+	j.expire(now.Add(patience-1), nil)
+	check(t, &got)
+	j.expire(now.Add(patience), carried)
+	j.add(fromHandler, half(fromHandler, 1), now.Add(patience))
+	check(t, &got, out{1, flow.ReasonClosed, true})
+	j.expire(now.Add(2*patience), nil)
+	check(t, &got, out{1, flow.ReasonHandlerLost, false})
+	if j.pending() != 0 || len(j.byKey) != 0 {
+		t.Errorf("%d pending, %d keys", j.pending(), len(j.byKey))
+	}
 }
