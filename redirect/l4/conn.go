@@ -26,16 +26,18 @@ type side struct {
 	eof      bool // everything was read, and a FIN
 	fin      bool // epoll has seen a FIN: what is unread is the last
 	urgent   bool // a short read says nothing: reads stop at the urgent mark
-	done     bool // its end was passed on to the other side
-	watched  bool // in the loop,
-	armed    bool // for EPOLLOUT too
-	blocked  bool // a write found no room: wait for EPOLLOUT
-	queued   bool // in the worker's again
-	tuned    bool // for more than one write
-	chosen   bool // the application has chosen its congestion control
-	wrote    bool
-	splicing bool
-	full     uint8 // reads in a row that filled the buffer
+	// restUrgent is set when rest is an urgent byte.
+	restUrgent bool
+	done       bool // its end was passed on to the other side
+	watched    bool // in the loop,
+	armed      bool // for EPOLLOUT too
+	blocked    bool // a write found no room: wait for EPOLLOUT
+	queued     bool // in the worker's again
+	tuned      bool // for more than one write
+	chosen     bool // the application has chosen its congestion control
+	wrote      bool
+	splicing   bool
+	full       uint8 // reads in a row that filled the buffer
 
 	pipe   pipe // borrowed while bulk flows
 	inPipe int  // bytes in it

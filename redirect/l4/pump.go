@@ -141,7 +141,13 @@ func (w *worker) tune(d *side) {
 func (w *worker) writeRest(c *conn, k int) bool {
 	s, d := &c.sides[k], &c.sides[1-k]
 	for len(s.pending()) > 0 {
-		n, e := w.write(d, s.pending())
+		var n int
+		var e syscall.Errno
+		if s.restUrgent {
+			n, e = w.writeUrgent(d, s.pending())
+		} else {
+			n, e = w.write(d, s.pending())
+		}
 		switch {
 		case e == unix.EAGAIN:
 			w.block(d)
@@ -164,7 +170,7 @@ func (w *worker) took(c *conn, k, n int) {
 	c.active = w.now
 	if s.from == len(s.rest) {
 		w.buffers.release(s.rest)
-		s.rest, s.from = nil, 0
+		s.rest, s.from, s.restUrgent = nil, 0, false
 	}
 }
 
@@ -172,6 +178,9 @@ func (w *worker) took(c *conn, k, n int) {
 // on now.
 func (w *worker) copyOnce(c *conn, k int, budget *int) bool {
 	s, d := &c.sides[k], &c.sides[1-k]
+	if s.urgent && !w.passUrgent(c, k) {
+		return false
+	}
 	// Read before the call: a FIN seen by then is behind all the data.
 	fin := s.fin
 	n, e := sysRead(s.fd, w.buf)

@@ -127,3 +127,51 @@ func writeManyUrgent(c *net.TCPConn, n, portion int, done chan<- error) {
 	}
 	done <- c.CloseWrite()
 }
+
+// An urgent byte arrives as one, where it was in the stream.
+func TestUrgentIsUrgent(t *testing.T) {
+	families(t, func(t *testing.T, loopback netip.Addr) {
+		server, conns := serveTo(t, loopback)
+		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
+		c := r.dial()
+		mustWrite(t, c, []byte("x"))
+		s := accept(t, conns)
+		wantBytes(t, s, []byte("x"))
+		for _, to := range []struct{ from, to *net.TCPConn }{{c, s}, {s, c}} {
+			mustWrite(t, to.from, []byte("before"))
+			if err := writeUrgent(to.from, '!'); err != nil {
+				t.Fatal(err)
+			}
+			mustWrite(t, to.from, []byte("after"))
+			if got := readUrgent(t, to.to); got != '!' {
+				t.Errorf("urgent byte %q", got)
+			}
+			wantBytes(t, to.to, []byte("before"))
+			wantBytes(t, to.to, []byte("after"))
+		}
+		c.Close()
+		s.Close()
+	})
+}
+
+// readUrgent waits for an urgent byte.
+func readUrgent(t *testing.T, c *net.TCPConn) byte {
+	t.Helper()
+	var b [1]byte
+	raw, err := c.SyscallConn()
+	if err == nil {
+		err = raw.Control(func(fd uintptr) {
+			ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLPRI}}
+			if _, err := unix.Poll(ready, int(patience.Milliseconds())); err != nil {
+				t.Error(err)
+			}
+			if _, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_OOB); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	if err != nil {
+		t.Error(err)
+	}
+	return b[0]
+}
