@@ -133,6 +133,14 @@ def attempt(f, *args):
         return "EAGAIN" if isinstance(e, TimeoutError) and not e.errno else name(e.errno)
 
 
+def now(s, f, *args):
+    """What a call returns that is not to wait."""
+    s.setblocking(False)
+    got = attempt(f, *args)
+    s.settimeout(LIMIT)
+    return got
+
+
 def error(s):
     """The pending error of a socket."""
     return name(n) if (n := s.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) else "none"
