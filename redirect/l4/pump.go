@@ -203,6 +203,9 @@ func (w *worker) copyOnce(c *conn, k int, budget *int) bool {
 			s.readable = false // a short read has drained the queue
 			s.eof = fin
 		}
+		if k == down {
+			w.owe(c)
+		}
 	}
 	*budget -= n
 	c.active = w.now
@@ -220,6 +223,9 @@ func (w *worker) copyOnce(c *conn, k int, budget *int) bool {
 		}
 		s.moved += uint64(m)
 		b = b[m:]
+	}
+	if k == up {
+		c.owed = 0
 	}
 	if s.full == 2 {
 		w.startSplicing(c, k)

@@ -53,7 +53,7 @@ func (w *worker) timeout() int {
 	if len(w.again) > 0 {
 		return 0
 	}
-	if len(w.unheard) > 0 {
+	if len(w.unheard) > 0 || w.firstOwed() != nil {
 		return 1
 	}
 	d := w.interval()

@@ -48,6 +48,7 @@ type worker struct {
 	again   []*conn // have more to do, and gave others a turn
 	spare   []*conn // again's other slice
 	dialing int
+	owing   owing
 	// accepts is how many connections are taken at a time, accepted the turn in
 	// which that was done last.
 	accepts  int
@@ -222,6 +223,7 @@ func (w *worker) run() error {
 			w.handle(&w.events[i])
 		}
 		w.goOn()
+		w.acknowledge()
 		w.sweep()
 		w.refuseAgain()
 		w.stopIfIdle()
