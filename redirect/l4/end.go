@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/redirect/flow"
+	"golang.org/x/sys/unix"
 )
 
 // windowMin fits in every window: so much does not wait for a reader.
@@ -13,7 +14,7 @@ const windowMin = 1 << 10
 // finish passes on that side k has ended: everything read from it is written.
 func (w *worker) finish(c *conn, k int) {
 	s, d := &c.sides[k], &c.sides[1-k]
-	// A broken side has no end to pass on: the reset follows.
+	// A broken side may have no end to pass on: broken knows.
 	if s.done || c.closing {
 		return
 	}
@@ -65,9 +66,14 @@ func (w *worker) broken(c *conn, k int) {
 	}
 	c.closing = true
 	s, d := &c.sides[k], &c.sides[1-k]
+	// The kernel tells a reset behind a FIN, which may be as young, by EPIPE.
+	s.fin = sysSocketError(s.fd) == unix.EPIPE || s.fin
 	s.readable = !s.eof
 	for s.readable && !d.blocked {
 		w.pump(c, k)
+	}
+	if s.fin && s.eof && !s.done {
+		sysShutdownWrite(d.fd)
 	}
 	why := flow.ReasonDownstreamReset
 	if k == up {

@@ -65,7 +65,9 @@ func (w *worker) answered(c *conn, events uint32) bool {
 		case 0:
 		case unix.ECONNRESET, unix.EPIPE:
 			// It connected, spoke perhaps, and was reset, all before we
-			// looked: a reset of a dial is ECONNREFUSED.
+			// looked: a reset of a dial is ECONNREFUSED, and EPIPE a reset
+			// behind a FIN.
+			c.sides[up].fin = e == unix.EPIPE
 			w.established(c)
 			if c.held != nil {
 				c.held.reset = true
