@@ -1,9 +1,16 @@
 package fidelity
 
 import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
@@ -75,4 +82,59 @@ func TestDies(t *testing.T) {
 		r.World.Do(t, func() error { return nft(cutTable) })
 	})
 	r.compare(t, all)
+}
+
+// TestDiesByUserTimeout has peers vanish whom nobody but TCP_USER_TIMEOUT would
+// give up in time.
+func TestDiesByUserTimeout(t *testing.T) {
+	t.Parallel()
+	cases := []string{"user timeout, unsent bytes", "user timeout, unsent and unread bytes", "user timeout and keep-alive",
+		"user timeout, the client ends"}
+	all := known{}
+	for _, name := range cases {
+		all[name] = strings.NewReplacer("ETIMEDOUT", "ECONNRESET")
+	}
+	r := both(t, "dies.py", "", func(r *rig.Rig) {
+		lower(t, r, map[string]string{"tcp_retries2": "100", "tcp_keepalive_probes": "100"})
+		r.World.Do(t, func() error { return nft(cutTable) })
+	}, cases...)
+	r.compare(t, all)
+}
+
+// TestClosedAndForgotten has applications close connections whose servers never
+// do. The kernel forgets the application's end after a minute; then the handler
+// has to, too.
+func TestClosedAndForgotten(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, "redirected", "", func(r *rig.Rig) { lower(t, r, nil) })
+	held := make(chan struct{})
+	t.Cleanup(func() { close(held) })
+	var closed atomic.Int32
+	for _, addr := range []netip.Addr{rig.Far4, rig.Far6} {
+		at := w.Serve(t, netip.AddrPortFrom(addr, 0), func(c net.Conn) {
+			io.Copy(io.Discard, c)
+			closed.Add(1)
+			<-held
+		})
+		w.Output(t, "python3", "-c", `
+import socket, sys
+for n in range(10):
+    s = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+    s.sendall(b"x" * n)
+    s.close()
+`, at.Addr().String(), fmt.Sprint(at.Port()))
+	}
+	testutil.Eventually(t, rig.Limit, func() bool { return closed.Load() == 20 }, "the servers have seen all ends")
+	var live int
+	testutil.Eventually(t, 3*time.Minute, func() bool {
+		s, err := w.instance.Status(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		live = s.Live
+		if live > 0 {
+			time.Sleep(100 * time.Millisecond) // the question costs more than the look
+		}
+		return live == 0
+	}, "the handler has forgotten them")
 }

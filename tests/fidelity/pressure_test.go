@@ -15,6 +15,14 @@ func TestPressure(t *testing.T) {
 	r.compare(t, nil)
 }
 
+// TestPressureMemory has many connections stall, and looks at what the handler
+// needs for them.
+func TestPressureMemory(t *testing.T) {
+	t.Parallel()
+	r := both(t, "presses.py", "", nil, "memory")
+	r.compare(t, nil)
+}
+
 // rounds is how many round trips pingpong.py makes of a kind.
 const rounds = 10
 

@@ -260,7 +260,7 @@ def fill(s, most=1 << 30):
     n, b = 0, bytes(64 << 10)
     p = select.poll()
     p.register(s.fileno(), OUT)
-    while n < most and p.poll(700):
+    while n < most and p.poll(400):
         try:
             n += s.send(b)
         except BlockingIOError:

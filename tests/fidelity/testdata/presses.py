@@ -92,7 +92,9 @@ for label, there in (("the server does not read", True), ("the client does not r
     CASES[label] = stalled(there, 1 << 20)
     CASES[label + ", then slowly"] = stalled(there, 3000)
 CASES["neither reads"] = both_full
-CASES["many stall"] = memory
 
 if __name__ == "__main__":
-    main(CASES)
+    if sys.argv[2:] == ["memory"]:
+        main({"memory": memory})
+    else:
+        main(CASES, together=True)
