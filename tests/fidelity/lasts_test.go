@@ -108,7 +108,7 @@ func TestClosedAndForgotten(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "redirected", "", func(r *rig.Rig) { lower(t, r, nil) })
 	held := make(chan struct{})
-	t.Cleanup(func() { close(held) })
+	defer close(held)
 	var closed atomic.Int32
 	for _, addr := range []netip.Addr{rig.Far4, rig.Far6} {
 		at := w.Serve(t, netip.AddrPortFrom(addr, 0), func(c net.Conn) {
