@@ -19,7 +19,7 @@ import (
 )
 
 // appLimit is how long a program may run.
-const appLimit = 100 * time.Second
+const appLimit = 4 * time.Minute
 
 // second are further addresses of the application.
 var second = []netip.Prefix{netip.MustParsePrefix("192.0.2.9/24"), netip.MustParsePrefix("2001:db8:1::9/64")}

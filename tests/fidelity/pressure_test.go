@@ -31,6 +31,7 @@ const rounds = 10
 // late now and then. So with Pillion at most half of a kind may be slow that are
 // not without, and of all a twentieth.
 func TestLatency(t *testing.T) {
+	t.Parallel()
 	r := both(t, "pingpong.py", "", nil)
 	for n := range r.direct {
 		d, p := &r.direct[n], &r.redirected[n]

@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 
-LIMIT = 10  # seconds that anything may take that is bound to happen
+LIMIT = 20  # seconds that anything may take that is bound to happen
 HOSTS = {4: "198.51.100.7", 6: "2001:db8:7::7"}
 OWN = {4: "192.0.2.1", 6: "2001:db8:1::1"}
 SECOND = {4: "192.0.2.9", 6: "2001:db8:1::9"}

@@ -151,7 +151,8 @@ def congestion(net):
 def keep_alive_timer(net):
     """What is left until the first probe, in minutes: the kernel tells no more."""
     c, s = net.pair((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 3000))
-    return [leg[leg.index("timer:"):].split("min")[0] for leg in legs(net)]
+    left = [leg.split("timer:(keepalive,")[1].split("min")[0] for leg in legs(net)]
+    return [45 <= int(n) <= 50 for n in left]
 
 
 case(classes, "class of service")
