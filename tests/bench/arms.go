@@ -14,19 +14,20 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/telemetry/admin"
+	"github.com/pillion-project/pillion/tests/peers"
 )
 
 // The arms, by name. The peers are what Debian has.
 const (
 	armDirect  = "direct"
 	armRelay   = "relay"
-	armMirror  = "mirror" // relay, with connect: mirror
-	armHAProxy = "haproxy"
-	armNginx   = "nginx"
+armMirror  = "mirror" // relay, with connect: mirror
+	armHAProxy = peers.HAProxy
+	armNginx   = peers.Nginx
 )
 
-// peers are those that relay is held against.
-var peers = []string{armHAProxy, armNginx}
+// rivals are those that relay is held against.
+var rivals = []string{armHAProxy, armNginx}
 
 // workers is how many threads every proxy has.
 const workers = 2
@@ -52,11 +53,11 @@ func (w *world) arms(ctx context.Context) ([]*arm, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start pillion: %w", err)
 	}
-	haproxy, err := w.startPeer(armHAProxy, haproxyAddr, haproxyConfig, "-db", "-f")
+	haproxy, err := w.startPeer(armHAProxy, haproxyAddr)
 	if err != nil {
 		return nil, err
 	}
-	nginx, err := w.startPeer(armNginx, nginxAddr, nginxConfig, "-p", w.dir, "-e", "stderr", "-c")
+	nginx, err := w.startPeer(armNginx, nginxAddr)
 	if err != nil {
 		return nil, err
 	}
@@ -66,52 +67,14 @@ func (w *world) arms(ctx context.Context) ([]*arm, error) {
 	return []*arm{direct, relay, mirror, haproxy, nginx}, nil
 }
 
-const haproxyConfig = `
-global
-	nbthread WORKERS
-	maxconn 4096
-defaults
-	mode tcp
-	option splice-auto
-	timeout connect 5s
-	timeout client 60s
-	timeout server 60s
-listen bench
-	bind LISTEN
-	server one SERVER
-`
-
-// nginxConfig sets tcp_nodelay although it is the default, as a statement.
-const nginxConfig = `
-load_module /usr/lib/nginx/modules/ngx_stream_module.so;
-user root;
-daemon off;
-worker_processes WORKERS;
-pid DIR/nginx.pid;
-error_log stderr crit;
-events { worker_connections 4096; }
-stream {
-	tcp_nodelay on;
-	server {
-		listen LISTEN;
-		proxy_pass SERVER;
-	}
-}
-`
-
-// startPeer runs a proxy of Debian's with its configuration as the last argument.
-func (w *world) startPeer(name string, listen netip.AddrPort, config string, args ...string) (*arm, error) {
-	fill := strings.NewReplacer("WORKERS", strconv.Itoa(workers), "LISTEN", listen.String(),
-		"SERVER", server.String(), "DIR", w.dir)
-	file := filepath.Join(w.dir, name+".conf")
-	if err := os.WriteFile(file, []byte(fill.Replace(config)), 0o600); err != nil {
-		return nil, err
-	}
-	path, err := find(name)
+// startPeer runs a proxy in front of the server.
+func (w *world) startPeer(name string, listen netip.AddrPort) (*arm, error) {
+	cmd, err := peers.Command(name, peers.Config{Dir: w.dir, Workers: workers, Connections: 4096, Idle: time.Minute,
+		Routes: []peers.Route{{Listen: listen, Endpoint: server}}})
 	if err != nil {
 		return nil, err
 	}
-	p, err := w.start(path, append(args, file)...)
+	p, err := w.start(cmd.Path, cmd.Args[1:]...)
 	if err != nil {
 		return nil, err
 	}
@@ -120,18 +83,6 @@ func (w *world) startPeer(name string, listen netip.AddrPort, config string, arg
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	return a, nil
-}
-
-// find looks for a program also where root's are.
-func find(name string) (string, error) {
-	path, err := exec.LookPath(name)
-	if err != nil {
-		path, err = exec.LookPath("/usr/sbin/" + name)
-	}
-	if err != nil {
-		return "", fmt.Errorf("needs %s (scripts/setup.sh bench installs it)", name)
-	}
-	return path, nil
 }
 
 // pillion is the one under test.

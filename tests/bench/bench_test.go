@@ -43,7 +43,7 @@ func aReport(memory int64) *report {
 
 func TestRatio(t *testing.T) {
 	r := aReport(0)
-	got := []float64{r.ratio(workUpload, armNginx), r.ratio(workUpload, armHAProxy), r.ratio(workUpload, peers...)}
+	got := []float64{r.ratio(workUpload, armNginx), r.ratio(workUpload, armHAProxy), r.ratio(workUpload, rivals...)}
 	if d := cmp.Diff([]float64{0.5, 1, 1}, got); d != "" {
 		t.Error(d)
 	}

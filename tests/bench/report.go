@@ -13,6 +13,7 @@ import (
 
 	"github.com/jedib0t/go-pretty/v6/table"
 	"github.com/jedib0t/go-pretty/v6/text"
+	"github.com/pillion-project/pillion/tests/peers"
 	"golang.org/x/sys/unix"
 )
 
@@ -79,7 +80,7 @@ func thisMachine() machine {
 
 // firstLine returns what a program says of itself, or nothing.
 func firstLine(name, arg string) string {
-	path, err := find(name)
+	path, err := peers.Find(name)
 	if err != nil {
 		return ""
 	}

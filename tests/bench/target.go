@@ -18,8 +18,8 @@ type aim struct {
 var aims = []aim{
 	{workRoundTrip, "CPU per round trip : nginx", []string{armNginx}, 1},
 	{workConnection, "CPU per connection : nginx", []string{armNginx}, 1},
-	{workDownload, "CPU per GiB down : best peer", peers, 0.6},
-	{workUpload, "CPU per GiB up : best peer", peers, 0.6},
+	{workDownload, "CPU per GiB down : best peer", rivals, 0.6},
+	{workUpload, "CPU per GiB up : best peer", rivals, 0.6},
 }
 
 // idleMost is the resident memory of an idle Pillion, in MB.

@@ -2,6 +2,7 @@ package rig
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/http"
 	"net/netip"
@@ -57,42 +58,69 @@ func (r *Rig) ServeHTTP(t testing.TB, addr netip.AddrPort, h http.Handler) {
 	})
 }
 
+// Process is a program that runs beside the test, in a cgroup of its own.
+type Process struct {
+	Cmd   *exec.Cmd
+	Log   *Log
+	home  *testutil.Cgroup
+	ended chan struct{}
+}
+
+// StartProcess starts a program in a namespace. At the end of the test it is
+// told to end by stop, and killed with all its children if it does not.
+func StartProcess(t testing.TB, ns *testutil.NS, cmd *exec.Cmd, stop os.Signal) *Process {
+	t.Helper()
+	p := &Process{Cmd: cmd, Log: &Log{}, home: testutil.NewCgroup(t), ended: make(chan struct{})}
+	cmd.Stdout, cmd.Stderr = p.Log, p.Log
+	if err := (testutil.Place{NS: ns, Cgroup: p.home}).Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		cmd.Wait()
+		close(p.ended)
+	}()
+	t.Cleanup(func() {
+		cmd.Process.Signal(stop)
+		select {
+		case <-p.ended:
+		case <-time.After(stopLimit):
+		}
+		p.Kill(t)
+		if t.Failed() {
+			t.Logf("log of %s:\n%s", cmd.Path, p.Log)
+		}
+	})
+	return p
+}
+
+// Kill ends the process and its children without their knowing, and waits until
+// they are gone. One that has ended is no error.
+func (p *Process) Kill(t testing.TB) {
+	t.Helper()
+	if err := p.home.Kill(); err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	<-p.ended
+}
+
+// Running ends the test if the process has ended.
+func (p *Process) Running(t testing.TB) {
+	t.Helper()
+	select {
+	case <-p.ended:
+		t.Fatalf("%s ended: %s\n%s", p.Cmd.Path, p.Cmd.ProcessState, p.Log)
+	default:
+	}
+}
+
 // Daemon runs a server in the world until the end of the test, and waits until
 // it listens on addr. It is then told to end by stop, and killed with all its
 // children if it does not.
 func (r *Rig) Daemon(t testing.TB, cmd *exec.Cmd, stop os.Signal, addr netip.AddrPort) {
 	t.Helper()
-	home := testutil.NewCgroup(t)
-	log := &Log{}
-	cmd.Stdout, cmd.Stderr = log, log
-	if err := (testutil.Place{NS: r.World, Cgroup: home}).Start(cmd); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan struct{})
-	go func() {
-		cmd.Wait()
-		close(ended)
-	}()
-	t.Cleanup(func() {
-		cmd.Process.Signal(stop)
-		select {
-		case <-ended:
-		case <-time.After(stopLimit):
-		}
-		if err := home.Kill(); err != nil {
-			t.Error(err)
-		}
-		<-ended
-		if t.Failed() {
-			t.Logf("log of %s:\n%s", cmd.Path, log)
-		}
-	})
+	p := StartProcess(t, r.World, cmd, stop)
 	testutil.Eventually(t, Limit, func() bool {
-		select {
-		case <-ended:
-			t.Fatalf("%s ended: %s\n%s", cmd.Path, cmd.ProcessState, log)
-		default:
-		}
+		p.Running(t)
 		return r.World.Run(func() error {
 			c, err := net.Dial("tcp", addr.String())
 			if err != nil {
@@ -100,7 +128,7 @@ func (r *Rig) Daemon(t testing.TB, cmd *exec.Cmd, stop os.Signal, addr netip.Add
 			}
 			return c.Close()
 		}) == nil
-	}, cmd.Path, " listens on ", addr, "\n", log)
+	}, cmd.Path, " listens on ", addr, "\n", p.Log)
 }
 
 // Dir makes a directory that a user other than root can reach, and gives it to
