@@ -20,7 +20,7 @@ KERNEL_PKGS := ./bpf/... ./loader/... ./cmd/pillion
 BLACKBOX    := ./tests/...
 
 .DEFAULT_GOAL := build
-.PHONY: help build generate check format test test-unit test-kernel test-vm stress bench demo install clean
+.PHONY: help build generate check format test test-unit test-kernel test-vm stress traps suites bench demo install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,10 @@ stress: build ## 5,000 connections for two minutes while endpoints come and go (
 bench: build ## what a hop costs, beside HAProxy and nginx (as root, some minutes)
 	@scripts/setup.sh bench
 	PILLION=$(abspath $(PILLION)) $(GO) run ./tests/bench $(BENCHFLAGS)
+
+traps: build ## the trap suite, also against HAProxy, nginx and Envoy: writes docs/traps.md (as root, some minutes)
+	@scripts/setup.sh traps
+	PILLION=$(abspath $(PILLION)) PILLION_TRAPS=$(abspath docs/traps.md) $(GO) test -count=1 -timeout 15m -run TestTraps ./tests/traps
 
 demo: build ## real programs, redirected and balanced (as root, under a minute)
 	@scripts/setup.sh demo

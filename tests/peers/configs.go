@@ -17,15 +17,15 @@ const (
 
 func seconds(d time.Duration) string { return fmt.Sprintf("%ds", int(d.Seconds())) }
 
-// haproxy also gives the half-closed all the time there is, and notices an
-// application that goes while a connection waits.
+// haproxy gives the half-closed all the time there is. It has no abortonclose,
+// which takes an application that has ended its half for one that has gone.
 func (c Config) haproxy() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "global\n\tnbthread %d\n\tmaxconn %d\n", c.Workers, c.Connections)
 	if c.AccessLog {
 		b.WriteString("\tlog stdout format raw local0\n")
 	}
-	b.WriteString("defaults\n\tmode tcp\n\toption splice-auto\n\toption abortonclose\n\toption clitcpka\n\toption srvtcpka\n\ttimeout connect 5s\n")
+	b.WriteString("defaults\n\tmode tcp\n\toption splice-auto\n\n\toption clitcpka\n\toption srvtcpka\n\ttimeout connect 5s\n")
 	for _, what := range []string{"client", "server", "tunnel", "client-fin", "server-fin"} {
 		fmt.Fprintf(&b, "\ttimeout %s %s\n", what, seconds(c.Idle))
 	}

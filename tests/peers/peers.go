@@ -18,6 +18,9 @@ const (
 	Envoy   = "envoy"
 )
 
+// envoyVersion is the one that scripts/setup.sh installs, by this name.
+const envoyVersion = "1.40.0"
+
 // Route is an address that a proxy is to carry to an endpoint.
 type Route struct{ Listen, Endpoint netip.AddrPort }
 
@@ -81,14 +84,11 @@ func Find(name string) (string, error) {
 }
 
 func findEnvoy() (string, error) {
-	path := os.Getenv("ENVOY")
-	if path == "" {
-		cache, err := os.UserCacheDir()
-		if err != nil {
-			return "", err
-		}
-		path = filepath.Join(cache, "pillion", "envoy")
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
 	}
+	path := filepath.Join(cache, "pillion", "envoy-"+envoyVersion)
 	if _, err := exec.LookPath(path); err != nil {
 		return "", fmt.Errorf("needs %s (scripts/setup.sh traps installs it)", path)
 	}

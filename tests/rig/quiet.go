@@ -100,7 +100,7 @@ func (i *Instance) NoLeaks(t testing.TB) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	before.goroutines = i.goroutines(t)
+	before.goroutines = i.Metric(t, "go_goroutines")
 	t.Cleanup(func() {
 		if t.Failed() || i.Cmd.Process.Pid != pid {
 			return
@@ -112,14 +112,14 @@ func (i *Instance) NoLeaks(t testing.TB) {
 			if after, err = footprintOf(pid); err != nil {
 				t.Fatal(err)
 			}
-			after.goroutines = i.goroutines(t)
+			after.goroutines = i.Metric(t, "go_goroutines")
 			return after.within(before) || pause()
 		}, "what the instance holds is what it held: ", before, "; it holds ", &after)
 	})
 }
 
-// goroutines returns how many goroutines the instance has.
-func (i *Instance) goroutines(t testing.TB) int {
+// Metric returns the value of a metric that is a whole number.
+func (i *Instance) Metric(t testing.TB, name string) int {
 	t.Helper()
 	body, err := i.Metrics(context.Background())
 	if err != nil {
@@ -127,7 +127,7 @@ func (i *Instance) goroutines(t testing.TB) int {
 	}
 	defer body.Close()
 	for lines := bufio.NewScanner(body); lines.Scan(); {
-		if value, ok := strings.CutPrefix(lines.Text(), "go_goroutines "); ok {
+		if value, ok := strings.CutPrefix(lines.Text(), name+" "); ok {
 			n, err := strconv.Atoi(value)
 			if err != nil {
 				t.Fatal(err)
@@ -135,7 +135,7 @@ func (i *Instance) goroutines(t testing.TB) int {
 			return n
 		}
 	}
-	t.Fatal("the metrics tell no goroutines")
+	t.Fatalf("there is no metric %s", name)
 	return 0
 }
 

@@ -195,7 +195,7 @@ func (s *site) envoyDrain() error {
 			return err
 		}
 		defer c.Close()
-		io.WriteString(c, "POST /drain_listeners?graceful HTTP/1.0\r\nHost: envoy\r\n\r\n")
+		io.WriteString(c, "POST /drain_listeners?graceful HTTP/1.1\r\nHost: envoy\r\nConnection: close\r\n\r\n")
 		answer, err := http.ReadResponse(bufio.NewReader(c), nil)
 		if err == nil {
 			answer.Body.Close()
@@ -256,6 +256,9 @@ func bystanders(t testing.TB, s *site) {
 			t.Errorf("%s, an open connection says %s", when, got)
 		}
 	}
+	// As on most machines, connections are tracked already: a redirection that
+	// comes later then knows an old one.
+	s.firewall("ct state invalid counter")
 	old := s.dial(t, at)
 	says(old, "before")
 	s.extra = fmt.Sprintf("exclude: [\"%s/32:%d\"]", passed.Addr(), passed.Port())

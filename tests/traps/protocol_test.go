@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"testing"
 
 	"github.com/pillion-project/pillion/tests/rig"
@@ -191,12 +192,12 @@ func resets(t testing.TB, s *site) {
 // ending is how a stream ended.
 func ending(err error) string {
 	switch {
-	case err == nil:
+	case err == nil, errors.Is(err, io.EOF):
 		return "an end"
 	case isReset(err):
 		return "a reset"
-	case errors.Is(err, unix.ETIMEDOUT):
-		return "a time-out"
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return "nothing"
 	}
 	return err.Error()
 }

@@ -96,7 +96,7 @@ func (s *site) start() {
 // startPeer starts a peer, also again.
 func (s *site) startPeer() {
 	s.t.Helper()
-	c := peers.Config{Dir: s.dir, Workers: 2, Connections: 8192, Idle: s.idle, AccessLog: s.accessLog, Routes: slices.Clone(s.services)}
+	c := peers.Config{Dir: s.dir, Workers: 2, Connections: 4096, Idle: s.idle, AccessLog: s.accessLog, Routes: slices.Clone(s.services)}
 	if s.sys != envoy {
 		for n := range c.Routes {
 			c.Routes[n].Listen = s.to(c.Routes[n].Listen)
@@ -148,7 +148,7 @@ func (s *site) envoyReady() error {
 			return err
 		}
 		defer c.Close()
-		if _, err := io.WriteString(c, "GET /ready HTTP/1.0\r\nHost: envoy\r\n\r\n"); err != nil {
+		if _, err := io.WriteString(c, "GET /ready HTTP/1.1\r\nHost: envoy\r\nConnection: close\r\n\r\n"); err != nil {
 			return err
 		}
 		answer, err := http.ReadResponse(bufio.NewReader(c), nil)

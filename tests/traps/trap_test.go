@@ -124,7 +124,7 @@ func (tr trap) fall(t *testing.T, sys system) result {
 	} else {
 		t.Logf("%s: %s", sys, strings.Join(a.failures, "\n"))
 	}
-	return result{fail, a.failures[0]}
+	return result{fail, strings.Join(a.failures, "; ")}
 }
 
 // TestTraps lays every trap. For Pillion every one that can be run must pass. The
