@@ -54,7 +54,7 @@ var addressTraps = []trap{
 	},
 	{
 		number: 15, title: "Entries of live connections are evicted (LRU maps)",
-		how:   "2000 connections are opened and kept, to 200 addresses: afterwards the first still knows its peer, and all still carry bytes.",
+		how:   "2000 connections are opened and kept, to 200 addresses (HAProxy, nginx: one): afterwards the first still knows its peer, and all still carry bytes.",
 		links: []string{"cilium/cilium/issues/44835", "cilium/cilium/issues/42649"},
 		run:   manyLive,
 	},

@@ -75,7 +75,8 @@ func (s *site) service(addr, endpoint netip.AddrPort) netip.AddrPort {
 // start starts the system and waits until it serves.
 func (s *site) start() {
 	s.t.Helper()
-	if s.sys == pillion {
+	switch s.sys {
+	case pillion:
 		config := s.extra
 		for n, r := range s.services {
 			if n == 0 {
@@ -85,11 +86,13 @@ func (s *site) start() {
 		}
 		s.Instance = s.Run(s.t, config)
 		s.Prefer(s.t)
-		return
-	}
-	s.startPeer()
-	if s.sys == envoy {
+	case naive:
+		s.startNaive()
+	case envoy:
+		s.startPeer()
 		s.redirect()
+	default:
+		s.startPeer()
 	}
 }
 
