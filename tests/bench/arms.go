@@ -21,7 +21,7 @@ import (
 const (
 	armDirect  = "direct"
 	armRelay   = "relay"
-armMirror  = "mirror" // relay, with connect: mirror
+	armMirror  = "mirror" // relay, with connect: mirror
 	armHAProxy = peers.HAProxy
 	armNginx   = peers.Nginx
 )

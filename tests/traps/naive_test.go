@@ -56,7 +56,7 @@ func (s *site) startNaive() {
 
 // carryBadly waits for what the application says first, though not for long,
 // adds a header to what looks like HTTP, keeps what it reads until it can be
-// sent, cuts both directions when one ends, and makes an end of a reset.
+// sent, and resets both directions when one ends.
 func (s *site) carryBadly(c net.Conn, endpoint string) {
 	defer c.Close()
 	first := make([]byte, 64<<10)
@@ -72,7 +72,7 @@ func (s *site) carryBadly(c net.Conn, endpoint string) {
 		return
 	}
 	defer up.Close()
-	both := sync.OnceFunc(func() { c.Close(); up.Close() })
+	both := sync.OnceFunc(func() { abort(c); abort(up) })
 	s.t.Cleanup(both)
 	var out bytes.Buffer
 	out.Write(first)

@@ -150,10 +150,7 @@ func membership(t testing.TB, s *site) {
 		t.Fatalf("loopback: connect: %v", err)
 	}
 	defer c.Close()
-	server, err := own.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
+	server := accepted(t, own)
 	defer server.Close()
 	if server.RemoteAddr().String() != c.LocalAddr().String() {
 		t.Error("a connection to loopback is captured")
@@ -205,12 +202,9 @@ func plainTCP(t testing.TB, s *site) {
 	if err := connect(fd, s.to(at)); err != nil {
 		t.Fatalf("connect: %v", err)
 	}
-	c, err := ln.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := accepted(t, ln)
 	defer c.Close()
-	if multi, err := c.(*net.TCPConn).MultipathTCP(); err != nil || multi {
+	if multi, err := c.MultipathTCP(); err != nil || multi {
 		t.Errorf("the server is spoken to by MPTCP: %v, %v", multi, err)
 	}
 	if got, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL); err != nil || got != unix.IPPROTO_TCP {
@@ -223,7 +217,7 @@ func plainTCP(t testing.TB, s *site) {
 }
 
 func fastOpen(t testing.TB, s *site) {
-	heard := make(chan string, 1)
+	heard := make(chan string, 16)
 	at := s.server(at4(7000), func(c net.Conn) {
 		b, _ := io.ReadAll(c)
 		heard <- string(b)
@@ -242,13 +236,13 @@ func fastOpen(t testing.TB, s *site) {
 			t.Fatalf("send with the SYN: %v", err)
 		}
 		if !ready(fd, unix.POLLOUT, rig.Limit) {
-			t.Fatal("no connection")
+			t.Fatalf("connection %d is never established", n)
 		}
 		if _, err := unix.Write(fd, []byte(" and after it")); err != nil {
 			t.Fatalf("write: %v", err)
 		}
 		unix.Close(fd)
-		if got := <-heard; got != "with the SYN, and after it" {
+		if got := from(t, heard); got != "with the SYN, and after it" {
 			t.Fatalf("connection %d: the server reads %q", n, got)
 		}
 	}

@@ -113,33 +113,41 @@ func halfClose(t testing.TB, s *site) {
 		io.WriteString(c, said)
 		c.CloseWrite()
 		if b, err := io.ReadAll(c); err != nil || !bytes.Equal(b, block) {
-			t.Errorf("half-closed after %d bytes, the application reads %d of %d, %v", len(said), len(b), len(block), err)
+			t.Errorf("half-closed after %d bytes, the application reads %d of %d, then %s", len(said), len(b), len(block), ending(err))
 		}
 		c.Close()
 	}
 	c := s.dial(t, last)
 	if b, err := io.ReadAll(c); err != nil || string(b) != "bye" {
-		t.Errorf("the application reads %q, %v", b, err)
+		t.Fatalf("the application reads %q, then %s", b, ending(err))
 	}
 	if _, err := c.Write(block); err != nil {
 		t.Errorf("writing after the server's end: %v", err)
 	}
 	c.Close()
-	if got, want := <-sum, fmt.Sprintf("%d true <nil>", len(block)); got != want {
+	if got, want := from(t, sum), fmt.Sprintf("%d true <nil>", len(block)); got != want {
 		t.Errorf("half-closed itself, the server reads %s, want %s", got, want)
 	}
 	c = s.dial(t, silent)
-	line(c)
+	hears(t, c)
 	c.Close()
-	if !<-ends {
+	if !from(t, ends) {
 		t.Error("the server never sees that the application has closed")
 	}
 	s.relayed(t, 4)
 }
 
+// hears ends the test unless the server says x.
+func hears(t testing.TB, c *net.TCPConn) {
+	t.Helper()
+	if got := line(c); got != "x" {
+		t.Fatalf("the application hears %s", got)
+	}
+}
+
 func resets(t testing.TB, s *site) {
 	block := noise(100000)
-	seen := make(chan error, 1)
+	seen := make(chan error, 4)
 	bare := s.server(at4(7000), func(c net.Conn) {
 		c.Read(make([]byte, 1))
 		abort(c)
@@ -173,16 +181,16 @@ func resets(t testing.TB, s *site) {
 	}
 	c.Close()
 	c = s.dial(t, watch)
-	line(c)
+	hears(t, c)
 	abort(c)
-	if err := <-seen; !isReset(err) {
+	if err := from(t, seen); !isReset(err) {
 		t.Errorf("a reset by the application: the server reads %s", ending(err))
 	}
 	c = s.dial(t, watch)
-	line(c)
+	hears(t, c)
 	io.WriteString(c, "bytes")
 	c.Close()
-	if err := <-seen; err != nil {
+	if err := from(t, seen); err != nil {
 		t.Errorf("an end by the application: the server reads %s", ending(err))
 	}
 	s.relayed(t, 4)

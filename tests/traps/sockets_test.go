@@ -230,6 +230,35 @@ func abort(c net.Conn) {
 
 func isReset(err error) bool { return errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) }
 
+// from waits for what a server has to say to the test.
+func from[T any](t testing.TB, c <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-c:
+		return v
+	case <-time.After(rig.Limit):
+		t.Fatal("the server has seen nothing of it")
+		panic("not reached")
+	}
+}
+
+// accepted waits for a connection that the test serves itself.
+func accepted(t testing.TB, ln net.Listener) *net.TCPConn {
+	t.Helper()
+	tcp := ln.(*net.TCPListener)
+	if err := tcp.SetDeadline(deadline()); err != nil {
+		t.Fatal(err)
+	}
+	c, err := tcp.AcceptTCP()
+	if err != nil {
+		t.Fatalf("the server sees no connection: %v", err)
+	}
+	if err := c.SetDeadline(deadline()); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
 // beApp is a program of its own: it dials, and prints the first line that it hears.
 func beApp(args []string) error {
 	c, err := net.Dial("tcp", args[0])

@@ -261,7 +261,7 @@ func lastBytes(t testing.TB, s *site) {
 		c = s.dial(t, read)
 		c.Write(want)
 		c.Close()
-		if got, want := <-up, fmt.Sprintf("%d %x <nil>", len(want), sha256.Sum256(want)); got != want {
+		if got, want := from(t, up), fmt.Sprintf("%d %x <nil>", len(want), sha256.Sum256(want)); got != want {
 			t.Fatalf("the server reads %s, want %s", got, want)
 		}
 	}
@@ -379,7 +379,7 @@ func untouched(t testing.TB, s *site) {
 	records := []byte("\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + string(noise(505)))
 	request := []byte("GET / HTTP/1.1\r\nHost: shop\r\nAccept: */*\r\n\r\n")
 	both := append(append([]byte{}, request...), records...)
-	heard := make(chan []byte, 1)
+	heard := make(chan []byte, 16)
 	serve := func(c net.Conn) {
 		b, _ := io.ReadAll(c)
 		heard <- b
@@ -396,7 +396,7 @@ func untouched(t testing.TB, s *site) {
 				}
 				c.CloseWrite()
 				back, err := io.ReadAll(c)
-				if got := <-heard; !bytes.Equal(got, sent) || !bytes.Equal(back, sent) {
+				if got := from(t, heard); !bytes.Equal(got, sent) || !bytes.Equal(back, sent) {
 					t.Fatalf("of %d bytes in pieces of %d, the server read %d, the application %d, %v", len(sent), piece, len(got), len(back), err)
 				}
 				c.Close()
@@ -419,11 +419,7 @@ func early(t testing.TB, s *site) {
 			}
 			c.CloseWrite()
 		}()
-		server, err := ln.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		server.SetDeadline(time.Now().Add(rig.Limit))
+		server := accepted(t, ln)
 		io.WriteString(server, "first")
 		b := make([]byte, 5)
 		if _, err := io.ReadFull(c, b); err != nil || string(b) != "first" {
@@ -512,15 +508,11 @@ func pressure(t testing.TB, s *site) {
 	if sent >= most {
 		t.Errorf("%d MiB are taken from an application whose server reads none", sent>>20)
 	}
-	server, err := ln.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
+	server := accepted(t, ln)
 	defer server.Close()
 	if err := unix.Shutdown(fd, unix.SHUT_WR); err != nil {
 		t.Fatal(err)
 	}
-	server.SetDeadline(time.Now().Add(rig.Limit))
 	got := sha256.New()
 	if n, err := io.Copy(got, server); err != nil || n != int64(sent) || !bytes.Equal(got.Sum(nil), sum.Sum(nil)) {
 		t.Errorf("%d of %d bytes arrive, %v", n, sent, err)
