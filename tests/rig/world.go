@@ -103,6 +103,18 @@ func (p *Process) Kill(t testing.TB) {
 	<-p.ended
 }
 
+// Freeze keeps the process and its children from running, or lets them again.
+func (p *Process) Freeze(t testing.TB, frozen bool) {
+	t.Helper()
+	text := "0"
+	if frozen {
+		text = "1"
+	}
+	if err := os.WriteFile(filepath.Join(p.home.Path, "cgroup.freeze"), []byte(text), 0); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // Running ends the test if the process has ended.
 func (p *Process) Running(t testing.TB) {
 	t.Helper()

@@ -248,18 +248,24 @@ func direct(t testing.TB, c *net.TCPConn) bool {
 	return got == c.LocalAddr().String()
 }
 
+// isCaptured ends the test unless the system stands between a new connection and
+// a server that is whom.
+func (s *site) isCaptured(t testing.TB, what string, c *net.TCPConn) {
+	t.Helper()
+	if direct(t, c) {
+		t.Fatalf("%s is not captured", what)
+	}
+}
+
 func makers(t testing.TB, s *site) {
 	at := s.server(at4(7000), whom)
 	s.start()
 	// The test is not in the scope, and connects what was made there.
-	if direct(t, s.dial(t, at)) {
-		t.Error("a socket of the scope is not captured")
-	}
+	s.isCaptured(t, "a socket of the scope", s.app.dial(t, at))
 	outside := startApplication(s.t, testutil.Place{NS: s.App})
 	if !direct(t, outside.dial(t, at)) {
 		t.Error("a socket from outside is captured")
 	}
-	s.relayed(t, 1)
 	s.Conserved(s.t)
 }
 

@@ -99,13 +99,10 @@ func hostNetwork(t testing.TB, s *site) {
 	at := s.server(at4(7000), whom)
 	neighbour := startApplication(s.t, testutil.Place{NS: s.App, Cgroup: s.outer.Child(s.t, "neighbour")})
 	s.start()
-	if direct(t, s.dial(t, at)) {
-		t.Error("the application is not captured")
-	}
+	s.isCaptured(t, "the application", s.app.dial(t, at))
 	if !direct(t, neighbour.dial(t, at)) {
 		t.Error("its neighbour is captured")
 	}
-	s.relayed(t, 1)
 }
 
 func conntrack(t testing.TB, s *site) {
@@ -141,10 +138,7 @@ func membership(t testing.TB, s *site) {
 	defer own.Close()
 	s.start()
 	// The application was there first.
-	first := s.dial(t, at)
-	if direct(t, first) {
-		t.Error("the first connection is not captured")
-	}
+	s.isCaptured(t, "the first connection", s.app.dial(t, at))
 	c, err := s.app.try(own.Addr().(*net.TCPAddr).AddrPort())
 	if err != nil {
 		t.Fatalf("loopback: connect: %v", err)
@@ -156,34 +150,35 @@ func membership(t testing.TB, s *site) {
 		t.Error("a connection to loopback is captured")
 	}
 	// The same own port, over and over.
-	fromPort := func() bool {
-		fd := s.app.socket(unix.AF_INET, 0)
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-			t.Fatal(err)
-		}
-		if err := unix.Bind(fd, sockaddr(netip.AddrPortFrom(testutil.AppV4.Addr(), 40000))); err != nil {
-			t.Fatalf("bind: %v", err)
-		}
-		if err := connect(fd, at); err != nil {
-			unix.Close(fd)
-			t.Fatalf("connect: %v", err)
-		}
-		again, err := asConn(fd)
-		if err != nil {
-			t.Fatal(err)
-		}
-		// A reset, so that the port is free at once.
-		if err := again.SetLinger(0); err != nil {
-			t.Fatal(err)
-		}
-		return direct(t, again)
-	}
 	for range 20 {
-		if fromPort() {
-			t.Fatal("from a port that was used before, it is not captured")
-		}
+		s.isCaptured(t, "from a port that was used before", s.dialFrom(t, 40000, at))
 	}
-	first.Close()
+}
+
+// dialFrom connects from an own port. The connection ends by a reset, so that
+// the port is free at once.
+func (s *site) dialFrom(t testing.TB, port uint16, to netip.AddrPort) *net.TCPConn {
+	t.Helper()
+	fd := s.app.socket(unix.AF_INET, 0)
+	err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	if err == nil {
+		err = unix.Bind(fd, sockaddr(netip.AddrPortFrom(testutil.AppV4.Addr(), port)))
+	}
+	if err == nil {
+		err = connect(fd, to)
+	}
+	if err != nil {
+		unix.Close(fd)
+		t.Fatalf("connect from an own port: %v", err)
+	}
+	c, err := asConn(fd)
+	if err == nil {
+		err = c.SetLinger(0)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 func plainTCP(t testing.TB, s *site) {

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/peers"
 	"github.com/pillion-project/pillion/tests/rig"
@@ -239,6 +240,19 @@ func (s *site) kill() {
 	s.peer.Kill(s.t)
 }
 
+// freeze keeps the system from running, or lets it again.
+func (s *site) freeze(frozen bool) {
+	s.t.Helper()
+	switch {
+	case s.sys != pillion:
+		s.peer.Freeze(s.t, frozen)
+	case frozen:
+		s.Signal(s.t, unix.SIGSTOP)
+	default:
+		s.Signal(s.t, unix.SIGCONT)
+	}
+}
+
 // again starts the system that was killed.
 func (s *site) again() {
 	s.t.Helper()
@@ -248,6 +262,16 @@ func (s *site) again() {
 		return
 	}
 	s.startPeer()
+}
+
+// late tells whether Pillion passed connections by because the machine was too
+// busy for it: rightly, but then a test has seen something else.
+func (s *site) late() bool {
+	if s.Instance == nil {
+		return false
+	}
+	st, err := s.Status(context.Background())
+	return err == nil && st.Counters[flow.ReasonHandlerStale.String()]+st.Counters[flow.ReasonHandlerBusy.String()] > 0
 }
 
 // relayed fails the test unless at least n connections went by relay, and all

@@ -68,7 +68,7 @@ var sockmapTraps = []trap{
 	{
 		number: 8, title: "Bytes that were queued early are not forwarded",
 		how: "The application writes as soon as it may, before the server has accepted; the server writes as soon as it has. " +
-			"Both get everything, in order.",
+			"Both get everything, in order. So does the server what an application writes and ends while the proxy does not run.",
 		links: []string{"cloudflare/cloudflare-blog/issues/43"},
 		run:   early,
 	},
@@ -431,7 +431,28 @@ func early(t testing.TB, s *site) {
 		server.Close()
 		c.Close()
 	}
-	s.relayed(t, 20)
+	s.whileFrozen(t, at, "written and ended")
+	if got, err := io.ReadAll(accepted(t, ln)); err != nil || string(got) != "written and ended" {
+		t.Errorf("of what was ended while the proxy did not run, the server reads %q, then %s", got, ending(err))
+	}
+	s.relayed(t, 21)
+}
+
+// whileFrozen connects, writes and closes before the proxy knows. The kernel has
+// acknowledged it all by then, and the application believes it.
+func (s *site) whileFrozen(t testing.TB, at netip.AddrPort, text string) {
+	t.Helper()
+	s.freeze(true)
+	defer s.freeze(false)
+	c := s.dial(t, at)
+	if _, err := io.WriteString(c, text); err != nil {
+		t.Fatal(err)
+	}
+	own := c.LocalAddr().String()
+	c.Close()
+	testutil.Eventually(t, rig.Limit, func() bool {
+		return strings.Contains(s.inside("ss", "-Htn", "state", "fin-wait-2"), own) || wait()
+	}, "the application's end is acknowledged")
 }
 
 func captured(t testing.TB, s *site) {
