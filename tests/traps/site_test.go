@@ -51,6 +51,11 @@ func newSite(t *testing.T, sys system) *site {
 	s.outer = s.Scope
 	s.Scope = s.outer.Child(t, "app")
 	s.app = startApplication(t, testutil.Place{NS: s.App, Cgroup: s.Scope})
+	// The kernel adds the route to an own IPv6 address a little after the address.
+	own := testutil.AppV6.Addr().String()
+	testutil.Eventually(t, rig.Limit, func() bool {
+		return strings.HasPrefix(s.inside("ip", "-6", "route", "get", own), "local "+own) || wait()
+	}, "the application's own IPv6 address is local")
 	return s
 }
 
@@ -248,9 +253,22 @@ func (s *site) freeze(frozen bool) {
 		s.peer.Freeze(s.t, frozen)
 	case frozen:
 		s.Signal(s.t, unix.SIGSTOP)
+		testutil.Eventually(s.t, rig.Limit, func() bool { return stopped(s.Cmd.Process.Pid) }, "Pillion has stopped")
 	default:
 		s.Signal(s.t, unix.SIGCONT)
 	}
+}
+
+// stopped tells whether every thread of a process has stopped.
+func stopped(pid int) bool {
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	for _, name := range threads {
+		text, e := os.ReadFile(name)
+		if e != nil || !bytes.Contains(text, []byte(") T ")) {
+			return false
+		}
+	}
+	return err == nil && len(threads) > 0
 }
 
 // again starts the system that was killed.
