@@ -91,6 +91,9 @@ type Datapath struct {
 	linkMu   sync.Mutex // orders changes of links
 	attached bool       // all of them are made
 
+	detached    atomic.Bool // one is gone, and cannot be made again
+	linkTrouble string      // why, as it was logged; Watch's own
+
 	lost     atomic.Uint32 // families without a route, as in slotRange
 	mu       sync.Mutex    // orders changes of the configuration and of slots
 	settings bpf.Settings

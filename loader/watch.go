@@ -143,10 +143,19 @@ func (d *Datapath) mendLinks() {
 	for _, name := range names {
 		d.options.Log.Warn("mended a link", "program", name)
 	}
-	if err != nil {
+	d.detached.Store(err != nil)
+	if err == nil {
+		d.linkTrouble = ""
+	} else if text := err.Error(); text != d.linkTrouble {
+		// Once: it is tried again every second.
+		d.linkTrouble = text
 		d.options.Log.Error("cannot keep the programs attached", "error", err)
 	}
 }
+
+// Detached tells whether a program is not attached, and cannot be: what it was
+// attached to may be gone.
+func (d *Datapath) Detached() bool { return d.detached.Load() }
 
 // listen turns the kernel's news into a signal. It ends with ctx.
 func (d *Datapath) listen(ctx context.Context, news chan<- struct{}, done chan<- struct{}) {

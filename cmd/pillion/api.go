@@ -99,6 +99,7 @@ func (i *instance) problems(s *loader.Stats) []string {
 		}
 	}
 	add(i.state(s) == admin.StateStale, "The handler does not get its own test connections: new connections go by on_failure. Run pillion doctor.")
+	add(i.datapath.Detached(), "Programs are not attached, and cannot be attached again: connections are not captured. Is the cgroup gone?")
 	add(s.Busy, "The accept queues are nearly full: new connections go by on_failure.")
 	add(s.EventsLost > 0, "Some flow records of the kernel side were lost: connections end faster than they are read.")
 	add(!i.datapath.Usable(true), "IPv6 is switched off in this network namespace: IPv6 connections go by on_failure.")
