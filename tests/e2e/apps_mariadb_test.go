@@ -2,41 +2,18 @@ package e2e
 
 import (
 	"fmt"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
-	"golang.org/x/sys/unix"
 )
-
-// mariadb runs a new MariaDB on port 3306 of both far addresses.
-func mariadb(t testing.TB, r *rig.Rig) {
-	t.Helper()
-	uid, gid := account(t, "mysql")
-	dir := rig.Dir(t, uid, gid)
-	data := filepath.Join(dir, "data")
-	out, err := exec.Command("mariadb-install-db", "--no-defaults", "--user=mysql", "--datadir="+data,
-		"--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve").CombinedOutput()
-	if err != nil {
-		t.Fatalf("mariadb-install-db: %v\n%s", err, out)
-	}
-	r.Give(t, rig.Far4)
-	r.Give(t, rig.Far6)
-	// It keeps nothing, so it need not end in order.
-	r.Daemon(t, exec.Command("mariadbd", "--no-defaults", "--user=mysql", "--datadir="+data,
-		"--socket="+filepath.Join(dir, "socket"), "--pid-file="+filepath.Join(dir, "pid"),
-		"--bind-address="+rig.Far4.String()+","+rig.Far6.String(), "--port=3306", "--skip-grant-tables",
-		"--skip-name-resolve", "--max-allowed-packet=64M", "--innodb-buffer-pool-size=16M"), unix.SIGKILL, at4(3306))
-}
 
 // TestMariaDB is a protocol whose server speaks first.
 func TestMariaDB(t *testing.T) {
 	testutil.Need(t, "mariadbd", "mariadb", "mariadb-install-db")
 	r := rig.New(t)
-	mariadb(t, r)
+	r.MariaDB(t)
 	s := play(t, r, "")
 	query := func(stdin, host string, args ...string) string {
 		t.Helper()

@@ -2,108 +2,16 @@ package e2e
 
 import (
 	"bytes"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"fmt"
-	"math/big"
 	"os"
-	"os/exec"
-	"os/user"
 	"path/filepath"
-	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
-	"golang.org/x/sys/unix"
 )
-
-// account returns the ids of a user that a package made.
-func account(t testing.TB, name string) (uid, gid int) {
-	t.Helper()
-	u, err := user.Lookup(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if uid, err = strconv.Atoi(u.Uid); err == nil {
-		gid, err = strconv.Atoi(u.Gid)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	return uid, gid
-}
-
-// certificate writes a key and its own certificate into dir, for the user.
-func certificate(t testing.TB, dir string, uid, gid int) (cert, key string) {
-	t.Helper()
-	secret, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text := x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "world"},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-	}
-	der, err := x509.CreateCertificate(rand.Reader, &text, &text, &secret.PublicKey, secret)
-	if err != nil {
-		t.Fatal(err)
-	}
-	secretDER, err := x509.MarshalECPrivateKey(secret)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, key = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	for path, block := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: der}, key: {Type: "EC PRIVATE KEY", Bytes: secretDER}} {
-		if err := os.WriteFile(path, pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Chown(path, uid, gid); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return cert, key
-}
-
-// postgres runs a new PostgreSQL on port 5432 of both far addresses.
-func postgres(t testing.TB, r *rig.Rig) {
-	t.Helper()
-	found, err := filepath.Glob("/usr/lib/postgresql/*/bin/postgres")
-	if err != nil || len(found) == 0 {
-		testutil.Need(t, "postgres")
-		t.Fatalf("no postgres below /usr/lib/postgresql: %v", err)
-	}
-	bin := filepath.Dir(found[len(found)-1])
-	uid, gid := account(t, "postgres")
-	dir := rig.Dir(t, uid, gid)
-	as := func(name string, args ...string) *exec.Cmd {
-		cmd := exec.Command(filepath.Join(bin, name), args...)
-		cmd.Dir = dir
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}}
-		return cmd
-	}
-	data := filepath.Join(dir, "data")
-	if out, err := as("initdb", "-D", data, "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C", "--no-sync").CombinedOutput(); err != nil {
-		t.Fatalf("initdb: %v\n%s", err, out)
-	}
-	hba := "host all all 0.0.0.0/0 trust\nhost all all ::/0 trust\n"
-	if err := os.WriteFile(filepath.Join(data, "pg_hba.conf"), []byte(hba), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cert, key := certificate(t, dir, uid, gid)
-	r.Give(t, rig.Far4)
-	r.Give(t, rig.Far6)
-	r.Daemon(t, as("postgres", "-D", data, "-h", rig.Far4.String()+","+rig.Far6.String(), "-p", "5432", "-k", dir,
-		"-c", "fsync=off", "-c", "ssl=on", "-c", "ssl_cert_file="+cert, "-c", "ssl_key_file="+key, "-c", "shared_buffers=32MB"),
-		unix.SIGINT, at4(5432))
-}
 
 // sql prepares the arguments of psql for one statement.
 func sql(host, options, statement string) []string {
@@ -113,7 +21,7 @@ func sql(host, options, statement string) []string {
 func TestPostgreSQL(t *testing.T) {
 	testutil.Need(t, "psql", "pgbench")
 	r := rig.New(t)
-	postgres(t, r)
+	r.PostgreSQL(t)
 	s := play(t, r, "")
 	psql := func(host, options, statement string) string {
 		t.Helper()

@@ -3,27 +3,13 @@ package e2e
 import (
 	"fmt"
 	"net/netip"
-	"os/exec"
 	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
-	"golang.org/x/sys/unix"
 )
-
-// redis runs a server without a disk.
-func redis(t testing.TB, r *rig.Rig, at ...netip.AddrPort) {
-	t.Helper()
-	args := []string{"--port", strconv.Itoa(int(at[0].Port())), "--save", "", "--appendonly", "no",
-		"--protected-mode", "no", "--dir", t.TempDir(), "--daemonize", "no", "--bind"}
-	for _, a := range at {
-		r.Give(t, a.Addr())
-		args = append(args, a.Addr().String())
-	}
-	r.Daemon(t, exec.Command("redis-server", args...), unix.SIGTERM, at[0])
-}
 
 // redisCLI runs redis-cli as an application.
 func redisCLI(t testing.TB, r *rig.Rig, stdin string, at netip.AddrPort, args ...string) string {
@@ -46,7 +32,7 @@ const counter = "counter:__rand_int__"
 func TestRedis(t *testing.T) {
 	testutil.Need(t, "redis-server", "redis-cli", "redis-benchmark")
 	r := rig.New(t)
-	redis(t, r, at4(6379), at6(6379))
+	r.Redis(t, at4(6379), at6(6379))
 	s := play(t, r, "")
 	for _, at := range []netip.AddrPort{at4(6379), at6(6379)} {
 		same(t, "PING", redisCLI(t, r, "", at, "PING"), "PONG")
@@ -73,8 +59,8 @@ func TestRedisService(t *testing.T) {
 	testutil.Need(t, "redis-server", "redis-cli", "redis-benchmark")
 	r := rig.New(t)
 	// A server of each family behind an address of IPv4.
-	redis(t, r, at4(6381))
-	redis(t, r, at6(6382))
+	r.Redis(t, at4(6381))
+	r.Redis(t, at6(6382))
 	cache := netip.MustParseAddrPort("10.96.0.79:6379")
 	s := play(t, r, fmt.Sprintf("services: [{name: cache, address: %q, endpoints: [%q, %q]}]", cache, at4(6381), at6(6382)))
 	redisBenchmark(t, r, cache, "-n", "12000", "-c", "40", "-t", "incr")

@@ -64,18 +64,7 @@ func runApp(t testing.TB, r *rig.Rig, stdin, name string, args ...string) string
 }
 
 func tryApp(r *rig.Rig, stdin, name string, args ...string) (string, error) {
-	cmd := r.Command(name, args...)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &stdout, &stderr
-	if err := r.Start(cmd); err != nil {
-		return "", err
-	}
-	late := time.AfterFunc(appLimit, func() { cmd.Process.Kill() })
-	defer late.Stop()
-	if err := cmd.Wait(); err != nil {
-		return stdout.String(), fmt.Errorf("%w: %s", err, stderr.String())
-	}
-	return stdout.String(), nil
+	return r.Feed(appLimit, stdin, name, args...)
 }
 
 // same fails the test unless a program wrote exactly this.

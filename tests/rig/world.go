@@ -63,6 +63,7 @@ type Process struct {
 	Cmd   *exec.Cmd
 	Log   *Log
 	home  *testutil.Cgroup
+	stop  os.Signal
 	ended chan struct{}
 }
 
@@ -70,7 +71,7 @@ type Process struct {
 // told to end by stop, and killed with all its children if it does not.
 func StartProcess(t testing.TB, ns *testutil.NS, cmd *exec.Cmd, stop os.Signal) *Process {
 	t.Helper()
-	p := &Process{Cmd: cmd, Log: &Log{}, home: testutil.NewCgroup(t), ended: make(chan struct{})}
+	p := &Process{Cmd: cmd, Log: &Log{}, home: testutil.NewCgroup(t), stop: stop, ended: make(chan struct{})}
 	cmd.Stdout, cmd.Stderr = p.Log, p.Log
 	if err := (testutil.Place{NS: ns, Cgroup: p.home}).Start(cmd); err != nil {
 		t.Fatal(err)
@@ -80,17 +81,24 @@ func StartProcess(t testing.TB, ns *testutil.NS, cmd *exec.Cmd, stop os.Signal) 
 		close(p.ended)
 	}()
 	t.Cleanup(func() {
-		cmd.Process.Signal(stop)
-		select {
-		case <-p.ended:
-		case <-time.After(stopLimit):
-		}
-		p.Kill(t)
+		p.End(t)
 		if t.Failed() {
 			t.Logf("log of %s:\n%s", cmd.Path, p.Log)
 		}
 	})
 	return p
+}
+
+// End tells the process to end, and kills it with all its children if it does
+// not. One that has ended is no error.
+func (p *Process) End(t testing.TB) {
+	t.Helper()
+	p.Cmd.Process.Signal(p.stop)
+	select {
+	case <-p.ended:
+	case <-time.After(stopLimit):
+	}
+	p.Kill(t)
 }
 
 // Kill ends the process and its children without their knowing, and waits until
@@ -127,8 +135,8 @@ func (p *Process) Running(t testing.TB) {
 
 // Daemon runs a server in the world until the end of the test, and waits until
 // it listens on addr. It is then told to end by stop, and killed with all its
-// children if it does not.
-func (r *Rig) Daemon(t testing.TB, cmd *exec.Cmd, stop os.Signal, addr netip.AddrPort) {
+// children if it does not. What it returns ends it before.
+func (r *Rig) Daemon(t testing.TB, cmd *exec.Cmd, stop os.Signal, addr netip.AddrPort) (end func()) {
 	t.Helper()
 	p := StartProcess(t, r.World, cmd, stop)
 	testutil.Eventually(t, Limit, func() bool {
@@ -141,6 +149,7 @@ func (r *Rig) Daemon(t testing.TB, cmd *exec.Cmd, stop os.Signal, addr netip.Add
 			return c.Close()
 		}) == nil
 	}, cmd.Path, " listens on ", addr, "\n", p.Log)
+	return func() { p.End(t) }
 }
 
 // Dir makes a directory that a user other than root can reach, and gives it to
