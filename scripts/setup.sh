@@ -1,7 +1,7 @@
 #!/bin/bash
 # Installs what a target of the Makefile needs on Debian 12 and is not there.
 #
-#   scripts/setup.sh GROUP...     build generate check demo test bench traps vm
+#   scripts/setup.sh GROUP...     build generate check demo test suites bench traps vm
 #
 # It says nothing and needs no privilege when nothing is missing. It starts no
 # service: a service that its package starts is Debian's, not a test's.
@@ -20,7 +20,11 @@ tests=("${demo[@]}" "${check[@]}" node=nodejs strace=strace musl-gcc=musl-tools 
 	psql=postgresql-client
 	'/usr/lib/postgresql/*/bin/postgres=postgresql'
 	'/usr/lib/postgresql/*/bin/pgbench=postgresql-contrib'
-	mariadbd=mariadb-server mariadb=mariadb-client)
+	mariadbd=mariadb-server mariadb=mariadb-client
+	mariadb-slap=mariadb-client sysbench=sysbench mosquitto=mosquitto
+	mosquitto_sub=mosquitto-clients)
+suites=("${tests[@]}" make=make perl=perl stunnel4=stunnel4
+	/usr/include/openssl/ssl.h=libssl-dev /usr/include/zlib.h=zlib1g-dev)
 bench=(haproxy=haproxy nginx=nginx-light
 	/usr/lib/nginx/modules/ngx_stream_module.so=libnginx-mod-stream)
 traps=("${tests[@]}" "${bench[@]}" python3=python3
@@ -129,10 +133,11 @@ main() {
 		check) needs+=("${check[@]}") ;;
 		demo) needs+=("${demo[@]}") ;;
 		test) needs+=("${tests[@]}") ;;
+		suites) needs+=("${suites[@]}") ;;
 		bench) needs+=("${bench[@]}") ;;
 		traps) needs+=("${traps[@]}") ;;
 		vm) needs+=("${vm[@]}") ;;
-		*) die "no group $group: build generate check demo test bench traps vm" ;;
+		*) die "no group $group: build generate check demo test suites bench traps vm" ;;
 		esac
 	done
 	check_go
@@ -151,6 +156,6 @@ main() {
 }
 
 if (($# == 0)); then
-	die 'which group? build generate check demo test bench vm'
+	die 'which group? build generate check demo test suites bench vm'
 fi
 main "$@"
