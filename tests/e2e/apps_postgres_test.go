@@ -7,16 +7,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
-
-// sql prepares the arguments of psql for one statement.
-func sql(host, options, statement string) []string {
-	return []string{"-X", "-A", "-t", "-q", "-v", "ON_ERROR_STOP=1", "-d", fmt.Sprintf("host=%s port=5432 user=postgres dbname=postgres connect_timeout=20 %s", host, options), "-c", statement}
-}
 
 func TestPostgreSQL(t *testing.T) {
 	testutil.Need(t, "psql", "pgbench")
@@ -25,7 +19,7 @@ func TestPostgreSQL(t *testing.T) {
 	s := play(t, r, "")
 	psql := func(host, options, statement string) string {
 		t.Helper()
-		return runApp(t, r, "", "psql", sql(host, options, statement)...)
+		return runApp(t, r, "", "psql", rig.SQL(host, options, statement)...)
 	}
 
 	// The client asks whether TLS is spoken, and waits for one byte.
@@ -53,7 +47,11 @@ func TestPostgreSQL(t *testing.T) {
 	}
 	conns += 4
 
-	conns += pgCancel(t, s, psql)
+	out, looks := r.Cancel(t)
+	if !strings.Contains(out, "canceling statement due to user request") {
+		t.Errorf("psql: %s", out)
+	}
+	conns += looks
 
 	// pgbench with connections kept, and with one for each transaction.
 	pgbench := func(args ...string) string {
@@ -71,30 +69,4 @@ func TestPostgreSQL(t *testing.T) {
 	}
 	same(t, "transactions", psql("198.51.100.7", "", "select count(*) from pgbench_history"), "460")
 	s.AllRelayed(t, conns+1+8+60+1)
-}
-
-// pgCancel has psql cancel a statement, which takes a connection of its own. It
-// returns how many connections it made at least.
-func pgCancel(t *testing.T, s *stage, psql func(host, options, statement string) string) int {
-	t.Helper()
-	cmd := s.Command("psql", sql("198.51.100.7", "sslmode=prefer application_name=sleeper", "select pg_sleep(600)")...)
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := s.Start(cmd); err != nil {
-		t.Fatal(err)
-	}
-	late := time.AfterFunc(appLimit, func() { cmd.Process.Kill() })
-	defer late.Stop()
-	looks := 0
-	testutil.Eventually(t, rig.Limit, func() bool {
-		looks++
-		return strings.TrimSpace(psql("198.51.100.7", "", "select count(*) from pg_stat_activity where wait_event = 'PgSleep'")) == "1"
-	}, "the statement runs")
-	if err := cmd.Process.Signal(os.Interrupt); err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Wait(); err == nil || !strings.Contains(out.String(), "canceling statement due to user request") {
-		t.Errorf("psql: %v\n%s", err, out.String())
-	}
-	return looks + 2
 }

@@ -32,7 +32,8 @@ func Account(t testing.TB, name string) (uid, gid int) {
 	return uid, gid
 }
 
-// Certificate writes a key and its own certificate into dir, for the user.
+// Certificate writes a key and its own certificate, of the name world, into dir,
+// for the user.
 func Certificate(t testing.TB, dir string, uid, gid int) (cert, key string) {
 	t.Helper()
 	secret, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -40,7 +41,7 @@ func Certificate(t testing.TB, dir string, uid, gid int) (cert, key string) {
 		t.Fatal(err)
 	}
 	text := x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "world"},
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "world"}, DNSNames: []string{"world"},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
 	}
 	der, err := x509.CreateCertificate(rand.Reader, &text, &text, &secret.PublicKey, secret)
