@@ -60,6 +60,10 @@ test-vm: ## the attach tests on Debian's 6.1, the oldest supported kernel, in qe
 stress: build ## 5,000 connections for two minutes while endpoints come and go (as root)
 	PILLION=$(abspath $(PILLION)) $(GO) test -count=1 -v -timeout 15m ./tests/model -run TestStress -stress 2m
 
+suites: build ## other projects' test suites in full (as root, half an hour)
+	@scripts/setup.sh test
+	PILLION_REQUIRE_ROOT=1 PILLION_SUITES=long PILLION=$(abspath $(PILLION)) $(GO) test -v -count=1 -timeout 120m ./tests/suites
+
 bench: build ## what a hop costs, beside HAProxy and nginx (as root, some minutes)
 	@scripts/setup.sh bench
 	PILLION=$(abspath $(PILLION)) $(GO) run ./tests/bench $(BENCHFLAGS)

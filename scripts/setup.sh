@@ -1,7 +1,7 @@
 #!/bin/bash
 # Installs what a target of the Makefile needs on Debian 12 and is not there.
 #
-#   scripts/setup.sh GROUP...     build generate check demo test suites bench traps vm
+#   scripts/setup.sh GROUP...     build generate check demo test bench traps vm
 #
 # It says nothing and needs no privilege when nothing is missing. It starts no
 # service: a service that its package starts is Debian's, not a test's.
@@ -22,8 +22,7 @@ tests=("${demo[@]}" "${check[@]}" node=nodejs strace=strace musl-gcc=musl-tools 
 	'/usr/lib/postgresql/*/bin/pgbench=postgresql-contrib'
 	mariadbd=mariadb-server mariadb=mariadb-client
 	mariadb-slap=mariadb-client sysbench=sysbench mosquitto=mosquitto
-	mosquitto_sub=mosquitto-clients)
-suites=("${tests[@]}" make=make perl=perl stunnel4=stunnel4
+	mosquitto_sub=mosquitto-clients make=make perl=perl stunnel4=stunnel4
 	/usr/include/openssl/ssl.h=libssl-dev /usr/include/zlib.h=zlib1g-dev)
 bench=(haproxy=haproxy nginx=nginx-light
 	/usr/lib/nginx/modules/ngx_stream_module.so=libnginx-mod-stream)
@@ -133,11 +132,10 @@ main() {
 		check) needs+=("${check[@]}") ;;
 		demo) needs+=("${demo[@]}") ;;
 		test) needs+=("${tests[@]}") ;;
-		suites) needs+=("${suites[@]}") ;;
 		bench) needs+=("${bench[@]}") ;;
 		traps) needs+=("${traps[@]}") ;;
 		vm) needs+=("${vm[@]}") ;;
-		*) die "no group $group: build generate check demo test suites bench traps vm" ;;
+		*) die "no group $group: build generate check demo test bench traps vm" ;;
 		esac
 	done
 	check_go
@@ -156,6 +154,6 @@ main() {
 }
 
 if (($# == 0)); then
-	die 'which group? build generate check demo test suites bench vm'
+	die 'which group? build generate check demo test bench vm'
 fi
 main "$@"

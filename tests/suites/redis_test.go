@@ -34,7 +34,7 @@ func TestRedis(t *testing.T) {
 	r := rig.New(t)
 	ats := []netip.AddrPort{at4(6379), at6(6379)}
 	r.Redis(t, ats...)
-	requests := amount(1600, 64000)
+	requests := amount(800, 64000)
 	runs := ats[:amount(1, 2)]
 	twice(t, r, 2*50*len(runs), func(t testing.TB) (all []string) {
 		for _, at := range runs {
