@@ -49,6 +49,8 @@ func TestMQTT(t *testing.T) {
 			end = serve(t, []unix.Signal{unix.SIGTERM, unix.SIGKILL}[round%2])
 			d.hear(t, "Subscribed")
 		}
+		// The next play's has the same name.
+		d.kill()
 		end()
 		return heard(t, d.said, rounds*3*(messages+1))
 	})

@@ -19,7 +19,8 @@ import (
 type dialog struct {
 	in   io.WriteCloser
 	out  *bufio.Scanner
-	end  func() error
+	end  func() error // waits until it ends, with no more input
+	kill func()
 	said []string
 }
 
@@ -57,12 +58,13 @@ func start(t testing.TB, r *rig.Rig, name string, args ...string) *dialog {
 		}
 		return nil
 	}
-	t.Cleanup(func() {
+	d.kill = func() {
 		if !ended {
 			cmd.Process.Kill()
 			d.end()
 		}
-	})
+	}
+	t.Cleanup(d.kill)
 	return d
 }
 
