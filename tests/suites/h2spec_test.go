@@ -118,9 +118,6 @@ func TestH2spec(t *testing.T) {
 		"tls":   {at6(0), true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if c.secure && !long() {
-				t.Skip("in the long form")
-			}
 			r := rig.New(t)
 			addr, conns := h2server(t, r, c.addr, c.secure)
 			runs, what := []int64{0}, h2cases()

@@ -38,10 +38,13 @@ func TestPgbench(t *testing.T) {
 		t.Helper()
 		return app(t, r, "", "pgbench", append([]string{"-h", host, "-p", "5432", "-U", "postgres"}, append(args, "postgres")...)...)
 	}
-	protocols := []string{"simple", "extended", "prepared"}
-	twice(t, r, 2*len(protocols)*clients, func(t testing.TB) (all []string) {
+	protocols, security := []string{"simple", "prepared", "extended"}, []string{"disable", "require"}
+	if !long() {
+		protocols, security = protocols[:2], security[:1]
+	}
+	twice(t, r, len(security)*len(protocols)*(clients+20), func(t testing.TB) (all []string) {
 		for _, protocol := range protocols {
-			for _, tls := range []string{"disable", "require"} {
+			for _, tls := range security {
 				t.Setenv("PGSSLMODE", tls)
 				pgbench(t, "-i", "-q", "-s", "1")
 				out := pgbench(t, "-n", "-M", protocol, "-c", fmt.Sprint(clients), "-j", "2", "-t", fmt.Sprint(transactions), "--random-seed", "42")
@@ -51,12 +54,17 @@ func TestPgbench(t *testing.T) {
 				if protocol != "simple" {
 					out += pgbench(t, "-n", "-M", protocol, "-c", "2", "-t", "20", "-f", pipelined(t), "--random-seed", "44")
 				}
-				done := pgDone.FindAllString(out, -1)
+				all = append(all, protocol+" "+tls)
+				done := pgDone.FindAllStringSubmatch(out, -1)
+				for _, m := range done {
+					if m[1] != m[2] {
+						t.Errorf("pgbench: %s", m[0])
+					}
+					all = append(all, m[0])
+				}
 				if len(done) < 2 {
 					t.Errorf("pgbench: %s", out)
 				}
-				all = append(all, protocol+" "+tls)
-				all = append(all, done...)
 				all = append(all, pgFailed.FindAllString(out, -1)...)
 				all = append(all, strings.Fields(app(t, r, "", "psql", rig.SQL(host, "", pgSums)...))...)
 			}
