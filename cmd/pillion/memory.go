@@ -2,13 +2,42 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"os"
 	"runtime/debug"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
+
+const (
+	// ebbEvery is how often it is looked whether a flood of connections is over.
+	ebbEvery = 5 * time.Second
+	// ebbLeast is how many connections there must have been.
+	ebbLeast = 500
+)
+
+// ebb gives memory back, until ctx is done, each time that most of many
+// connections have ended: the runtime does it by itself, but takes minutes.
+func ebb(ctx context.Context, live func() int) error {
+	tick := time.NewTicker(ebbEvery)
+	defer tick.Stop()
+	for most := 0; ; {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		now := live()
+		most = max(most, now)
+		if most >= ebbLeast && now < most/4 {
+			trim()
+			most = now
+		}
+	}
+}
 
 // trim gives back the memory that only the start needed: the heap of parsing
 // and loading, and the pages of the program itself, of which serving uses a

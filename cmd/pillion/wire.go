@@ -385,6 +385,7 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 	helpers.run("admin", func(ctx context.Context) error { return admin.Serve(ctx, i.socket, i.api()) })
 	helpers.run("watch", i.datapath.Watch)
 	helpers.run("tidy", i.datapath.Tidy)
+	helpers.run("ebb", func(ctx context.Context) error { return ebb(ctx, func() int { return i.handler.Stats().Live }) })
 	if i.public != nil {
 		helpers.run("metrics", func(ctx context.Context) error { return serveMetrics(ctx, i.public, i.metrics.Handler()) })
 	}
