@@ -21,6 +21,7 @@ EXPORT(struct, service);
 EXPORT(struct, endpoint_key);
 EXPORT(struct, rule_key);
 EXPORT(struct, prefix_key);
+EXPORT(struct, route);
 EXPORT(struct, ip_addr);
 EXPORT(struct, conn_event);
 EXPORT(struct, held);

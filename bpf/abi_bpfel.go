@@ -70,6 +70,7 @@ type abiDecision struct {
 	Mark     uint32
 	Orig     abiIpAddr
 	Bound    abiIpAddr
+	Seen     abiIpAddr
 	Cgroup   uint64
 	Group    uint64
 	Opened   uint64
@@ -176,6 +177,7 @@ type abiLive struct {
 	Zero         uint16
 	UserTimeout  uint32
 	Congestion   [16]uint8
+	Seen         abiIpAddr
 }
 
 type abiLiveKey struct {
@@ -247,6 +249,12 @@ const (
 	abiReasonREASON_LIVE_LOST      abiReason = 41
 	abiReasonREASON__COUNT         abiReason = 42
 )
+
+type abiRoute struct {
+	_      structs.HostLayout
+	Kind   uint32
+	Source abiIpAddr
+}
 
 type abiRouteKind uint32
 
@@ -359,6 +367,7 @@ const (
 	abiVarExportOnFailure    = "export_on_failure"
 	abiVarExportPrefixKey    = "export_prefix_key"
 	abiVarExportReason       = "export_reason"
+	abiVarExportRoute        = "export_route"
 	abiVarExportRouteKind    = "export_route_kind"
 	abiVarExportRuleKey      = "export_rule_key"
 	abiVarExportService      = "export_service"
@@ -442,6 +451,7 @@ type abiVariableSpecs struct {
 	ExportOnFailure    *ebpf.VariableSpec `ebpf:"export_on_failure"`
 	ExportPrefixKey    *ebpf.VariableSpec `ebpf:"export_prefix_key"`
 	ExportReason       *ebpf.VariableSpec `ebpf:"export_reason"`
+	ExportRoute        *ebpf.VariableSpec `ebpf:"export_route"`
 	ExportRouteKind    *ebpf.VariableSpec `ebpf:"export_route_kind"`
 	ExportRuleKey      *ebpf.VariableSpec `ebpf:"export_rule_key"`
 	ExportService      *ebpf.VariableSpec `ebpf:"export_service"`
@@ -501,6 +511,7 @@ type abiVariables struct {
 	ExportOnFailure    *ebpf.Variable `ebpf:"export_on_failure"`
 	ExportPrefixKey    *ebpf.Variable `ebpf:"export_prefix_key"`
 	ExportReason       *ebpf.Variable `ebpf:"export_reason"`
+	ExportRoute        *ebpf.Variable `ebpf:"export_route"`
 	ExportRouteKind    *ebpf.Variable `ebpf:"export_route_kind"`
 	ExportRuleKey      *ebpf.Variable `ebpf:"export_rule_key"`
 	ExportService      *ebpf.Variable `ebpf:"export_service"`

@@ -1,8 +1,6 @@
 //go:build ignore
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* connect(2), bind(2) and getpeername(2) of the sockets in scope, and the end
- * of a socket.
- */
+/* connect(2) and bind(2) of the sockets in scope, and the end of a socket. */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 #include "include/config.h"
@@ -21,6 +19,7 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 struct gathered {
 	struct ip_addr dst;
 	struct ip_addr bound;
+	struct ip_addr source; /* out: that of the route */
 	__u64 now;
 	__u64 group;
 	__u64 mark;
@@ -56,16 +55,22 @@ static __always_inline bool rule_names(void *trie, const struct gathered *g)
 	return bpf_map_lookup_elem(trie, &u.k) != NULL;
 }
 
-static __always_inline bool has_route(const struct ip_addr *dst)
+/* has_route also notes the route's source, which is what a socket without an
+ * address of its own would get.
+ */
+static __always_inline bool has_route(struct gathered *g)
 {
 	union {
 		__u64 d[3];
 		struct prefix_key k;
-	} u = { .d = { PAIR(128, dst->w[0]), PAIR(dst->w[1], dst->w[2]),
-		       dst->w[3] } };
-	__u32 *kind = bpf_map_lookup_elem(&routes, &u.k);
+	} u = { .d = { PAIR(128, g->dst.w[0]), PAIR(g->dst.w[1], g->dst.w[2]),
+		       g->dst.w[3] } };
+	struct route *way = bpf_map_lookup_elem(&routes, &u.k);
 
-	return kind && *kind == ROUTE_UNICAST;
+	if (!way)
+		return false;
+	g->source = LOAD_IP6(way->source.w);
+	return way->kind == ROUTE_UNICAST;
 }
 
 /* slot_answers runs the sk_lookup programs of the socket's namespace for a slot
@@ -271,6 +276,9 @@ static __always_inline bool remember(struct bpf_sock_addr *ctx,
 	d->orig = g->dst;
 	d->orig_port = g->port;
 	d->bound = g->bound;
+	d->seen = g->source;
+	if (is_bound(&g->bound))
+		__builtin_memset(&d->seen, 0, sizeof(d->seen));
 	d->mark = g->mark;
 	d->priority = g->priority;
 	d->cgroup = bpf_get_current_cgroup_id();
@@ -344,17 +352,17 @@ on_connect(struct bpf_sock_addr *ctx, struct gathered *g, struct ip_addr *slot)
 		f.denied = set->deny_rules && rule_names(&deny, g);
 		f.excluded = set->exclude_rules && rule_names(&exclude, g);
 		service = bpf_map_lookup_elem(&services, &key.k);
-		f.service = service != NULL;
-		f.default_pass = set->default_path == PATH_PASS;
-		f.foreign = is_bound(&g->bound) &&
-			    !bpf_map_lookup_elem(&own_addrs, &g->bound);
-		f.routed = f.service || has_route(&g->dst);
 		if (service) {
+			f.service = true;
 			on_failure = service->on_failure;
 			mode = service->connect;
 			unavailable = service->unavailable;
 			no_endpoint = service->no_endpoint;
 		}
+		f.default_pass = set->default_path == PATH_PASS;
+		f.foreign = is_bound(&g->bound) &&
+			    !bpf_map_lookup_elem(&own_addrs, &g->bound);
+		f.routed = has_route(g);
 		why = by_rules(&f);
 		if (why == REASON_SERVICE && g->now < unavailable) {
 			why = REASON_NO_ENDPOINT;
@@ -447,45 +455,6 @@ int pl_connect6(struct bpf_sock_addr *ctx)
 	default:
 		return PROCEED;
 	}
-}
-
-/* orig_of resolves one of our slots. A free one resolves to nothing. */
-static __always_inline struct slot *orig_of(const struct ip_addr *a)
-{
-	int n = slot_of(a, cfg_slot4, cfg_slot6);
-	struct slot *s;
-	__u64 index;
-
-	if (n < 0)
-		return NULL;
-	index = n;
-	s = bpf_map_lookup_elem(&slots, &index);
-	if (!s || s->state == SLOT_FREE)
-		return NULL;
-	return s;
-}
-
-SEC("cgroup/getpeername4")
-int pl_getpeername4(struct bpf_sock_addr *ctx)
-{
-	struct ip_addr a = mapped(ctx->user_ip4);
-	struct slot *s = orig_of(&a);
-
-	if (s)
-		ctx->user_ip4 = s->orig.w[3];
-	return PROCEED;
-}
-
-SEC("cgroup/getpeername6")
-int pl_getpeername6(struct bpf_sock_addr *ctx)
-{
-	struct ip_addr a = LOAD_IP6(ctx->user_ip6);
-	struct slot *s = orig_of(&a);
-
-	if (!s)
-		return PROCEED;
-	STORE_IP6(ctx->user_ip6, s->orig);
-	return PROCEED;
 }
 
 /* A listener on one of our slots would answer in the handler's place if the

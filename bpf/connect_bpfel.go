@@ -16,40 +16,38 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	connectMapAnswered        = "answered"
-	connectMapBeat            = "beat"
-	connectMapDecisions       = "decisions"
-	connectMapDeny            = "deny"
-	connectMapDeparted        = "departed"
-	connectMapEvents          = "events"
-	connectMapExclude         = "exclude"
-	connectMapFreeSlots       = "free_slots"
-	connectMapHeld            = "held"
-	connectMapInstance        = "instance"
-	connectMapListeners       = "listeners"
-	connectMapLive            = "live"
-	connectMapOwnAddrs        = "own_addrs"
-	connectMapReasons         = "reasons"
-	connectMapRoutes          = "routes"
-	connectMapServices        = "services"
-	connectMapSettings        = "settings"
-	connectMapSlotByOrig      = "slot_by_orig"
-	connectMapSlots           = "slots"
-	connectMapState           = "state"
-	connectMapTallies         = "tallies"
-	connectMapUsageByGroup    = "usage_by_group"
-	connectProgPlBind4        = "pl_bind4"
-	connectProgPlBind6        = "pl_bind6"
-	connectProgPlConnect4     = "pl_connect4"
-	connectProgPlConnect6     = "pl_connect6"
-	connectProgPlGetpeername4 = "pl_getpeername4"
-	connectProgPlGetpeername6 = "pl_getpeername6"
-	connectProgPlRelease      = "pl_release"
-	connectVarCfgFrameTag     = "cfg_frame_tag"
-	connectVarCfgNetns        = "cfg_netns"
-	connectVarCfgScopeLevel   = "cfg_scope_level"
-	connectVarCfgSlot4        = "cfg_slot4"
-	connectVarCfgSlot6        = "cfg_slot6"
+	connectMapAnswered      = "answered"
+	connectMapBeat          = "beat"
+	connectMapDecisions     = "decisions"
+	connectMapDeny          = "deny"
+	connectMapDeparted      = "departed"
+	connectMapEvents        = "events"
+	connectMapExclude       = "exclude"
+	connectMapFreeSlots     = "free_slots"
+	connectMapHeld          = "held"
+	connectMapInstance      = "instance"
+	connectMapListeners     = "listeners"
+	connectMapLive          = "live"
+	connectMapOwnAddrs      = "own_addrs"
+	connectMapReasons       = "reasons"
+	connectMapRoutes        = "routes"
+	connectMapServices      = "services"
+	connectMapSettings      = "settings"
+	connectMapSlotByOrig    = "slot_by_orig"
+	connectMapSlots         = "slots"
+	connectMapState         = "state"
+	connectMapTallies       = "tallies"
+	connectMapUsageByGroup  = "usage_by_group"
+	connectProgPlBind4      = "pl_bind4"
+	connectProgPlBind6      = "pl_bind6"
+	connectProgPlConnect4   = "pl_connect4"
+	connectProgPlConnect6   = "pl_connect6"
+	connectProgPlRelease    = "pl_release"
+	connectVarCfgFrameTag   = "cfg_frame_tag"
+	connectVarCfgNetns      = "cfg_netns"
+	connectVarCfgScopeLevel = "cfg_scope_level"
+	connectVarCfgSlot4      = "cfg_slot4"
+	connectVarCfgSlot6      = "cfg_slot6"
 )
 
 // loadConnect returns the embedded CollectionSpec for connect.
@@ -94,13 +92,11 @@ type connectSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectProgramSpecs struct {
-	PlBind4        *ebpf.ProgramSpec `ebpf:"pl_bind4"`
-	PlBind6        *ebpf.ProgramSpec `ebpf:"pl_bind6"`
-	PlConnect4     *ebpf.ProgramSpec `ebpf:"pl_connect4"`
-	PlConnect6     *ebpf.ProgramSpec `ebpf:"pl_connect6"`
-	PlGetpeername4 *ebpf.ProgramSpec `ebpf:"pl_getpeername4"`
-	PlGetpeername6 *ebpf.ProgramSpec `ebpf:"pl_getpeername6"`
-	PlRelease      *ebpf.ProgramSpec `ebpf:"pl_release"`
+	PlBind4    *ebpf.ProgramSpec `ebpf:"pl_bind4"`
+	PlBind6    *ebpf.ProgramSpec `ebpf:"pl_bind6"`
+	PlConnect4 *ebpf.ProgramSpec `ebpf:"pl_connect4"`
+	PlConnect6 *ebpf.ProgramSpec `ebpf:"pl_connect6"`
+	PlRelease  *ebpf.ProgramSpec `ebpf:"pl_release"`
 }
 
 // connectMapSpecs contains maps before they are loaded into the kernel.
@@ -228,13 +224,11 @@ type connectVariables struct {
 //
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectPrograms struct {
-	PlBind4        *ebpf.Program `ebpf:"pl_bind4"`
-	PlBind6        *ebpf.Program `ebpf:"pl_bind6"`
-	PlConnect4     *ebpf.Program `ebpf:"pl_connect4"`
-	PlConnect6     *ebpf.Program `ebpf:"pl_connect6"`
-	PlGetpeername4 *ebpf.Program `ebpf:"pl_getpeername4"`
-	PlGetpeername6 *ebpf.Program `ebpf:"pl_getpeername6"`
-	PlRelease      *ebpf.Program `ebpf:"pl_release"`
+	PlBind4    *ebpf.Program `ebpf:"pl_bind4"`
+	PlBind6    *ebpf.Program `ebpf:"pl_bind6"`
+	PlConnect4 *ebpf.Program `ebpf:"pl_connect4"`
+	PlConnect6 *ebpf.Program `ebpf:"pl_connect6"`
+	PlRelease  *ebpf.Program `ebpf:"pl_release"`
 }
 
 func (p *connectPrograms) Close() error {
@@ -243,8 +237,6 @@ func (p *connectPrograms) Close() error {
 		p.PlBind6,
 		p.PlConnect4,
 		p.PlConnect6,
-		p.PlGetpeername4,
-		p.PlGetpeername6,
 		p.PlRelease,
 	)
 }

@@ -213,7 +213,7 @@ func (h *hooks) serve(t *testing.T) {
 		} else {
 			addr = FromAddr(pfx.Addr())
 		}
-		h.put(t, "routes", PrefixKey{Prefixlen: uint32(pfx.Bits()), Addr: abiIpAddr(addr)}, RouteUnicast)
+		h.put(t, "routes", PrefixKey{Prefixlen: uint32(pfx.Bits()), Addr: abiIpAddr(addr)}, Route{Kind: RouteUnicast})
 	}
 }
 
@@ -296,8 +296,15 @@ func (h *hooks) reasons(t *testing.T) map[string]uint64 {
 }
 
 // events reads n records of the ring, or more if there are: kind, path, reason and
-// original destination of each. The kernel side does not wake a reader.
+// original destination of each.
 func (h *hooks) events(t *testing.T, n int) []string {
+	t.Helper()
+	return h.records(t, n, func(raw []byte) string { return h.describe(t, raw) })
+}
+
+// records reads n records of the ring, or more if there are, in words and sorted.
+// The kernel side does not wake a reader.
+func (h *hooks) records(t *testing.T, n int, describe func(raw []byte) string) []string {
 	t.Helper()
 	r, err := ringbuf.NewReader(h.maps["events"])
 	if err != nil {
@@ -315,7 +322,7 @@ func (h *hooks) events(t *testing.T, n int) []string {
 			if err != nil {
 				t.Fatalf("read events: %v", err)
 			}
-			all = append(all, h.describe(t, record.RawSample))
+			all = append(all, describe(record.RawSample))
 		}
 	}, "events")
 	slices.Sort(all)
@@ -422,16 +429,30 @@ func TestLiveEntry(t *testing.T) {
 	testutil.CheckLeaks(t)
 	h := newHooks(t)
 	h.serve(t)
-	for _, tt := range []struct{ source, dst, slot string }{
-		{"192.0.2.1", "10.96.0.12:8080", "240.5.0.1"},
-		{"2001:db8::5", "[2001:db8::7]:443", "fd70:696c:6c69:9::2"},
+	const routed = "192.0.2.50"
+	h.put(t, "routes", PrefixKey{Prefixlen: 128, Addr: abiIpAddr(FromAddr(netip.MustParseAddr("10.96.0.13")))},
+		Route{Kind: RouteUnicast, Source: abiIpAddr(FromAddr(netip.MustParseAddr(routed)))})
+	for _, tt := range []struct {
+		source, dst, slot string
+		bound, seen       netip.Addr
+	}{
+		{"192.0.2.1", "10.96.0.12:8080", "240.5.0.1", netip.MustParseAddr("192.0.2.1"), netip.Addr{}},
+		{"2001:db8::5", "[2001:db8::7]:443", "fd70:696c:6c69:9::2", netip.MustParseAddr("2001:db8::5"), netip.Addr{}},
+		// The route has a source, but the application's own counts.
+		{"192.0.2.2", "10.96.0.13:8080", "240.5.0.3", netip.MustParseAddr("192.0.2.2"), netip.Addr{}},
+		// It bound nothing, so the upstream socket is not bound.
+		{"127.0.0.1", "10.96.0.13:8081", "240.5.0.3", netip.Addr{}, netip.MustParseAddr(routed)},
 	} {
 		t.Run(tt.dst, func(t *testing.T) {
 			source, dst := netip.MustParseAddr(tt.source), netip.MustParseAddrPort(tt.dst)
-			h.ns.AddAddr(t, "lo", netip.PrefixFrom(source, source.BitLen()))
-			h.put(t, "own_addrs", FromAddr(source), uint32(1))
+			from := ""
+			if tt.bound.IsValid() {
+				from = tt.source
+				h.ns.AddAddr(t, "lo", netip.PrefixFrom(source, source.BitLen()))
+				h.put(t, "own_addrs", FromAddr(source), uint32(1))
+			}
 			cmd := exec.Command("/proc/self/exe")
-			cmd.Env = append(os.Environ(), envHold+"="+tt.source+" "+tt.dst)
+			cmd.Env = append(os.Environ(), envHold+"="+from+" "+tt.dst)
 			stdin, err := cmd.StdinPipe()
 			if err != nil {
 				t.Fatal(err)
@@ -463,7 +484,8 @@ func TestLiveEntry(t *testing.T) {
 				Slot: abiIpAddr(FromAddr(netip.MustParseAddr(tt.slot))),
 			}
 			want := Live{
-				Cgroup: h.cgroup.ID, Orig: abiIpAddr(FromAddr(dst.Addr())), Bound: abiIpAddr(FromAddr(source)),
+				Cgroup: h.cgroup.ID, Orig: abiIpAddr(FromAddr(dst.Addr())),
+				Bound: abiIpAddr(FromAddr(tt.bound)), Seen: abiIpAddr(FromAddr(tt.seen)),
 				Mark: heldMark, Priority: heldPriority, Tos: heldTOS, Reason: uint8(flow.ReasonDefault),
 				KeepCount: heldCount, KeepIdle: heldIdle, KeepInterval: heldInterval, UserTimeout: heldTimeout,
 			}

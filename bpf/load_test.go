@@ -24,6 +24,8 @@ var programs = map[string]kind{
 	ProgConnect6:     {ebpf.CGroupSockAddr, ebpf.AttachCGroupInet6Connect},
 	ProgGetpeername4: {ebpf.CGroupSockAddr, ebpf.AttachCgroupInet4GetPeername},
 	ProgGetpeername6: {ebpf.CGroupSockAddr, ebpf.AttachCgroupInet6GetPeername},
+	ProgGetsockname4: {ebpf.CGroupSockAddr, ebpf.AttachCgroupInet4GetSockname},
+	ProgGetsockname6: {ebpf.CGroupSockAddr, ebpf.AttachCgroupInet6GetSockname},
 	ProgBind4:        {ebpf.CGroupSockAddr, ebpf.AttachCGroupInet4Bind},
 	ProgBind6:        {ebpf.CGroupSockAddr, ebpf.AttachCGroupInet6Bind},
 	ProgRelease:      {ebpf.CGroupSock, ebpf.AttachCgroupInetSockRelease},

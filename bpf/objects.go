@@ -12,6 +12,8 @@ const (
 	ProgConnect6     = "pl_connect6"
 	ProgGetpeername4 = "pl_getpeername4"
 	ProgGetpeername6 = "pl_getpeername6"
+	ProgGetsockname4 = "pl_getsockname4"
+	ProgGetsockname6 = "pl_getsockname6"
 	ProgBind4        = "pl_bind4"
 	ProgBind6        = "pl_bind6"
 	ProgRelease      = "pl_release"
@@ -29,7 +31,7 @@ type Maps = connectMaps
 // each object's own.
 func Specs() ([]*ebpf.CollectionSpec, error) {
 	var all []*ebpf.CollectionSpec
-	for _, load := range []func() (*ebpf.CollectionSpec, error){loadConnect, loadLookup, loadSockops, loadMirror} {
+	for _, load := range []func() (*ebpf.CollectionSpec, error){loadConnect, loadNames, loadLookup, loadSockops, loadMirror} {
 		spec, err := load()
 		if err != nil {
 			return nil, fmt.Errorf("parse a built-in BPF object: %w", err)

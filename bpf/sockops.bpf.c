@@ -75,7 +75,7 @@ union algorithm {
 static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
 {
 	union {
-		__u64 d[13];
+		__u64 d[15];
 		struct live l;
 	} u = { .d = {
 			bpf_get_socket_cookie(ctx),
@@ -107,6 +107,8 @@ static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
 		       sizeof(congestion));
 	u.d[11] = congestion.d[0];
 	u.d[12] = congestion.d[1];
+	u.d[13] = PAIR(d->seen.w[0], d->seen.w[1]);
+	u.d[14] = PAIR(d->seen.w[2], d->seen.w[3]);
 	if (bpf_map_update_elem(&live, &d->key, &u.l, BPF_ANY)) {
 		count(REASON_LIVE_LOST);
 		return;
@@ -225,6 +227,8 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 	e->sent = ctx->bytes_acked;
 	e->received = ctx->bytes_received;
 	e->source = d->key.source;
+	if (d->path == PATH_RELAY && !is_zero(&d->seen))
+		e->source = d->seen;
 	e->orig = d->orig;
 	e->srtt_us = ctx->srtt_us >> 3; /* kept times eight */
 	e->retransmits = ctx->total_retrans;

@@ -22,6 +22,7 @@ type (
 	EndpointKey = abiEndpointKey
 	RuleKey     = abiRuleKey
 	PrefixKey   = abiPrefixKey
+	Route       = abiRoute
 	ConnEvent   = abiConnEvent
 	Held        = abiHeld
 	// IPAddr is 16 bytes in network byte order, IPv4 as ::ffff:a.b.c.d.
@@ -96,7 +97,7 @@ const (
 
 // Constants of include/abi.h; a test reads the header and compares them.
 const (
-	ABI          = 3
+	ABI          = 4
 	Slots        = 65536
 	SlotFirst    = 1
 	SlotLast     = 0xffef

@@ -19,6 +19,7 @@ func attachOrder(holds bool) []string {
 	order := []string{
 		bpf.ProgLookup,
 		bpf.ProgGetpeername4, bpf.ProgGetpeername6,
+		bpf.ProgGetsockname4, bpf.ProgGetsockname6,
 		bpf.ProgBind4, bpf.ProgBind6,
 		bpf.ProgRelease,
 		bpf.ProgSockops,
@@ -36,6 +37,8 @@ var attachTypes = map[string]ebpf.AttachType{
 	bpf.ProgLookup:       ebpf.AttachSkLookup,
 	bpf.ProgGetpeername4: ebpf.AttachCgroupInet4GetPeername,
 	bpf.ProgGetpeername6: ebpf.AttachCgroupInet6GetPeername,
+	bpf.ProgGetsockname4: ebpf.AttachCgroupInet4GetSockname,
+	bpf.ProgGetsockname6: ebpf.AttachCgroupInet6GetSockname,
 	bpf.ProgBind4:        ebpf.AttachCGroupInet4Bind,
 	bpf.ProgBind6:        ebpf.AttachCGroupInet6Bind,
 	bpf.ProgRelease:      ebpf.AttachCgroupInetSockRelease,

@@ -47,6 +47,9 @@ func (d *Datapath) Live(source, slot netip.AddrPort) (flow.Downstream, bool) {
 	if !ok {
 		return flow.Downstream{}, false
 	}
+	if seen := bpf.ToAddr(l.Seen); seen.IsValid() {
+		source = netip.AddrPortFrom(seen, source.Port())
+	}
 	return flow.Downstream{
 		Cookie:      l.Cookie,
 		Group:       l.Group,

@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/netip"
 
-	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/loader/probe"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -71,8 +70,8 @@ func (n *network) close() {
 // Addresses of the documentation ranges: where a route to the world at large
 // would lead. Nothing is sent there.
 var (
-	anywhere4 = net.IPv4(192, 0, 2, 255)
-	anywhere6 = net.ParseIP("2001:db8:ffff::ffff")
+	anywhere4 = netip.MustParseAddr("192.0.2.255")
+	anywhere6 = netip.MustParseAddr("2001:db8:ffff::ffff")
 )
 
 // source returns the address that the namespace's sockets have towards the
@@ -82,11 +81,8 @@ func (n *network) source(v6 bool) netip.Addr {
 	if v6 {
 		to, fallback = anywhere6, netip.IPv6Loopback()
 	}
-	routes, err := n.handle.RouteGet(to)
-	if err == nil && len(routes) > 0 {
-		if a, ok := netip.AddrFromSlice(routes[0].Src); ok && !a.Unmap().IsLinkLocalUnicast() {
-			return a.Unmap()
-		}
+	if a := n.sourceTo(to); a.IsValid() && !a.IsLinkLocalUnicast() {
+		return a
 	}
 	// No way out: an address that others may reach is the next best.
 	addrs, err := n.addresses()
@@ -116,66 +112,6 @@ func (n *network) addresses() ([]netip.Addr, error) {
 		}
 	}
 	return all, nil
-}
-
-// routeTable lists where the namespace has a way to: prefixes, in the form of
-// the map routes, and whether packets can go there.
-func (n *network) routeTable() (map[netip.Prefix]uint32, error) {
-	list, err := n.handle.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{}, netlink.RT_FILTER_TABLE)
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return nil, fmt.Errorf("list routes: %w", err)
-	}
-	all := make(map[netip.Prefix]uint32, len(list))
-	for i := range list {
-		r := &list[i]
-		p, ok := routePrefix(r)
-		if !ok || r.Table == unix.RT_TABLE_LOCAL {
-			continue
-		}
-		kind := bpf.RouteUnicast
-		switch r.Type {
-		case unix.RTN_UNREACHABLE, unix.RTN_PROHIBIT, unix.RTN_BLACKHOLE, unix.RTN_THROW:
-			kind = bpf.RouteNone
-		}
-		// Of two tables the one that knows a way wins: which one a packet
-		// takes is a matter of rules that we do not read.
-		if all[p] != bpf.RouteUnicast {
-			all[p] = kind
-		}
-	}
-	if len(all) >= routesMax {
-		return map[netip.Prefix]uint32{everything4: bpf.RouteUnicast, everything6: bpf.RouteUnicast}, nil
-	}
-	// An IPv4 address stands below ::/0 in the map, and must not match the
-	// IPv6 default route.
-	if _, ok := all[everything4]; !ok {
-		all[everything4] = bpf.RouteNone
-	}
-	return all, nil
-}
-
-var (
-	everything4 = netip.MustParsePrefix("0.0.0.0/0")
-	everything6 = netip.MustParsePrefix("::/0")
-)
-
-// routesMax is how many routes the kernel side is told of. A router that has
-// more has a way to everywhere.
-const routesMax = 60000
-
-func routePrefix(r *netlink.Route) (netip.Prefix, bool) {
-	if r.Dst == nil {
-		return everything4, r.Family == netlink.FAMILY_V4
-	}
-	ip, ok := netip.AddrFromSlice(r.Dst.IP)
-	bits, size := r.Dst.Mask.Size()
-	if !ok || size == 0 {
-		return netip.Prefix{}, false
-	}
-	if r.Family == netlink.FAMILY_V4 {
-		ip = ip.Unmap()
-	}
-	return netip.PrefixFrom(ip, bits), true
 }
 
 // repair brings a range's routes back, with the source that is right now. It

@@ -63,7 +63,7 @@ func (d *Datapath) syncNetwork() error {
 	if err != nil {
 		return err
 	}
-	routes, err := d.network.routeTable()
+	routes, err := d.network.routeTable(addrs)
 	if err != nil {
 		return err
 	}
@@ -71,9 +71,9 @@ func (d *Datapath) syncNetwork() error {
 	for _, a := range addrs {
 		own[bpf.FromAddr(a)] = 1
 	}
-	ways := make(map[bpf.PrefixKey]uint32, len(routes))
-	for p, kind := range routes {
-		ways[prefixKey(p)] = kind
+	ways := make(map[bpf.PrefixKey]bpf.Route, len(routes))
+	for p, w := range routes {
+		ways[prefixKey(p)] = bpf.Route{Kind: w.kind, Source: bpf.FromAddr(w.source)}
 	}
 	return errors.Join(replace(d.maps.OwnAddrs, own), replace(d.maps.Routes, ways))
 }

@@ -12,7 +12,7 @@
 /* Changes with every layout or meaning below: a process refuses the pins of
  * another ABI.
  */
-#define PL_ABI 3
+#define PL_ABI 4
 
 /* The slot supernets: no instance captures an address of them, whoever owns
  * it. An instance claims one /16 and one /64.
@@ -181,11 +181,16 @@ struct prefix_key {
 	struct ip_addr addr;
 };
 
-/* The value of a prefix in routes. */
 enum route_kind {
 	ROUTE_NONE, /* unreachable, prohibit, blackhole: the kernel answers */
 	ROUTE_UNICAST,
 	ROUTE__COUNT,
+};
+
+/* The value of a prefix in routes. */
+struct route {
+	__u32 kind; /* enum route_kind */
+	struct ip_addr source; /* zero: that of the slot routes */
 };
 
 enum slot_state {
@@ -269,6 +274,7 @@ struct live {
 	__u16 zero;
 	__u32 user_timeout; /* ms; 0: none */
 	__u8 congestion[16]; /* the algorithm's name; zero: not known */
+	struct ip_addr seen; /* as in decision */
 };
 
 /* The decision on one socket, from the connect hook to its end. */
@@ -277,6 +283,7 @@ struct decision {
 	__u32 mark;
 	struct ip_addr orig;
 	struct ip_addr bound;
+	struct ip_addr seen; /* what getsockname shows; zero: the truth */
 	__u64 cgroup;
 	__u64 group;
 	__u64 opened;

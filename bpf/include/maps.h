@@ -76,14 +76,15 @@ struct {
 } exclude SEC(".maps");
 
 /* The namespace's routes, so that a destination without one is left to the
- * kernel. writer, deleter: loader, from rtnetlink; reader: connect.
+ * kernel, and an application sees its route's source. writer, deleter: loader,
+ * from rtnetlink; reader: connect.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(max_entries, 65536);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct prefix_key);
-	__type(value, __u32);
+	__type(value, struct route);
 } routes SEC(".maps");
 
 /* The namespace's own addresses. writer, deleter: loader, from rtnetlink;

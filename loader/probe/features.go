@@ -39,6 +39,8 @@ var hooks = []hook{
 	{"connect6", ebpf.CGroupSockAddr, ebpf.AttachCGroupInet6Connect, "4.17"},
 	{"getpeername4", ebpf.CGroupSockAddr, ebpf.AttachCgroupInet4GetPeername, "5.8"},
 	{"getpeername6", ebpf.CGroupSockAddr, ebpf.AttachCgroupInet6GetPeername, "5.8"},
+	{"getsockname4", ebpf.CGroupSockAddr, ebpf.AttachCgroupInet4GetSockname, "5.8"},
+	{"getsockname6", ebpf.CGroupSockAddr, ebpf.AttachCgroupInet6GetSockname, "5.8"},
 	{"bind4", ebpf.CGroupSockAddr, ebpf.AttachCGroupInet4Bind, "4.17"},
 	{"bind6", ebpf.CGroupSockAddr, ebpf.AttachCGroupInet6Bind, "4.17"},
 	{"sock_release", ebpf.CGroupSock, ebpf.AttachCgroupInetSockRelease, "5.9"},

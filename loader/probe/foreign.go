@@ -39,6 +39,8 @@ var watched = []struct {
 	{"connect6", ebpf.AttachCGroupInet6Connect, rewrites},
 	{"getpeername4", ebpf.AttachCgroupInet4GetPeername, rewrites},
 	{"getpeername6", ebpf.AttachCgroupInet6GetPeername, rewrites},
+	{"getsockname4", ebpf.AttachCgroupInet4GetSockname, rewrites},
+	{"getsockname6", ebpf.AttachCgroupInet6GetSockname, rewrites},
 	{"bind4", ebpf.AttachCGroupInet4Bind, rewrites},
 	{"bind6", ebpf.AttachCGroupInet6Bind, rewrites},
 	{"sock_release", ebpf.AttachCgroupInetSockRelease, rewrites},

@@ -108,6 +108,11 @@ func (c cell) sound(t *testing.T, s seen, wanted, when string) {
 	if s.Error != "" || !s.Same || s.Sent != size || s.Got != size || s.Peer != peer || fmt.Sprint(s.PeerPort) != port {
 		t.Errorf("%v, %s: %+v", c, when, s)
 	}
+	if s.To == c.routed || s.To == c.behind {
+		if bound := c.way.name == "routed_bind"; (s.Own == c.source) != bound {
+			t.Errorf("%v, %s: from %s", c, when, s.Own)
+		}
+	}
 	if c.bound && s.OwnPort != c.sourcePort {
 		t.Errorf("%v, %s: port %d, bound to %d", c, when, s.OwnPort, c.sourcePort)
 	}

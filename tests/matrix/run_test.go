@@ -129,8 +129,11 @@ func (w *world) start(t *testing.T, c cell) *process {
 		socket = "6"
 	}
 	dest := c.dest
-	if c.way.routed {
-		dest = c.family.routed
+	switch {
+	case c.toRouted:
+		dest = c.routed
+	case c.toBehind:
+		dest = c.behind
 	}
 	cmd := exec.Command(w.ways[c.app], socket, program, dest, port)
 	cmd.Env = w.environment(c.family, c.sourcePort)

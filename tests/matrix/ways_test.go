@@ -27,6 +27,7 @@ type family struct {
 	dest, other     string
 	source, foreign string
 	routed          string // whose route names another source address
+	behind          string // behind another interface
 }
 
 // mapped is an address of IPv4 for a socket of IPv6.
@@ -38,11 +39,13 @@ func scoped(a string) string { return a + "%" + testutil.AppLink }
 func families() []family {
 	own4, own6 := testutil.AppV4.Addr().String(), testutil.AppV6.Addr().String()
 	return []family{
-		{"4", "IPv4", rig.Far4.String(), other4, own4, foreign4, routed4},
-		{"6", "IPv6", rig.Far6.String(), other6, own6, foreign6, routed6},
-		{"mapped", "IPv4-mapped", mapped(rig.Far4.String()), mapped(other4), mapped(own4), mapped(foreign4), mapped(routed4)},
-		{"v6only", "IPv4-mapped, V6ONLY", mapped(rig.Far4.String()), mapped(other4), own6, foreign6, mapped(routed4)},
-		{"link", "link-local", scoped(link), scoped(otherLink), scoped(ownLink), "", ""},
+		{"4", "IPv4", rig.Far4.String(), other4, own4, foreign4, routed4, behind4},
+		{"6", "IPv6", rig.Far6.String(), other6, own6, foreign6, routed6, behind6},
+		{"mapped", "IPv4-mapped", mapped(rig.Far4.String()), mapped(other4), mapped(own4), mapped(foreign4),
+			mapped(routed4), mapped(behind4)},
+		{"v6only", "IPv4-mapped, V6ONLY", mapped(rig.Far4.String()), mapped(other4), own6, foreign6,
+			mapped(routed4), mapped(behind4)},
+		{"link", "link-local", scoped(link), scoped(otherLink), scoped(ownLink), "", "", ""},
 	}
 }
 
@@ -55,8 +58,8 @@ type way struct {
 	want []string
 	// by has what is wanted of a family where it is something else.
 	by map[string][]string
-	// routed: it goes to the destination of a route of its own.
-	routed bool
+	// toRouted and toBehind: it goes to that destination of the family.
+	toRouted, toBehind bool
 	// box and nested say where it runs, where that is not right in the scope.
 	box, nested bool
 	// out: the process that connects is not of the scope.
@@ -90,7 +93,7 @@ func times(n int, want string) []string { return slices.Repeat([]string{want}, n
 
 func ways() []way {
 	local, device, unreachable := pass("link_local"), pass("bound_device"), "ENETUNREACH"
-	refused, taken := []string{"v6only"}, []string{"4", "6", "mapped"}
+	refused := []string{"v6only"}
 	return []way{
 		{name: "blocking", title: "blocking"},
 		{name: "poll", title: "non-blocking, `poll`"},
@@ -128,7 +131,14 @@ func ways() []way {
 		{name: "older", title: "the socket is older than the process' move into the scope", by: of(unseen)},
 		{name: "passed_in", title: "the socket comes from outside (`SCM_RIGHTS`)", by: of(unseen)},
 		{name: "passed_out", title: "the socket goes outside (`SCM_RIGHTS`)", out: true},
-		{name: "routed", program: "blocking", title: "the route names another source address", routed: true, by: on(none), open: taken},
+		{name: "routed", program: "blocking", title: "the route names another source address", toRouted: true, by: on(none)},
+		{name: "routed_port", program: "bind_any_port", title: "the same, bound to a port", toRouted: true, bound: true, by: on(none)},
+		{name: "routed_bind", program: "bind_address", title: "the same, bound to an address", toRouted: true, by: on(none)},
+		{name: "routed_mptcp", program: "mptcp", title: "the same, MPTCP", toRouted: true, by: on(none), open: refused},
+		{name: "routed_fastopen", program: "fastopen_connect", title: "the same, Fast Open, `TCP_FASTOPEN_CONNECT`", toRouted: true, by: on(none)},
+		{name: "routed_again", program: "again", title: "the same, connected, `AF_UNSPEC`, a destination with the default source",
+			toRouted: true, want: times(2, relay), by: on(none)},
+		{name: "behind", program: "blocking", title: "behind another interface", toBehind: true, by: on(none)},
 		{name: "fork", title: "`fork` after `socket`"},
 		{name: "vfork", title: "`vfork` and `exec` after `socket`"},
 		{name: "threads", title: "threads, at once, with own sockets and others'", want: times(6, relay), by: on(times(6, local)...)},

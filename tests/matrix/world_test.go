@@ -29,7 +29,12 @@ const (
 	// The route to routed has second for the source address.
 	routed4, routed6 = "198.51.100.40", "2001:db8:7::40"
 	second4, second6 = "192.0.2.50", "2001:db8:1::50"
+	// behind is behind another interface of the application's.
+	behind4, behind6 = "198.51.100.41", "2001:db8:7::41"
 )
+
+// otherApp is the application's other interface.
+const otherApp = "eth1"
 
 // firstPort is below those that the kernel gives away.
 const firstPort = 20000
@@ -61,7 +66,7 @@ func newWorld(t *testing.T) *world {
 	testutil.Need(t, "gcc", "musl-gcc", "ip")
 	w := &world{Rig: rig.New(t), outside: testutil.NewCgroup(t), box: testutil.NewNS(t), ways: build(t), lastPort: firstPort, limit: "30"}
 	w.nested = w.Scope.Child(t, "pod").Child(t, "container")
-	for _, a := range []string{other4, other6, routed4, routed6} {
+	for _, a := range []string{other4, other6, routed4, routed6, behind4, behind6} {
 		w.Give(t, netip.MustParseAddr(a))
 	}
 	for _, a := range []netip.Addr{rig.Far4, rig.Far6} {
@@ -76,6 +81,9 @@ func newWorld(t *testing.T) *world {
 	prefixes(w.box, testutil.AppLink, "203.0.113.130/25", "2001:db8:3::1/64")
 	prefixes(w.World, "world1", "203.0.113.129/25", "2001:db8:3::2/64")
 	w.box.Route(t, testutil.AppLink, netip.MustParseAddr("203.0.113.129"), netip.MustParseAddr("2001:db8:3::2"))
+	testutil.Join(t, w.App, otherApp, w.World, "world2")
+	prefixes(w.App, otherApp, "203.0.113.65/26", "2001:db8:4::1/64")
+	prefixes(w.World, "world2", "203.0.113.66/26", "2001:db8:4::2/64")
 	w.linkLocal(t)
 	w.foreign(t)
 	w.second(t)
@@ -96,9 +104,11 @@ func (w *world) linkLocal(t *testing.T) {
 		own  []string
 	}{
 		{w.App, testutil.AppLink, []string{ownLink}},
+		{w.App, otherApp, []string{ownLink}},
 		{w.box, testutil.AppLink, []string{ownLink}},
 		{w.World, testutil.WorldLink, []string{link, otherLink}},
 		{w.World, "world1", []string{link, otherLink}},
+		{w.World, "world2", []string{link, otherLink}},
 	} {
 		end.ns.Sysctl(t, filepath.Join("net/ipv6/conf", end.link, "addr_gen_mode"), "1")
 		run(t, end.ns, "ip", "-6", "addr", "flush", "dev", end.link, "scope", "link")
@@ -123,7 +133,7 @@ func (w *world) foreign(t *testing.T) {
 }
 
 // second gives the application more addresses, and routes that have them for the
-// source.
+// source, because they say so or because of their interface.
 func (w *world) second(t *testing.T) {
 	t.Helper()
 	w.App.AddAddr(t, "lo", netip.MustParsePrefix(second4+"/32"), netip.MustParsePrefix(second6+"/128"))
@@ -134,6 +144,8 @@ func (w *world) second(t *testing.T) {
 		run(t, w.App, "ip", r.version, "route", "add", r.to, "via", r.via, "src", r.src)
 		run(t, w.World, "ip", r.version, "route", "add", r.src, "via", r.own)
 	}
+	run(t, w.App, "ip", "-4", "route", "add", behind4, "via", "203.0.113.66")
+	run(t, w.App, "ip", "-6", "route", "add", behind6, "via", "2001:db8:4::2")
 }
 
 // run runs a program in a namespace. It must succeed.
