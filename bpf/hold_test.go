@@ -163,3 +163,34 @@ func (h *hooks) answered(t *testing.T, to string, until uint64) {
 	a := netip.MustParseAddrPort(to)
 	h.put(t, "answered", EndpointKey{Addr: FromAddr(a.Addr()), Port: a.Port()}, until)
 }
+
+// TestResetOfLetThrough has an answer that was not held: from then on the
+// connection is like any, and its reset is the application's too.
+func TestResetOfLetThrough(t *testing.T) {
+	h := newHooks(t)
+	h.serve(t)
+	h.holding(t, flow.ConnectMirror)
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), envHold+"= 198.51.100.1:80")
+	stdin, err := cmd.StdinPipe() // open for as long as the connection is to be
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := (testutil.Place{NS: h.ns, Cgroup: h.cgroup}).Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer stdin.Close()
+	l := h.listeners[0]
+	if err := l.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := l.AcceptTCP() // there is no ring
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(conn.SetLinger(0), conn.Close()); err != nil {
+		t.Fatal(err)
+	}
+	h.waitClosed(t)
+}

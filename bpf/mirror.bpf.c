@@ -249,9 +249,13 @@ int pl_hold(struct __sk_buff *skb)
 		count(REASON_FORGED);
 		return TCX_DROP;
 	}
-	if (!l || !l->hold || !l->worker)
+	if (!l || !l->hold)
 		return TCX_NEXT;
-	return hold(skb, l, &s) ? TCX_DROP : TCX_NEXT;
+	if (hold(skb, l, &s))
+		return TCX_DROP;
+	/* The connection is early: its resets are the application's too. */
+	l->hold = false;
+	return TCX_NEXT;
 }
 
 /* Run by the process (BPF_PROG_TEST_RUN) with a frame, which comes in at the
