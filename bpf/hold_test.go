@@ -1,6 +1,7 @@
 package bpf
 
 import (
+	"bytes"
 	"errors"
 	"net/netip"
 	"os"
@@ -193,4 +194,37 @@ func TestResetOfLetThrough(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.waitClosed(t)
+}
+
+// TestRefusalWhileDraining has no listener any more while the heartbeat is fresh,
+// which is so when the handler drains: nobody is left to hold anything for.
+func TestRefusalWhileDraining(t *testing.T) {
+	const to = "198.51.100.1:80"
+	h := newHooks(t)
+	h.serve(t)
+	h.holding(t, flow.ConnectMirror)
+	next := h.ring(t)
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), envDial+"="+to)
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	if err := (testutil.Place{NS: h.ns, Cgroup: h.cgroup}).Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	next() // held, and nobody dials
+	var s Settings
+	if err := h.maps["settings"].Lookup(uint32(0), &s); err != nil {
+		t.Fatal(err)
+	}
+	s.Draining = 1
+	h.put(t, "settings", uint32(0), s)
+	for _, l := range h.listeners {
+		l.Close()
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if want := to + " ECONNREFUSED\n"; out.String() != want {
+		t.Errorf("the application: %q, want %q", &out, want)
+	}
 }

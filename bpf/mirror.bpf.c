@@ -137,6 +137,14 @@ static __always_inline bool beats(void)
 	       (now <= b->stamp || now - b->stamp <= b->max_age);
 }
 
+static __always_inline bool drains(void)
+{
+	__u64 zero = 0;
+	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
+
+	return set && set->draining;
+}
+
 /* hold gives an answer to the worker, and tells whether it is to be kept back.
  * Where the ring has no room it is as if it had been lost: the kernel sends it
  * again after a second.
@@ -234,9 +242,11 @@ int pl_hold(struct __sk_buff *skb)
 		/* A refusal would be the process's. This one is for the SYN of
 		 * an application that uses the same port again, sooner than
 		 * the process could end what the kernel keeps of the last
-		 * time. It has ended now; the SYN is sent again.
+		 * time. It has ended now; the SYN is sent again. While the
+		 * process drains, its listeners may be closed: then it is the
+		 * refusal.
 		 */
-		if (!l || !l->hold || !beats())
+		if (!l || !l->hold || !beats() || drains())
 			return TCX_NEXT;
 		count(REASON_HELD);
 		return TCX_DROP;
