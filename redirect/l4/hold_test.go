@@ -442,3 +442,26 @@ func connOf(t testing.TB, fd int) *net.TCPConn {
 	}
 	return c.(*net.TCPConn)
 }
+
+// A connection that took the last place before accepting was tried again is
+// accepted: it is the one that waits.
+func TestHeldAtTheLimit(t *testing.T) {
+	server := serve(t, loopback4, echo)
+	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{server}, options: func(o *l4.Options) { o.MaxConns = 1 }})
+	first := r.dial()
+	mustExchange(t, first, "hello")
+	more := r.dial() // more than may be: accepting stops
+	r.awaitStats("accepting has stopped", func(s l4.Stats) bool { return s.Pauses > 0 })
+	reset(more)
+	reset(first)
+	r.awaitStats("a place is free", func(s l4.Stats) bool { return s.Ended > 0 })
+	a := q.connect(r.listeners[0])
+	testutil.Eventually(t, patience, func() bool {
+		if len(a.released) > 0 {
+			return true
+		}
+		a.again()
+		return false
+	}, "the place is its own")
+	a.conn().Close()
+}

@@ -71,7 +71,7 @@ func (w *worker) sweep() {
 		return
 	}
 	w.swept = w.now
-	if w.paused && int(w.relay.live.Load()) < w.relay.options.MaxConns {
+	if w.paused && !w.full() {
 		w.resume()
 	}
 	// From the end: end moves the last conn into the place of the ended one.

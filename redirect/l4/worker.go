@@ -360,10 +360,15 @@ func (w *worker) later(c *conn, k int) {
 	}
 }
 
+// full tells whether no more connections may be open. Those whose handshakes wait
+// count already, and are to be accepted still.
+func (w *worker) full() bool {
+	return int(w.relay.live.Load())-len(w.held) >= w.relay.options.MaxConns
+}
+
 // acceptFrom takes one connection, and tells whether there may be another.
 func (w *worker) acceptFrom(listener int32) bool {
-	// Those whose handshakes wait count already.
-	if int(w.relay.live.Load())-len(w.held) >= w.relay.options.MaxConns {
+	if w.full() {
 		w.pause()
 		return false
 	}
