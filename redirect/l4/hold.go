@@ -45,6 +45,9 @@ const (
 	answeredMost = 4096
 )
 
+// errStopped ends a connection that nobody will accept.
+var errStopped = flow.NewError(flow.ReasonDrained, "the listeners are closed")
+
 // heldKey names a connection: the application's address, and the slot.
 type heldKey struct{ source, slot netip.AddrPort }
 
@@ -105,6 +108,9 @@ func (w *worker) hold(h *flow.Held) {
 	w.held[keyOf(h)] = c
 	if err == nil && !c.shared {
 		err = errShare
+	}
+	if w.stopped {
+		err = errStopped
 	}
 	if err != nil {
 		w.end(c, flow.ReasonOf(err), true)
@@ -259,6 +265,10 @@ func (w *worker) giveUp(c *conn, why flow.Reason) {
 	w.tell(c, false)
 	if c.held == nil || why != flow.ReasonDialTimeout {
 		w.end(c, why, true)
+		return
+	}
+	if w.stopping {
+		w.end(c, flow.ReasonDrained, true) // as in stopAccepting
 		return
 	}
 	// Nobody answered, so nobody answers: the application waits for as long as

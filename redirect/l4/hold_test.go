@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -464,4 +465,42 @@ func TestHeldAtTheLimit(t *testing.T) {
 		return false
 	}, "the place is its own")
 	a.conn().Close()
+}
+
+// What comes when the listeners are closed is refused: nobody would accept it.
+func TestHeldAfterTheListeners(t *testing.T) {
+	server := serve(t, loopback4, echo)
+	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{server}})
+	open := r.dial()
+	mustExchange(t, open, "hello")
+	r.drain()
+	testutil.Eventually(t, patience, func() bool {
+		c, err := dialTo(r.listeners[0])
+		if err == nil {
+			c.Close()
+		}
+		return errors.Is(err, unix.ECONNREFUSED)
+	}, "the listeners are closed")
+	q.connect(r.listeners[0]).wantRefusal(unix.ECONNREFUSED)
+	testutil.Eventually(t, patience, func() bool {
+		r.records = r.relay.Ended(r.records)
+		return slices.ContainsFunc(r.records, func(rec flow.Record) bool { return rec.End == flow.ReasonDrained })
+	}, "it is on record")
+	mustExchange(t, open, "hello")
+	open.Close()
+	r.close()
+}
+
+// A drain does not wait for those who wait for nobody, also when that is known
+// only later.
+func TestDrainBeforeSilence(t *testing.T) {
+	_, silent := hanging(t, loopback4)
+	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{silent}, options: func(o *l4.Options) {
+		o.DialTimeout, o.Attempts = 200*time.Millisecond, 1
+	}})
+	a := q.connect(r.listeners[0])
+	r.awaitStats("it is dialed", func(s l4.Stats) bool { return s.Dials == 1 })
+	r.drain()
+	a.wantRefusal(unix.ECONNREFUSED)
+	wantEnd(t, r.awaitEnded(1)[0], flow.ReasonDrained)
 }
