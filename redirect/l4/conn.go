@@ -60,6 +60,7 @@ type conn struct {
 
 	held      *held // its handshake waits for the dial; see hold.go
 	opened    int64 // ns of the worker's clock, like all below
+	began     int64 // when the present round of dials did
 	active    int64 // when bytes last moved
 	owed      int64 // since when the application's are not acknowledged, or 0
 	dialed    int64 // when the present dial began

@@ -62,7 +62,7 @@ func (w *worker) start(target Target, err error) *conn {
 	c := w.slab.get()
 	c.target = target
 	c.shared = err == nil && w.takeShare(target.Downstream.Group)
-	c.opened, c.active = w.now, w.now
+	c.opened, c.began, c.active = w.now, w.now, w.now
 	c.index = int32(len(w.conns))
 	w.conns = append(w.conns, c)
 	w.relay.live.Add(1)
@@ -317,7 +317,7 @@ func (w *worker) attemptFailed(c *conn, why flow.Reason) bool {
 		last.Failed(why)
 	}
 	o := &w.relay.options
-	if last == nil || int(c.round) >= o.Attempts || w.now-c.began() >= int64(o.DialBudget) ||
+	if last == nil || int(c.round) >= o.Attempts || w.now-c.began >= int64(o.DialBudget) ||
 		why == flow.ReasonNoDescriptors || why == flow.ReasonLoop {
 		w.giveUp(c, why)
 		return true

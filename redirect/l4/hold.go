@@ -58,7 +58,6 @@ type held struct {
 	flow.Held
 	silent  bool  // nobody answered: it waits with the application
 	reset   bool  // the endpoint has reset it already
-	began   int64 // when this round of dials did
 	checked int64 // when it was looked whether the application still waits
 }
 
@@ -128,13 +127,18 @@ func (w *worker) holdAgain(c *conn, h *flow.Held) {
 	case c.held.silent:
 		// Somebody may be there by now: that is what the SYN is sent for.
 		c.held.silent = false
-		c.held.began, c.round = w.now, 0
-		c.tried = c.tried[:0]
-		w.dial(c)
+		w.dialAnew(c)
 	case !c.dialing:
 		w.injected(w.queue.Finish(h)) // there was no room for it
 	default:
 	}
+}
+
+// dialAnew begins another round of dials.
+func (w *worker) dialAnew(c *conn) {
+	c.began, c.round, c.last = w.now, 0, flow.ReasonNone
+	c.tried = c.tried[:0]
+	w.dial(c)
 }
 
 // keep copies h to memory that lasts.
@@ -146,7 +150,7 @@ func (w *worker) keep(h *flow.Held) *held {
 	} else {
 		k = new(held)
 	}
-	*k = held{Held: *h, began: w.now, checked: w.now}
+	*k = held{Held: *h, checked: w.now}
 	return k
 }
 
@@ -198,9 +202,12 @@ func (w *worker) arriveEarly(c *conn) {
 		return
 	}
 	if c.dialing {
+		// The time that it has waited for is not counted: up to now it was
+		// the application's to say for how long.
+		c.began = w.now
 		c.deadline = w.dialDeadline(c)
 	} else {
-		w.dial(c)
+		w.dialAnew(c)
 	}
 	if !c.dead {
 		w.follow(c, down)
@@ -313,13 +320,5 @@ func (w *worker) dialDeadline(c *conn) int64 {
 		// own kernel would have tried.
 		return math.MaxInt64
 	}
-	return min(w.now+int64(o.DialTimeout), c.began()+int64(o.DialBudget))
-}
-
-// began is when the present round of dials did.
-func (c *conn) began() int64 {
-	if c.held != nil {
-		return c.held.began
-	}
-	return c.opened
+	return min(w.now+int64(o.DialTimeout), c.began+int64(o.DialBudget))
 }

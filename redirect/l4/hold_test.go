@@ -467,6 +467,26 @@ func TestHeldAtTheLimit(t *testing.T) {
 	a.conn().Close()
 }
 
+// An answer that was let through after a silence begins another round of dials,
+// which may take as long as any: how long it was silent does not count.
+func TestHeldInSilenceAndLetThrough(t *testing.T) {
+	listener, silent := hanging(t, loopback4)
+	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{silent}, options: func(o *l4.Options) {
+		o.DialTimeout, o.DialBudget, o.Attempts = 2*time.Second, 2*time.Second, 1
+	}})
+	a := q.connect(r.listeners[0])
+	r.awaitStats("the dial has failed", func(s l4.Stats) bool { return s.DialFailures == 1 })
+	if err := unix.Connect(a.fd, sockaddrOf(a.held.Slot)); err != nil {
+		t.Fatal(err)
+	}
+	c := a.file()
+	r.awaitStats("it is dialed again", func(s l4.Stats) bool { return s.Dials == 2 })
+	acceptOne(t, listener) // the SYN that comes again after a second finds room
+	acceptOne(t, listener)
+	c.Close()
+	wantEnd(t, r.awaitEnded(1)[0], flow.ReasonClosed)
+}
+
 // What comes when the listeners are closed is refused: nobody would accept it.
 func TestHeldAfterTheListeners(t *testing.T) {
 	server := serve(t, loopback4, echo)
