@@ -25,7 +25,6 @@ record has the destination that it asked for, its cgroup and the bytes; every de
 - existing: left alone, and reported when Pillion starts, since it is older.
 - not seen: the kernel runs no hook of ours, since the socket was not made in the scope. It is no connection of the scope's.
 - an error: the kernel's own answer, with and without Pillion.
-- open: it does not hold yet. ` + "`TestOpen`" + ` has what it should be.
 - -: there is no such combination.
 
 `

@@ -2,7 +2,6 @@ package matrix
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 )
@@ -13,39 +12,27 @@ var modes = []string{"adaptive", "mirror", "early"}
 // TestMatrix makes every connection without Pillion, and then with it.
 func TestMatrix(t *testing.T) {
 	w := newWorld(t)
-	found := w.compare(t, false, modes)
+	found := w.compare(t)
 	var rows, columns []string
 	for _, f := range families() {
 		columns = append(columns, f.title)
 	}
 	for _, way := range ways() {
 		rows = append(rows, way.title)
-		for _, f := range families() {
-			if slices.Contains(way.open, f.name) {
-				found[[2]string{way.title, f.title}] = []string{"open"}
-			}
-		}
 	}
 	found.compare(t, waySection, rows, columns)
 }
 
-// TestOpen holds those that are open to what they should be.
-func TestOpen(t *testing.T) {
-	w := newWorld(t)
-	w.limit = "3" // what does not hold may be silence
-	w.compare(t, true, []string{"mirror"})
-}
-
 // compare makes connections without Pillion, and then with it in every mode.
-func (w *world) compare(t *testing.T, open bool, modes []string) table {
+func (w *world) compare(t *testing.T) table {
 	t.Helper()
 	before := map[string][]seen{}
-	for _, c := range w.cells(open) {
+	for _, c := range w.cells() {
 		before[c.String()] = w.baseline(t, c)
 	}
 	found := table{}
 	for _, mode := range modes {
-		t.Run(mode, func(t *testing.T) { w.with(t, mode, w.cells(open), before, found) })
+		t.Run(mode, func(t *testing.T) { w.with(t, mode, w.cells(), before, found) })
 	}
 	return found
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -155,20 +154,16 @@ func (w *world) tune(t *testing.T, taken bool) {
 	w.App.Sysctl(t, "net/ipv4/tcp_fastopen", value)
 }
 
-// cells are all that there are, by the C application: those that are open, or the
-// others. A bound source port is used once only: the kernel keeps its connections
-// in TIME_WAIT.
-func (w *world) cells(open bool) []cell {
+// cells are all that there are, by the C application. A bound source port is used
+// once only: the kernel keeps its connections in TIME_WAIT.
+func (w *world) cells() []cell {
 	var all []cell
 	for _, f := range families() {
 		for _, way := range ways() {
-			if way.wanted(f)[0] == none || slices.Contains(way.open, f.name) != open {
+			if way.wanted(f)[0] == none {
 				continue
 			}
 			for app := range w.ways {
-				if open && app != "glibc" {
-					continue // what does not hold may take its time
-				}
 				w.lastPort++
 				all = append(all, cell{app, way, f, w.lastPort})
 			}

@@ -72,6 +72,8 @@ func (s *sight) add(t *testing.T, c cell, before, after []seen) {
 			s.counters[counter]++
 		}
 		switch {
+		case isError(wanted[n]) && counter != "" && a.Protocol == mptcp:
+			s.instance.Unsettled++
 		case isError(wanted[n]) && counter != "":
 			s.counters[flow.ReasonUnsent.String()]++
 		case wanted[n] == existing:

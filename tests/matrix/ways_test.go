@@ -71,9 +71,6 @@ type way struct {
 	fastOpen bool
 	// bound: the source port is the one that the application asked for.
 	bound bool
-	// open has the families for which this does not hold yet: they have a test
-	// of their own.
-	open []string
 }
 
 // of has every family want the same.
@@ -93,7 +90,6 @@ func times(n int, want string) []string { return slices.Repeat([]string{want}, n
 
 func ways() []way {
 	local, device, unreachable := pass("link_local"), pass("bound_device"), "ENETUNREACH"
-	refused := []string{"v6only"}
 	return []way{
 		{name: "blocking", title: "blocking"},
 		{name: "poll", title: "non-blocking, `poll`"},
@@ -110,9 +106,9 @@ func ways() []way {
 		{name: "fastopen_taken", program: "fastopen", title: "Fast Open, `MSG_FASTOPEN`, all listeners take it", fastOpen: true},
 		{name: "fastopen_connect_taken", program: "fastopen_connect", title: "Fast Open, `TCP_FASTOPEN_CONNECT`, all listeners take it",
 			fastOpen: true},
-		{name: "mptcp", title: "MPTCP", open: refused},
-		{name: "mptcp_poll", title: "MPTCP, non-blocking", open: refused},
-		{name: "mptcp_bind", title: "MPTCP, bound to an address and a port", bound: true, by: on(device), open: refused},
+		{name: "mptcp", title: "MPTCP"},
+		{name: "mptcp_poll", title: "MPTCP, non-blocking"},
+		{name: "mptcp_bind", title: "MPTCP, bound to an address and a port", bound: true, by: on(device)},
 		{name: "ring", title: "io_uring, inline"},
 		{name: "ring_async", title: "io_uring, `IOSQE_ASYNC`"},
 		{name: "ring_sqpoll", title: "io_uring, `SQPOLL`"},
@@ -134,7 +130,7 @@ func ways() []way {
 		{name: "routed", program: "blocking", title: "the route names another source address", toRouted: true, by: on(none)},
 		{name: "routed_port", program: "bind_any_port", title: "the same, bound to a port", toRouted: true, bound: true, by: on(none)},
 		{name: "routed_bind", program: "bind_address", title: "the same, bound to an address", toRouted: true, by: on(none)},
-		{name: "routed_mptcp", program: "mptcp", title: "the same, MPTCP", toRouted: true, by: on(none), open: refused},
+		{name: "routed_mptcp", program: "mptcp", title: "the same, MPTCP", toRouted: true, by: on(none)},
 		{name: "routed_fastopen", program: "fastopen_connect", title: "the same, Fast Open, `TCP_FASTOPEN_CONNECT`", toRouted: true, by: on(none)},
 		{name: "routed_again", program: "again", title: "the same, connected, `AF_UNSPEC`, a destination with the default source",
 			toRouted: true, want: times(2, relay), by: on(none)},
