@@ -97,7 +97,7 @@ func TestAttackCapabilitiesExec(t *testing.T) {
 	name := strings.TrimSuffix(filepath.Base(sockets()[0]), ".sock")
 	testutil.Eventually(t, rig.Limit, func() bool {
 		links, _ := filepath.Glob("/sys/fs/bpf/pillion/" + name + "/link_*")
-		return len(links) == 10
+		return len(links) == 12
 	}, "the programs are attached")
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
