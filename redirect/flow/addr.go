@@ -24,6 +24,8 @@ type Downstream struct {
 	Source netip.AddrPort
 	// OrigDst is what it asked for.
 	OrigDst OrigDst
+	// Waits is true while its handshake waits for the dial.
+	Waits bool
 	// Reason is why it was redirected: ReasonService or ReasonDefault.
 	Reason Reason
 	// Mark, Priority and TOS are the application's socket options, to be set

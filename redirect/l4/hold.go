@@ -102,6 +102,9 @@ func (w *worker) hold(h *flow.Held) {
 		w.injected(w.queue.Forget(h))
 		return
 	}
+	if !target.Downstream.Waits {
+		return // a later answer was let through, and it is accepted as any
+	}
 	c := w.start(target, err)
 	c.held, c.mirrored = w.keep(h), true
 	w.held[keyOf(h)] = c

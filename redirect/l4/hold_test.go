@@ -373,6 +373,26 @@ func TestHeldAndLetThrough(t *testing.T) {
 	}
 }
 
+// News of a connection that was let through since, and accepted, is old.
+func TestHeldIsOldNews(t *testing.T) {
+	server, conns := serveTo(t, loopback4)
+	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{server}, direct: func(r *rig, local, remote netip.AddrPort) (l4.Target, error) {
+		target := r.target(local, remote)
+		target.Downstream.Waits = false
+		return target, nil
+	}})
+	c := r.dial()
+	mustWrite(t, c, []byte("x"))
+	accept(t, conns)
+	q.connect(r.listeners[0]) // its answer was let through as well
+	r.awaitStats("the news is read", func(l4.Stats) bool { q.mu.Lock(); defer q.mu.Unlock(); return len(q.news) == 0 })
+	mustWrite(t, c, []byte("y"))
+	c.Close()
+	for s := r.relay.Stats(); s.Dials != 1 || s.Live > 1; s = r.relay.Stats() {
+		t.Fatalf("old news is dialed for: %+v", s)
+	}
+}
+
 // An endpoint that resets at once has connected: so has the application.
 func TestHeldAndResetAtOnce(t *testing.T) {
 	server := serve(t, loopback4, reset)

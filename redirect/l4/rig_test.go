@@ -189,6 +189,7 @@ func (r *rig) target(local, remote netip.AddrPort) l4.Target {
 			Source:  remote,
 			OrigDst: flow.OrigDst{AddrPort: local},
 			Reason:  flow.ReasonService,
+			Waits:   true, // if it has not been accepted
 		},
 		Service: "web",
 		Cluster: r.cluster,
