@@ -109,6 +109,8 @@ static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
 	u.d[12] = congestion.d[1];
 	u.d[13] = PAIR(d->seen.w[0], d->seen.w[1]);
 	u.d[14] = PAIR(d->seen.w[2], d->seen.w[3]);
+	/* Somebody who had the same address before is another. */
+	bpf_map_delete_elem(&departed, &d->key);
 	if (bpf_map_update_elem(&live, &d->key, &u.l, BPF_ANY)) {
 		count(REASON_LIVE_LOST);
 		return;

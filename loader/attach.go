@@ -48,22 +48,25 @@ var attachTypes = map[string]ebpf.AttachType{
 	bpf.ProgHold:         ebpf.AttachTCXIngress,
 }
 
-// target opens what a program is attached to. The descriptor is good until close
-// is called.
-func (d *Datapath) target(name string) (fd int, close func() error, err error) {
+// makeLink attaches a program to what it is for.
+func (d *Datapath) makeLink(name string, prog *ebpf.Program) (link.Link, error) {
 	path := d.options.Scope.Path
 	switch name {
 	case bpf.ProgHold:
-		// Not a descriptor: links to interfaces take the index.
-		return d.network.loopback, func() error { return nil }, nil
+		// First: a foreign program that lets a packet pass (TC_ACT_OK, as most
+		// do that only look) ends the round, and nothing would be held.
+		return link.AttachTCX(link.TCXOptions{
+			Interface: d.network.loopback, Program: prog, Attach: attachTypes[name], Anchor: link.Head(),
+		})
 	case bpf.ProgLookup:
 		path = "/proc/thread-self/ns/net"
 	}
 	f, err := os.Open(path)
 	if err != nil {
-		return -1, nil, fmt.Errorf("open what %s is attached to: %w", name, err)
+		return nil, fmt.Errorf("open what %s is attached to: %w", name, err)
 	}
-	return int(f.Fd()), f.Close, nil
+	defer f.Close()
+	return link.AttachRawLink(link.RawLinkOptions{Target: int(f.Fd()), Program: prog, Attach: attachTypes[name]})
 }
 
 // Attach makes the programs live, or replaces those that an earlier process
@@ -137,16 +140,7 @@ func (d *Datapath) attach(name string) error {
 	case !errors.Is(err, os.ErrNotExist):
 		return fmt.Errorf("open link %s: %w", pin, err)
 	}
-	target, done, err := d.target(name)
-	if err != nil {
-		return err
-	}
-	defer done()
-	raw, err := link.AttachRawLink(link.RawLinkOptions{
-		Target:  target,
-		Program: prog,
-		Attach:  attachTypes[name],
-	})
+	raw, err := d.makeLink(name, prog)
 	if err != nil {
 		return err
 	}

@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
 	"github.com/pillion-project/pillion/bpf"
@@ -405,4 +407,43 @@ func TestNoSlot(t *testing.T) {
 		t.Errorf("%d unaccounted", s.Unaccounted())
 	}
 	p.unload(t, d)
+}
+
+// TestHoldIsFirst has a program of somebody else's on lo, which lets everything
+// pass: what comes behind such a one sees nothing.
+func TestHoldIsFirst(t *testing.T) {
+	p := newPlace(t)
+	d := p.create(t, "one")
+	defer p.unload(t, d)
+	if !d.Holds() {
+		t.Skip("needs tcx (Linux 6.6)")
+	}
+	foreign, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{
+		asm.Mov.Imm(asm.R0, 0), asm.Return(), // TC_ACT_OK
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer foreign.Close()
+	p.App.Do(t, func() error {
+		l, err := link.AttachTCX(link.TCXOptions{Interface: 1, Program: foreign, Attach: ebpf.AttachTCXIngress})
+		if err == nil {
+			t.Cleanup(func() { l.Close() })
+		}
+		return err
+	})
+	setRules(t, d, plain)
+	p.attach(t, d)
+	info, err := d.programs[bpf.ProgHold].Info()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, _ := info.ID()
+	p.App.Do(t, func() error {
+		all, err := link.QueryPrograms(link.QueryOptions{Target: 1, Attach: ebpf.AttachTCXIngress})
+		if err == nil && (len(all.Programs) != 2 || all.Programs[0].ID != want) {
+			t.Errorf("programs on lo: %+v, want %d first", all.Programs, want)
+		}
+		return err
+	})
 }

@@ -94,6 +94,10 @@ type Datapath struct {
 	detached    atomic.Bool // one is gone, and cannot be made again
 	linkTrouble string      // why, as it was logged; Watch's own
 
+	// servicesMu orders changes of services. It is taken after mu, which is held
+	// while all sockets of the namespace are listed, and never for long.
+	servicesMu sync.Mutex
+
 	lost     atomic.Uint32 // families without a route, as in slotRange
 	mu       sync.Mutex    // orders changes of the configuration and of slots
 	settings bpf.Settings

@@ -56,3 +56,51 @@ func TestDeparted(t *testing.T) {
 	p.unload(t, d)
 	p.clean(t)
 }
+
+// TestDepartedIsAnother: who has an address that somebody departed from is not
+// taken for him.
+func TestDepartedIsAnother(t *testing.T) {
+	const port = 20001
+	p := newPlace(t)
+	d := p.create(t, "departed")
+	defer p.unload(t, d)
+	setRules(t, d, plain)
+	p.attach(t, d)
+	p.handler(t, d)
+	first, err := p.open(t, far)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	slot := netip.AddrPortFrom(slotAddr(t, d), far.Port())
+	source := netip.AddrPortFrom(first.LocalAddr().(*net.TCPAddr).AddrPort().Addr(), port)
+	if err := d.maps.Departed.Put(liveKey(source, slot), bpf.Live{Cookie: 1}); err != nil {
+		t.Fatal(err)
+	}
+	c, err := p.open(t, far, func(d *net.Dialer) { d.LocalAddr = &net.TCPAddr{Port: port} })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, ok := d.Live(source, slot); !ok || got.Cookie == 1 {
+		t.Fatalf("open: known %v, %+v", ok, got)
+	}
+	if err := c.(*net.TCPConn).SetLinger(0); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	testutil.Eventually(t, patience, func() bool { return stats(t, d).Live == 1 }, "it is live no more")
+	if got, ok := d.Live(source, slot); ok {
+		t.Errorf("taken for another: %+v", got)
+	}
+}
+
+// slotAddr is the slot of the only connection that is open.
+func slotAddr(t *testing.T, d *Datapath) netip.Addr {
+	t.Helper()
+	var key bpf.LiveKey
+	var l bpf.Live
+	if !d.maps.Live.Iterate().Next(&key, &l) {
+		t.Fatal("nothing is open")
+	}
+	return bpf.ToAddr(key.Slot)
+}

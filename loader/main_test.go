@@ -197,7 +197,7 @@ func (p *place) connect(t testing.TB, to netip.AddrPort) error {
 
 // open connects from inside the scope: a thread of a process cannot be in a
 // cgroup of its own, so the whole test moves there for a moment.
-func (p *place) open(t testing.TB, to netip.AddrPort) (net.Conn, error) {
+func (p *place) open(t testing.TB, to netip.AddrPort, change ...func(*net.Dialer)) (net.Conn, error) {
 	t.Helper()
 	home := "0::"
 	b, err := os.ReadFile("/proc/self/cgroup")
@@ -220,6 +220,9 @@ func (p *place) open(t testing.TB, to netip.AddrPort) (net.Conn, error) {
 	err = p.App.Run(func() (err error) {
 		d := net.Dialer{Timeout: patience}
 		d.SetMultipathTCP(false)
+		for _, f := range change {
+			f(&d)
+		}
 		c, err = d.DialContext(context.Background(), "tcp", to.String())
 		return err
 	})

@@ -70,7 +70,7 @@ func (d *Datapath) SetRules(r Rules) error {
 		services[bpf.EndpointKey{Addr: bpf.FromAddr(s.Addr.Addr()), Port: s.Addr.Port()}] = v
 	}
 	err := errors.Join(
-		replace(d.maps.Services, services),
+		d.replaceServices(services),
 		replace(d.maps.Deny, ruleKeys(r.Deny)),
 		replace(d.maps.Exclude, ruleKeys(r.Exclude)),
 	)
@@ -78,6 +78,12 @@ func (d *Datapath) SetRules(r Rules) error {
 		return err
 	}
 	return d.applySettings(r)
+}
+
+func (d *Datapath) replaceServices(services map[bpf.EndpointKey]bpf.Service) error {
+	d.servicesMu.Lock()
+	defer d.servicesMu.Unlock()
+	return replace(d.maps.Services, services)
 }
 
 func (d *Datapath) applySettings(r Rules) error {
@@ -117,10 +123,11 @@ func (d *Datapath) connect(m flow.ConnectMode) flow.ConnectMode {
 
 // Unavailable makes connects to a service fail at once for this long from now: it
 // has no endpoint that may be picked. 0 takes that back. The time is bounded, so
-// that what a dead process last said does not hold for ever.
+// that what a dead process last said does not hold for ever. It does not wait for
+// what takes long, since a worker of the handler calls it.
 func (d *Datapath) Unavailable(service netip.AddrPort, wait time.Duration) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	d.servicesMu.Lock()
+	defer d.servicesMu.Unlock()
 	key := bpf.EndpointKey{Addr: bpf.FromAddr(service.Addr()), Port: service.Port()}
 	var s bpf.Service
 	if err := d.maps.Services.Lookup(key, &s); err != nil {

@@ -154,7 +154,8 @@ struct {
 /* Connections that the application had closed before it heard anything, and so
  * perhaps before anybody accepted them: what it said is to arrive. As many as
  * an accept queue holds; a lost entry costs one such connection. writer:
- * sockops at CLOSE; reader: loader, where live has none; deleter: nobody.
+ * sockops at CLOSE; reader: loader, where live has none; deleter: sockops, when
+ * the address is used again.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);

@@ -151,17 +151,19 @@ func (h *Handler) dialed(t *l4.Target) {
 	if h.unavailable == nil {
 		return
 	}
-	wait := t.Cluster.Wait()
-	if wait == 0 && !h.any.Load() {
+	if t.Cluster.Wait() == 0 && !h.any.Load() {
 		return // as always
 	}
 	service := t.Downstream.OrigDst.AddrPort
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if wait == 0 && !h.without[service] {
-		return
+	// Asked once more, and after any is set: of two workers the last to come
+	// here says what is so, and none passes by.
+	h.any.Store(true)
+	wait := t.Cluster.Wait()
+	if wait > 0 || h.without[service] {
+		h.unavailable(service, wait)
 	}
-	h.unavailable(service, wait)
 	if wait > 0 {
 		h.without[service] = true
 	} else {

@@ -64,7 +64,6 @@ type conn struct {
 	active    int64 // when bytes last moved
 	owed      int64 // since when the application's are not acknowledged, or 0
 	dialed    int64 // when the present dial began
-	deadline  int64 // of the present dial
 	connected time.Duration
 	last      flow.Reason // why the last dial failed
 	index     int32       // in worker.conns

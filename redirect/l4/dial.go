@@ -142,7 +142,6 @@ func (w *worker) dialOnce(c *conn) bool {
 	// The batch's time is too old to measure a dial by.
 	w.tick()
 	c.dialed = w.now
-	c.deadline = w.dialDeadline(c)
 	if e := w.connect(c, to); e != 0 {
 		c.errno = uint16(e)
 		return w.attemptFailed(c, reasonOf(e))

@@ -33,9 +33,10 @@ const (
 	// that it gave up may have been lost on the way.
 	waitsEvery = time.Second
 	// refusals is how often a refusal is repeated that the kernel missed, the
-	// first time at once and then every millisecond. It misses one that
+	// first time at once and then every refuseEvery. It misses one that
 	// arrives while connect(2) is at work on another processor.
-	refusals = 200
+	refusals    = 200
+	refuseEvery = int64(time.Millisecond)
 
 	// answeredFor is how long an answered dial makes connections to the same
 	// destination early, and answeredAgain how soon that is said again.
@@ -82,6 +83,9 @@ func (w *worker) takeNews() {
 		case c == nil: // refused, or early by now
 		case h.Gone:
 			w.end(c, flow.ReasonAbandoned, true)
+		case !w.waits(c): // its end was lost, and another socket has its port
+			w.end(c, flow.ReasonAbandoned, true)
+			w.hold(h)
 		default:
 			w.holdAgain(c, h)
 		}
@@ -98,7 +102,7 @@ func (w *worker) hold(h *flow.Held) {
 	}
 	target, err := w.relay.director.Direct(h.Slot, h.Source)
 	if flow.ReasonOf(err) == flow.ReasonNotOurs {
-		w.counters.unknown.Add(1)
+		// It gave up before anybody looked, and the kernel side says so.
 		w.injected(w.queue.Forget(h))
 		return
 	}
@@ -142,6 +146,12 @@ func (w *worker) dialAnew(c *conn) {
 	c.began, c.round, c.last = w.now, 0, flow.ReasonNone
 	c.tried = c.tried[:0]
 	w.dial(c)
+}
+
+// waits tells whether the application of a held connection is still there.
+func (w *worker) waits(c *conn) bool {
+	c.held.checked = w.now
+	return w.queue.Waits(&c.held.Held, c.target.Downstream.Cookie)
 }
 
 // keep copies h to memory that lasts.
@@ -208,7 +218,6 @@ func (w *worker) arriveEarly(c *conn) {
 		// The time that it has waited for is not counted: up to now it was
 		// the application's to say for how long.
 		c.began = w.now
-		c.deadline = w.dialDeadline(c)
 	} else {
 		w.dialAnew(c)
 	}
@@ -253,8 +262,13 @@ func (c *conn) errnoOf(why flow.Reason) syscall.Errno {
 	return unix.ECONNREFUSED
 }
 
-// refuseAgain repeats what was missed.
+// refuseAgain repeats what was missed. A busy worker comes here far more often
+// than once a millisecond.
 func (w *worker) refuseAgain() {
+	if w.now-w.repeated < refuseEvery {
+		return
+	}
+	w.repeated = w.now
 	kept := w.unheard[:0]
 	for _, r := range w.unheard {
 		if r.left == 0 || !w.queue.Waits(&r.held.Held, r.cookie) {
@@ -323,5 +337,6 @@ func (w *worker) dialDeadline(c *conn) int64 {
 		// own kernel would have tried.
 		return math.MaxInt64
 	}
-	return min(w.now+int64(o.DialTimeout), c.began+int64(o.DialBudget))
+	// The round began after the dial if the answer was let through meanwhile.
+	return min(max(c.dialed, c.began)+int64(o.DialTimeout), c.began+int64(o.DialBudget))
 }

@@ -300,6 +300,41 @@ func TestRefusalIsRepeated(t *testing.T) {
 	}
 }
 
+// The time for that is the same for a worker that has much else to do.
+func TestRefusalIsRepeatedByABusyWorker(t *testing.T) {
+	bad, good := refusing(t, loopback4), serve(t, loopback4, echo)
+	r, q := newHeldRig(t, setup{perWorker: 2, endpoints: []netip.AddrPort{bad}, others: []netip.AddrPort{good}, direct: twoClusters})
+	r.next.Store(0)
+	busy := r.dial() // to the second listener
+	done := make(chan struct{})
+	var running sync.WaitGroup
+	defer running.Wait()
+	defer close(done)
+	running.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+				mustExchange(t, busy, "hello")
+			}
+		}
+	})
+	const times = 30
+	q.deaf = times
+	a := q.connect(r.listeners[0])
+	receive(t, a.refused)
+	receive(t, a.refused) // at once
+	began := time.Now()
+	for range times - 2 {
+		receive(t, a.refused)
+	}
+	if d := time.Since(began); d < times/2*time.Millisecond {
+		t.Errorf("%d refusals took %s", times-2, d)
+	}
+	receive(t, a.refused)
+}
+
 // Silence stays silence, and the next SYN is the next dial.
 func TestHeldInSilence(t *testing.T) {
 	listener, silent := hanging(t, loopback4)
@@ -340,6 +375,32 @@ func TestHeldAndGivenUp(t *testing.T) {
 			t.Errorf("told %v: refused one that gave up", told)
 		}
 	}
+}
+
+// Who gave up before anybody looked is no connection, and none that is unknown.
+func TestHeldAndGone(t *testing.T) {
+	r, q := newHeldRig(t, setup{direct: func(*rig, netip.AddrPort, netip.AddrPort) (l4.Target, error) {
+		return l4.Target{}, flow.NewError(flow.ReasonNotOurs, "gone")
+	}})
+	a := q.connect(r.listeners[0])
+	receive(t, a.forgot)
+	r.close()
+	if s := r.relay.Stats(); s != (l4.Stats{}) {
+		t.Errorf("stats: %+v", s)
+	}
+}
+
+// Another socket at the same address is another connection, also when the end of
+// the first was lost.
+func TestHeldAtTheSameAddress(t *testing.T) {
+	_, silent := hanging(t, loopback4)
+	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{silent}})
+	a := q.connect(r.listeners[0])
+	r.awaitStats("it is dialed", func(s l4.Stats) bool { return s.Dials == 1 })
+	a.giveUp()
+	a.again()
+	r.awaitStats("the other is dialed", func(s l4.Stats) bool { return s.Dials == 2 })
+	wantEnd(t, r.awaitEnded(1)[0], flow.ReasonAbandoned)
 }
 
 // An answer that was let through after all makes the connection early.

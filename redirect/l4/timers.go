@@ -84,18 +84,15 @@ func (w *worker) sweep() {
 
 func (w *worker) expire(c *conn) {
 	o := &w.relay.options
-	if c.held != nil && w.now-c.held.checked >= int64(waitsEvery) {
-		c.held.checked = w.now
-		if !w.queue.Waits(&c.held.Held, c.target.Downstream.Cookie) {
-			w.end(c, flow.ReasonAbandoned, true)
-			return
-		}
+	if c.held != nil && w.now-c.held.checked >= int64(waitsEvery) && !w.waits(c) {
+		w.end(c, flow.ReasonAbandoned, true)
+		return
 	}
 	switch {
 	case o.MaxLifetime > 0 && w.now-c.opened >= int64(o.MaxLifetime):
 		w.end(c, flow.ReasonMaxLifetime, true)
 	case c.dialing:
-		if w.now >= c.deadline {
+		if w.now >= w.dialDeadline(c) {
 			w.dialFailed(c, flow.ReasonDialTimeout)
 		}
 	case c.held != nil:

@@ -62,6 +62,7 @@ type worker struct {
 	spareHeld []*held
 	news      flow.Held
 	unheard   []refusal
+	repeated  int64                    // when they were last
 	told      map[netip.AddrPort]int64 // when it was last told
 
 	slab    slab
