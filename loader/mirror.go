@@ -35,6 +35,13 @@ func (d *Datapath) Holds() bool { return d.holds }
 // It returns none where [Datapath.Holds] is false. Close closes them, after the
 // workers have ended.
 func (d *Datapath) Queues(workers int) ([]*Queue, error) {
+	// An earlier process may have had more, or a kernel side that holds: nobody
+	// reads those rings.
+	for i := range bpf.WorkersMax {
+		if err := d.maps.Held.Delete(uint32(i)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return nil, fmt.Errorf("remove ring of worker %d: %w", i, err)
+		}
+	}
 	if !d.holds {
 		return nil, nil
 	}
@@ -46,12 +53,6 @@ func (d *Datapath) Queues(workers int) ([]*Queue, error) {
 		}
 		if err != nil {
 			return nil, fmt.Errorf("make ring of worker %d: %w", i, err)
-		}
-	}
-	// An earlier process may have had more: nobody reads those rings.
-	for i := workers; i < bpf.WorkersMax; i++ {
-		if err := d.maps.Held.Delete(uint32(i)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return nil, fmt.Errorf("remove ring of worker %d: %w", i, err)
 		}
 	}
 	return d.queues, nil

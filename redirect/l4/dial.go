@@ -132,8 +132,11 @@ func (w *worker) dialOnce(c *conn) bool {
 	}
 	c.attempts = min(c.attempts, math.MaxUint8-1) + 1
 	c.round++
-	c.dialing = true
 	w.dialing++
+	c.dialing, c.endless = true, c.held != nil && c.target.Cluster == nil
+	if c.endless {
+		w.endless++
+	}
 	w.counters.dials.Add(1)
 	if why := w.relay.director.Allowed(to); why != flow.ReasonNone {
 		w.dialFailed(c, why)
@@ -166,20 +169,14 @@ func (w *worker) connect(c *conn, to netip.AddrPort) syscall.Errno {
 	w.mirrorTCP(c, fd)
 	w.addr.set(to)
 	e = w.addr.connect(fd)
-	if e == unix.EINPROGRESS && c.held != nil {
-		// Towards this machine the answer is there already, and asking for it
-		// is cheaper than waiting for the event.
-		e = w.addr.connect(fd)
-	}
 	switch {
-	case e == 0 && c.held != nil:
-		w.established(c)
-	case e == unix.ECONNRESET && c.held != nil:
-		// It connected and was reset since, as in answered.
-		w.established(c)
-		c.held.reset = true
-	case e != 0 && e != unix.EINPROGRESS && e != unix.EALREADY:
+	case e != 0 && e != unix.EINPROGRESS:
 		return e
+	case c.held != nil && sysConnected(fd):
+		// Towards this machine the answer is there already, and asking for it
+		// is cheaper than waiting for the event. Not by a second connect: of
+		// one that was reset since, that throws away what had come.
+		w.established(c)
 	}
 	if e := w.sendFirst(c); e != 0 || c.dead {
 		return e
@@ -281,8 +278,7 @@ func (w *worker) established(c *conn) {
 	w.tick()
 	c.connected = time.Duration(w.now - c.dialed)
 	c.active = w.now
-	c.dialing = false
-	w.dialing--
+	w.dialed(c)
 	c.last = flow.ReasonNone
 	if c.endpoint != nil {
 		c.endpoint.Connected(c.connected)
@@ -290,6 +286,21 @@ func (w *worker) established(c *conn) {
 	w.tell(c, true)
 	if c.held != nil {
 		w.injected(w.queue.Finish(&c.held.Held))
+	}
+}
+
+// dialed notes that the present dial is over.
+func (w *worker) dialed(c *conn) {
+	c.dialing = false
+	w.dialing--
+	w.limit(c)
+}
+
+// limit notes that the present dial has a time limit now, if it has not had one.
+func (w *worker) limit(c *conn) {
+	if c.endless {
+		c.endless = false
+		w.endless--
 	}
 }
 
@@ -307,8 +318,7 @@ func (w *worker) attemptFailed(c *conn, why flow.Reason) bool {
 	w.counters.dialFailures.Add(1)
 	c.last = why
 	c.connected = 0
-	c.dialing = false
-	w.dialing--
+	w.dialed(c)
 	last := c.endpoint
 	w.dropSide(c, up)
 	c.sides[up] = side{fd: -1, pipe: noPipe}

@@ -96,8 +96,7 @@ func (w *worker) end(c *conn, why flow.Reason, reset bool) {
 		w.refuseHeld(c, why)
 	}
 	if c.dialing {
-		c.dialing = false
-		w.dialing--
+		w.dialed(c)
 	}
 	if c.endpoint != nil {
 		c.endpoint.End()

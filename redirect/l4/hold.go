@@ -218,6 +218,7 @@ func (w *worker) arriveEarly(c *conn) {
 		// The time that it has waited for is not counted: up to now it was
 		// the application's to say for how long.
 		c.began = w.now
+		w.limit(c)
 	} else {
 		w.dialAnew(c)
 	}
@@ -286,8 +287,13 @@ func (w *worker) refuseAgain() {
 
 // giveUp ends a connection whose dials all failed.
 func (w *worker) giveUp(c *conn, why flow.Reason) {
-	w.tell(c, false)
-	if c.held == nil || why != flow.ReasonDialTimeout {
+	// A lack of ours says nothing about the destination, and is no answer
+	// either: the next SYN may find us better off.
+	own := why == flow.ReasonNoDescriptors
+	if !own {
+		w.tell(c, false)
+	}
+	if c.held == nil || why != flow.ReasonDialTimeout && !own {
 		w.end(c, why, true)
 		return
 	}
@@ -295,7 +301,7 @@ func (w *worker) giveUp(c *conn, why flow.Reason) {
 		w.end(c, flow.ReasonDrained, true) // as in stopAccepting
 		return
 	}
-	// Nobody answered, so nobody answers: the application waits for as long as
+	// Nobody answered, so nobody does: the application waits for as long as
 	// it would. With its next SYN comes the next dial.
 	c.held.silent = true
 	if c.endpoint != nil {

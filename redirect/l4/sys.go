@@ -59,6 +59,15 @@ func sysShutdownWrite(fd int32) {
 	_, _, _ = syscall.RawSyscall(unix.SYS_SHUTDOWN, uintptr(fd), unix.SHUT_WR, 0)
 }
 
+// sysConnected tells whether a connect is over, and good.
+func sysConnected(fd int32) bool {
+	var info [8]byte // of struct tcp_info the beginning: the state
+	size := int32(len(info))
+	_, _, e := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_TCP, unix.TCP_INFO,
+		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	return e == 0 && (info[0] == unix.BPF_TCP_ESTABLISHED || info[0] == unix.BPF_TCP_CLOSE_WAIT)
+}
+
 // sysUnsent returns how many bytes a socket has not sent once yet.
 func sysUnsent(fd int32) int {
 	var n int32

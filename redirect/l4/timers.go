@@ -35,7 +35,7 @@ func (w *worker) interval() time.Duration {
 	switch {
 	case w.paused:
 		return retrySweep
-	case w.dialing > 0:
+	case w.dialing > w.endless:
 		return dialSweep
 	case len(w.conns) == 0:
 		return 0

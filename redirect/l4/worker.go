@@ -47,7 +47,8 @@ type worker struct {
 	byFD    []*conn
 	again   []*conn // have more to do, and gave others a turn
 	spare   []*conn // again's other slice
-	dialing int
+	dialing int     // dials under way, and those of them without a time limit
+	endless int
 	owing   owing
 	// accepts is how many connections are taken at a time, accepted the turn in
 	// which that was done last.

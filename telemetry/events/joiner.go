@@ -104,15 +104,25 @@ func (j *joiner) due(now time.Time) bool {
 // still carries: an application may have closed its side long before the endpoint
 // closes the other.
 func (j *joiner) expire(now time.Time, carried map[key]bool) {
+	if len(carried) > 0 {
+		j.renew(now, carried)
+	}
 	for j.due(now) {
-		e := j.order.Front()
-		w := e.Value.(*waiting)
+		j.giveUp(j.order.Front())
+	}
+}
+
+// renew has all halves wait anew that wait for what the handler carries, also those
+// that are not due: to ask the handler is not cheap.
+func (j *joiner) renew(now time.Time, carried map[key]bool) {
+	e := j.order.Front()
+	for range j.order.Len() {
+		next, w := e.Next(), e.Value.(*waiting)
 		if w.side == fromKernel && carried[w.key] {
 			w.since = now
 			j.order.MoveToBack(e)
-			continue
 		}
-		j.giveUp(e)
+		e = next
 	}
 }
 
