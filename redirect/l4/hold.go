@@ -38,6 +38,12 @@ const (
 	refusals    = 200
 	refuseEvery = int64(time.Millisecond)
 
+	// releaseEvery is how often an answer is repeated that nobody seems to
+	// have got, releases how many times: until the application's kernel sends
+	// its SYN again.
+	releaseEvery = int64(100 * time.Millisecond)
+	releases     = 8
+
 	// answeredFor is how long an answered dial makes connections to the same
 	// destination early, and answeredAgain how soon that is said again.
 	answeredFor   = 5 * time.Second
@@ -60,6 +66,16 @@ type held struct {
 	silent  bool  // nobody answered: it waits with the application
 	reset   bool  // the endpoint has reset it already
 	checked int64 // when it was looked whether the application still waits
+}
+
+// release is an answer that the application has been given, until it shows that it
+// has it.
+type release struct {
+	held *held
+	fd   int32 // of its side
+	gen  uint32
+	at   int64
+	left int
 }
 
 // refusal is one that the application's kernel has missed so far.
@@ -187,14 +203,15 @@ func (w *worker) arrive(c *conn, fd int32) {
 	h := c.held
 	delete(w.held, keyOf(&h.Held))
 	c.held = nil
-	defer w.let(h)
 	w.adopt(c, down, fd)
 	c.sides[down].tuned = true // inherited from the listener
 	if c.dialing || h.silent {
+		w.let(h)
 		w.arriveEarly(c)
 		return
 	}
 	w.injected(w.queue.Release(&h.Held))
+	w.released = append(w.released, release{held: h, fd: fd, gen: c.sides[down].gen, at: w.now, left: releases})
 	w.follow(c, down)
 	if c.dead {
 		return
@@ -205,6 +222,35 @@ func (w *worker) arrive(c *conn, fd int32) {
 	if h.reset && !c.dead {
 		w.broken(c, up)
 	}
+}
+
+// releaseAgain repeats answers that nobody seems to have got: a busy processor's
+// queue drops what comes by lo, and the kernel, for which the handshake is over,
+// does not send this one again. One too many does no harm.
+func (w *worker) releaseAgain() {
+	for len(w.released) > 0 && w.now-w.released[0].at >= releaseEvery {
+		r := w.released[0]
+		w.released = w.released[1:]
+		c := w.byFD[r.fd]
+		if r.left == 0 || c == nil || c.sides[down].gen != r.gen || c.heard() {
+			w.let(r.held)
+			continue
+		}
+		w.injected(w.queue.Release(&r.held.Held))
+		r.left--
+		r.at = w.now
+		w.released = append(w.released, r)
+	}
+	if len(w.released) == 0 {
+		w.released = nil
+	}
+}
+
+// heard tells whether the application has sent anything since its SYN. That, and
+// what ended the handshake in its name, are two segments.
+func (c *conn) heard() bool {
+	s := &c.sides[down]
+	return s.moved > 0 || s.fin || s.eof || sysSegmentsIn(s.fd) > 2
 }
 
 // arriveEarly goes on as if the connection had never been held: its answer was

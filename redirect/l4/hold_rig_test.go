@@ -62,7 +62,7 @@ func (q *queue) connect(slot netip.AddrPort) *app {
 	source := localAddr(q.t, fd)
 	a := &app{
 		q: q, fd: fd, held: flow.Held{Source: source, Slot: slot},
-		released: make(chan struct{}, 1), refused: make(chan syscall.Errno, 1000), forgot: make(chan struct{}, 1000),
+		released: make(chan struct{}, 1000), refused: make(chan syscall.Errno, 1000), forgot: make(chan struct{}, 1000),
 	}
 	q.mu.Lock()
 	q.apps[source] = a

@@ -82,6 +82,26 @@ func TestHeldAndUnreachable(t *testing.T) {
 	wantEnd(t, r.awaitEnded(1)[0], flow.ReasonDialFailed)
 }
 
+// An answer is repeated until the application shows that it has it.
+func TestReleaseIsRepeated(t *testing.T) {
+	server, conns := serveTo(t, loopback4)
+	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{server}})
+	a := q.connect(r.listeners[0])
+	c := a.conn()
+	defer c.Close()
+	receive(t, a.released) // it has not said anything
+	mustWrite(t, c, []byte("x"))
+	wantBytes(t, accept(t, conns), []byte("x"))
+	for len(a.released) > 0 {
+		<-a.released
+	}
+	select {
+	case <-a.released:
+		t.Error("repeated after it was heard")
+	case <-time.After(300 * time.Millisecond): // three times as often
+	}
+}
+
 // A refusal that the application's kernel misses is repeated until it is heard.
 func TestRefusalIsRepeated(t *testing.T) {
 	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{refusing(t, loopback4)}})

@@ -1,6 +1,7 @@
 package l4
 
 import (
+	"math"
 	"net/netip"
 	"syscall"
 	"time"
@@ -66,6 +67,19 @@ func sysConnected(fd int32) bool {
 	_, _, e := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_TCP, unix.TCP_INFO,
 		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
 	return e == 0 && (info[0] == unix.BPF_TCP_ESTABLISHED || info[0] == unix.BPF_TCP_CLOSE_WAIT)
+}
+
+// sysSegmentsIn returns how many segments a socket has received, or many where
+// the kernel does not tell.
+func sysSegmentsIn(fd int32) int {
+	var info unix.TCPInfo
+	size := uint32(unsafe.Sizeof(info))
+	_, _, e := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_TCP, unix.TCP_INFO,
+		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	if e != 0 {
+		return math.MaxInt32
+	}
+	return int(info.Segs_in)
 }
 
 // sysUnsent returns how many bytes a socket has not sent once yet.

@@ -61,6 +61,9 @@ func (w *worker) timeout() int {
 		return -1
 	}
 	left := d - time.Duration(w.now-w.swept)
+	if len(w.released) > 0 {
+		left = min(left, time.Duration(w.released[0].at+releaseEvery-w.now))
+	}
 	return int(max(left, 0)/time.Millisecond) + 1
 }
 

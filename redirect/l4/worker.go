@@ -63,6 +63,7 @@ type worker struct {
 	spareHeld []*held
 	news      flow.Held
 	unheard   []refusal
+	released  []release                // oldest first
 	repeated  int64                    // when they were last
 	told      map[netip.AddrPort]int64 // when it was last told
 
@@ -228,6 +229,7 @@ func (w *worker) run() error {
 		w.acknowledge()
 		w.sweep()
 		w.refuseAgain()
+		w.releaseAgain()
 		w.stopIfIdle()
 	}
 	return nil

@@ -151,8 +151,8 @@ func TestDrain(t *testing.T) {
 			if got := s.ask("still there?"); got != "still there?" {
 				t.Errorf("the live connection: %q", got)
 			}
+			ended := now() // before: it may be gone by the time that this is over
 			s.end()
-			ended := now()
 			if err := i.Wait(t); err != nil {
 				t.Errorf("run: %v", err)
 			}
