@@ -221,9 +221,10 @@ func mapRing(m *ebpf.Map) (*ringReader, error) {
 	if err != nil {
 		return nil, fmt.Errorf("map ring: %w", err)
 	}
-	// The producer's page, and the data twice in a row, so that no record
-	// breaks off at the end.
-	rest, err := unix.Mmap(m.FD(), int64(page), page+2*size, unix.PROT_READ, unix.MAP_SHARED)
+	// The producer's page, and the data with its first page once more, so that no
+	// record breaks off at the end: none is longer. The kernel has all of it
+	// twice, but what is mapped is resident.
+	rest, err := unix.Mmap(m.FD(), int64(page), page+size+page, unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("map ring: %w", err), unix.Munmap(consumer))
 	}
