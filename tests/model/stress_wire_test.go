@@ -89,8 +89,10 @@ func clock() int64 {
 	return ts.Nano()
 }
 
+// isReset tells what calls return on a connection that was reset: ENOTCONN is
+// shutdown's.
 func isReset(err error) bool {
-	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ENOTCONN)
 }
 
 var errBytes = errors.New("other bytes than were sent")
