@@ -69,13 +69,17 @@ func sysConnected(fd int32) bool {
 	return e == 0 && (info[0] == unix.BPF_TCP_ESTABLISHED || info[0] == unix.BPF_TCP_CLOSE_WAIT)
 }
 
+func sysTCPInfo(fd int32) (info unix.TCPInfo, e syscall.Errno) {
+	size := uint32(unsafe.Sizeof(info))
+	_, _, e = syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_TCP, unix.TCP_INFO,
+		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	return info, e
+}
+
 // sysSegmentsIn returns how many segments a socket has received, or many where
 // the kernel does not tell.
 func sysSegmentsIn(fd int32) int {
-	var info unix.TCPInfo
-	size := uint32(unsafe.Sizeof(info))
-	_, _, e := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_TCP, unix.TCP_INFO,
-		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	info, e := sysTCPInfo(fd)
 	if e != 0 {
 		return math.MaxInt32
 	}
@@ -130,10 +134,7 @@ func abort(fd int32) {
 
 // tcpInfo reads the smoothed round-trip time and the segments sent again.
 func tcpInfo(fd int32) (rtt time.Duration, retransmits uint32) {
-	var info unix.TCPInfo
-	size := uint32(unsafe.Sizeof(info))
-	_, _, e := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_TCP, unix.TCP_INFO,
-		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	info, e := sysTCPInfo(fd)
 	if e != 0 {
 		return 0, 0
 	}
