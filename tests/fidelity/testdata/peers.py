@@ -172,6 +172,11 @@ def _events(p, s, want, limit):
         if got & want == want or not got:
             break
         select.select([], [], [], 0.01)  # another event is there for good
+    if got & HUP and not got & RDHUP:
+        # tcp_done closes first and then shuts, and poll takes no lock: this may
+        # have looked between the two, with Pillion or without.
+        select.select([], [], [], 0.01)
+        got = sum(e for _, e in p.poll(limit))
     return "+".join(k for k, v in EVENTS.items() if got & v) or "nothing"
 
 
