@@ -22,24 +22,28 @@ type abiBeat struct {
 }
 
 type abiConnEvent struct {
-	_           structs.HostLayout
-	Cookie      uint64
-	Cgroup      uint64
-	Group       uint64
-	Opened      uint64
-	Ended       uint64
-	Sent        uint64
-	Received    uint64
-	Source      abiIpAddr
-	Orig        abiIpAddr
-	SrttUs      uint32
-	Retransmits uint32
-	SourcePort  uint16
-	OrigPort    uint16
-	Kind        uint8
-	Path        uint8
-	Reason      uint8
-	Ending      uint8
+	_            structs.HostLayout
+	Cookie       uint64
+	Cgroup       uint64
+	Group        uint64
+	Opened       uint64
+	Ended        uint64
+	Sent         uint64
+	Received     uint64
+	Connect      uint64
+	Source       abiIpAddr
+	Orig         abiIpAddr
+	Endpoint     abiIpAddr
+	SrttUs       uint32
+	Retransmits  uint32
+	SourcePort   uint16
+	OrigPort     uint16
+	Kind         uint8
+	Path         uint8
+	Reason       uint8
+	Ending       uint8
+	EndpointPort uint16
+	Zero         [6]uint8
 }
 
 type abiConnPath uint32
@@ -65,40 +69,68 @@ const (
 )
 
 type abiDecision struct {
-	_        structs.HostLayout
-	Key      abiLiveKey
-	Mark     uint32
-	Orig     abiIpAddr
-	Bound    abiIpAddr
-	Seen     abiIpAddr
-	Cgroup   uint64
-	Group    uint64
-	Opened   uint64
-	Priority uint32
-	OrigPort uint16
-	Path     uint8
-	Reason   uint8
-	Pending  uint8
-	Own      uint8
-	Open     uint8
-	Followed uint8
-	Hold     uint8
-	Zero     [3]uint8
+	_           structs.HostLayout
+	Key         abiLiveKey
+	Mark        uint32
+	Orig        abiIpAddr
+	Bound       abiIpAddr
+	Seen        abiIpAddr
+	Cgroup      uint64
+	Group       uint64
+	Opened      uint64
+	Priority    uint32
+	OrigPort    uint16
+	Path        uint8
+	Reason      uint8
+	Pending     uint8
+	Own         uint8
+	Open        uint8
+	Followed    uint8
+	Hold        uint8
+	Counted     uint8
+	Released    uint8
+	Zero        uint8
+	Set         uint32
+	Endpoint    uint32
+	Established uint64
 }
 
 type abiEnding uint32
 
 const (
-	abiEndingENDING_CLOSED  abiEnding = 0
-	abiEndingENDING_RESET   abiEnding = 1
-	abiEndingENDING_REFUSED abiEnding = 2
-	abiEndingENDING_TIMEOUT abiEnding = 3
-	abiEndingENDING__COUNT  abiEnding = 4
+	abiEndingENDING_CLOSED      abiEnding = 0
+	abiEndingENDING_RESET       abiEnding = 1
+	abiEndingENDING_REFUSED     abiEnding = 2
+	abiEndingENDING_TIMEOUT     abiEnding = 3
+	abiEndingENDING_UNREACHABLE abiEnding = 4
+	abiEndingENDING_ABANDONED   abiEnding = 5
+	abiEndingENDING__COUNT      abiEnding = 6
 )
+
+type abiEndpoint struct {
+	_         structs.HostLayout
+	Live      uint32
+	Failures  uint32
+	Until     uint64
+	Connects  uint64
+	Failed    uint64
+	Ejections uint32
+	Round     uint16
+	Down      uint8
+	Last      uint8
+}
 
 type abiEndpointKey struct {
 	_    structs.HostLayout
 	Addr abiIpAddr
+	Port uint16
+	Zero uint16
+}
+
+type abiEndpointName struct {
+	_    structs.HostLayout
+	Addr abiIpAddr
+	Set  uint32
 	Port uint16
 	Zero uint16
 }
@@ -109,6 +141,14 @@ const (
 	abiEventKindEVENT_END    abiEventKind = 0
 	abiEventKindEVENT_DENIED abiEventKind = 1
 	abiEventKindEVENT__COUNT abiEventKind = 2
+)
+
+type abiHashOn uint32
+
+const (
+	abiHashOnHASH_SOURCE      abiHashOn = 0
+	abiHashOnHASH_DESTINATION abiHashOn = 1
+	abiHashOnHASH__COUNT      abiHashOn = 2
 )
 
 type abiHeld struct {
@@ -196,6 +236,16 @@ const (
 	abiOnFailureON_FAILURE__COUNT abiOnFailure = 2
 )
 
+type abiPolicy uint32
+
+const (
+	abiPolicyPOLICY_LEAST_CONNECTIONS abiPolicy = 0
+	abiPolicyPOLICY_ROUND_ROBIN       abiPolicy = 1
+	abiPolicyPOLICY_RANDOM            abiPolicy = 2
+	abiPolicyPOLICY_MAGLEV            abiPolicy = 3
+	abiPolicyPOLICY__COUNT            abiPolicy = 4
+)
+
 type abiPrefixKey struct {
 	_         structs.HostLayout
 	Prefixlen uint32
@@ -278,8 +328,61 @@ type abiService struct {
 	OnFailure   uint8
 	Connect     uint8
 	NoEndpoint  uint8
-	Zero        uint8
+	Path        uint8
 	Unavailable uint64
+}
+
+type abiSetConfig struct {
+	_        structs.HostLayout
+	Spill    uint32
+	Base     uint32
+	Max      uint32
+	Failures uint16
+	Policy   uint8
+	Hash     uint8
+	Panic    uint8
+	Zero     [15]uint8
+}
+
+type abiSetEndpoint struct {
+	_      structs.HostLayout
+	Addr   abiIpAddr
+	Port   uint16
+	Weight uint16
+	Id     uint32
+	Cut    uint32
+	Alias  uint32
+}
+
+type abiSetRow struct {
+	_ structs.HostLayout
+	D [4]uint64
+}
+
+type abiSetState struct {
+	_              structs.HostLayout
+	Turn           [2]uint32
+	VerdictUntil   uint64
+	Changes        uint32
+	VerdictChanges uint32
+	Panics         uint32
+	Zero           uint32
+}
+
+type abiSetTable struct {
+	_     structs.HostLayout
+	Entry [8]uint32
+}
+
+type abiSetTiers struct {
+	_    structs.HostLayout
+	Tier [2]struct {
+		_       structs.HostLayout
+		First   uint32
+		Count   uint32
+		Table   uint32
+		Entries uint32
+	}
 }
 
 type abiSettings struct {
@@ -355,8 +458,11 @@ const (
 	abiVarExportConnectMode  = "export_connect_mode"
 	abiVarExportDecision     = "export_decision"
 	abiVarExportEnding       = "export_ending"
+	abiVarExportEndpoint     = "export_endpoint"
 	abiVarExportEndpointKey  = "export_endpoint_key"
+	abiVarExportEndpointName = "export_endpoint_name"
 	abiVarExportEventKind    = "export_event_kind"
+	abiVarExportHashOn       = "export_hash_on"
 	abiVarExportHeld         = "export_held"
 	abiVarExportHeldKind     = "export_held_kind"
 	abiVarExportInstance     = "export_instance"
@@ -365,12 +471,19 @@ const (
 	abiVarExportLive         = "export_live"
 	abiVarExportLiveKey      = "export_live_key"
 	abiVarExportOnFailure    = "export_on_failure"
+	abiVarExportPolicy       = "export_policy"
 	abiVarExportPrefixKey    = "export_prefix_key"
 	abiVarExportReason       = "export_reason"
 	abiVarExportRoute        = "export_route"
 	abiVarExportRouteKind    = "export_route_kind"
 	abiVarExportRuleKey      = "export_rule_key"
 	abiVarExportService      = "export_service"
+	abiVarExportSetConfig    = "export_set_config"
+	abiVarExportSetEndpoint  = "export_set_endpoint"
+	abiVarExportSetRow       = "export_set_row"
+	abiVarExportSetState     = "export_set_state"
+	abiVarExportSetTable     = "export_set_table"
+	abiVarExportSetTiers     = "export_set_tiers"
 	abiVarExportSettings     = "export_settings"
 	abiVarExportSlot         = "export_slot"
 	abiVarExportSlotState    = "export_slot_state"
@@ -439,8 +552,11 @@ type abiVariableSpecs struct {
 	ExportConnectMode  *ebpf.VariableSpec `ebpf:"export_connect_mode"`
 	ExportDecision     *ebpf.VariableSpec `ebpf:"export_decision"`
 	ExportEnding       *ebpf.VariableSpec `ebpf:"export_ending"`
+	ExportEndpoint     *ebpf.VariableSpec `ebpf:"export_endpoint"`
 	ExportEndpointKey  *ebpf.VariableSpec `ebpf:"export_endpoint_key"`
+	ExportEndpointName *ebpf.VariableSpec `ebpf:"export_endpoint_name"`
 	ExportEventKind    *ebpf.VariableSpec `ebpf:"export_event_kind"`
+	ExportHashOn       *ebpf.VariableSpec `ebpf:"export_hash_on"`
 	ExportHeld         *ebpf.VariableSpec `ebpf:"export_held"`
 	ExportHeldKind     *ebpf.VariableSpec `ebpf:"export_held_kind"`
 	ExportInstance     *ebpf.VariableSpec `ebpf:"export_instance"`
@@ -449,12 +565,19 @@ type abiVariableSpecs struct {
 	ExportLive         *ebpf.VariableSpec `ebpf:"export_live"`
 	ExportLiveKey      *ebpf.VariableSpec `ebpf:"export_live_key"`
 	ExportOnFailure    *ebpf.VariableSpec `ebpf:"export_on_failure"`
+	ExportPolicy       *ebpf.VariableSpec `ebpf:"export_policy"`
 	ExportPrefixKey    *ebpf.VariableSpec `ebpf:"export_prefix_key"`
 	ExportReason       *ebpf.VariableSpec `ebpf:"export_reason"`
 	ExportRoute        *ebpf.VariableSpec `ebpf:"export_route"`
 	ExportRouteKind    *ebpf.VariableSpec `ebpf:"export_route_kind"`
 	ExportRuleKey      *ebpf.VariableSpec `ebpf:"export_rule_key"`
 	ExportService      *ebpf.VariableSpec `ebpf:"export_service"`
+	ExportSetConfig    *ebpf.VariableSpec `ebpf:"export_set_config"`
+	ExportSetEndpoint  *ebpf.VariableSpec `ebpf:"export_set_endpoint"`
+	ExportSetRow       *ebpf.VariableSpec `ebpf:"export_set_row"`
+	ExportSetState     *ebpf.VariableSpec `ebpf:"export_set_state"`
+	ExportSetTable     *ebpf.VariableSpec `ebpf:"export_set_table"`
+	ExportSetTiers     *ebpf.VariableSpec `ebpf:"export_set_tiers"`
 	ExportSettings     *ebpf.VariableSpec `ebpf:"export_settings"`
 	ExportSlot         *ebpf.VariableSpec `ebpf:"export_slot"`
 	ExportSlotState    *ebpf.VariableSpec `ebpf:"export_slot_state"`
@@ -499,8 +622,11 @@ type abiVariables struct {
 	ExportConnectMode  *ebpf.Variable `ebpf:"export_connect_mode"`
 	ExportDecision     *ebpf.Variable `ebpf:"export_decision"`
 	ExportEnding       *ebpf.Variable `ebpf:"export_ending"`
+	ExportEndpoint     *ebpf.Variable `ebpf:"export_endpoint"`
 	ExportEndpointKey  *ebpf.Variable `ebpf:"export_endpoint_key"`
+	ExportEndpointName *ebpf.Variable `ebpf:"export_endpoint_name"`
 	ExportEventKind    *ebpf.Variable `ebpf:"export_event_kind"`
+	ExportHashOn       *ebpf.Variable `ebpf:"export_hash_on"`
 	ExportHeld         *ebpf.Variable `ebpf:"export_held"`
 	ExportHeldKind     *ebpf.Variable `ebpf:"export_held_kind"`
 	ExportInstance     *ebpf.Variable `ebpf:"export_instance"`
@@ -509,12 +635,19 @@ type abiVariables struct {
 	ExportLive         *ebpf.Variable `ebpf:"export_live"`
 	ExportLiveKey      *ebpf.Variable `ebpf:"export_live_key"`
 	ExportOnFailure    *ebpf.Variable `ebpf:"export_on_failure"`
+	ExportPolicy       *ebpf.Variable `ebpf:"export_policy"`
 	ExportPrefixKey    *ebpf.Variable `ebpf:"export_prefix_key"`
 	ExportReason       *ebpf.Variable `ebpf:"export_reason"`
 	ExportRoute        *ebpf.Variable `ebpf:"export_route"`
 	ExportRouteKind    *ebpf.Variable `ebpf:"export_route_kind"`
 	ExportRuleKey      *ebpf.Variable `ebpf:"export_rule_key"`
 	ExportService      *ebpf.Variable `ebpf:"export_service"`
+	ExportSetConfig    *ebpf.Variable `ebpf:"export_set_config"`
+	ExportSetEndpoint  *ebpf.Variable `ebpf:"export_set_endpoint"`
+	ExportSetRow       *ebpf.Variable `ebpf:"export_set_row"`
+	ExportSetState     *ebpf.Variable `ebpf:"export_set_state"`
+	ExportSetTable     *ebpf.Variable `ebpf:"export_set_table"`
+	ExportSetTiers     *ebpf.Variable `ebpf:"export_set_tiers"`
 	ExportSettings     *ebpf.Variable `ebpf:"export_settings"`
 	ExportSlot         *ebpf.Variable `ebpf:"export_slot"`
 	ExportSlotState    *ebpf.Variable `ebpf:"export_slot_state"`

@@ -21,6 +21,8 @@ const (
 	connectMapDecisions     = "decisions"
 	connectMapDeny          = "deny"
 	connectMapDeparted      = "departed"
+	connectMapEndpointIds   = "endpoint_ids"
+	connectMapEndpoints     = "endpoints"
 	connectMapEvents        = "events"
 	connectMapExclude       = "exclude"
 	connectMapFreeSlots     = "free_slots"
@@ -32,6 +34,7 @@ const (
 	connectMapReasons       = "reasons"
 	connectMapRoutes        = "routes"
 	connectMapServices      = "services"
+	connectMapSets          = "sets"
 	connectMapSettings      = "settings"
 	connectMapSlotByOrig    = "slot_by_orig"
 	connectMapSlots         = "slots"
@@ -108,6 +111,8 @@ type connectMapSpecs struct {
 	Decisions    *ebpf.MapSpec `ebpf:"decisions"`
 	Deny         *ebpf.MapSpec `ebpf:"deny"`
 	Departed     *ebpf.MapSpec `ebpf:"departed"`
+	EndpointIds  *ebpf.MapSpec `ebpf:"endpoint_ids"`
+	Endpoints    *ebpf.MapSpec `ebpf:"endpoints"`
 	Events       *ebpf.MapSpec `ebpf:"events"`
 	Exclude      *ebpf.MapSpec `ebpf:"exclude"`
 	FreeSlots    *ebpf.MapSpec `ebpf:"free_slots"`
@@ -119,6 +124,7 @@ type connectMapSpecs struct {
 	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
 	Routes       *ebpf.MapSpec `ebpf:"routes"`
 	Services     *ebpf.MapSpec `ebpf:"services"`
+	Sets         *ebpf.MapSpec `ebpf:"sets"`
 	Settings     *ebpf.MapSpec `ebpf:"settings"`
 	SlotByOrig   *ebpf.MapSpec `ebpf:"slot_by_orig"`
 	Slots        *ebpf.MapSpec `ebpf:"slots"`
@@ -163,6 +169,8 @@ type connectMaps struct {
 	Decisions    *ebpf.Map `ebpf:"decisions"`
 	Deny         *ebpf.Map `ebpf:"deny"`
 	Departed     *ebpf.Map `ebpf:"departed"`
+	EndpointIds  *ebpf.Map `ebpf:"endpoint_ids"`
+	Endpoints    *ebpf.Map `ebpf:"endpoints"`
 	Events       *ebpf.Map `ebpf:"events"`
 	Exclude      *ebpf.Map `ebpf:"exclude"`
 	FreeSlots    *ebpf.Map `ebpf:"free_slots"`
@@ -174,6 +182,7 @@ type connectMaps struct {
 	Reasons      *ebpf.Map `ebpf:"reasons"`
 	Routes       *ebpf.Map `ebpf:"routes"`
 	Services     *ebpf.Map `ebpf:"services"`
+	Sets         *ebpf.Map `ebpf:"sets"`
 	Settings     *ebpf.Map `ebpf:"settings"`
 	SlotByOrig   *ebpf.Map `ebpf:"slot_by_orig"`
 	Slots        *ebpf.Map `ebpf:"slots"`
@@ -189,6 +198,8 @@ func (m *connectMaps) Close() error {
 		m.Decisions,
 		m.Deny,
 		m.Departed,
+		m.EndpointIds,
+		m.Endpoints,
 		m.Events,
 		m.Exclude,
 		m.FreeSlots,
@@ -200,6 +211,7 @@ func (m *connectMaps) Close() error {
 		m.Reasons,
 		m.Routes,
 		m.Services,
+		m.Sets,
 		m.Settings,
 		m.SlotByOrig,
 		m.Slots,

@@ -21,6 +21,8 @@ const (
 	mirrorMapDecisions     = "decisions"
 	mirrorMapDeny          = "deny"
 	mirrorMapDeparted      = "departed"
+	mirrorMapEndpointIds   = "endpoint_ids"
+	mirrorMapEndpoints     = "endpoints"
 	mirrorMapEvents        = "events"
 	mirrorMapExclude       = "exclude"
 	mirrorMapFreeSlots     = "free_slots"
@@ -32,6 +34,7 @@ const (
 	mirrorMapReasons       = "reasons"
 	mirrorMapRoutes        = "routes"
 	mirrorMapServices      = "services"
+	mirrorMapSets          = "sets"
 	mirrorMapSettings      = "settings"
 	mirrorMapSlotByOrig    = "slot_by_orig"
 	mirrorMapSlots         = "slots"
@@ -102,6 +105,8 @@ type mirrorMapSpecs struct {
 	Decisions    *ebpf.MapSpec `ebpf:"decisions"`
 	Deny         *ebpf.MapSpec `ebpf:"deny"`
 	Departed     *ebpf.MapSpec `ebpf:"departed"`
+	EndpointIds  *ebpf.MapSpec `ebpf:"endpoint_ids"`
+	Endpoints    *ebpf.MapSpec `ebpf:"endpoints"`
 	Events       *ebpf.MapSpec `ebpf:"events"`
 	Exclude      *ebpf.MapSpec `ebpf:"exclude"`
 	FreeSlots    *ebpf.MapSpec `ebpf:"free_slots"`
@@ -113,6 +118,7 @@ type mirrorMapSpecs struct {
 	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
 	Routes       *ebpf.MapSpec `ebpf:"routes"`
 	Services     *ebpf.MapSpec `ebpf:"services"`
+	Sets         *ebpf.MapSpec `ebpf:"sets"`
 	Settings     *ebpf.MapSpec `ebpf:"settings"`
 	SlotByOrig   *ebpf.MapSpec `ebpf:"slot_by_orig"`
 	Slots        *ebpf.MapSpec `ebpf:"slots"`
@@ -157,6 +163,8 @@ type mirrorMaps struct {
 	Decisions    *ebpf.Map `ebpf:"decisions"`
 	Deny         *ebpf.Map `ebpf:"deny"`
 	Departed     *ebpf.Map `ebpf:"departed"`
+	EndpointIds  *ebpf.Map `ebpf:"endpoint_ids"`
+	Endpoints    *ebpf.Map `ebpf:"endpoints"`
 	Events       *ebpf.Map `ebpf:"events"`
 	Exclude      *ebpf.Map `ebpf:"exclude"`
 	FreeSlots    *ebpf.Map `ebpf:"free_slots"`
@@ -168,6 +176,7 @@ type mirrorMaps struct {
 	Reasons      *ebpf.Map `ebpf:"reasons"`
 	Routes       *ebpf.Map `ebpf:"routes"`
 	Services     *ebpf.Map `ebpf:"services"`
+	Sets         *ebpf.Map `ebpf:"sets"`
 	Settings     *ebpf.Map `ebpf:"settings"`
 	SlotByOrig   *ebpf.Map `ebpf:"slot_by_orig"`
 	Slots        *ebpf.Map `ebpf:"slots"`
@@ -183,6 +192,8 @@ func (m *mirrorMaps) Close() error {
 		m.Decisions,
 		m.Deny,
 		m.Departed,
+		m.EndpointIds,
+		m.Endpoints,
 		m.Events,
 		m.Exclude,
 		m.FreeSlots,
@@ -194,6 +205,7 @@ func (m *mirrorMaps) Close() error {
 		m.Reasons,
 		m.Routes,
 		m.Services,
+		m.Sets,
 		m.Settings,
 		m.SlotByOrig,
 		m.Slots,

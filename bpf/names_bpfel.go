@@ -21,6 +21,8 @@ const (
 	namesMapDecisions       = "decisions"
 	namesMapDeny            = "deny"
 	namesMapDeparted        = "departed"
+	namesMapEndpointIds     = "endpoint_ids"
+	namesMapEndpoints       = "endpoints"
 	namesMapEvents          = "events"
 	namesMapExclude         = "exclude"
 	namesMapFreeSlots       = "free_slots"
@@ -32,6 +34,7 @@ const (
 	namesMapReasons         = "reasons"
 	namesMapRoutes          = "routes"
 	namesMapServices        = "services"
+	namesMapSets            = "sets"
 	namesMapSettings        = "settings"
 	namesMapSlotByOrig      = "slot_by_orig"
 	namesMapSlots           = "slots"
@@ -106,6 +109,8 @@ type namesMapSpecs struct {
 	Decisions    *ebpf.MapSpec `ebpf:"decisions"`
 	Deny         *ebpf.MapSpec `ebpf:"deny"`
 	Departed     *ebpf.MapSpec `ebpf:"departed"`
+	EndpointIds  *ebpf.MapSpec `ebpf:"endpoint_ids"`
+	Endpoints    *ebpf.MapSpec `ebpf:"endpoints"`
 	Events       *ebpf.MapSpec `ebpf:"events"`
 	Exclude      *ebpf.MapSpec `ebpf:"exclude"`
 	FreeSlots    *ebpf.MapSpec `ebpf:"free_slots"`
@@ -117,6 +122,7 @@ type namesMapSpecs struct {
 	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
 	Routes       *ebpf.MapSpec `ebpf:"routes"`
 	Services     *ebpf.MapSpec `ebpf:"services"`
+	Sets         *ebpf.MapSpec `ebpf:"sets"`
 	Settings     *ebpf.MapSpec `ebpf:"settings"`
 	SlotByOrig   *ebpf.MapSpec `ebpf:"slot_by_orig"`
 	Slots        *ebpf.MapSpec `ebpf:"slots"`
@@ -161,6 +167,8 @@ type namesMaps struct {
 	Decisions    *ebpf.Map `ebpf:"decisions"`
 	Deny         *ebpf.Map `ebpf:"deny"`
 	Departed     *ebpf.Map `ebpf:"departed"`
+	EndpointIds  *ebpf.Map `ebpf:"endpoint_ids"`
+	Endpoints    *ebpf.Map `ebpf:"endpoints"`
 	Events       *ebpf.Map `ebpf:"events"`
 	Exclude      *ebpf.Map `ebpf:"exclude"`
 	FreeSlots    *ebpf.Map `ebpf:"free_slots"`
@@ -172,6 +180,7 @@ type namesMaps struct {
 	Reasons      *ebpf.Map `ebpf:"reasons"`
 	Routes       *ebpf.Map `ebpf:"routes"`
 	Services     *ebpf.Map `ebpf:"services"`
+	Sets         *ebpf.Map `ebpf:"sets"`
 	Settings     *ebpf.Map `ebpf:"settings"`
 	SlotByOrig   *ebpf.Map `ebpf:"slot_by_orig"`
 	Slots        *ebpf.Map `ebpf:"slots"`
@@ -187,6 +196,8 @@ func (m *namesMaps) Close() error {
 		m.Decisions,
 		m.Deny,
 		m.Departed,
+		m.EndpointIds,
+		m.Endpoints,
 		m.Events,
 		m.Exclude,
 		m.FreeSlots,
@@ -198,6 +209,7 @@ func (m *namesMaps) Close() error {
 		m.Reasons,
 		m.Routes,
 		m.Services,
+		m.Sets,
 		m.Settings,
 		m.SlotByOrig,
 		m.Slots,

@@ -21,6 +21,8 @@ const (
 	sockopsMapDecisions     = "decisions"
 	sockopsMapDeny          = "deny"
 	sockopsMapDeparted      = "departed"
+	sockopsMapEndpointIds   = "endpoint_ids"
+	sockopsMapEndpoints     = "endpoints"
 	sockopsMapEvents        = "events"
 	sockopsMapExclude       = "exclude"
 	sockopsMapFreeSlots     = "free_slots"
@@ -32,6 +34,7 @@ const (
 	sockopsMapReasons       = "reasons"
 	sockopsMapRoutes        = "routes"
 	sockopsMapServices      = "services"
+	sockopsMapSets          = "sets"
 	sockopsMapSettings      = "settings"
 	sockopsMapSlotByOrig    = "slot_by_orig"
 	sockopsMapSlots         = "slots"
@@ -100,6 +103,8 @@ type sockopsMapSpecs struct {
 	Decisions    *ebpf.MapSpec `ebpf:"decisions"`
 	Deny         *ebpf.MapSpec `ebpf:"deny"`
 	Departed     *ebpf.MapSpec `ebpf:"departed"`
+	EndpointIds  *ebpf.MapSpec `ebpf:"endpoint_ids"`
+	Endpoints    *ebpf.MapSpec `ebpf:"endpoints"`
 	Events       *ebpf.MapSpec `ebpf:"events"`
 	Exclude      *ebpf.MapSpec `ebpf:"exclude"`
 	FreeSlots    *ebpf.MapSpec `ebpf:"free_slots"`
@@ -111,6 +116,7 @@ type sockopsMapSpecs struct {
 	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
 	Routes       *ebpf.MapSpec `ebpf:"routes"`
 	Services     *ebpf.MapSpec `ebpf:"services"`
+	Sets         *ebpf.MapSpec `ebpf:"sets"`
 	Settings     *ebpf.MapSpec `ebpf:"settings"`
 	SlotByOrig   *ebpf.MapSpec `ebpf:"slot_by_orig"`
 	Slots        *ebpf.MapSpec `ebpf:"slots"`
@@ -155,6 +161,8 @@ type sockopsMaps struct {
 	Decisions    *ebpf.Map `ebpf:"decisions"`
 	Deny         *ebpf.Map `ebpf:"deny"`
 	Departed     *ebpf.Map `ebpf:"departed"`
+	EndpointIds  *ebpf.Map `ebpf:"endpoint_ids"`
+	Endpoints    *ebpf.Map `ebpf:"endpoints"`
 	Events       *ebpf.Map `ebpf:"events"`
 	Exclude      *ebpf.Map `ebpf:"exclude"`
 	FreeSlots    *ebpf.Map `ebpf:"free_slots"`
@@ -166,6 +174,7 @@ type sockopsMaps struct {
 	Reasons      *ebpf.Map `ebpf:"reasons"`
 	Routes       *ebpf.Map `ebpf:"routes"`
 	Services     *ebpf.Map `ebpf:"services"`
+	Sets         *ebpf.Map `ebpf:"sets"`
 	Settings     *ebpf.Map `ebpf:"settings"`
 	SlotByOrig   *ebpf.Map `ebpf:"slot_by_orig"`
 	Slots        *ebpf.Map `ebpf:"slots"`
@@ -181,6 +190,8 @@ func (m *sockopsMaps) Close() error {
 		m.Decisions,
 		m.Deny,
 		m.Departed,
+		m.EndpointIds,
+		m.Endpoints,
 		m.Events,
 		m.Exclude,
 		m.FreeSlots,
@@ -192,6 +203,7 @@ func (m *sockopsMaps) Close() error {
 		m.Reasons,
 		m.Routes,
 		m.Services,
+		m.Sets,
 		m.Settings,
 		m.SlotByOrig,
 		m.Slots,

@@ -25,6 +25,17 @@ type (
 	Route       = abiRoute
 	ConnEvent   = abiConnEvent
 	Held        = abiHeld
+	// A set is an array of [SetRow], each of which is one of the next five.
+	SetRow      = abiSetRow
+	SetTiers    = abiSetTiers
+	SetConfig   = abiSetConfig
+	SetState    = abiSetState
+	SetEndpoint = abiSetEndpoint
+	SetTable    = abiSetTable
+	// Endpoint is the state of an endpoint, EndpointName what its index is
+	// found by.
+	Endpoint     = abiEndpoint
+	EndpointName = abiEndpointName
 	// IPAddr is 16 bytes in network byte order, IPv4 as ::ffff:a.b.c.d.
 	IPAddr = abiIpAddr
 )
@@ -43,10 +54,11 @@ const (
 	RouteUnicast = uint32(abiRouteKindROUTE_UNICAST)
 )
 
-// The values of enum conn_path that a default may have.
+// The values of enum conn_path that a default or a service may have.
 const (
-	PathPass  = uint32(abiConnPathPATH_PASS)
-	PathRelay = uint32(abiConnPathPATH_RELAY)
+	PathPass   = uint32(abiConnPathPATH_PASS)
+	PathDirect = uint32(abiConnPathPATH_DIRECT)
+	PathRelay  = uint32(abiConnPathPATH_RELAY)
 )
 
 // Values of enum on_failure.
@@ -73,12 +85,28 @@ const (
 	InstanceExec = uint32(abiInstanceKindINSTANCE_EXEC)
 )
 
+// Values of enum policy.
+const (
+	PolicyLeastConnections = uint8(abiPolicyPOLICY_LEAST_CONNECTIONS)
+	PolicyRoundRobin       = uint8(abiPolicyPOLICY_ROUND_ROBIN)
+	PolicyRandom           = uint8(abiPolicyPOLICY_RANDOM)
+	PolicyMaglev           = uint8(abiPolicyPOLICY_MAGLEV)
+)
+
+// Values of enum hash_on.
+const (
+	HashSource      = uint8(abiHashOnHASH_SOURCE)
+	HashDestination = uint8(abiHashOnHASH_DESTINATION)
+)
+
 // Values of enum ending.
 const (
-	EndingClosed  = uint8(abiEndingENDING_CLOSED)
-	EndingReset   = uint8(abiEndingENDING_RESET)
-	EndingRefused = uint8(abiEndingENDING_REFUSED)
-	EndingTimeout = uint8(abiEndingENDING_TIMEOUT)
+	EndingClosed      = uint8(abiEndingENDING_CLOSED)
+	EndingReset       = uint8(abiEndingENDING_RESET)
+	EndingRefused     = uint8(abiEndingENDING_REFUSED)
+	EndingTimeout     = uint8(abiEndingENDING_TIMEOUT)
+	EndingUnreachable = uint8(abiEndingENDING_UNREACHABLE)
+	EndingAbandoned   = uint8(abiEndingENDING_ABANDONED)
 )
 
 // Values of enum tally: what the conservation law is made of.
@@ -97,13 +125,23 @@ const (
 
 // Constants of include/abi.h; a test reads the header and compares them.
 const (
-	ABI          = 4
+	ABI          = 5
 	Slots        = 65536
 	SlotFirst    = 1
 	SlotLast     = 0xffef
 	SlotListener = 0xfffd
 	SlotCanary   = 0xfffe
 	WorkersMax   = 32
+	// Sets is how many services may have endpoint sets, Endpoints how many
+	// endpoints there may be of all, SetEndpoints how many of one.
+	Sets         = 4096
+	Endpoints    = 131072
+	SetEndpoints = 16384
+	// SetHead is how many rows stand before the endpoints of a set, SetTableRow
+	// how many table entries one row has, SetTableMax how many a table may have.
+	SetHead     = 3
+	SetTableRow = 8
+	SetTableMax = 131072
 	// CanaryListener is where the listener of the canary slot is in the map
 	// listeners: of IPv4, and one further of IPv6.
 	CanaryListener = 64

@@ -12,7 +12,7 @@
 /* Changes with every layout or meaning below: a process refuses the pins of
  * another ABI.
  */
-#define PL_ABI 4
+#define PL_ABI 5
 
 /* The slot supernets: no instance captures an address of them, whoever owns
  * it. An instance claims one /16 and one /64.
@@ -44,6 +44,18 @@
  * rounded up.
  */
 #define PL_FRAME_MAX 120
+
+/* Services that may have endpoint sets, and endpoints of all of them. 1,000
+ * services of 100 endpoints and one of 10,000 fit, twice over is not needed.
+ */
+#define PL_SETS 4096
+#define PL_ENDPOINTS 131072
+
+/* The rows of a set: three of head, then its endpoints, then its tables. */
+#define PL_SET_HEAD 3
+#define PL_SET_TABLE_ROW 8 /* table entries in a row */
+#define PL_SET_ENDPOINTS 16384 /* of one service */
+#define PL_SET_TABLE 131072 /* entries of one table, at most */
 
 /* Who carries the bytes. The same as flow.Path. */
 enum conn_path {
@@ -110,6 +122,8 @@ enum ending {
 	ENDING_RESET, /* established, then reset by either side */
 	ENDING_REFUSED, /* SYN_SENT, and something answered */
 	ENDING_TIMEOUT, /* SYN_SENT, and nothing answered */
+	ENDING_UNREACHABLE, /* SYN_SENT, and the network said that it cannot */
+	ENDING_ABANDONED, /* SYN_SENT, and the application gave up */
 	ENDING__COUNT,
 };
 
@@ -150,12 +164,112 @@ enum connect_mode {
 
 /* What the kernel side needs of a service. */
 struct service {
-	__u32 id; /* index in the configuration */
+	__u32 id; /* index in sets; stays while the service has its address */
 	__u8 on_failure; /* enum on_failure */
 	__u8 connect; /* enum connect_mode */
 	__u8 no_endpoint; /* errno while unavailable */
-	__u8 zero;
+	__u8 path; /* PATH_PASS, PATH_DIRECT or PATH_RELAY */
 	__u64 unavailable; /* until then no endpoint can be picked */
+};
+
+/* How a set's endpoint is picked. The same as flow.Policy. */
+enum policy {
+	POLICY_LEAST_CONNECTIONS, /* the less loaded of two drawn at random */
+	POLICY_ROUND_ROBIN, /* in turn, by a table */
+	POLICY_RANDOM, /* by weight */
+	POLICY_MAGLEV, /* by a hash, through a table */
+	POLICY__COUNT,
+};
+
+/* What POLICY_MAGLEV hashes. The same as flow.HashOn. */
+enum hash_on {
+	HASH_SOURCE, /* the address that the application has or would get */
+	HASH_DESTINATION, /* what it asked for */
+	HASH__COUNT,
+};
+
+/* The endpoints of one service at one moment: an array of rows, replaced as a
+ * whole. A pick takes the same time however many there are.
+ *
+ * Row 0: two tiers. The endpoints of the local zone are the first, all others
+ * the second; a set without zones has the first alone.
+ */
+struct set_tier {
+	__u32 first; /* of its endpoints, from 0 */
+	__u32 count;
+	__u32 table; /* row of its table */
+	__u32 entries; /* in the table; indices into the tier; 0: none */
+};
+
+struct set_tiers {
+	struct set_tier tier[2];
+};
+
+/* Row 1: settings. spill is written in place, the rest is not. */
+struct set_config {
+	__u32 spill; /* share of 2^32 of connections for the second tier */
+	__u32 base; /* ms of the first wait of an ejected endpoint */
+	__u32 max; /* ms of the longest wait */
+	__u16 failures; /* in a row until it is ejected; 0: never */
+	__u8 policy; /* enum policy */
+	__u8 hash; /* enum hash_on */
+	__u8 panic; /* percent available below which ejections do not count */
+	__u8 zero[15];
+};
+
+/* Row 2: what the hooks keep. */
+struct set_state {
+	__u32 turn[2]; /* of POLICY_ROUND_ROBIN, by tier */
+	__u64 verdict_until; /* panics holds until then, or a change */
+	__u32 changes; /* of endpoint health, ever */
+	__u32 verdict_changes; /* changes when the verdict was made */
+	__u32 panics; /* 1: too few are available, ejections do not count */
+	__u32 zero;
+};
+
+/* Rows from PL_SET_HEAD on. cut and alias draw by weight in one step: endpoint i
+ * of the tier stays i for cut of 2^32 draws (0xffffffff: all), and is alias
+ * otherwise.
+ */
+struct set_endpoint {
+	struct ip_addr addr;
+	__u16 port;
+	__u16 weight;
+	__u32 id; /* index in endpoints */
+	__u32 cut;
+	__u32 alias; /* index in the tier */
+};
+
+/* Rows behind the endpoints. */
+struct set_table {
+	__u32 entry[PL_SET_TABLE_ROW];
+};
+
+struct set_row {
+	__u64 d[4];
+};
+
+/* What is known of an endpoint; it outlives sets. down is the process's to
+ * write, the rest the hooks'; live is corrected by the process.
+ */
+struct endpoint {
+	__u32 live; /* open connections, and those that connect */
+	__u32 failures; /* in a row, while not ejected */
+	__u64 until; /* ejected until then; set until a connect is answered */
+	__u64 connects; /* answered */
+	__u64 failed;
+	__u32 ejections;
+	__u16 round; /* of the present ejection, from 1 */
+	__u8 down; /* 1: a health check says so */
+	__u8 last; /* enum ending of the last failed connect */
+};
+
+/* The endpoint of a service, for the process to find its index by. */
+struct endpoint_name {
+	struct ip_addr addr;
+	__u32 set; /* service.id */
+	__u16 port;
+	__u16 zero;
 };
 
 enum on_failure {
@@ -279,7 +393,10 @@ struct live {
 
 /* The decision on one socket, from the connect hook to its end. */
 struct decision {
-	struct live_key key; /* set by sockops for PATH_RELAY */
+	/* What the kernel dials: by the connect hook what was picked, by sockops
+	 * what it became.
+	 */
+	struct live_key key;
 	__u32 mark;
 	struct ip_addr orig;
 	struct ip_addr bound;
@@ -296,7 +413,12 @@ struct decision {
 	__u8 open; /* counted in live */
 	__u8 followed; /* sockops reports its end */
 	__u8 hold; /* as in live */
-	__u8 zero[3];
+	__u8 counted; /* in the endpoint's live */
+	__u8 released; /* the application has closed it */
+	__u8 zero;
+	__u32 set; /* PATH_DIRECT: the service's id, */
+	__u32 endpoint; /* and the endpoint's index */
+	__u64 established; /* 0: not yet */
 };
 
 enum held_kind {
@@ -330,8 +452,10 @@ struct conn_event {
 	__u64 ended;
 	__u64 sent; /* bytes acknowledged by the peer */
 	__u64 received;
+	__u64 connect; /* ns until it was answered; 0: it was not */
 	struct ip_addr source;
 	struct ip_addr orig;
+	struct ip_addr endpoint; /* what was dialed; zero: nothing */
 	__u32 srtt_us;
 	__u32 retransmits;
 	__u16 source_port;
@@ -340,6 +464,8 @@ struct conn_event {
 	__u8 path; /* enum conn_path */
 	__u8 reason; /* enum reason */
 	__u8 ending; /* enum ending */
+	__u16 endpoint_port;
+	__u8 zero[6];
 };
 
 /* Written once, when the instance is created: what a later process needs to

@@ -57,6 +57,47 @@ struct {
 	__type(value, struct service);
 } services SEC(".maps");
 
+/* The endpoints of each service, by service.id: see struct set_tiers. writer:
+ * loader (a set is published whole), connect and sockops (its state); reader:
+ * connect; deleter: loader.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, PL_SETS);
+	__type(key, __u32);
+	__array(
+		values, struct {
+			__uint(type, BPF_MAP_TYPE_ARRAY);
+			__uint(max_entries, PL_SET_HEAD);
+			__uint(map_flags, BPF_F_INNER_MAP);
+			__uint(key_size, sizeof(__u32));
+			__uint(value_size, sizeof(struct set_row));
+		});
+} sets SEC(".maps");
+
+/* Memory-mapped, so that the process reads and corrects without losing what a
+ * hook adds. writer: connect, sockops, loader; reader: the same; deleter:
+ * loader, by zeroing, when nobody is connected.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PL_ENDPOINTS);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct endpoint);
+} endpoints SEC(".maps");
+
+/* Where each endpoint is in endpoints, for a process that takes over. writer,
+ * reader, deleter: loader.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PL_ENDPOINTS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct endpoint_name);
+	__type(value, __u32);
+} endpoint_ids SEC(".maps");
+
 /* writer, deleter: loader; reader: connect. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);

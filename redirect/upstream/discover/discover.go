@@ -1,0 +1,37 @@
+// Package discover finds the endpoints of services. Each source is a package or a
+// file with a [Source]: file, DNS, Kubernetes. A static list needs none.
+package discover
+
+import (
+	"context"
+	"net/netip"
+)
+
+// Endpoint is one address that serves a service.
+type Endpoint struct {
+	Addr netip.AddrPort // unmapped
+	// Weight is its share of the connections, 1 to 65535.
+	Weight uint32
+	// Zone is where it is, or empty.
+	Zone string
+}
+
+// Snapshot is one answer of a source: the whole set, or why there is none.
+type Snapshot struct {
+	// Endpoints are all that there are. None without an Err is an answer too:
+	// the source says that there is nobody. They are the receiver's.
+	Endpoints []Endpoint
+	// Err is why the source could not tell. The last good set then stays, and is
+	// stale.
+	Err error
+}
+
+// Source tells the endpoints of one service for as long as it runs. A bad or
+// doubtful answer is an Err and never an empty set.
+type Source interface {
+	// Run sends a snapshot as soon as it can, one whenever the set changes, and
+	// one with an Err whenever it fails to tell, until ctx is done. Then it
+	// returns nil, and every goroutine that it started has ended. It returns an
+	// error only when it can never tell: its settings make no sense.
+	Run(ctx context.Context, out chan<- Snapshot) error
+}
