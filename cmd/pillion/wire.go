@@ -22,6 +22,7 @@ import (
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/loader/probe"
 	"github.com/pillion-project/pillion/redirect/capture"
+	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/redirect/handler"
 	"github.com/pillion-project/pillion/redirect/l4"
 	"github.com/pillion-project/pillion/redirect/route"
@@ -118,7 +119,7 @@ func (i *instance) build(c *config.Config) (*route.Table, error) {
 	for _, s := range c.Services {
 		services = append(services, route.Service{Name: s.Name, Addr: s.Addr, Cluster: snapshot.Cluster(s.Name)})
 	}
-	table, err := route.NewTable(services)
+	table, err := route.NewTable(services, limits(&c.Relay))
 	if err != nil {
 		return nil, fmt.Errorf("build services: %w", err)
 	}
@@ -168,7 +169,6 @@ func (i *instance) assemble(table *route.Table) error {
 	if i.inScope() {
 		exempt = i.datapath.Exempt
 	}
-	r := &i.config.Relay
 	v4, v6 := i.datapath.ListenAddrs()
 	queues, err := i.queues(workers)
 	if err != nil {
@@ -177,9 +177,7 @@ func (i *instance) assemble(table *route.Table) error {
 	i.handler, err = handler.New(handler.Options{
 		Live: i.datapath, Table: table, Slots: loader.Supernets(),
 		Listen4: v4, Listen6: v6, Workers: workers,
-		DialTimeout: r.DialTimeout, DialBudget: r.DialBudget,
-		IdleTimeout: r.IdleTimeout, MaxLifetime: r.MaxLifetime,
-		Attempts: r.Attempts, MaxConns: maxConns, MaxPerGroup: carried(kernel.ConnQuota), Exempt: exempt,
+		Limits: limits(&i.config.Relay), MaxConns: maxConns, MaxPerGroup: carried(kernel.ConnQuota), Exempt: exempt,
 		Queues: queues, Answered: i.datapath.Answered, Unavailable: i.unavailable,
 	})
 	if err != nil {
@@ -199,6 +197,13 @@ func (i *instance) assemble(table *route.Table) error {
 		return err
 	}
 	return i.datapath.AttachLookup()
+}
+
+func limits(r *config.Relay) flow.Limits {
+	return flow.Limits{
+		DialTimeout: r.DialTimeout, DialBudget: r.DialBudget,
+		IdleTimeout: r.IdleTimeout, MaxLifetime: r.MaxLifetime, Attempts: r.Attempts,
+	}
 }
 
 // queues are how the workers hear of handshakes that wait.

@@ -31,11 +31,11 @@ type Options struct {
 	Listen4, Listen6 netip.Addr
 	Workers          int
 	// The rest is as in [l4.Options].
-	DialTimeout, DialBudget, IdleTimeout, MaxLifetime time.Duration
-	Attempts, MaxConns, MaxPerGroup                   int
-	Exempt                                            func(fd int) error
-	Queues                                            []l4.Queue
-	Answered                                          func(dst netip.AddrPort, lasts time.Duration)
+	flow.Limits
+	MaxConns, MaxPerGroup int
+	Exempt                func(fd int) error
+	Queues                []l4.Queue
+	Answered              func(dst netip.AddrPort, lasts time.Duration)
 	// Unavailable, if set, is told when a service has no endpoint that may be
 	// picked, for how long, and (0) when it has again. It must not block.
 	Unavailable func(service netip.AddrPort, wait time.Duration)
@@ -69,11 +69,7 @@ func New(o Options) (*Handler, error) {
 	}
 	h.relay, err = l4.New(l4.Options{
 		Listeners:   perWorker,
-		DialTimeout: o.DialTimeout,
-		DialBudget:  o.DialBudget,
-		Attempts:    o.Attempts,
-		IdleTimeout: o.IdleTimeout,
-		MaxLifetime: o.MaxLifetime,
+		Limits:      o.Limits,
 		MaxConns:    o.MaxConns,
 		MaxPerGroup: o.MaxPerGroup,
 		Exempt:      o.Exempt,
@@ -133,9 +129,10 @@ func (h *Handler) Direct(local, remote netip.AddrPort) (l4.Target, error) {
 	if err != nil {
 		return l4.Target{}, err
 	}
-	t := l4.Target{Downstream: d}
-	if s, ok := h.table.Load().Lookup(d.OrigDst); ok {
-		t.Service, t.Cluster = s.Name, s.Cluster
+	table := h.table.Load()
+	t := l4.Target{Downstream: d, Terms: table.Terms()}
+	if s, ok := table.Lookup(d.OrigDst); ok {
+		t.Terms, t.Cluster = &s.Terms, s.Cluster
 		return t, nil
 	}
 	// The connect hook leaves all of these alone. If one arrives here all the

@@ -62,6 +62,8 @@ type rig struct {
 	records []flow.Record
 }
 
+var limits = flow.Limits{DialTimeout: time.Second, DialBudget: 2 * time.Second, Attempts: 3}
+
 func newRig(t *testing.T, table *route.Table, slots ...netip.Prefix) *rig {
 	t.Helper()
 	r := &rig{t: t}
@@ -69,7 +71,7 @@ func newRig(t *testing.T, table *route.Table, slots ...netip.Prefix) *rig {
 	r.handler, err = handler.New(handler.Options{
 		Live: &r.kernel, Table: table, Slots: slots,
 		Listen4: netip.MustParseAddr("127.0.0.1"), Listen6: netip.IPv6Loopback(),
-		Workers: 2, DialTimeout: time.Second, DialBudget: 2 * time.Second, Attempts: 3, MaxConns: 1000,
+		Workers: 2, Limits: limits, MaxConns: 1000,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -120,7 +122,7 @@ func table(t *testing.T, name string, service netip.AddrPort, endpoints ...netip
 	if err != nil {
 		t.Fatal(err)
 	}
-	made, err := route.NewTable([]route.Service{{Name: name, Addr: service, Cluster: s.Cluster(name)}})
+	made, err := route.NewTable([]route.Service{{Name: name, Addr: service, Cluster: s.Cluster(name)}}, limits)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -300,7 +302,7 @@ func TestNewFails(t *testing.T) {
 	testutil.CheckLeaks(t)
 	good := handler.Options{
 		Live: &kernel{}, Listen4: netip.MustParseAddr("127.0.0.1"), Listen6: netip.IPv6Loopback(),
-		Workers: 2, DialTimeout: 1, DialBudget: 1, Attempts: 1, MaxConns: 1,
+		Workers: 2, Limits: flow.Limits{DialTimeout: 1, DialBudget: 1, Attempts: 1}, MaxConns: 1,
 	}
 	want := errors.New("no")
 	calls := 0

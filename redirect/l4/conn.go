@@ -88,6 +88,11 @@ func (c *conn) sideOf(fd int32) int {
 	return down
 }
 
+// expires tells whether time alone may end c.
+func (c *conn) expires() bool {
+	return c.target.Terms.IdleTimeout > 0 || c.target.Terms.MaxLifetime > 0
+}
+
 // slab hands out conns, so that a connection costs no allocation.
 type slab struct {
 	free []*conn

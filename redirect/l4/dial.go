@@ -61,6 +61,12 @@ func (w *worker) begin(fd int32) {
 func (w *worker) start(target Target, err error) *conn {
 	c := w.slab.get()
 	c.target = target
+	if c.target.Terms == nil {
+		c.target.Terms = &w.relay.terms
+	}
+	if c.expires() {
+		w.expiring++
+	}
 	c.shared = err == nil && w.takeShare(target.Downstream.Group)
 	c.opened, c.began, c.active = w.now, w.now, w.now
 	c.index = int32(len(w.conns))
@@ -325,8 +331,8 @@ func (w *worker) attemptFailed(c *conn, why flow.Reason) bool {
 	if last != nil {
 		last.Failed(why)
 	}
-	o := &w.relay.options
-	if last == nil || int(c.round) >= o.Attempts || w.now-c.began >= int64(o.DialBudget) ||
+	l := c.target.Terms
+	if last == nil || int(c.round) >= l.Attempts || w.now-c.began >= int64(l.DialBudget) ||
 		why == flow.ReasonNoDescriptors || why == flow.ReasonLoop {
 		w.giveUp(c, why)
 		return true

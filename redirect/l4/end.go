@@ -116,6 +116,9 @@ func (w *worker) end(c *conn, why flow.Reason, reset bool) {
 	w.conns[len(w.conns)-1] = nil
 	w.conns = w.conns[:len(w.conns)-1]
 	w.relay.live.Add(-1)
+	if c.expires() {
+		w.expiring--
+	}
 	if c.shared && w.relay.options.MaxPerGroup > 0 {
 		w.relay.shares.give(c.target.Downstream.Group)
 	}
@@ -155,7 +158,7 @@ func (w *worker) record(c *conn) flow.Record {
 		Cgroup:   d.Cgroup,
 		Source:   d.Source,
 		OrigDst:  d.OrigDst.AddrPort,
-		Service:  c.target.Service,
+		Service:  c.target.Terms.Service,
 		Path:     flow.PathRelay,
 		Reason:   d.Reason,
 		Attempts: int(c.attempts),

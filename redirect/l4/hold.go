@@ -383,12 +383,12 @@ func (w *worker) tell(c *conn, answered bool) {
 
 // dialDeadline is when the present dial is given up.
 func (w *worker) dialDeadline(c *conn) int64 {
-	o := &w.relay.options
+	l := c.target.Terms
 	if c.held != nil && c.target.Cluster == nil {
 		// There is nobody else to try: it takes as long as the application's
 		// own kernel would have tried.
 		return math.MaxInt64
 	}
 	// The round began after the dial if the answer was let through meanwhile.
-	return min(max(c.dialed, c.began)+int64(o.DialTimeout), c.began+int64(o.DialBudget))
+	return min(max(c.dialed, c.began)+int64(l.DialTimeout), c.began+int64(l.DialBudget))
 }

@@ -303,7 +303,7 @@ func TestForceAtOnce(t *testing.T) {
 		r := &rig{t: t}
 		r.cluster = r.newCluster("test", server)
 		relay, err := l4.New(l4.Options{
-			Listeners: listeners, DialTimeout: time.Hour, DialBudget: time.Hour, Attempts: 1, MaxConns: 1000,
+			Listeners: listeners, Limits: flow.Limits{DialTimeout: time.Hour, DialBudget: time.Hour, Attempts: 1}, MaxConns: 1000,
 		}, r)
 		if err != nil {
 			t.Fatal(err)
@@ -330,7 +330,7 @@ func TestForceAtOnce(t *testing.T) {
 // New frees the listeners when it fails.
 func TestNewFails(t *testing.T) {
 	testutil.CheckLeaks(t)
-	good := l4.Options{DialTimeout: 1, DialBudget: 1, Attempts: 1, MaxConns: 1}
+	good := l4.Options{Limits: flow.Limits{DialTimeout: 1, DialBudget: 1, Attempts: 1}, MaxConns: 1}
 	for name, spoil := range map[string]func(*l4.Options){
 		"attempts":          func(o *l4.Options) { o.Attempts = 0 },
 		"too many attempts": func(o *l4.Options) { o.Attempts = 9 },
@@ -366,4 +366,32 @@ func TestListenFails(t *testing.T) {
 	if _, err := l4.Listen(loopback4, func(int) error { return want }); !errors.Is(err, want) {
 		t.Errorf("listen: %v", err)
 	}
+}
+
+// A target's own limits hold for its connections, and the relay's for others.
+func TestTermsOfATarget(t *testing.T) {
+	own := flow.Terms{Limits: flow.Limits{
+		DialTimeout: time.Hour, DialBudget: time.Hour, Attempts: 1, MaxLifetime: 200 * time.Millisecond,
+	}}
+	r := newRig(t, setup{
+		endpoints: []netip.AddrPort{serve(t, loopback4, echo)},
+		direct: func(r *rig, _, _ netip.AddrPort) (l4.Target, error) {
+			target := l4.Target{Downstream: flow.Downstream{Cookie: r.cookies.Add(1)}, Cluster: r.cluster}
+			if target.Downstream.Cookie == 2 {
+				target.Terms = &own
+			}
+			return target, nil
+		},
+	})
+	unbounded := r.dial()
+	mustExchange(t, unbounded, "the first")
+	bounded := r.dial()
+	rec := r.awaitEnded(1)[0]
+	if rec.End != flow.ReasonMaxLifetime || rec.Cookie != 2 {
+		t.Errorf("record: %+v", rec)
+	}
+	wantReset(t, bounded, nil)
+	mustExchange(t, unbounded, "still there")
+	unbounded.Close()
+	r.awaitEnded(2)
 }

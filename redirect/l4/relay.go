@@ -19,9 +19,11 @@ import (
 // Target is where a connection goes.
 type Target struct {
 	Downstream flow.Downstream
-	Service    string
 	// Cluster gives the endpoints; nil dials the original destination.
 	Cluster *upstream.Cluster
+	// Terms are no service and the relay's own limits if nil. They must not
+	// change.
+	Terms *flow.Terms
 }
 
 // Director decides where a connection goes. It is called by every worker at
@@ -41,12 +43,8 @@ type Options struct {
 	// that it accepts from. New takes them over and closes them, also when it
 	// fails.
 	Listeners [][]int
-	// DialTimeout bounds one dial, DialBudget all dials of a connection.
-	DialTimeout, DialBudget time.Duration
-	// Attempts is how many endpoints a connection tries, at most 8.
-	Attempts int
-	// IdleTimeout ends a connection on which no byte moves, MaxLifetime any.
-	IdleTimeout, MaxLifetime time.Duration
+	// Limits are those of connections whose target has none.
+	flow.Limits
 	// MaxConns is how many connections may be open: two descriptors each.
 	MaxConns int
 	// MaxPerGroup is how many of them one container may have open; 0 is no
@@ -86,6 +84,7 @@ type Stats struct {
 // Relay carries connections. Its methods are safe for concurrent use.
 type Relay struct {
 	options  Options
+	terms    flow.Terms // of targets that have none
 	director Director
 	workers  []*worker
 	start    time.Time
@@ -101,7 +100,7 @@ var ErrNoPreemption = errors.New("GODEBUG=asyncpreemptoff=1 is set, which the re
 
 // New prepares a relay; Run makes it work.
 func New(o Options, d Director) (*Relay, error) {
-	r := &Relay{options: o, director: d, start: time.Now()}
+	r := &Relay{options: o, terms: flow.Terms{Limits: o.Limits}, director: d, start: time.Now()}
 	err := o.check()
 	for i, fds := range o.Listeners {
 		w := newWorker(r, fds)

@@ -55,6 +55,7 @@ type rig struct {
 	setup
 	t         testing.TB
 	relay     *l4.Relay
+	terms     *flow.Terms
 	cluster   *upstream.Cluster
 	other     *upstream.Cluster
 	clusters  []*upstream.Cluster // what close checks
@@ -77,10 +78,8 @@ func newRig(t testing.TB, s setup) *rig {
 	r.cluster = r.newCluster("test", s.endpoints...)
 	r.other = r.newCluster("other", s.others...)
 	o := l4.Options{
-		DialTimeout: 10 * time.Second,
-		DialBudget:  20 * time.Second,
-		Attempts:    3,
-		MaxConns:    1 << 20,
+		Limits:   flow.Limits{DialTimeout: 10 * time.Second, DialBudget: 20 * time.Second, Attempts: 3},
+		MaxConns: 1 << 20,
 	}
 	for range max(s.workers, 1) {
 		var fds []int
@@ -97,6 +96,7 @@ func newRig(t testing.TB, s setup) *rig {
 	if s.options != nil {
 		s.options(&o)
 	}
+	r.terms = &flow.Terms{Service: "web", Limits: o.Limits}
 	relay, err := l4.New(o, r)
 	if err != nil {
 		t.Fatal(err)
@@ -191,7 +191,7 @@ func (r *rig) target(local, remote netip.AddrPort) l4.Target {
 			Reason:  flow.ReasonService,
 			Waits:   true, // if it has not been accepted
 		},
-		Service: "web",
+		Terms:   r.terms,
 		Cluster: r.cluster,
 	}
 }

@@ -31,7 +31,6 @@ const (
 
 // interval is how long the loop may sleep, or 0 for ever.
 func (w *worker) interval() time.Duration {
-	o := &w.relay.options
 	switch {
 	case w.paused:
 		return retrySweep
@@ -41,7 +40,7 @@ func (w *worker) interval() time.Duration {
 		return 0
 	case len(w.held) > 0:
 		return idleSweep
-	case o.IdleTimeout > 0 || o.MaxLifetime > 0:
+	case w.expiring > 0:
 		return idleSweep
 	default:
 		return keepSweep
@@ -86,20 +85,20 @@ func (w *worker) sweep() {
 }
 
 func (w *worker) expire(c *conn) {
-	o := &w.relay.options
+	l := c.target.Terms
 	if c.held != nil && w.now-c.held.checked >= int64(waitsEvery) && !w.waits(c) {
 		w.end(c, flow.ReasonAbandoned, true)
 		return
 	}
 	switch {
-	case o.MaxLifetime > 0 && w.now-c.opened >= int64(o.MaxLifetime):
+	case l.MaxLifetime > 0 && w.now-c.opened >= int64(l.MaxLifetime):
 		w.end(c, flow.ReasonMaxLifetime, true)
 	case c.dialing:
 		if w.now >= w.dialDeadline(c) {
 			w.dialFailed(c, flow.ReasonDialTimeout)
 		}
 	case c.held != nil:
-	case o.IdleTimeout > 0 && w.now-c.active >= int64(o.IdleTimeout):
+	case l.IdleTimeout > 0 && w.now-c.active >= int64(l.IdleTimeout):
 		w.end(c, flow.ReasonIdleTimeout, true)
 	case !c.kept && w.now-c.opened >= int64(keepSweep):
 		// Late on purpose: most connections are gone by now, and four calls

@@ -49,7 +49,9 @@ type worker struct {
 	spare   []*conn // again's other slice
 	dialing int     // dials under way, and those of them without a time limit
 	endless int
-	owing   owing
+	// expiring is how many of conns time alone may end.
+	expiring int
+	owing    owing
 	// accepts is how many connections are taken at a time, accepted the turn in
 	// which that was done last.
 	accepts  int

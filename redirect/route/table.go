@@ -14,6 +14,9 @@ type Service struct {
 	Name    string
 	Addr    netip.AddrPort
 	Cluster *upstream.Cluster
+	// Terms are those of its connections; the table fills in the name, and its
+	// own limits where there are none.
+	Terms flow.Terms
 }
 
 // Table maps original destinations to services. It is immutable; a reload
@@ -21,19 +24,26 @@ type Service struct {
 type Table struct {
 	services []Service
 	byAddr   map[netip.AddrPort]*Service
+	terms    *flow.Terms
 }
 
-// NewTable returns the table of services, which it copies. All problems are in
+// NewTable returns the table of services, which it copies, and of the limits of
+// what none of them names. All problems are in
 // one error: an address that is not valid or taken, a service without cluster.
-func NewTable(services []Service) (*Table, error) {
+func NewTable(services []Service, limits flow.Limits) (*Table, error) {
 	t := &Table{
 		services: make([]Service, len(services)),
 		byAddr:   make(map[netip.AddrPort]*Service, len(services)),
+		terms:    &flow.Terms{Limits: limits},
 	}
 	var errs []error
 	for i, s := range services {
 		// Original destinations are unmapped, so the keys must be.
 		s.Addr = netip.AddrPortFrom(s.Addr.Addr().Unmap(), s.Addr.Port())
+		s.Terms.Service = s.Name
+		if s.Terms.Limits == (flow.Limits{}) {
+			s.Terms.Limits = limits
+		}
 		t.services[i] = s
 		switch other := t.byAddr[s.Addr]; {
 		case !s.Addr.IsValid():
@@ -61,6 +71,14 @@ func (t *Table) Lookup(d flow.OrigDst) (*Service, bool) {
 	}
 	s, ok := t.byAddr[d.AddrPort]
 	return s, ok
+}
+
+// Terms are those of connections that no service names. Nobody may change them.
+func (t *Table) Terms() *flow.Terms {
+	if t == nil {
+		return nil
+	}
+	return t.terms
 }
 
 // Services returns every service in the order of the configuration. The caller

@@ -25,7 +25,7 @@ func services() []Service {
 }
 
 func TestLookup(t *testing.T) {
-	table, err := NewTable(services())
+	table, err := NewTable(services(), flow.Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,7 +55,7 @@ func TestLookup(t *testing.T) {
 // The order of the configuration is the order of listings.
 func TestServices(t *testing.T) {
 	in := services()
-	table, err := NewTable(in)
+	table, err := NewTable(in, flow.Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +76,7 @@ func TestServices(t *testing.T) {
 }
 
 func TestEmpty(t *testing.T) {
-	empty, err := NewTable(nil)
+	empty, err := NewTable(nil, flow.Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,7 +96,7 @@ func TestNewTableErrors(t *testing.T) {
 		Service{Name: "nowhere", Cluster: &upstream.Cluster{}},
 		Service{Name: "bare", Addr: netip.MustParseAddrPort("10.96.0.15:80")},
 	)
-	table, err := NewTable(in)
+	table, err := NewTable(in, flow.Limits{})
 	if err == nil || table != nil {
 		t.Fatalf("%v, %v", table, err)
 	}
@@ -111,7 +111,7 @@ func TestNewTableErrors(t *testing.T) {
 }
 
 func TestLookupDoesNotAllocate(t *testing.T) {
-	table, err := NewTable(services())
+	table, err := NewTable(services(), flow.Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -123,7 +123,7 @@ func TestLookupDoesNotAllocate(t *testing.T) {
 
 // Workers look up at once, without a lock.
 func TestLookupRace(t *testing.T) {
-	table, err := NewTable(services())
+	table, err := NewTable(services(), flow.Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
