@@ -38,8 +38,15 @@ type Service struct {
 	Closed bool // as in Rules, for this one
 	// Connect is when the handshakes of its connections end.
 	Connect flow.ConnectMode
-	// NoEndpoint is what a connect returns while [Datapath.Unavailable] says so.
+	// NoEndpoint is what a connect returns while [Datapath.Unavailable] says so, or
+	// none of Set can be picked.
 	NoEndpoint syscall.Errno
+	// Path is flow.PathPass, flow.PathDirect or flow.PathRelay, which is also what
+	// the zero value means.
+	Path flow.Path
+	// Set is what the connect hook picks from on flow.PathDirect, and on
+	// flow.PathRelay when the handler is gone. Nil: there is none.
+	Set *flow.Set
 }
 
 // Rule names destinations: a prefix, and one port or any (0).
