@@ -23,7 +23,8 @@ tests=("${demo[@]}" "${check[@]}" node=nodejs strace=strace musl-gcc=musl-tools 
 	mariadbd=mariadb-server mariadb=mariadb-client
 	mariadb-slap=mariadb-client sysbench=sysbench mosquitto=mosquitto
 	mosquitto_sub=mosquitto-clients make=make perl=perl stunnel4=stunnel4
-	/usr/include/openssl/ssl.h=libssl-dev /usr/include/zlib.h=zlib1g-dev)
+	/usr/include/openssl/ssl.h=libssl-dev /usr/include/zlib.h=zlib1g-dev
+	dnsmasq=dnsmasq-base unbound=unbound)
 bench=(haproxy=haproxy nginx=nginx-light
 	/usr/lib/nginx/modules/ngx_stream_module.so=libnginx-mod-stream)
 traps=("${tests[@]}" "${bench[@]}" python3=python3
