@@ -34,7 +34,7 @@ func (i *instance) connect() config.Connect {
 
 func (i *instance) flows(ctx context.Context, q admin.FlowQuery) ([]flow.Record, error) {
 	if q.Live {
-		return i.collector.Live(ctx), nil
+		return i.collector.Live(ctx)
 	}
 	i.collector.Flush(ctx)
 	return i.collector.History(), nil

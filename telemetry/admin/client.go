@@ -66,6 +66,31 @@ func (c *Client) Resolve(ctx context.Context, slot netip.Addr) (netip.Addr, erro
 	return r.Address, err
 }
 
+// Explain asks what happens to connections to a destination, and why.
+func (c *Client) Explain(ctx context.Context, q ExplainQuery) ([]Explanation, error) {
+	var all []Explanation
+	err := c.ask(ctx, "/v1/explain", q.values(), &all)
+	return all, err
+}
+
+// Config asks for the configuration that holds, as JSON.
+func (c *Client) Config(ctx context.Context) (json.RawMessage, error) {
+	var raw json.RawMessage
+	err := c.ask(ctx, "/v1/config", nil, &raw)
+	return raw, err
+}
+
+// Reload has the instance read its configuration again. What is wrong with that
+// is in the result, and no error.
+func (c *Client) Reload(ctx context.Context) (ReloadResult, error) {
+	var r ReloadResult
+	body, err := c.send(ctx, http.MethodPost, "/v1/reload", nil)
+	if err != nil {
+		return r, err
+	}
+	return r, c.decode(body, "/v1/reload", &r)
+}
+
 // Metrics asks for the metrics in Prometheus' text format. The caller closes it.
 func (c *Client) Metrics(ctx context.Context) (io.ReadCloser, error) {
 	return c.get(ctx, "/metrics", nil)
@@ -77,6 +102,11 @@ func (c *Client) ask(ctx context.Context, path string, v url.Values, answer any)
 	if err != nil {
 		return err
 	}
+	return c.decode(body, path, answer)
+}
+
+// decode reads an answer and closes it.
+func (c *Client) decode(body io.ReadCloser, path string, answer any) error {
 	defer body.Close()
 	if err := json.NewDecoder(body).Decode(answer); err != nil {
 		return fmt.Errorf("read answer of %s%s: %w", c.path, path, err)
@@ -84,10 +114,15 @@ func (c *Client) ask(ctx context.Context, path string, v url.Values, answer any)
 	return nil
 }
 
-// get returns the body of a good answer; the caller closes it.
+// get is send with the method that all routes but one have.
 func (c *Client) get(ctx context.Context, path string, v url.Values) (io.ReadCloser, error) {
+	return c.send(ctx, http.MethodGet, path, v)
+}
+
+// send returns the body of a good answer; the caller closes it.
+func (c *Client) send(ctx context.Context, method, path string, v url.Values) (io.ReadCloser, error) {
 	u := url.URL{Scheme: "http", Host: "pillion", Path: path, RawQuery: v.Encode()}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
 	if err != nil {
 		return nil, fmt.Errorf("ask %s: %w", c.path, err)
 	}

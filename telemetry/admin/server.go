@@ -38,6 +38,15 @@ type API struct {
 	// Resolve returns the original address of a slot. An error means that the
 	// slot has none.
 	Resolve func(slot netip.Addr) (netip.Addr, error)
+	// Explain tells what happens to connections to a destination, one answer
+	// per address that it stands for. An [*Error] of code 404 means that it
+	// stands for none.
+	Explain func(ctx context.Context, q ExplainQuery) ([]Explanation, error)
+	// Config returns the configuration that holds, as JSON.
+	Config func(ctx context.Context) (json.RawMessage, error)
+	// Reload reads the configuration again. What is wrong with it is in the
+	// result; an error means that it could not be tried.
+	Reload func(ctx context.Context) (ReloadResult, error)
 }
 
 // Serve answers on ln until ctx is done, then lets the requests in flight end
@@ -94,6 +103,8 @@ func shutdown(s *http.Server) error {
 
 // route answers one path.
 type route struct {
+	// method is GET, which stands for HEAD too, if it is empty.
+	method string
 	params []string
 	serve  func(w http.ResponseWriter, r *http.Request, v url.Values) error
 }
@@ -113,6 +124,19 @@ func newRoutes(api API) routes {
 	}
 	if api.Resolve != nil {
 		all["/v1/resolve"] = answer([]string{"slot"}, api.resolve)
+	}
+	if api.Explain != nil {
+		all["/v1/explain"] = answer([]string{"dst", "source"}, api.explain)
+	}
+	if api.Config != nil {
+		all["/v1/config"] = answer(nil, func(ctx context.Context, _ url.Values) (any, error) {
+			return api.Config(ctx)
+		})
+	}
+	if api.Reload != nil {
+		r := answer(nil, func(ctx context.Context, _ url.Values) (any, error) { return api.Reload(ctx) })
+		r.method = http.MethodPost
+		all["/v1/reload"] = r
 	}
 	if api.Metrics != nil {
 		all["/metrics"] = route{serve: func(w http.ResponseWriter, r *http.Request, _ url.Values) error {
@@ -147,9 +171,8 @@ func (rs routes) serve(w http.ResponseWriter, r *http.Request) error {
 	if !ok {
 		return notFound("no such path: %s", r.URL.Path)
 	}
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		w.Header().Set("Allow", "GET, HEAD")
-		return &Error{Code: http.StatusMethodNotAllowed, Message: r.Method + ": want GET"}
+	if err := found.allows(w, r.Method); err != nil {
+		return err
 	}
 	v, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
@@ -164,6 +187,19 @@ func (rs routes) serve(w http.ResponseWriter, r *http.Request) error {
 		}
 	}
 	return found.serve(w, r, v)
+}
+
+// allows refuses methods that the route does not have.
+func (r route) allows(w http.ResponseWriter, method string) error {
+	want, allow := http.MethodGet, "GET, HEAD"
+	switch {
+	case method == r.method, r.method == "" && (method == http.MethodGet || method == http.MethodHead):
+		return nil
+	case r.method != "":
+		want, allow = r.method, r.method
+	}
+	w.Header().Set("Allow", allow)
+	return &Error{Code: http.StatusMethodNotAllowed, Message: method + ": want " + want}
 }
 
 // send encodes body before it writes anything: nothing is held while a slow
@@ -210,4 +246,19 @@ func (a API) resolve(_ context.Context, v url.Values) (any, error) {
 		return nil, notFound("resolve %s: %v", slot, err)
 	}
 	return resolved{Address: addr}, nil
+}
+
+func (a API) explain(ctx context.Context, v url.Values) (any, error) {
+	q, err := parseExplainQuery(v)
+	if err != nil {
+		return nil, err
+	}
+	all, err := a.Explain(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	if all == nil {
+		all = []Explanation{} // [], not null
+	}
+	return all, nil
 }

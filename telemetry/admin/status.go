@@ -47,6 +47,8 @@ type Status struct {
 	Started time.Time `json:"started"`
 	// Live is how many connections are open on relay.
 	Live int `json:"live"`
+	// Configuration is which one holds, and what of the last one does not.
+	Configuration ConfigurationStatus `json:"configuration"`
 	// Counters has the kernel side's reasons that are not 0, by name.
 	Counters map[string]uint64 `json:"counters"`
 	// Unaccounted is what the conservation law leaves over: 0, unless there is
@@ -57,20 +59,105 @@ type Status struct {
 	Problems []string `json:"problems"`
 }
 
+// ConfigurationStatus tells which configuration holds.
+type ConfigurationStatus struct {
+	// Generation counts the configurations that were taken, from 1.
+	Generation uint64 `json:"generation"`
+	// File is where it came from, empty if it was flags alone.
+	File string `json:"file,omitempty"`
+	// Loaded is when it was taken, Tried when one was last read.
+	Loaded time.Time `json:"loaded,omitzero"`
+	Tried  time.Time `json:"tried,omitzero"`
+	// Refused is what of the last one that was read was not taken; an earlier
+	// state of it holds instead, or none.
+	Refused []Refusal `json:"refused"`
+}
+
+// Refusal is a part of a configuration that was not taken.
+type Refusal struct {
+	// Name is the service or the source; empty: the whole configuration.
+	Name string `json:"name,omitempty"`
+	// Where is file:line:column.
+	Where string `json:"where,omitempty"`
+	// Text says what is wrong, and what was meant where that can be guessed.
+	Text string `json:"text"`
+}
+
+// ReloadResult is what became of a reload.
+type ReloadResult struct {
+	// Generation is the configuration that holds now.
+	Generation uint64 `json:"generation"`
+	// Changes are lines that tell what is different from before, none if nothing
+	// is.
+	Changes []string `json:"changes"`
+	// Refused is what was not taken.
+	Refused []Refusal `json:"refused"`
+}
+
+// Values of [ServiceStatus.Source]: where the endpoints come from.
+const (
+	SourceStatic     = "static"
+	SourceFile       = "file"
+	SourceDNS        = "dns"
+	SourceKubernetes = "kubernetes"
+)
+
 // ServiceStatus is one service with its endpoints.
 type ServiceStatus struct {
-	Name      string           `json:"name"`
-	Address   string           `json:"address"`
-	Policy    string           `json:"policy"`
+	Name    string `json:"name"`
+	Address string `json:"address"`
+	Policy  string `json:"policy"`
+	// Path is the one that its connections take, PathAsked what the
+	// configuration says, which may be auto, and Why why no cheaper one does.
+	Path      flow.Path `json:"path"`
+	PathAsked string    `json:"path_asked"`
+	Why       string    `json:"why,omitempty"`
+	// Cluster is where its endpoints are, if it is not named like the service.
+	Cluster string `json:"cluster,omitempty"`
+	// Where is its place in the configuration.
+	Where  string       `json:"where,omitempty"`
+	Source SourceStatus `json:"source"`
+	// Endpoints are never nil, but may be none.
 	Endpoints []EndpointStatus `json:"endpoints"`
 }
+
+// SourceStatus is where the endpoints of a service come from.
+type SourceStatus struct {
+	// Kind is one of the constants above.
+	Kind string `json:"kind"`
+	// Name is what is looked at: a file, a DNS name, a service of Kubernetes.
+	Name string `json:"name,omitempty"`
+	// Updated is when it last told; zero for static ones, and for one that has
+	// not told yet.
+	Updated time.Time `json:"updated,omitzero"`
+	// Stale is true while it does not tell: the last good set stays.
+	Stale bool `json:"stale"`
+	// Error is why it does not tell.
+	Error string `json:"error,omitempty"`
+}
+
+// Values of [EndpointStatus.State].
+const (
+	EndpointAvailable = "available"
+	// EndpointEjected: its failures keep it from being picked.
+	EndpointEjected = "ejected"
+	// EndpointDown: a health check says so.
+	EndpointDown = "down"
+)
 
 // EndpointStatus is one endpoint as the balancer sees it.
 type EndpointStatus struct {
 	Address string `json:"address"`
 	Weight  uint32 `json:"weight"`
-	// Ejected is true while its failures keep it from being picked.
+	// Zone is where it is, or empty; Local is true in this instance's own zone.
+	Zone  string `json:"zone,omitempty"`
+	Local bool   `json:"local,omitempty"`
+	// State is one of the constants above. Down comes before ejected.
+	State string `json:"state"`
+	// Ejected is true while its failures keep it from being picked, Down while
+	// a health check does.
 	Ejected bool `json:"ejected"`
+	Down    bool `json:"down"`
 	// Live is how many connections to it are open or being dialed.
 	Live int64 `json:"live"`
 	// Connects and Failures count dials that were answered and that failed.
@@ -78,4 +165,18 @@ type EndpointStatus struct {
 	Failures uint64 `json:"failures"`
 	// LastReason is why the last failed dial failed, or none.
 	LastReason flow.Reason `json:"last_reason"`
+	// CheckError is what the last health check that failed said.
+	CheckError string `json:"check_error,omitempty"`
+}
+
+// StateOf names the state of an endpoint.
+func StateOf(ejected, down bool) string {
+	switch {
+	case down:
+		return EndpointDown
+	case ejected:
+		return EndpointEjected
+	default:
+		return EndpointAvailable
+	}
 }

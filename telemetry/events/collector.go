@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -43,12 +44,28 @@ type Sink interface {
 	Record(r *flow.Record)
 }
 
+// Kernel tells of the connections that no handler carries. It is safe for
+// concurrent use.
+type Kernel interface {
+	// Connections returns the open connections on every path, as far as the
+	// kernel side knows them. They are the caller's.
+	Connections() ([]flow.Record, error)
+}
+
 // Options are what a collector is made of.
 type Options struct {
 	// Ring is the map events; nil: there is none. It stays the caller's.
 	Ring *ebpf.Map
 	// Handler is asked for its records; nil: there is none.
 	Handler Handler
+	// Kernel is asked for the open connections on pass and direct; nil: nobody
+	// knows them.
+	Kernel Kernel
+	// Names returns the service that names an original destination and its
+	// cluster, both empty if there is none. It is called for every record that
+	// no handler made, by several goroutines at once, and must be cheap; nil:
+	// those records have no names.
+	Names func(orig netip.AddrPort) (service, cluster string)
 	// Sinks get every record, in this order.
 	Sinks []Sink
 	// History is how many ended records are kept, 4096 if 0.
@@ -79,6 +96,8 @@ type source interface {
 type Collector struct {
 	ring    source // nil: none
 	handler Handler
+	kernel  Kernel // nil: none
+	names   func(netip.AddrPort) (service, cluster string)
 	sinks   []Sink
 	clock   clock
 	now     func() time.Time
@@ -123,6 +142,8 @@ func newCollector(o Options, ring source) *Collector {
 	c := &Collector{
 		ring:    ring,
 		handler: o.Handler,
+		kernel:  o.Kernel,
+		names:   o.Names,
 		sinks:   o.Sinks,
 		now:     time.Now,
 		history: history{max: o.History},
@@ -173,12 +194,36 @@ func (c *Collector) Flush(ctx context.Context) {
 	}
 }
 
-// Live returns the open connections that the handler carries.
-func (c *Collector) Live(ctx context.Context) []flow.Record {
-	if c.handler == nil {
-		return nil
+// Live returns the open connections: those on relay as the handler knows them,
+// the others as the kernel side does. An error means that the latter could not be
+// read; the former are returned all the same.
+func (c *Collector) Live(ctx context.Context) ([]flow.Record, error) {
+	var all []flow.Record
+	if c.handler != nil {
+		all = c.handler.Live(ctx)
 	}
-	return c.handler.Live(ctx)
+	if c.kernel == nil {
+		return all, nil
+	}
+	records, err := c.kernel.Connections()
+	if err != nil {
+		return all, fmt.Errorf("list connections of the kernel side: %w", err)
+	}
+	for _, r := range records {
+		if r.Path == flow.PathRelay || r.Reason == flow.ReasonSelf {
+			continue
+		}
+		c.name(&r)
+		all = append(all, r)
+	}
+	return all, nil
+}
+
+// name says which service a record of the kernel side belongs to.
+func (c *Collector) name(r *flow.Record) {
+	if c.names != nil {
+		r.Service, r.Cluster = c.names(r.OrigDst)
+	}
 }
 
 // History returns a copy of the last records, oldest first.

@@ -81,7 +81,7 @@ func TestCollect(t *testing.T) {
 	if diff := cmp.Diff([]uint64{1, 2, 4, 5}, cookies(b.History())); diff != "" {
 		t.Error(diff)
 	}
-	if live := b.Live(ctx); len(live) != 1 || !live[0].Open {
+	if live, err := b.Live(ctx); err != nil || len(live) != 1 || !live[0].Open {
 		t.Errorf("live: %+v", live)
 	}
 }
@@ -181,7 +181,7 @@ func TestWithoutSources(t *testing.T) {
 	if err := c.Run(ctx); err != nil {
 		t.Error(err)
 	}
-	if c.Live(ctx) != nil || len(c.History()) != 0 || c.Losses() != (Losses{}) {
+	if live, err := c.Live(ctx); live != nil || err != nil || len(c.History()) != 0 || c.Losses() != (Losses{}) {
 		t.Error("something came from nowhere")
 	}
 	if _, err := New(Options{History: -1}); err == nil {

@@ -1,6 +1,10 @@
 package metrics
 
-import "time"
+import (
+	"time"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+)
 
 // Kernel reads the counters of the kernel side. It is asked at every scrape, by
 // several goroutines at once.
@@ -40,9 +44,15 @@ type Endpoints interface {
 type EndpointStats struct {
 	Cluster string
 	// Addr is its address and port.
-	Addr    string
-	Weight  uint32
-	Ejected bool
+	Addr   string
+	Weight uint32
+	// Zone is where it is, or empty.
+	Zone string
+	// Path is the one that the connections to it take.
+	Path flow.Path
+	// Ejected is true while its failures keep it from being picked, Down while
+	// a health check does.
+	Ejected, Down bool
 	// Live is how many connections are open or being dialed.
 	Live int64
 	// Connects and Failures count dials that were answered and that failed,
@@ -77,11 +87,97 @@ type RelayStats struct {
 	Pipes int
 }
 
+// Configuration tells which configuration holds. It is asked as [Kernel] is.
+type Configuration interface {
+	Configuration() ConfigurationStats
+}
+
+// ConfigurationStats is the state of the configuration.
+type ConfigurationStats struct {
+	// Generation counts the configurations that were taken, from 1.
+	Generation uint64
+	// Refused are the names of the services and sources of the last one that
+	// were not taken.
+	Refused []string
+	// Reloads counts those that were read, Failures those of them of which
+	// nothing was taken.
+	Reloads, Failures uint64
+	// Tried is when one was last read, and OK that all of it was taken.
+	Tried time.Time
+	OK    bool
+}
+
+// Discovery tells about the sources of endpoints. It is asked as [Kernel] is.
+type Discovery interface {
+	Discovery() []DiscoveryStats
+}
+
+// DiscoveryStats is the state of the source of one service. Static ones have
+// none.
+type DiscoveryStats struct {
+	Service string
+	// Source is its kind: file, dns, kubernetes.
+	Source string
+	// Age is how long ago it last told, or since when it has been asked if it
+	// never did.
+	Age time.Duration
+	// Stale is true while it does not tell.
+	Stale bool
+	// Updates counts its answers, Errors the times that it could not tell.
+	Updates, Errors uint64
+	// Endpoints is how many there are now.
+	Endpoints int
+}
+
+// Sets reads the counters of the endpoint sets in the kernel. It is asked as
+// [Kernel] is.
+type Sets interface {
+	Sets() SetStats
+}
+
+// SetStats are the counters of the endpoint sets since the process started.
+type SetStats struct {
+	// Sets is how many there are, SetEndpoints how many endpoints in them.
+	Sets, SetEndpoints int
+	// Publishes counts batches of sets that were written, Failures those that
+	// were not.
+	Publishes, Failures uint64
+	// PublishTime is how long the last one took.
+	PublishTime time.Duration
+	// Corrections counts connections by which a live count was off when it was
+	// compared with the sockets, Reconciles the comparisons.
+	Corrections, Reconciles uint64
+	// Ended counts connections that were ended since their endpoint was
+	// removed.
+	Ended uint64
+}
+
+// Checks reads the counters of the active health checks. It is asked as [Kernel]
+// is.
+type Checks interface {
+	Checks() []CheckStats
+}
+
+// CheckStats are the counters of the checks of one cluster since the process
+// started.
+type CheckStats struct {
+	Cluster string
+	// Passed and Failed count checks.
+	Passed, Failed uint64
+	// Down is how many endpoints are down by them.
+	Down int
+}
+
 // Sources are what the metrics are read from. One that is nil has no metrics.
 type Sources struct {
 	Kernel    Kernel
 	Endpoints Endpoints
 	Relay     Relay
+	// Configuration, Discovery, Sets and Checks are as those.
+	Configuration Configuration
+	Discovery     Discovery
+	Sets          Sets
+	Checks        Checks
 	// Losses counts records that are missing or incomplete, by where:
 	// unreadable, unmatched, handler, flowlog. What it says of handler goes
 	// before what Relay says; ring comes from Kernel.
