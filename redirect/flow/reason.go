@@ -99,6 +99,7 @@ const (
 	ReasonRefused                                       // the network refused it (pass, direct)
 	ReasonTimeout                                       // the network did not answer (pass, direct)
 	ReasonReset                                         // reset by either side (pass, direct: the kernel side cannot tell whose)
+	ReasonEndpointRemoved                               // its endpoint is no longer one of the cluster's
 
 	reasonCount
 )
@@ -164,6 +165,7 @@ var reasonNames = [reasonCount]string{
 	ReasonRefused:         "refused",
 	ReasonTimeout:         "timeout",
 	ReasonReset:           "reset",
+	ReasonEndpointRemoved: "endpoint_removed",
 }
 
 // Reasons returns every reason, in the order of their values.

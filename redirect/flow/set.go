@@ -59,6 +59,23 @@ func (h HashOn) String() string {
 	return fmt.Sprintf("hash(%d)", uint8(h))
 }
 
+// Limits of a set, as PL_SET_ENDPOINTS and PL_SET_TABLE in bpf/include/abi.h.
+const (
+	SetEndpoints = 16384  // of one service
+	SetTable     = 131072 // entries of one table, at most
+)
+
+// PickTurns and PickDraws bound how many turns (PolicyRoundRobin) and draws (all
+// policies) a pick spends until it looks at every endpoint of a tier. With half of
+// the weight left, 16 draws find nothing once in 65536 picks.
+const (
+	PickTurns = 32
+	PickDraws = 16
+)
+
+// All is a share of 2^32 that means all of them: as Cut and as Spill.
+const All = 1<<32 - 1
+
 // Set is the endpoints of one service at one moment, arranged so that a pick takes
 // the same time however many there are. The kernel side and the handler pick by
 // the same set, so that they agree. It is immutable.
@@ -69,12 +86,12 @@ type Set struct {
 	Endpoints []SetEndpoint
 	Tiers     [2]Tier
 	// Spill is the share, of 2^32, of the connections that go to the second
-	// tier.
+	// tier; see [Set.Overflow].
 	Spill uint32
 	// Failures is how many connects in a row must fail until an endpoint is
-	// ejected (0: it never is), Base and Max bound how long, and Panic is the
-	// share in percent of available endpoints below which ejections do not
-	// count.
+	// ejected (0: it never is), and Base and Max bound how long. While, of the
+	// endpoints that are not down, less than Panic percent are not ejected,
+	// ejections do not count. That an endpoint is down always does.
 	Failures  int
 	Base, Max time.Duration
 	Panic     int
@@ -86,7 +103,7 @@ type SetEndpoint struct {
 	// Weight is 1 to 65535.
 	Weight uint16
 	// Cut and Alias draw by weight in one step: endpoint i of a tier stays i for
-	// Cut of 2^32 draws, and all of them if it is 1<<32-1, else it is endpoint
+	// Cut of 2^32 draws, and for all of them if it is All, else it is endpoint
 	// Alias of the tier.
 	Cut, Alias uint32
 	// Down is true while a health check says so.
@@ -101,4 +118,36 @@ type Tier struct {
 	// is, for PolicyMaglev by hash modulo its length, which is a prime. The
 	// other policies have none.
 	Table []uint32
+}
+
+// overprovision is by how much a tier can do more than its usual share: only when
+// less than 1/1.4 of its weight is available do connections spill over. It is
+// Envoy's factor, in tenths.
+const overprovision = 14
+
+// Overflow returns what Spill is to be while available tells of each endpoint, by
+// its index, whether it may be picked. All connections stay in the local zone
+// while 1/1.4 of its weight is available; below that its share is what is
+// available of that, and All is spilled when nothing is.
+func (s *Set) Overflow(available func(i int) bool) uint32 {
+	local := s.Tiers[0]
+	if s.Tiers[1].Count == 0 {
+		return 0
+	}
+	var sum, left uint64
+	for i := local.First; i < local.First+local.Count; i++ {
+		w := uint64(s.Endpoints[i].Weight)
+		sum += w
+		if available(i) {
+			left += w
+		}
+	}
+	switch can := left * overprovision; {
+	case can >= sum*10:
+		return 0
+	case can == 0:
+		return All
+	default:
+		return All - uint32(can*All/(sum*10))
+	}
 }
