@@ -55,6 +55,8 @@ var rules = []rule{
 		"it reads YAML with positions; otherwise it is a stage like the others"},
 	{"redirect/upstream/discover/dns", []string{"redirect/upstream/discover", sys, "golang.org/x/net/dns/dnsmessage"},
 		"it asks name servers itself, since the standard library hides how long an answer holds"},
+	{"redirect/upstream/discover/kube", []string{"redirect/flow", "redirect/upstream/discover", sys, "github.com/goccy/go-yaml"},
+		"it is a source of endpoints, and reads kubectl's configuration"},
 	{"redirect/upstream/...", []string{"redirect/flow", "redirect/upstream/...", sys},
 		"a stage of a connection knows the vocabulary and its own sub-packages"},
 	{"redirect/route", []string{"redirect/flow", "redirect/upstream/..."},
