@@ -33,6 +33,7 @@ EXPORT(struct, set_endpoint);
 EXPORT(struct, set_table);
 EXPORT(struct, endpoint);
 EXPORT(struct, endpoint_name);
+EXPORT(struct, dry_run);
 EXPORT(enum, policy);
 EXPORT(enum, hash_on);
 EXPORT(enum, slot_state);

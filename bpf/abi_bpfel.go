@@ -89,10 +89,35 @@ type abiDecision struct {
 	Hold        uint8
 	Counted     uint8
 	Released    uint8
-	Zero        uint8
+	Expired     uint8
 	Set         uint32
 	Endpoint    uint32
 	Established uint64
+}
+
+type abiDryRun struct {
+	_            structs.HostLayout
+	Dst          abiIpAddr
+	Bound        abiIpAddr
+	Group        uint64
+	Seed         uint32
+	Port         uint16
+	Path         uint8
+	Reason       uint8
+	Endpoint     abiIpAddr
+	EndpointPort uint16
+	Err          uint8
+	Service      uint8
+	Set          uint32
+	Index        uint32
+	Id           uint32
+	Draws        uint32
+	Rule         uint32
+	Ruled        uint8
+	Tier         uint8
+	Panics       uint8
+	Hold         uint8
+	Zero         uint32
 }
 
 type abiEnding uint32
@@ -363,9 +388,9 @@ type abiSetState struct {
 	_              structs.HostLayout
 	Turn           [2]uint32
 	VerdictUntil   uint64
-	Changes        uint32
 	VerdictChanges uint32
 	Panics         uint32
+	Changes        uint32
 	Zero           uint32
 }
 
@@ -457,6 +482,7 @@ const (
 	abiVarExportConnPath     = "export_conn_path"
 	abiVarExportConnectMode  = "export_connect_mode"
 	abiVarExportDecision     = "export_decision"
+	abiVarExportDryRun       = "export_dry_run"
 	abiVarExportEnding       = "export_ending"
 	abiVarExportEndpoint     = "export_endpoint"
 	abiVarExportEndpointKey  = "export_endpoint_key"
@@ -551,6 +577,7 @@ type abiVariableSpecs struct {
 	ExportConnPath     *ebpf.VariableSpec `ebpf:"export_conn_path"`
 	ExportConnectMode  *ebpf.VariableSpec `ebpf:"export_connect_mode"`
 	ExportDecision     *ebpf.VariableSpec `ebpf:"export_decision"`
+	ExportDryRun       *ebpf.VariableSpec `ebpf:"export_dry_run"`
 	ExportEnding       *ebpf.VariableSpec `ebpf:"export_ending"`
 	ExportEndpoint     *ebpf.VariableSpec `ebpf:"export_endpoint"`
 	ExportEndpointKey  *ebpf.VariableSpec `ebpf:"export_endpoint_key"`
@@ -621,6 +648,7 @@ type abiVariables struct {
 	ExportConnPath     *ebpf.Variable `ebpf:"export_conn_path"`
 	ExportConnectMode  *ebpf.Variable `ebpf:"export_connect_mode"`
 	ExportDecision     *ebpf.Variable `ebpf:"export_decision"`
+	ExportDryRun       *ebpf.Variable `ebpf:"export_dry_run"`
 	ExportEnding       *ebpf.Variable `ebpf:"export_ending"`
 	ExportEndpoint     *ebpf.Variable `ebpf:"export_endpoint"`
 	ExportEndpointKey  *ebpf.Variable `ebpf:"export_endpoint_key"`

@@ -151,6 +151,8 @@ var flowEnums = map[string]struct {
 	"reason":       {"REASON_", func() []string { return texts(flow.Reasons()[:flow.KernelReasons]) }},
 	"conn_path":    {"PATH_", func() []string { return texts(flow.Paths()) }},
 	"connect_mode": {"CONNECT_", func() []string { return texts(flow.ConnectModes()) }},
+	"policy":       {"POLICY_", func() []string { return texts(flow.Policies()) }},
+	"hash_on":      {"HASH_", func() []string { return texts(flow.HashOns()) }},
 }
 
 func texts[T fmt.Stringer](values []T) []string {
@@ -258,6 +260,12 @@ var goDefines = map[string]string{
 	"PL_CANARY_LISTENER":  "CanaryListener",
 	"PL_RULE_PORT_BITS":   "RulePortBits",
 	"PL_FRAME_MAX":        "FrameMax",
+	"PL_SETS":             "Sets",
+	"PL_ENDPOINTS":        "Endpoints",
+	"PL_SET_ENDPOINTS":    "SetEndpoints",
+	"PL_SET_HEAD":         "SetHead",
+	"PL_SET_TABLE_ROW":    "SetTableRow",
+	"PL_SET_TABLE":        "SetTableMax",
 	"PL_SLOT4_SUPER":      "",
 	"PL_SLOT6_SUPER_W0":   "",
 	"PL_SLOT6_SUPER_H2":   "",

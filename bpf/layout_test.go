@@ -18,7 +18,7 @@ var layouts = map[string]struct{ goSize, pinned uintptr }{
 	"beat":         {unsafe.Sizeof(Beat{}), 24},
 	"live_key":     {unsafe.Sizeof(LiveKey{}), 36},
 	"live":         {unsafe.Sizeof(Live{}), 120},
-	"decision":     {unsafe.Sizeof(Decision{}), 128},
+	"decision":     {unsafe.Sizeof(Decision{}), 144},
 	"slot":         {unsafe.Sizeof(Slot{}), 40},
 	"usage":        {unsafe.Sizeof(Usage{}), 24},
 	"service":      {unsafe.Sizeof(Service{}), 16},
@@ -26,9 +26,20 @@ var layouts = map[string]struct{ goSize, pinned uintptr }{
 	"rule_key":     {unsafe.Sizeof(RuleKey{}), 24},
 	"prefix_key":   {unsafe.Sizeof(PrefixKey{}), 20},
 	"route":        {unsafe.Sizeof(Route{}), 20},
-	"conn_event":   {unsafe.Sizeof(ConnEvent{}), 104},
+	"conn_event":   {unsafe.Sizeof(ConnEvent{}), 136},
 	"held":         {unsafe.Sizeof(Held{}), 168},
 	"ip_addr":      {unsafe.Sizeof(IPAddr{}), 16},
+	// The rows of a set are of one size.
+	"set_row":       {unsafe.Sizeof(SetRow{}), 32},
+	"set_tiers":     {unsafe.Sizeof(SetTiers{}), 32},
+	"set_tier":      {unsafe.Sizeof(SetTiers{}.Tier[0]), 16},
+	"set_config":    {unsafe.Sizeof(SetConfig{}), 32},
+	"set_state":     {unsafe.Sizeof(SetState{}), 32},
+	"set_endpoint":  {unsafe.Sizeof(SetEndpoint{}), 32},
+	"set_table":     {unsafe.Sizeof(SetTable{}), 32},
+	"endpoint":      {unsafe.Sizeof(Endpoint{}), 40},
+	"endpoint_name": {unsafe.Sizeof(EndpointName{}), 24},
+	"dry_run":       {unsafe.Sizeof(DryRun{}), 96},
 }
 
 func TestLayouts(t *testing.T) {

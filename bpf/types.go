@@ -36,6 +36,8 @@ type (
 	// found by.
 	Endpoint     = abiEndpoint
 	EndpointName = abiEndpointName
+	// DryRun is the question to pl_explain and its answer.
+	DryRun = abiDryRun
 	// IPAddr is 16 bytes in network byte order, IPv4 as ::ffff:a.b.c.d.
 	IPAddr = abiIpAddr
 )

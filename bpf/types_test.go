@@ -3,6 +3,7 @@ package bpf
 import (
 	"net/netip"
 	"testing"
+	"unsafe"
 )
 
 // TestFromAddr goes to the kernel's form and back.
@@ -26,13 +27,13 @@ func TestFromAddr(t *testing.T) {
 }
 
 func TestParseEvent(t *testing.T) {
-	raw := make([]byte, 104)
-	raw[0], raw[103] = 7, EndingTimeout
+	raw := make([]byte, unsafe.Sizeof(ConnEvent{}))
+	raw[0], raw[unsafe.Offsetof(ConnEvent{}.Ending)] = 7, EndingTimeout
 	e, ok := ParseEvent(raw)
 	if !ok || e.Cookie != 7 || e.Ending != EndingTimeout {
 		t.Errorf("ParseEvent: %+v, %v", e, ok)
 	}
-	for _, size := range []int{0, 103, 105} {
+	for _, size := range []int{0, len(raw) - 1, len(raw) + 1} {
 		if _, ok := ParseEvent(make([]byte, size)); ok {
 			t.Errorf("an event of %d bytes was read", size)
 		}

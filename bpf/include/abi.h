@@ -121,9 +121,9 @@ enum ending {
 	ENDING_CLOSED, /* FINs both ways */
 	ENDING_RESET, /* established, then reset by either side */
 	ENDING_REFUSED, /* SYN_SENT, and something answered */
-	ENDING_TIMEOUT, /* SYN_SENT, and nothing answered */
+	ENDING_TIMEOUT, /* SYN_SENT, and nothing answered in time */
 	ENDING_UNREACHABLE, /* SYN_SENT, and the network said that it cannot */
-	ENDING_ABANDONED, /* SYN_SENT, and the application gave up */
+	ENDING_ABANDONED, /* SYN_SENT, and the application closed it */
 	ENDING__COUNT,
 };
 
@@ -217,18 +217,20 @@ struct set_config {
 	__u8 zero[15];
 };
 
-/* Row 2: what the hooks keep. */
+/* Row 2: what the hooks keep. The process hands it on to the next set, for the
+ * turns; a verdict lasts a second at most.
+ */
 struct set_state {
 	__u32 turn[2]; /* of POLICY_ROUND_ROBIN, by tier */
 	__u64 verdict_until; /* panics holds until then, or a change */
-	__u32 changes; /* of endpoint health, ever */
 	__u32 verdict_changes; /* changes when the verdict was made */
 	__u32 panics; /* 1: too few are available, ejections do not count */
+	__u32 changes; /* of endpoint health, ever */
 	__u32 zero;
 };
 
-/* Rows from PL_SET_HEAD on. cut and alias draw by weight in one step: endpoint i
- * of the tier stays i for cut of 2^32 draws (0xffffffff: all), and is alias
+/* Rows from PL_SET_HEAD on. cut and alias draw by weight in one step: endpoint
+ * i of the tier stays i for cut of 2^32 draws (0xffffffff: all), and is alias
  * otherwise.
  */
 struct set_endpoint {
@@ -393,8 +395,8 @@ struct live {
 
 /* The decision on one socket, from the connect hook to its end. */
 struct decision {
-	/* What the kernel dials: by the connect hook what was picked, by sockops
-	 * what it became.
+	/* What the kernel dials: by the connect hook what was picked, by
+	 * sockops what it became.
 	 */
 	struct live_key key;
 	__u32 mark;
@@ -415,7 +417,7 @@ struct decision {
 	__u8 hold; /* as in live */
 	__u8 counted; /* in the endpoint's live */
 	__u8 released; /* the application has closed it */
-	__u8 zero;
+	__u8 expired; /* the kernel waited as long as it does */
 	__u32 set; /* PATH_DIRECT: the service's id, */
 	__u32 endpoint; /* and the endpoint's index */
 	__u64 established; /* 0: not yet */
@@ -466,6 +468,36 @@ struct conn_event {
 	__u8 ending; /* enum ending */
 	__u16 endpoint_port;
 	__u8 zero[6];
+};
+
+/* The question to pl_explain, and its answer: what the connect hook would do
+ * now. It stands behind 14 bytes of Ethernet, all zero.
+ */
+struct dry_run {
+	/* In. */
+	struct ip_addr dst;
+	struct ip_addr bound; /* zero: no source of its own */
+	__u64 group; /* the container whose quotas count; 0: nobody's */
+	__u32 seed; /* of the pick; 0: a random one */
+	__u16 port;
+	/* Out. */
+	__u8 path; /* enum conn_path */
+	__u8 reason; /* enum reason */
+	struct ip_addr
+		endpoint; /* what a pick gives, on any path; zero: none */
+	__u16 endpoint_port;
+	__u8 err; /* errno of PATH_DENY */
+	__u8 service; /* 1: a service has the address, and this is it: */
+	__u32 set; /* service.id */
+	__u32 index; /* of the endpoint in its set, from 0 */
+	__u32 id; /* of the endpoint in endpoints */
+	__u32 draws; /* until it was found; look at all: not counted */
+	__u32 rule; /* the value of the rule that decided, */
+	__u8 ruled; /* 1: one did; reason says of which kind */
+	__u8 tier; /* of the endpoint */
+	__u8 panics; /* 1: ejections do not count */
+	__u8 hold; /* 1: the handshake would wait for the dial */
+	__u32 zero;
 };
 
 /* Written once, when the instance is created: what a later process needs to
