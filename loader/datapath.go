@@ -98,6 +98,8 @@ type Datapath struct {
 	// while all sockets of the namespace are listed, and never for long.
 	servicesMu sync.Mutex
 
+	sets setTable // see sets.go
+
 	lost     atomic.Uint32 // families without a route, as in slotRange
 	mu       sync.Mutex    // orders changes of the configuration and of slots
 	settings bpf.Settings
@@ -223,7 +225,7 @@ func (d *Datapath) Close() error {
 	for _, q := range d.queues {
 		errs = append(errs, q.close())
 	}
-	errs = append(errs, d.maps.Close())
+	errs = append(errs, d.sets.close(), d.maps.Close())
 	if d.state != nil {
 		errs = append(errs, d.state.close())
 	}

@@ -1,10 +1,18 @@
 package loader
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
+	"slices"
+	"sync/atomic"
 	"time"
+	"unsafe"
 
+	"github.com/cilium/ebpf"
+	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/redirect/flow"
+	"golang.org/x/sys/unix"
 )
 
 // EndpointState is what the kernel side knows of an endpoint. It outlives sets and
@@ -31,6 +39,220 @@ type EndpointState struct {
 	Last flow.Reason
 }
 
+// endpointName is an endpoint of a service, wherever it is in the map.
+type endpointName struct {
+	set  uint32
+	addr netip.AddrPort
+}
+
+func (n endpointName) key() bpf.EndpointName {
+	return bpf.EndpointName{Addr: bpf.FromAddr(n.addr.Addr()), Set: n.set, Port: n.addr.Port()}
+}
+
+// endpointTable is the maps endpoints and endpoint_ids: who has which index, and
+// the states in our memory. Hooks add to them all the time, so writing one whole
+// would lose what they added.
+type endpointTable struct {
+	states, names *ebpf.Map
+	// Mapped when an index in it is first used: what is mapped is resident.
+	chunks [bpf.Endpoints / chunkEndpoints][]byte
+	next   uint32 // never used below
+	free   []uint32
+}
+
+// chunkEndpoints is how many endpoints are mapped at once: whole pages, also where
+// one has 64 KiB.
+const (
+	chunkEndpoints = 4096
+	endpointSize   = int(unsafe.Sizeof(bpf.Endpoint{}))
+)
+
+// at is the state of an endpoint whose index was given out.
+func (t *endpointTable) at(i uint32) *endpoint {
+	return (*endpoint)(unsafe.Pointer(&t.chunks[i/chunkEndpoints][int(i%chunkEndpoints)*endpointSize]))
+}
+
+// alloc gives an index out, with a state that is all zero.
+func (t *endpointTable) alloc() (uint32, error) {
+	i := t.next
+	if n := len(t.free); n > 0 {
+		i, t.free = t.free[n-1], t.free[:n-1]
+	} else if t.next == bpf.Endpoints {
+		return 0, fmt.Errorf("%w: want at most %d of all services", ErrTooManyEndpoints, bpf.Endpoints)
+	} else {
+		if err := t.ensure(i); err != nil {
+			return 0, err
+		}
+		t.next++
+	}
+	*(*bpf.Endpoint)(t.at(i)) = bpf.Endpoint{}
+	return i, nil
+}
+
+// ensure maps the chunk of an index.
+func (t *endpointTable) ensure(i uint32) error {
+	c := &t.chunks[i/chunkEndpoints]
+	if *c != nil {
+		return nil
+	}
+	offset := int64(i/chunkEndpoints) * chunkEndpoints * int64(endpointSize)
+	page, err := unix.Mmap(t.states.FD(), offset, chunkEndpoints*endpointSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("map endpoints: %w", err)
+	}
+	*c = page
+	return nil
+}
+
+// release takes an index back, under which nobody is connected.
+func (t *endpointTable) release(i uint32, n endpointName) error {
+	// Zeroed first: what has no name is taken for free, and is not looked at.
+	*(*bpf.Endpoint)(t.at(i)) = bpf.Endpoint{}
+	if err := t.names.Delete(n.key()); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("forget endpoint %s: %w", n.addr, err)
+	}
+	t.free = append(t.free, i)
+	return nil
+}
+
+// recover reads who has which index.
+func (t *endpointTable) recover(f func(n endpointName, i uint32)) error {
+	const batch = 4096
+	var cursor ebpf.MapBatchCursor
+	keys, values := make([]bpf.EndpointName, batch), make([]uint32, batch)
+	used := map[uint32]bool{}
+	for done := false; !done; {
+		n, err := t.names.BatchLookup(&cursor, keys, values, nil)
+		if done = errors.Is(err, ebpf.ErrKeyNotExist); err != nil && !done {
+			return fmt.Errorf("read map endpoint_ids: %w", err)
+		}
+		for k, i := range values[:n] {
+			if i >= bpf.Endpoints || used[i] {
+				continue // cannot be: this build writes each once
+			}
+			if err := t.ensure(i); err != nil {
+				return err
+			}
+			used[i] = true
+			t.next = max(t.next, i+1)
+			f(endpointName{set: keys[k].Set, addr: netip.AddrPortFrom(bpf.ToAddr(keys[k].Addr), keys[k].Port)}, i)
+		}
+	}
+	for i := range t.next {
+		if used[i] {
+			continue
+		}
+		if err := t.ensure(i); err != nil {
+			return err
+		}
+		t.free = append(t.free, i)
+	}
+	return nil
+}
+
+func (t *endpointTable) close() error {
+	var errs []error
+	for _, c := range t.chunks {
+		if c != nil {
+			errs = append(errs, unix.Munmap(c))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// endpoint is one entry of the map endpoints in our memory.
+type endpoint bpf.Endpoint
+
+// downShift is where down is in the word that round begins.
+const downShift = 8 * (unsafe.Offsetof(bpf.Endpoint{}.Down) - unsafe.Offsetof(bpf.Endpoint{}.Round))
+
+// setDown leaves what hooks write beside it as it is: a store to a byte of a word
+// that others write to is not atomic everywhere.
+func (e *endpoint) setDown(down bool) {
+	word := (*uint32)(unsafe.Pointer(&e.Round))
+	if down {
+		atomic.OrUint32(word, 1<<downShift)
+	} else {
+		atomic.AndUint32(word, ^uint32(0xff<<downShift))
+	}
+}
+
+func (e *endpoint) live() *atomic.Uint32 { return (*atomic.Uint32)(unsafe.Pointer(&e.Live)) }
+
+// load copies the state. Each word is whole; together they are of no one moment.
+func (e *endpoint) load() bpf.Endpoint {
+	var v bpf.Endpoint
+	from := (*[endpointSize / 8]uint64)(unsafe.Pointer(e))
+	to := (*[endpointSize / 8]uint64)(unsafe.Pointer(&v))
+	for i := range from {
+		to[i] = atomic.LoadUint64(&from[i])
+	}
+	return v
+}
+
+// state says the same in Go.
+func (e *endpoint) state(addr netip.AddrPort, inSet bool, now int64) EndpointState {
+	v := e.load()
+	s := EndpointState{
+		Addr: addr, InSet: inSet, Live: int(v.Live), Connects: v.Connects, Failed: v.Failed,
+		Failures: int(v.Failures), Ejections: int(v.Ejections), Down: v.Down != 0,
+	}
+	if v.Until != 0 {
+		s.Ejected = max(0, time.Duration(int64(v.Until)-now))
+		s.Trial = s.Ejected == 0
+	}
+	if v.Failed > 0 {
+		s.Last = failureReason(v.Last)
+	}
+	return s
+}
+
+// failureReason names an enum ending of a connect that failed.
+func failureReason(ending uint8) flow.Reason {
+	switch ending {
+	case bpf.EndingRefused:
+		return flow.ReasonDialRefused
+	case bpf.EndingTimeout:
+		return flow.ReasonDialTimeout
+	case bpf.EndingUnreachable:
+		return flow.ReasonDialUnreachable
+	case bpf.EndingAbandoned:
+		return flow.ReasonAbandoned
+	default:
+		return flow.ReasonDialFailed
+	}
+}
+
 // EndpointStates returns the endpoints of a service, sorted by address. It fails
 // with [ErrNoService].
-func (d *Datapath) EndpointStates(service netip.AddrPort) ([]EndpointState, error) { return nil, nil }
+func (d *Datapath) EndpointStates(service netip.AddrPort) ([]EndpointState, error) {
+	s := &d.sets
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	own, err := s.find(service)
+	if err != nil || own == nil {
+		return nil, err
+	}
+	now := monotonic()
+	all := make([]EndpointState, 0, len(own.endpoints))
+	for addr, i := range own.endpoints {
+		_, out := s.out[i]
+		all = append(all, s.table.at(i).state(addr, !out, now))
+	}
+	slices.SortFunc(all, func(a, b EndpointState) int { return a.Addr.Compare(b.Addr) })
+	return all, nil
+}
+
+// SetDown tells the connect hook whether a health check says that an endpoint is
+// down. It fails with [ErrNoService] or [ErrNoSuchEndpoint].
+func (d *Datapath) SetDown(service, endpoint netip.AddrPort, down bool) error {
+	s := &d.sets
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, i, err := s.findEndpoint(service, endpoint)
+	if err != nil {
+		return err
+	}
+	s.table.at(i).setDown(down)
+	return nil
+}

@@ -47,7 +47,7 @@ func (d *Datapath) tidy() error {
 	if err := d.retireSlots(used); err != nil {
 		return err
 	}
-	return d.forgetGroups()
+	return errors.Join(d.forgetGroups(), d.sets.forget())
 }
 
 // reconcile deletes entries of live whose sockets are gone. sockops does it at

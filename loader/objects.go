@@ -125,7 +125,10 @@ func (d *Datapath) open() error {
 	}
 	// The record keeps what was claimed: the next start may have it all.
 	d.slots = d.network.usable(d.slots)
-	return d.load(specs, pinned)
+	if err := d.load(specs, pinned); err != nil {
+		return err
+	}
+	return d.sets.recover(d.maps.Services)
 }
 
 func closeAll(maps map[string]*ebpf.Map, but string) {
@@ -197,9 +200,13 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 		scopeLevel: d.options.Scope.Level,
 		frameTag:   d.frameTag,
 	}
+	var setSpec *ebpf.MapSpec
 	for name, spec := range sharedMaps(specs) {
-		if name == "held" {
+		switch name {
+		case "held":
 			d.heldSpec = spec.InnerMap
+		case "sets":
+			setSpec = spec.InnerMap
 		}
 		if have[name] != nil {
 			continue
@@ -220,7 +227,12 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 	}
 	var err error
 	d.state, err = mapState(have["state"])
-	return err
+	if err != nil {
+		return err
+	}
+	d.keepMaps(have)
+	d.sets.open(&d.maps, setSpec)
+	return nil
 }
 
 func (d *Datapath) loadPrograms(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) error {

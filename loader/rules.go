@@ -68,15 +68,13 @@ func (d *Datapath) SetRules(r Rules) error {
 	if err := d.reserveSlots(r.Services); err != nil {
 		return err
 	}
-	services := make(map[bpf.EndpointKey]bpf.Service, len(r.Services))
-	for i, s := range r.Services {
-		v := bpf.Service{
-			Id: uint32(i), OnFailure: uint8(onFailure(s.Closed)),
-			Connect: uint8(d.connect(s.Connect)), NoEndpoint: uint8(s.NoEndpoint),
-		}
-		services[bpf.EndpointKey{Addr: bpf.FromAddr(s.Addr.Addr()), Port: s.Addr.Port()}] = v
+	d.sets.mu.Lock()
+	defer d.sets.mu.Unlock()
+	services, err := d.publishAll(r.Services)
+	if err != nil {
+		return err
 	}
-	err := errors.Join(
+	err = errors.Join(
 		d.replaceServices(services),
 		replace(d.maps.Deny, ruleKeys(r.Deny)),
 		replace(d.maps.Exclude, ruleKeys(r.Exclude)),
@@ -84,7 +82,52 @@ func (d *Datapath) SetRules(r Rules) error {
 	if err != nil {
 		return err
 	}
+	// Only now: nobody is sent to these any more.
+	if err := d.sets.use(r.Services); err != nil {
+		return err
+	}
 	return d.applySettings(r)
+}
+
+// publishAll publishes the sets of services, and returns the entries that point to
+// them.
+func (d *Datapath) publishAll(services []Service) (map[bpf.EndpointKey]bpf.Service, error) {
+	sets := make(map[netip.AddrPort]*flow.Set, len(services))
+	for _, s := range services {
+		sets[unmapped(s.Addr)] = s.Set
+	}
+	if err := d.sets.publish(sets); err != nil {
+		return nil, err
+	}
+	entries := make(map[bpf.EndpointKey]bpf.Service, len(services))
+	for _, s := range services {
+		v := bpf.Service{
+			Id: noSet, OnFailure: uint8(onFailure(s.Closed)),
+			Connect: uint8(d.connect(s.Connect)), NoEndpoint: uint8(s.NoEndpoint), Path: uint8(servicePath(s.Path)),
+		}
+		if s.Set != nil {
+			own := d.sets.byAddr[unmapped(s.Addr)]
+			own.gone = time.Time{}
+			v.Id = own.id
+		}
+		entries[serviceKey(s.Addr)] = v
+	}
+	return entries, nil
+}
+
+func serviceKey(a netip.AddrPort) bpf.EndpointKey {
+	return bpf.EndpointKey{Addr: bpf.FromAddr(a.Addr()), Port: a.Port()}
+}
+
+func servicePath(p flow.Path) uint32 {
+	switch p {
+	case flow.PathPass:
+		return bpf.PathPass
+	case flow.PathDirect:
+		return bpf.PathDirect
+	default:
+		return bpf.PathRelay
+	}
 }
 
 func (d *Datapath) replaceServices(services map[bpf.EndpointKey]bpf.Service) error {
@@ -135,7 +178,7 @@ func (d *Datapath) connect(m flow.ConnectMode) flow.ConnectMode {
 func (d *Datapath) Unavailable(service netip.AddrPort, wait time.Duration) error {
 	d.servicesMu.Lock()
 	defer d.servicesMu.Unlock()
-	key := bpf.EndpointKey{Addr: bpf.FromAddr(service.Addr()), Port: service.Port()}
+	key := serviceKey(service)
 	var s bpf.Service
 	if err := d.maps.Services.Lookup(key, &s); err != nil {
 		return fmt.Errorf("look up service %s: %w", service, err)

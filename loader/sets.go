@@ -2,16 +2,23 @@ package loader
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
+	"sync"
+	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/redirect/flow"
 )
 
 var (
 	// ErrTooManySets means that more services have sets than the map has room for.
+	// What was removed needs its room for some seconds more.
 	ErrTooManySets = errors.New("too many services have endpoints")
 	// ErrTooManyEndpoints means that a set, or all of them together, have more
-	// endpoints than there is room for.
+	// endpoints than there is room for. What was removed needs its room for some
+	// seconds more, and as long as it has connections.
 	ErrTooManyEndpoints = errors.New("too many endpoints")
 	// ErrBadSet means that a set's parts do not fit each other, or not the
 	// family of its service's address.
@@ -23,19 +30,276 @@ var (
 	ErrNoSuchEndpoint = errors.New("no such endpoint")
 )
 
-// SetEndpoints replaces the sets of some services, all in one step of the kernel:
-// a pick finds the old set of a service or its new one. A nil set takes a
-// service's away. What is published already is not published again. Down of an
-// endpoint is written with the set, unless it is the very set (pointer) that the
-// service has. On [ErrNoService], [ErrBadSet], [ErrTooManySets] or
-// [ErrTooManyEndpoints] nothing was changed.
-func (d *Datapath) SetEndpoints(sets map[netip.AddrPort]*flow.Set) error { return nil }
+const (
+	// noSet is the id of a service that has no set: none of the map.
+	noSet = ^uint32(0)
+	// forgetAfter is how long an endpoint or an id is kept that nobody uses. A
+	// hook that picked from the old set is done long before.
+	forgetAfter = 10 * time.Second
+)
 
-// SetDown tells the connect hook whether a health check says that an endpoint is
-// down. It fails with [ErrNoService] or [ErrNoSuchEndpoint].
-func (d *Datapath) SetDown(service, endpoint netip.AddrPort, down bool) error { return nil }
+// serviceSet is a service that has, or had, an endpoint set.
+type serviceSet struct {
+	id   uint32
+	addr netip.AddrPort // not valid: an earlier process removed it
+	// set is what was published last, and spill what was written since. nil:
+	// nothing, or an earlier process has.
+	set   *flow.Set
+	spill uint32
+	// inner is open only where something is written in place, or handed on to the
+	// next set: a descriptor for each would be too many.
+	inner *ebpf.Map
+	// endpoints are the indices of all that are in the set, or were.
+	endpoints map[netip.AddrPort]uint32
+	// gone is when it was removed, and zero while it is in use.
+	gone time.Time
+}
 
-// SetSpill changes, of 2^32, the share of a service's connections that go to its
-// second tier, in place. It does nothing when a tier is empty, and fails with
-// [ErrNoService] when the service has no set.
-func (d *Datapath) SetSpill(service netip.AddrPort, spill uint32) error { return nil }
+// removedEndpoint is one that is in no set.
+type removedEndpoint struct {
+	of   *serviceSet
+	addr netip.AddrPort
+	idle time.Time // since when it had no connection, as far as was seen
+}
+
+// setTable is the maps sets, endpoints and endpoint_ids.
+type setTable struct {
+	mu    sync.Mutex // orders changes of sets; taken after Datapath.mu, before servicesMu
+	outer *ebpf.Map
+	spec  *ebpf.MapSpec // of a set
+	empty *ebpf.Map     // stands where a set was that nobody is to pick from
+	keys  []uint32      // 0, 1, 2 ...
+	table endpointTable
+
+	services map[netip.AddrPort]bool // of the rules, with a set or without
+	byAddr   map[netip.AddrPort]*serviceSet
+	byID     map[uint32]*serviceSet
+	nextID   uint32 // never used below
+	freeIDs  []uint32
+	out      map[uint32]removedEndpoint // by index
+	inSet    []uint64                   // by index: the round of the last set it was in
+	round    uint64                     // of publishing
+	grace    time.Duration              // forgetAfter
+}
+
+// open starts with the maps of the datapath.
+func (s *setTable) open(maps *bpf.Maps, spec *ebpf.MapSpec) {
+	s.outer, s.spec = maps.Sets, spec
+	s.table.states, s.table.names = maps.Endpoints, maps.EndpointIds
+	s.services = map[netip.AddrPort]bool{}
+	s.byAddr, s.byID = map[netip.AddrPort]*serviceSet{}, map[uint32]*serviceSet{}
+	s.out = map[uint32]removedEndpoint{}
+	s.grace = forgetAfter
+}
+
+func (s *setTable) close() error {
+	var errs []error
+	for _, own := range s.byID {
+		errs = append(errs, own.inner.Close())
+	}
+	return errors.Join(append(errs, s.empty.Close(), s.table.close())...)
+}
+
+// recover learns what an earlier process left. The sets themselves cannot be read
+// without CAP_SYS_ADMIN: they stay until they are published again.
+func (s *setTable) recover(services *ebpf.Map) error {
+	var k bpf.EndpointKey
+	var v bpf.Service
+	it := services.Iterate()
+	for it.Next(&k, &v) {
+		addr := netip.AddrPortFrom(bpf.ToAddr(k.Addr), k.Port)
+		s.services[addr] = true
+		if v.Id < bpf.Sets && s.byID[v.Id] == nil {
+			s.byAddr[addr] = s.add(v.Id, addr)
+		}
+	}
+	if err := it.Err(); err != nil {
+		return fmt.Errorf("read map services: %w", err)
+	}
+	// What no service points to is dropped when the first rules come.
+	known := func(id uint32) *serviceSet {
+		if own := s.byID[id]; own != nil {
+			return own
+		}
+		return s.add(id, netip.AddrPort{})
+	}
+	err := s.table.recover(func(n endpointName, i uint32) { known(n.set).endpoints[n.addr] = i })
+	if err != nil {
+		return err
+	}
+	for id := range uint32(bpf.Sets) {
+		var inner uint32
+		if err := s.outer.Lookup(id, &inner); err == nil {
+			known(id)
+		} else if !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("read map sets: %w", err)
+		}
+	}
+	for id := range s.nextID {
+		if s.byID[id] == nil {
+			s.freeIDs = append(s.freeIDs, id)
+		}
+	}
+	s.inSet = make([]uint64, s.table.next)
+	return nil
+}
+
+func (s *setTable) add(id uint32, addr netip.AddrPort) *serviceSet {
+	own := &serviceSet{id: id, addr: addr, endpoints: map[netip.AddrPort]uint32{}}
+	s.byID[id] = own
+	s.nextID = max(s.nextID, id+1)
+	return own
+}
+
+// find returns what is known of a service; nil if it has no endpoints.
+func (s *setTable) find(service netip.AddrPort) (*serviceSet, error) {
+	service = unmapped(service)
+	own := s.byAddr[service]
+	if own == nil && !s.services[service] {
+		return nil, fmt.Errorf("service %s: %w", service, ErrNoService)
+	}
+	return own, nil
+}
+
+func (s *setTable) findEndpoint(service, addr netip.AddrPort) (*serviceSet, uint32, error) {
+	own, err := s.find(service)
+	if err != nil {
+		return nil, 0, err
+	}
+	if own != nil {
+		if i, ok := own.endpoints[unmapped(addr)]; ok {
+			return own, i, nil
+		}
+	}
+	return nil, 0, fmt.Errorf("endpoint %s of service %s: %w", addr, service, ErrNoSuchEndpoint)
+}
+
+func unmapped(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }
+
+// take gives a service an id, which is the one it had if that is still kept.
+func (s *setTable) take(addr netip.AddrPort) (*serviceSet, error) {
+	if own := s.byAddr[addr]; own != nil {
+		return own, nil
+	}
+	id := s.nextID
+	if n := len(s.freeIDs); n > 0 {
+		id, s.freeIDs = s.freeIDs[n-1], s.freeIDs[:n-1]
+	} else if id == bpf.Sets {
+		return nil, fmt.Errorf("%w: want at most %d", ErrTooManySets, bpf.Sets)
+	}
+	own := s.add(id, addr)
+	own.gone = time.Now() // until its service points to it
+	s.byAddr[addr] = own
+	return own, nil
+}
+
+// use notes which services there are, and which of them point to a set. What none
+// points to is dropped.
+func (s *setTable) use(services []Service) error {
+	pointed := map[*serviceSet]bool{}
+	s.services = make(map[netip.AddrPort]bool, len(services))
+	for _, v := range services {
+		addr := unmapped(v.Addr)
+		s.services[addr] = true
+		if v.Set != nil {
+			pointed[s.byAddr[addr]] = true
+		}
+	}
+	var unused []*serviceSet
+	for _, own := range s.byID {
+		if own.gone.IsZero() && !pointed[own] {
+			unused = append(unused, own)
+		}
+	}
+	return s.drop(unused)
+}
+
+// drop takes the sets of services away that do not point to them any more. Their
+// ids and endpoints are forgotten later.
+func (s *setTable) drop(all []*serviceSet) error {
+	if len(all) == 0 {
+		return nil
+	}
+	if s.empty == nil {
+		var err error
+		if s.empty, err = s.make(make([]bpf.SetRow, bpf.SetHead)); err != nil {
+			return err
+		}
+	}
+	ids, fds := make([]uint32, len(all)), make([]uint32, len(all))
+	for n, own := range all {
+		ids[n], fds[n] = own.id, uint32(s.empty.FD())
+	}
+	// In one step: to delete each takes as long.
+	if _, err := s.outer.BatchUpdate(ids, fds, nil); err != nil {
+		return fmt.Errorf("take %d endpoint sets away: %w", len(all), err)
+	}
+	now := time.Now()
+	for _, own := range all {
+		own.gone, own.set = now, nil
+		own.inner.Close()
+		own.inner = nil
+		for addr, i := range own.endpoints {
+			s.remove(own, addr, i, now)
+		}
+	}
+	return nil
+}
+
+func (s *setTable) remove(own *serviceSet, addr netip.AddrPort, i uint32, now time.Time) {
+	if _, ok := s.out[i]; !ok {
+		s.out[i] = removedEndpoint{of: own, addr: addr, idle: now}
+	}
+}
+
+// forget frees the indices of endpoints that nobody needs any more, and then the
+// ids of services.
+func (s *setTable) forget() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := time.Now()
+	for i, e := range s.out {
+		if s.table.at(i).live().Load() != 0 {
+			e.idle = now
+			s.out[i] = e
+			continue
+		}
+		if now.Sub(e.idle) < s.grace {
+			continue
+		}
+		if err := s.table.release(i, endpointName{set: e.of.id, addr: e.addr}); err != nil {
+			return err
+		}
+		delete(s.out, i)
+		delete(e.of.endpoints, e.addr)
+	}
+	for id, own := range s.byID {
+		if own.gone.IsZero() || len(own.endpoints) > 0 || now.Sub(own.gone) < s.grace {
+			continue
+		}
+		delete(s.byID, id)
+		if s.byAddr[own.addr] == own {
+			delete(s.byAddr, own.addr)
+		}
+		s.freeIDs = append(s.freeIDs, id)
+	}
+	return nil
+}
+
+// make creates the map of one set.
+func (s *setTable) make(rows []bpf.SetRow) (*ebpf.Map, error) {
+	spec := *s.spec
+	spec.MaxEntries = uint32(len(rows))
+	m, err := ebpf.NewMap(&spec)
+	if err != nil {
+		return nil, fmt.Errorf("create endpoint set: %w", err)
+	}
+	for i := len(s.keys); i < len(rows); i++ {
+		s.keys = append(s.keys, uint32(i))
+	}
+	if _, err := m.BatchUpdate(s.keys[:len(rows)], rows, nil); err != nil {
+		m.Close()
+		return nil, fmt.Errorf("fill endpoint set: %w", err)
+	}
+	return m, nil
+}

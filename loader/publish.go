@@ -1,0 +1,281 @@
+package loader
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/redirect/flow"
+)
+
+// change is the new set of one service.
+type change struct {
+	own   *serviceSet
+	set   *flow.Set
+	ids   []uint32 // of its endpoints
+	fresh bool     // the service had no endpoint before
+	inner *ebpf.Map
+}
+
+// publishing is one round of publishing.
+type publishing struct {
+	*setTable
+	changes []change
+	// What has an index now that had none.
+	names []bpf.EndpointName
+	added []uint32
+	addrs []endpointName
+}
+
+// publish makes sets the kernel's, in one step after everything is prepared. The
+// services need not point to them yet. A set of nil is passed over.
+func (s *setTable) publish(sets map[netip.AddrPort]*flow.Set) error {
+	for service, set := range sets {
+		if set == nil {
+			continue
+		}
+		if err := checkSet(service, set); err != nil {
+			return err
+		}
+	}
+	p := &publishing{setTable: s}
+	s.round++
+	for service, set := range sets {
+		if set == nil {
+			continue
+		}
+		if err := p.prepare(unmapped(service), set); err != nil {
+			p.takeBack()
+			return err
+		}
+	}
+	return p.commit()
+}
+
+// prepare plans the set of one service, if it is not there already.
+func (p *publishing) prepare(service netip.AddrPort, set *flow.Set) error {
+	own, err := p.take(service)
+	if err != nil {
+		return err
+	}
+	if own.set == set {
+		return nil
+	}
+	if sameRows(own.set, set) {
+		for n, e := range set.Endpoints {
+			if own.set.Endpoints[n].Down != e.Down {
+				p.table.at(own.endpoints[unmapped(e.Addr)]).setDown(e.Down)
+			}
+		}
+		own.set = set
+		return p.setSpill(own, set.Spill)
+	}
+	c := change{own: own, set: set, ids: make([]uint32, len(set.Endpoints)), fresh: len(own.endpoints) == 0}
+	for n, e := range set.Endpoints {
+		if c.ids[n], err = p.index(own, unmapped(e.Addr)); err != nil {
+			return err
+		}
+	}
+	p.changes = append(p.changes, c)
+	return nil
+}
+
+// index returns the index of an endpoint, and gives it one if it has none.
+func (p *publishing) index(own *serviceSet, addr netip.AddrPort) (uint32, error) {
+	i, ok := own.endpoints[addr]
+	if !ok {
+		var err error
+		if i, err = p.table.alloc(); err != nil {
+			return 0, err
+		}
+		own.endpoints[addr] = i
+		name := endpointName{set: own.id, addr: addr}
+		p.addrs = append(p.addrs, name)
+		p.names, p.added = append(p.names, name.key()), append(p.added, i)
+		for len(p.inSet) <= int(i) {
+			p.inSet = append(p.inSet, 0)
+		}
+	}
+	p.inSet[i] = p.round
+	return i, nil
+}
+
+// takeBack undoes what prepare did, and the names that commit may have written.
+func (p *publishing) takeBack() {
+	for n, name := range p.addrs {
+		delete(p.byID[name.set].endpoints, name.addr)
+		_ = p.table.names.Delete(p.names[n]) // ErrKeyNotExist as a rule
+		p.table.free = append(p.table.free, p.added[n])
+	}
+}
+
+// commit carries the plan out. What fails is tried again with the next set.
+func (p *publishing) commit() error {
+	if len(p.changes) == 0 {
+		return nil
+	}
+	// Named before they are used: who takes over must find every count.
+	if len(p.names) > 0 {
+		if _, err := p.table.names.BatchUpdate(p.names, p.added, nil); err != nil {
+			p.takeBack()
+			return fmt.Errorf("name %d endpoints: %w", len(p.names), err)
+		}
+	}
+	err := p.replace()
+	for n := range p.changes {
+		c := &p.changes[n]
+		if err != nil {
+			// Which of them the kernel has is not known.
+			c.own.set = nil
+			c.inner.Close()
+			continue
+		}
+		p.published(c)
+	}
+	return err
+}
+
+// replace builds the maps and puts them in place.
+func (p *publishing) replace() error {
+	var rows []bpf.SetRow
+	var err error
+	ids, fds := make([]uint32, len(p.changes)), make([]uint32, len(p.changes))
+	for n := range p.changes {
+		c := &p.changes[n]
+		for i, e := range c.set.Endpoints {
+			p.table.at(c.ids[i]).setDown(e.Down)
+		}
+		rows = setRows(rows[:0], c.set, c.ids, p.turn(c.own))
+		if c.inner, err = p.make(rows); err != nil {
+			return err
+		}
+		ids[n], fds[n] = c.own.id, uint32(c.inner.FD())
+	}
+	if _, err := p.outer.BatchUpdate(ids, fds, nil); err != nil {
+		return fmt.Errorf("publish %d endpoint sets: %w", len(ids), err)
+	}
+	return nil
+}
+
+// published notes that the kernel has a set.
+func (p *publishing) published(c *change) {
+	own, now := c.own, time.Now()
+	own.inner.Close()
+	own.inner = nil
+	if c.set.Policy == flow.PolicyRoundRobin || hasSpill(c.set) {
+		own.inner = c.inner
+	} else {
+		c.inner.Close()
+	}
+	own.set, own.spill = c.set, c.set.Spill
+	if c.fresh {
+		return
+	}
+	for addr, i := range own.endpoints {
+		if p.inSet[i] == p.round {
+			delete(p.out, i)
+		} else {
+			p.remove(own, addr, i, now)
+		}
+	}
+}
+
+// turn tells with whom a set goes on: one that is replaced often must not begin
+// with the same endpoint every time.
+func (p *publishing) turn(own *serviceSet) [2]uint32 {
+	var row bpf.SetRow
+	if own.inner == nil || own.inner.Lookup(uint32(rowState), &row) != nil {
+		return [2]uint32{rand.Uint32(), rand.Uint32()}
+	}
+	return (*bpf.SetState)(unsafe.Pointer(&row)).Turn
+}
+
+func hasSpill(set *flow.Set) bool { return set.Tiers[0].Count > 0 && set.Tiers[1].Count > 0 }
+
+// setSpill writes a share where it is. A set that has but one tier has none.
+func (s *setTable) setSpill(own *serviceSet, spill uint32) error {
+	if !hasSpill(own.set) || own.spill == spill {
+		return nil
+	}
+	if err := own.inner.Put(uint32(rowConfig), toRow(setConfig(own.set, spill))); err != nil {
+		return fmt.Errorf("write spill of service %s: %w", own.addr, err)
+	}
+	own.spill = spill
+	return nil
+}
+
+// SetSpill changes, of 2^32, the share of a service's connections that go to its
+// second tier, in place. It does nothing when a tier is empty, and fails with
+// [ErrNoService] when the service has no set.
+func (d *Datapath) SetSpill(service netip.AddrPort, spill uint32) error {
+	s := &d.sets
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	own, err := s.find(service)
+	if err != nil {
+		return err
+	}
+	if own == nil || own.set == nil {
+		return fmt.Errorf("service %s has no endpoint set: %w", service, ErrNoService)
+	}
+	return s.setSpill(own, spill)
+}
+
+// SetEndpoints replaces the sets of some services, all in one step of the kernel:
+// a pick finds the old set of a service or its new one. A nil set takes a
+// service's away. What is published already is not published again. Down of an
+// endpoint is written with the set, unless it is the very set (pointer) that the
+// service has. On [ErrNoService], [ErrBadSet], [ErrTooManySets] or
+// [ErrTooManyEndpoints] nothing was changed.
+func (d *Datapath) SetEndpoints(sets map[netip.AddrPort]*flow.Set) error {
+	s := &d.sets
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for service := range sets {
+		if !s.services[unmapped(service)] {
+			return fmt.Errorf("service %s: %w", service, ErrNoService)
+		}
+	}
+	if err := s.publish(sets); err != nil {
+		return err
+	}
+	var unused []*serviceSet
+	for service, set := range sets {
+		own := s.byAddr[unmapped(service)]
+		switch {
+		case own == nil || (set != nil) == own.gone.IsZero():
+			// It points to its set, or to none, already.
+		case set != nil:
+			if err := d.pointTo(service, own.id); err != nil {
+				return err
+			}
+			own.gone = time.Time{}
+		default:
+			if err := d.pointTo(service, noSet); err != nil {
+				return err
+			}
+			unused = append(unused, own)
+		}
+	}
+	return s.drop(unused)
+}
+
+// pointTo makes a service's entry name a set.
+func (d *Datapath) pointTo(service netip.AddrPort, id uint32) error {
+	d.servicesMu.Lock()
+	defer d.servicesMu.Unlock()
+	key := serviceKey(service)
+	var v bpf.Service
+	if err := d.maps.Services.Lookup(key, &v); err != nil {
+		return fmt.Errorf("look up service %s: %w", service, err)
+	}
+	v.Id = id
+	if err := d.maps.Services.Update(key, v, ebpf.UpdateExist); err != nil {
+		return fmt.Errorf("write service %s: %w", service, err)
+	}
+	return nil
+}
