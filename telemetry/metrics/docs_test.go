@@ -34,7 +34,7 @@ a restart of the process; all others count from the start of the process.
 // described returns metrics of which every one has a value.
 func described() *Metrics {
 	m := New(full().all())
-	m.Record(&flow.Record{Path: flow.PathRelay, Reason: flow.ReasonService, End: flow.ReasonClosed, Connect: 1})
+	m.Record(&flow.Record{Path: flow.PathRelay, Reason: flow.ReasonService, End: flow.ReasonClosed, Connect: 1, RTT: 1})
 	return m
 }
 
@@ -89,6 +89,8 @@ func docsLabels() string {
 		"- `reason`: " + strings.Join(kernel, ", ") + ".\n" +
 		"- `end`: for `deny` the reason, else " + strings.Join(ends, ", ") + ".\n" +
 		"- `direction`: `sent` (by the application), `received` (by the application).\n" +
+		"- `result`: `passed`, `failed`.\n" +
+		"- `source`: `file`, `dns`, `kubernetes`.\n" +
 		"- `state`: `free`, `named`, `reserved`, `retiring`.\n" +
 		"- `where`: `ring` (the kernel side's buffer was full), `unreadable` (its event was not understood), `handler` (nobody took\n" +
 		"  its record in time), `unmatched` (only one of the two told: the record is there, but incomplete), `flowlog` (counted, but\n" +

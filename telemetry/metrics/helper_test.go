@@ -16,11 +16,19 @@ type sources struct {
 	err       error
 	endpoints []EndpointStats
 	relay     RelayStats
+	config    ConfigurationStats
+	discovery []DiscoveryStats
+	sets      SetStats
+	checks    []CheckStats
 }
 
-func (s *sources) Kernel() (KernelStats, error) { return s.kernel, s.err }
-func (s *sources) Endpoints() []EndpointStats   { return s.endpoints }
-func (s *sources) Relay() RelayStats            { return s.relay }
+func (s *sources) Kernel() (KernelStats, error)      { return s.kernel, s.err }
+func (s *sources) Endpoints() []EndpointStats        { return s.endpoints }
+func (s *sources) Relay() RelayStats                 { return s.relay }
+func (s *sources) Configuration() ConfigurationStats { return s.config }
+func (s *sources) Discovery() []DiscoveryStats       { return s.discovery }
+func (s *sources) Sets() SetStats                    { return s.sets }
+func (s *sources) Checks() []CheckStats              { return s.checks }
 
 // full has a value for everything.
 func full() *sources {
@@ -32,19 +40,28 @@ func full() *sources {
 			Slots: map[string]int{"free": 100, "named": 7}, SlotsMax: 65000, Live: 6, BeatAge: 1500 * time.Millisecond,
 		},
 		endpoints: []EndpointStats{{
-			Cluster: "web", Addr: "127.0.0.1:8081", Weight: 2, Ejected: true, Live: 3,
+			Cluster: "web", Addr: "127.0.0.1:8081", Weight: 2, Zone: "a", Path: flow.PathDirect, Ejected: true, Down: true, Live: 3,
 			Connects: 4, Failures: 5, Ejections: 6, ConnectTime: time.Millisecond,
 		}},
 		relay: RelayStats{
 			Accepted: 1, Ended: 2, Live: 3, Dials: 4, DialFailures: 5, Retries: 6,
 			Unknown: 7, AcceptPauses: 9, LostRecords: 10, Pipes: 11, Refused: 12, NotInjected: 13,
 		},
+		config: ConfigurationStats{
+			Generation: 3, Refused: []string{"shop"}, Reloads: 4, Failures: 1, Tried: time.Unix(1_700_000_000, 5e8), OK: false,
+		},
+		discovery: []DiscoveryStats{{Service: "web", Source: "dns", Age: 2 * time.Second, Stale: true, Updates: 6, Errors: 7, Endpoints: 8}},
+		sets: SetStats{
+			Sets: 2, SetEndpoints: 3, Publishes: 4, Failures: 5, PublishTime: 9 * time.Millisecond,
+			Corrections: 6, Reconciles: 7, Ended: 8,
+		},
+		checks: []CheckStats{{Cluster: "web", Passed: 20, Failed: 2, Down: 1}},
 	}
 }
 
 func (s *sources) all() Sources {
 	return Sources{
-		Kernel: s, Endpoints: s, Relay: s,
+		Kernel: s, Endpoints: s, Relay: s, Configuration: s, Discovery: s, Sets: s, Checks: s,
 		Losses:  func() map[string]uint64 { return map[string]uint64{"handler": 12, "flowlog": 13} },
 		Version: "1.2",
 	}

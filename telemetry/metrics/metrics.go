@@ -14,43 +14,14 @@ import (
 // Its methods are safe for concurrent use.
 type Metrics struct {
 	// registry is its own: the default one belongs to whoever imports it.
-	registry    *prometheus.Registry
-	connections *prometheus.CounterVec
-	bytes       *prometheus.CounterVec
-	connect     prometheus.Histogram
-	duration    *prometheus.HistogramVec
+	registry *prometheus.Registry
+	flows    *flows
 }
-
-// connectBuckets and durationBuckets are upper bounds in seconds.
-var (
-	connectBuckets  = []float64{.0001, .0005, .001, .005, .01, .05, .1, .5, 1, 5, 15}
-	durationBuckets = []float64{.001, .01, .1, 1, 10, 60, 600, 3600, 36000}
-)
 
 // New returns metrics that read from s.
 func New(s Sources) *Metrics {
-	m := &Metrics{
-		registry: prometheus.NewRegistry(),
-		connections: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "pillion_connections_total",
-			Help: "Connections that ended or were denied, by who carried them, why, and how they ended.",
-		}, []string{"path", "reason", "end"}),
-		bytes: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "pillion_bytes_total",
-			Help: "Bytes of ended connections; sent is from the application.",
-		}, []string{"path", "direction"}),
-		connect: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name:    "pillion_connect_duration_seconds",
-			Help:    "How long the last dial of a relayed connection took to be answered.",
-			Buckets: connectBuckets,
-		}),
-		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name:    "pillion_connection_duration_seconds",
-			Help:    "How long ended connections lived.",
-			Buckets: durationBuckets,
-		}, []string{"path"}),
-	}
-	m.registry.MustRegister(m.connections, m.bytes, m.connect, m.duration,
+	m := &Metrics{registry: prometheus.NewRegistry(), flows: newFlows()}
+	m.registry.MustRegister(m.flows,
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		newBuildInfo(s.Version),
@@ -59,20 +30,7 @@ func New(s Sources) *Metrics {
 }
 
 // Record counts a connection that ended. It does not keep r.
-func (m *Metrics) Record(r *flow.Record) {
-	path := r.Path.String()
-	m.connections.WithLabelValues(path, r.Reason.String(), r.End.String()).Inc()
-	if r.Path == flow.PathDeny {
-		// It never was: a duration of 0 would only hide the others.
-		return
-	}
-	m.bytes.WithLabelValues(path, "sent").Add(float64(r.Sent))
-	m.bytes.WithLabelValues(path, "received").Add(float64(r.Received))
-	m.duration.WithLabelValues(path).Observe(r.Duration.Seconds())
-	if r.Connect > 0 {
-		m.connect.Observe(r.Connect.Seconds())
-	}
-}
+func (m *Metrics) Record(r *flow.Record) { m.flows.record(r) }
 
 // Handler serves the metrics. A metric that cannot be read does not take the
 // others with it.

@@ -2,6 +2,8 @@ package metrics
 
 import (
 	"errors"
+	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -29,20 +31,39 @@ func TestScrape(t *testing.T) {
 	lines := get(t, New(full().all()))
 	want := []string{
 		`pillion_build_info{version="1.2"} 1`,
+		`pillion_config_generation 3`,
+		`pillion_config_last_reload_successful 0`,
+		`pillion_config_last_reload_timestamp_seconds 1.7000000005e+09`,
+		`pillion_config_refused{service="shop"} 1`,
+		`pillion_config_reload_failures_total 1`,
+		`pillion_config_reloads_total 4`,
 		`pillion_connects_total 10`,
 		`pillion_decisions_total 9`,
 		`pillion_denials_total 2`,
+		`pillion_discovery_age_seconds{service="web",source="dns"} 2`,
+		`pillion_discovery_endpoints{service="web",source="dns"} 8`,
+		`pillion_discovery_errors_total{service="web",source="dns"} 7`,
+		`pillion_discovery_stale{service="web",source="dns"} 1`,
+		`pillion_discovery_updates_total{service="web",source="dns"} 6`,
 		`pillion_endpoint_connect_seconds{cluster="web",endpoint="127.0.0.1:8081"} 0.001`,
 		`pillion_endpoint_connections{cluster="web",endpoint="127.0.0.1:8081"} 3`,
 		`pillion_endpoint_connects_total{cluster="web",endpoint="127.0.0.1:8081"} 4`,
+		`pillion_endpoint_down{cluster="web",endpoint="127.0.0.1:8081"} 1`,
 		`pillion_endpoint_ejected{cluster="web",endpoint="127.0.0.1:8081"} 1`,
 		`pillion_endpoint_ejections_total{cluster="web",endpoint="127.0.0.1:8081"} 6`,
 		`pillion_endpoint_failures_total{cluster="web",endpoint="127.0.0.1:8081"} 5`,
+		`pillion_endpoint_info{cluster="web",endpoint="127.0.0.1:8081",path="direct",zone="a"} 1`,
+		`pillion_endpoint_removed_connections_total 8`,
 		`pillion_endpoint_weight{cluster="web",endpoint="127.0.0.1:8081"} 2`,
 		`pillion_escapes_total 3`,
+		`pillion_health_check_down_endpoints{cluster="web"} 1`,
+		`pillion_health_checks_total{cluster="web",result="failed"} 2`,
+		`pillion_health_checks_total{cluster="web",result="passed"} 20`,
 		`pillion_heartbeat_age_seconds 1.5`,
 		`pillion_kernel_readable 1`,
 		`pillion_live_connections 6`,
+		`pillion_reconcile_corrections_total 6`,
+		`pillion_reconciles_total 7`,
 		`pillion_records_lost_total{where="flowlog"} 13`,
 		`pillion_records_lost_total{where="handler"} 12`,
 		`pillion_records_lost_total{where="ring"} 4`,
@@ -57,13 +78,18 @@ func TestScrape(t *testing.T) {
 		`pillion_relay_not_injected_total 13`,
 		`pillion_relay_retries_total 6`,
 		`pillion_relay_unknown_total 7`,
+		`pillion_set_endpoints 3`,
+		`pillion_set_publish_failures_total 5`,
+		`pillion_set_publish_seconds 0.009`,
+		`pillion_set_publishes_total 4`,
+		`pillion_sets 2`,
 		`pillion_slots_limit 65000`,
 		`pillion_slots{state="free"} 100`,
 		`pillion_slots{state="named"} 7`,
 		`pillion_unaccounted_connections -1`,
 		`pillion_unsent_total 1`,
 	}
-	got := without(lines, "pillion_reasons_total", "pillion_connect_duration_seconds")
+	got := without(lines, "pillion_reasons_total")
 	slices.Sort(got)
 	slices.Sort(want)
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -86,26 +112,102 @@ func TestRecord(t *testing.T) {
 	})
 	m.Record(&flow.Record{Path: flow.PathRelay, Reason: flow.ReasonService, End: flow.ReasonClosed, Sent: 1})
 	m.Record(&flow.Record{Path: flow.PathDeny, Reason: flow.ReasonDenied, End: flow.ReasonDenied})
+	m.Record(&flow.Record{
+		Path: flow.PathDirect, Reason: flow.ReasonHandlerAbsent, End: flow.ReasonReset,
+		Received: 7, Duration: time.Millisecond, Connect: time.Minute, RTT: 400 * time.Microsecond, Retransmits: 2,
+	})
+	m.Record(&flow.Record{Path: flow.PathPass, Reason: flow.ReasonExcluded, End: flow.ReasonRefused})
 	want := []string{
 		`pillion_build_info{version=""} 1`,
+		`pillion_bytes_total{direction="received",path="direct"} 7`,
+		`pillion_bytes_total{direction="received",path="pass"} 0`,
 		`pillion_bytes_total{direction="received",path="relay"} 50`,
+		`pillion_bytes_total{direction="sent",path="direct"} 0`,
+		`pillion_bytes_total{direction="sent",path="pass"} 0`,
 		`pillion_bytes_total{direction="sent",path="relay"} 101`,
-		`pillion_connect_duration_seconds_bucket{le="+Inf"} 1`,
-		`pillion_connect_duration_seconds_count 1`,
-		`pillion_connect_duration_seconds_sum 0.003`,
+		`pillion_connect_duration_seconds_bucket{path="direct",le="+Inf"} 1`,
+		`pillion_connect_duration_seconds_bucket{path="relay",le="+Inf"} 1`,
+		`pillion_connect_duration_seconds_count{path="direct"} 1`,
+		`pillion_connect_duration_seconds_count{path="relay"} 1`,
+		`pillion_connect_duration_seconds_sum{path="direct"} 60`,
+		`pillion_connect_duration_seconds_sum{path="relay"} 0.003`,
+		`pillion_connection_duration_seconds_bucket{path="direct",le="+Inf"} 1`,
+		`pillion_connection_duration_seconds_bucket{path="pass",le="+Inf"} 1`,
 		`pillion_connection_duration_seconds_bucket{path="relay",le="+Inf"} 2`,
+		`pillion_connection_duration_seconds_count{path="direct"} 1`,
+		`pillion_connection_duration_seconds_count{path="pass"} 1`,
 		`pillion_connection_duration_seconds_count{path="relay"} 2`,
+		`pillion_connection_duration_seconds_sum{path="direct"} 0.001`,
+		`pillion_connection_duration_seconds_sum{path="pass"} 0`,
 		`pillion_connection_duration_seconds_sum{path="relay"} 2`,
 		`pillion_connections_total{end="closed",path="relay",reason="service"} 2`,
 		`pillion_connections_total{end="denied",path="deny",reason="denied"} 1`,
+		`pillion_connections_total{end="refused",path="pass",reason="excluded"} 1`,
+		`pillion_connections_total{end="reset",path="direct",reason="handler_absent"} 1`,
+		`pillion_retransmits_total{path="direct"} 2`,
+		`pillion_retransmits_total{path="pass"} 0`,
+		`pillion_retransmits_total{path="relay"} 0`,
+		`pillion_rtt_seconds_bucket{path="direct",le="+Inf"} 1`,
+		`pillion_rtt_seconds_count{path="direct"} 1`,
+		`pillion_rtt_seconds_sum{path="direct"} 0.0004`,
 	}
-	got := slices.DeleteFunc(get(t, m), func(line string) bool {
+	lines := get(t, m)
+	got := slices.DeleteFunc(slices.Clone(lines), func(line string) bool {
 		return strings.Contains(line, "_bucket") && !strings.Contains(line, "+Inf")
 	})
 	slices.Sort(got)
 	slices.Sort(want)
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
+	}
+	// A bound is in its bucket, and a bucket has those below it.
+	for bound, n := range map[string]int{"0.0001": 0, "0.0005": 1, "1": 1} {
+		if line := fmt.Sprintf(`pillion_rtt_seconds_bucket{path="direct",le="%s"} %d`, bound, n); !slices.Contains(lines, line) {
+			t.Errorf("no line %s", line)
+		}
+	}
+	for bound, n := range map[string]int{"0.001": 0, "1": 0, "10": 1} {
+		m := New(Sources{})
+		m.Record(&flow.Record{Path: flow.PathPass, Duration: 10 * time.Second})
+		if line := fmt.Sprintf(`pillion_connection_duration_seconds_bucket{path="pass",le="%s"} %d`, bound, n); !slices.Contains(get(t, m), line) {
+			t.Errorf("no line %s", line)
+		}
+	}
+}
+
+// Whatever is asked of an open world, the series are those of the enums.
+func TestRecordMakesNoSeries(t *testing.T) {
+	t.Parallel()
+	m := New(Sources{})
+	before := 0
+	for i := range 5000 {
+		m.Record(&flow.Record{
+			Path: flow.PathPass, Reason: flow.ReasonDefaultPass, End: flow.ReasonClosed, Connect: time.Millisecond, RTT: time.Millisecond,
+			OrigDst: netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, byte(i >> 8), byte(i)}), uint16(i+1)),
+			Cgroup:  uint64(i), Service: fmt.Sprint("s", i), Cluster: fmt.Sprint("c", i),
+		})
+		if i == 0 {
+			before = len(get(t, m))
+		}
+	}
+	if after := len(get(t, m)); after != before {
+		t.Errorf("%d series of one record, %d of 5000", before, after)
+	}
+	// Nor does what no enum holds.
+	m.Record(&flow.Record{Path: 200, Reason: flow.ReasonService, End: flow.ReasonClosed})
+	m.Record(&flow.Record{Path: flow.PathPass, Reason: 255, End: flow.ReasonClosed})
+	m.Record(&flow.Record{Path: flow.PathPass, Reason: flow.ReasonExcluded, End: 255})
+	if after := len(get(t, m)); after != before {
+		t.Errorf("%d series after nonsense, want %d", after, before)
+	}
+}
+
+func TestRecordAllocatesNothing(t *testing.T) {
+	m := New(Sources{})
+	r := &flow.Record{Path: flow.PathDirect, Reason: flow.ReasonService, End: flow.ReasonClosed, Connect: 1, RTT: 1}
+	m.Record(r)
+	if n := testing.AllocsPerRun(100, func() { m.Record(r) }); n != 0 {
+		t.Errorf("%v allocations per record", n)
 	}
 }
 
@@ -123,6 +225,23 @@ func TestKernelUnreadable(t *testing.T) {
 	}
 	if len(only(lines, `pillion_records_lost_total{where="ring"}`)) != 0 {
 		t.Error("a loss of 0 is claimed")
+	}
+}
+
+// The same for what else has names.
+func TestOddNames(t *testing.T) {
+	t.Parallel()
+	s := full()
+	s.config.Refused = []string{"a", "a", "\xff"}
+	s.discovery = append(s.discovery, s.discovery[0])
+	s.checks = append(s.checks, s.checks[0])
+	lines := get(t, New(s.all()))
+	for prefix, want := range map[string]int{
+		"pillion_config_refused": 2, "pillion_discovery_age_seconds": 1, "pillion_health_checks_total": 2,
+	} {
+		if got := only(lines, prefix); len(got) != want {
+			t.Errorf("%s: %q, want %d", prefix, got, want)
+		}
 	}
 }
 

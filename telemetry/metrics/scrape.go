@@ -6,14 +6,26 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
+// part reads one source.
+type part interface {
+	all() []series
+	// collect reads the source.
+	collect(ch chan<- prometheus.Metric)
+}
+
+// lossy is a part whose source also knows of lost records.
+type lossy interface {
+	all() []series
+	// collect reads the source. Lost records go to lost.
+	collect(ch chan<- prometheus.Metric, lost map[string]uint64)
+}
+
 // scrape reads every source once per scrape. It is one collector and not one per
 // source, since several of them know of lost records.
 type scrape struct {
-	// nil: there is no such source.
-	kernel    *kernel
-	endpoints *endpoints
-	relay     *relay
-	losses    func() map[string]uint64
+	lossy  []lossy
+	parts  []part
+	losses func() map[string]uint64 // nil: nobody knows more
 
 	lost series
 }
@@ -22,13 +34,25 @@ func newScrape(s Sources) *scrape {
 	c := &scrape{losses: s.Losses, lost: counter("pillion_records_lost_total",
 		"Records of connections that are missing or incomplete, by where that came about.", "where")}
 	if s.Kernel != nil {
-		c.kernel = newKernel(s.Kernel)
-	}
-	if s.Endpoints != nil {
-		c.endpoints = newEndpoints(s.Endpoints)
+		c.lossy = append(c.lossy, newKernel(s.Kernel))
 	}
 	if s.Relay != nil {
-		c.relay = newRelay(s.Relay)
+		c.lossy = append(c.lossy, newRelay(s.Relay))
+	}
+	if s.Endpoints != nil {
+		c.parts = append(c.parts, newEndpoints(s.Endpoints))
+	}
+	if s.Configuration != nil {
+		c.parts = append(c.parts, newConfiguration(s.Configuration))
+	}
+	if s.Discovery != nil {
+		c.parts = append(c.parts, newDiscovery(s.Discovery))
+	}
+	if s.Sets != nil {
+		c.parts = append(c.parts, newSets(s.Sets))
+	}
+	if s.Checks != nil {
+		c.parts = append(c.parts, newChecks(s.Checks))
 	}
 	return c
 }
@@ -36,28 +60,22 @@ func newScrape(s Sources) *scrape {
 // Describe implements [prometheus.Collector].
 func (c *scrape) Describe(ch chan<- *prometheus.Desc) {
 	describe(ch, c.lost)
-	if c.kernel != nil {
-		describe(ch, c.kernel.all()...)
+	for _, p := range c.lossy {
+		describe(ch, p.all()...)
 	}
-	if c.endpoints != nil {
-		describe(ch, c.endpoints.all()...)
-	}
-	if c.relay != nil {
-		describe(ch, c.relay.all()...)
+	for _, p := range c.parts {
+		describe(ch, p.all()...)
 	}
 }
 
 // Collect implements [prometheus.Collector].
 func (c *scrape) Collect(ch chan<- prometheus.Metric) {
 	lost := map[string]uint64{}
-	if c.kernel != nil {
-		c.kernel.collect(ch, lost)
+	for _, p := range c.lossy {
+		p.collect(ch, lost)
 	}
-	if c.endpoints != nil {
-		c.endpoints.collect(ch)
-	}
-	if c.relay != nil {
-		c.relay.collect(ch, lost)
+	for _, p := range c.parts {
+		p.collect(ch)
 	}
 	if c.losses != nil {
 		maps.Copy(lost, c.losses())

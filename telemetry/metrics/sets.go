@@ -1,0 +1,74 @@
+package metrics
+
+import "github.com/prometheus/client_golang/prometheus"
+
+// sets reads the counters of the endpoint sets in the kernel.
+type sets struct {
+	source                           Sets
+	count, endpoints                 series
+	publishes, failures, publishTime series
+	reconciles, corrections, ended   series
+}
+
+func newSets(source Sets) *sets {
+	return &sets{
+		source:      source,
+		count:       gauge("pillion_sets", "Services whose endpoints the kernel side has."),
+		endpoints:   gauge("pillion_set_endpoints", "Endpoints that the kernel side has, of all services."),
+		publishes:   counter("pillion_set_publishes_total", "Batches of endpoint sets that were written to the kernel side."),
+		failures:    counter("pillion_set_publish_failures_total", "Batches that could not be written: the sets before them stay."),
+		publishTime: gauge("pillion_set_publish_seconds", "How long the last batch took."),
+		reconciles:  counter("pillion_reconciles_total", "Comparisons of live counts with the sockets that there are."),
+		corrections: counter("pillion_reconcile_corrections_total",
+			"Connections by which live counts were off in these comparisons."),
+		ended: counter("pillion_endpoint_removed_connections_total", "Connections that were ended since their endpoint had been removed."),
+	}
+}
+
+func (s *sets) all() []series {
+	return []series{s.count, s.endpoints, s.publishes, s.failures, s.publishTime, s.reconciles, s.corrections, s.ended}
+}
+
+// collect reads the source.
+func (s *sets) collect(ch chan<- prometheus.Metric) {
+	v := s.source.Sets()
+	s.count.emit(ch, float64(v.Sets))
+	s.endpoints.emit(ch, float64(v.SetEndpoints))
+	s.publishes.emit(ch, float64(v.Publishes))
+	s.failures.emit(ch, float64(v.Failures))
+	s.publishTime.emit(ch, v.PublishTime.Seconds())
+	s.reconciles.emit(ch, float64(v.Reconciles))
+	s.corrections.emit(ch, float64(v.Corrections))
+	s.ended.emit(ch, float64(v.Ended))
+}
+
+// checks reads the counters of the health checks.
+type checks struct {
+	source       Checks
+	total, downs series
+}
+
+func newChecks(source Checks) *checks {
+	return &checks{
+		source: source,
+		total:  counter("pillion_health_checks_total", "Health checks, by their result.", "cluster", "result"),
+		downs:  gauge("pillion_health_check_down_endpoints", "Endpoints that are down by the checks.", "cluster"),
+	}
+}
+
+func (c *checks) all() []series { return []series{c.total, c.downs} }
+
+// collect reads the source.
+func (c *checks) collect(ch chan<- prometheus.Metric) {
+	seen := map[string]bool{} // see endpoints.collect
+	for _, s := range c.source.Checks() {
+		cluster := valid(s.Cluster)
+		if seen[cluster] {
+			continue
+		}
+		seen[cluster] = true
+		c.total.emit(ch, float64(s.Passed), cluster, "passed")
+		c.total.emit(ch, float64(s.Failed), cluster, "failed")
+		c.downs.emit(ch, float64(s.Down), cluster)
+	}
+}
