@@ -103,12 +103,13 @@ type Collector struct {
 	now     func() time.Time
 	history history
 
-	// mu orders polls: it holds joiner, buffer, closed, the reading side of
-	// ring, and the calls of the sinks.
-	mu     sync.Mutex
-	joiner *joiner
-	buffer []flow.Record
-	closed bool
+	// mu orders polls: it holds joiner, buffer, scratch, closed, the reading
+	// side of ring, and the calls of the sinks.
+	mu      sync.Mutex
+	joiner  *joiner
+	buffer  []flow.Record
+	scratch flow.Record // the event that is being read
+	closed  bool
 
 	unreadable atomic.Uint64
 }
@@ -288,19 +289,21 @@ func (c *Collector) event(raw []byte, now time.Time) {
 		c.unreadable.Add(1)
 		return
 	}
-	r := c.clock.record(&e)
+	r := &c.scratch
+	c.clock.record(&e, r)
 	if r.Reason == flow.ReasonSelf {
 		// The handler's own, when it is in the scope itself: a dial, which the
 		// application's record tells of, or a test connection, ten of which a
 		// second would push everything else out of the history.
 		return
 	}
+	c.name(r)
 	if r.Path != flow.PathRelay {
 		// Nobody else knows about it.
-		c.emit(&r)
+		c.emit(r)
 		return
 	}
-	c.joiner.add(fromKernel, &r, now)
+	c.joiner.add(fromKernel, r, now)
 }
 
 func (c *Collector) takeEnded(now time.Time) {

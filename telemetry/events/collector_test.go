@@ -204,3 +204,73 @@ func TestOwnConnections(t *testing.T) {
 		t.Error(diff)
 	}
 }
+
+// Records that no handler made are named by the configuration, those of a handler
+// by itself.
+func TestNames(t *testing.T) {
+	t.Parallel()
+	b := newBench(Options{Names: names})
+	fallback := event(1, flow.PathDirect, bpf.EndingClosed)
+	fallback.Reason = uint8(flow.ReasonHandlerAbsent)
+	other := event(2, flow.PathPass, bpf.EndingClosed)
+	other.OrigPort++
+	denied := bpf.ConnEvent{
+		Cookie: 3, Kind: bpf.EventDenied, Path: uint8(flow.PathDeny), Reason: uint8(flow.ReasonNoEndpoint),
+		Orig: bpf.FromAddr(service.Addr()), OrigPort: service.Port(),
+	}
+	b.ring.put(raw(fallback), raw(other), raw(denied), raw(event(4, flow.PathRelay, bpf.EndingClosed)),
+		raw(event(5, flow.PathRelay, bpf.EndingClosed)))
+	carried := handled(4)
+	carried.Service, carried.Cluster = "shop", "shop"
+	b.handler.end(carried)
+	b.Flush(t.Context())
+	b.now = func() time.Time { return epoch.Add(patience) }
+	b.Flush(t.Context()) // the handler does not speak of 5
+
+	type named struct{ Service, Cluster string }
+	got := map[uint64]named{}
+	for _, r := range b.sink.taken() {
+		got[r.Cookie] = named{r.Service, r.Cluster}
+		if r.Cookie == 1 && (r.Path != flow.PathDirect || r.Reason != flow.ReasonHandlerAbsent || r.Endpoint != backend) {
+			t.Errorf("fallback: %+v", r)
+		}
+	}
+	web := named{"web", "web-cluster"}
+	if diff := cmp.Diff(map[uint64]named{1: web, 2: {}, 3: web, 4: {"shop", "shop"}, 5: web}, got); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// What is open on a kernel path is listed beside what the handler carries, and
+// that only once.
+func TestLive(t *testing.T) {
+	t.Parallel()
+	k := &fakeKernel{open: []flow.Record{
+		{Cookie: 1, Path: flow.PathDirect, OrigDst: service, Open: true},
+		{Cookie: 2, Path: flow.PathRelay, OrigDst: service, Open: true},
+		{Cookie: 3, Path: flow.PathPass, Reason: flow.ReasonExcluded, Open: true},
+		{Cookie: 4, Path: flow.PathPass, Reason: flow.ReasonSelf, Open: true},
+	}}
+	b := newBench(Options{Kernel: k, Names: names})
+	live, err := b.Live(t.Context())
+	if diff := cmp.Diff([]uint64{0, 1, 3}, cookies(live)); err != nil || diff != "" {
+		t.Fatalf("%v\n%s", err, diff)
+	}
+	if live[1].Service != "web" || live[1].Cluster != "web-cluster" || live[2].Service != "" {
+		t.Errorf("named %+v", live)
+	}
+	k.err = errors.New("no such map")
+	live, err = b.Live(t.Context())
+	if !errors.Is(err, k.err) || len(live) != 1 {
+		t.Errorf("%v, %+v", err, live)
+	}
+}
+
+func TestEventAllocatesNothing(t *testing.T) {
+	c := newCollector(Options{Names: names, History: 1}, &fakeRing{})
+	e := raw(event(1, flow.PathDirect, bpf.EndingClosed))
+	c.event(e, epoch)
+	if n := testing.AllocsPerRun(100, func() { c.event(e, epoch) }); n != 0 {
+		t.Errorf("%v allocations per event", n)
+	}
+}

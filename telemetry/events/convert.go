@@ -1,6 +1,7 @@
 package events
 
 import (
+	"math"
 	"net/netip"
 	"time"
 
@@ -17,7 +18,7 @@ func readable(e *bpf.ConnEvent) bool {
 	case bpf.EventDenied:
 		return flow.Path(e.Path) == flow.PathDeny
 	case bpf.EventEnd:
-		return endPath(flow.Path(e.Path)) && e.Ending <= bpf.EndingTimeout
+		return endPath(flow.Path(e.Path)) && e.Ending <= bpf.EndingAbandoned
 	default:
 		return false
 	}
@@ -28,10 +29,10 @@ func endPath(p flow.Path) bool {
 	return p == flow.PathPass || p == flow.PathDirect || p == flow.PathRelay
 }
 
-// record is what the kernel side alone can tell about a connection. e must be
-// readable.
-func (c clock) record(e *bpf.ConnEvent) flow.Record {
-	r := flow.Record{
+// record writes to r what the kernel side alone can tell about a connection. e
+// must be readable. r is given, so that an event allocates nothing.
+func (c clock) record(e *bpf.ConnEvent, r *flow.Record) {
+	*r = flow.Record{
 		Cookie:      e.Cookie,
 		Cgroup:      e.Cgroup,
 		Source:      netip.AddrPortFrom(bpf.ToAddr(e.Source), e.SourcePort),
@@ -45,21 +46,47 @@ func (c clock) record(e *bpf.ConnEvent) flow.Record {
 	}
 	r.Sent, r.Received = payload(e)
 	r.End = endOf(e)
-	return r
+	if r.Path == flow.PathRelay {
+		// What the application dialed there is a slot, and how long that took
+		// is not the endpoint's doing: the handler tells.
+		return
+	}
+	r.Connect = time.Duration(min(e.Connect, math.MaxInt64))
+	if r.Path == flow.PathDirect {
+		r.Endpoint, r.Attempts = endpoint(e), 1
+	}
+}
+
+// endpoint is what was dialed, not valid if nothing was.
+func endpoint(e *bpf.ConnEvent) netip.AddrPort {
+	if a := bpf.ToAddr(e.Endpoint); a.IsValid() {
+		return netip.AddrPortFrom(a, e.EndpointPort)
+	}
+	return netip.AddrPort{}
 }
 
 // endOf names how a connection ended as far as the kernel side can tell. For
 // one on relay that is the end of a connection that the handler never spoke of.
 func endOf(e *bpf.ConnEvent) flow.Reason {
+	relay := flow.Path(e.Path) == flow.PathRelay
 	switch {
 	case e.Kind == bpf.EventDenied:
 		return flow.Reason(e.Reason)
-	case e.Ending == bpf.EndingRefused:
+	case e.Ending == bpf.EndingUnreachable:
+		return flow.ReasonDialUnreachable
+	case e.Ending == bpf.EndingAbandoned:
+		return flow.ReasonAbandoned
+	case relay && e.Ending == bpf.EndingRefused:
+		// It did not get as far as a dial.
 		return flow.ReasonRefused
-	case e.Ending == bpf.EndingTimeout:
+	case relay && e.Ending == bpf.EndingTimeout:
 		return flow.ReasonTimeout
-	case flow.Path(e.Path) == flow.PathRelay:
+	case relay:
 		return flow.ReasonHandlerLost
+	case e.Ending == bpf.EndingRefused:
+		return flow.ReasonDialRefused
+	case e.Ending == bpf.EndingTimeout:
+		return flow.ReasonDialTimeout
 	case e.Ending == bpf.EndingReset:
 		return flow.ReasonReset
 	default:

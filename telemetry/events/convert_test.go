@@ -24,6 +24,9 @@ func TestRecordOfKernel(t *testing.T) {
 		Cgroup:      7,
 		Source:      app,
 		OrigDst:     service,
+		Endpoint:    backend,
+		Attempts:    1,
+		Connect:     1500,
 		Path:        flow.PathDirect,
 		Reason:      flow.ReasonService,
 		End:         flow.ReasonClosed,
@@ -34,8 +37,28 @@ func TestRecordOfKernel(t *testing.T) {
 		Sent:        100,
 		Received:    50,
 	}
-	if diff := cmp.Diff(want, c.record(&e), comparable); diff != "" {
+	if diff := cmp.Diff(want, *kernelRecord(c, e), comparable); diff != "" {
 		t.Error(diff)
+	}
+
+	// On pass nothing was picked, and a handler's is the handler's to tell.
+	e.Path = uint8(flow.PathPass)
+	want.Path, want.Endpoint, want.Attempts = flow.PathPass, netip.AddrPort{}, 0
+	if diff := cmp.Diff(want, *kernelRecord(c, e), comparable); diff != "" {
+		t.Error(diff)
+	}
+	e.Path = uint8(flow.PathRelay)
+	want.Path, want.Connect, want.End = flow.PathRelay, 0, flow.ReasonHandlerLost
+	if diff := cmp.Diff(want, *kernelRecord(c, e), comparable); diff != "" {
+		t.Error(diff)
+	}
+
+	// What an earlier record had does not stay.
+	e = bpf.ConnEvent{Kind: bpf.EventEnd, Path: uint8(flow.PathDirect), Connect: math.MaxUint64}
+	r := kernelRecord(c, event(1, flow.PathDirect, bpf.EndingClosed))
+	c.record(&e, r)
+	if r.Endpoint.IsValid() || r.Source.Addr().IsValid() || r.Cookie != 0 || r.Connect != math.MaxInt64 {
+		t.Errorf("%+v", r)
 	}
 }
 
@@ -48,8 +71,14 @@ func TestEnd(t *testing.T) {
 	}{
 		{flow.PathPass, bpf.EndingClosed, flow.ReasonClosed},
 		{flow.PathPass, bpf.EndingReset, flow.ReasonReset},
-		{flow.PathDirect, bpf.EndingRefused, flow.ReasonRefused},
-		{flow.PathDirect, bpf.EndingTimeout, flow.ReasonTimeout},
+		{flow.PathDirect, bpf.EndingRefused, flow.ReasonDialRefused},
+		{flow.PathDirect, bpf.EndingTimeout, flow.ReasonDialTimeout},
+		{flow.PathDirect, bpf.EndingUnreachable, flow.ReasonDialUnreachable},
+		{flow.PathDirect, bpf.EndingAbandoned, flow.ReasonAbandoned},
+		{flow.PathPass, bpf.EndingRefused, flow.ReasonDialRefused},
+		{flow.PathPass, bpf.EndingAbandoned, flow.ReasonAbandoned},
+		{flow.PathRelay, bpf.EndingUnreachable, flow.ReasonDialUnreachable},
+		{flow.PathRelay, bpf.EndingAbandoned, flow.ReasonAbandoned},
 		{flow.PathRelay, bpf.EndingRefused, flow.ReasonRefused},
 		{flow.PathRelay, bpf.EndingTimeout, flow.ReasonTimeout},
 		{flow.PathRelay, bpf.EndingClosed, flow.ReasonHandlerLost},
@@ -80,6 +109,8 @@ func TestPayload(t *testing.T) {
 		{bpf.EndingReset, 0, 0, 0, 0},
 		{bpf.EndingRefused, 0, 0, 0, 0},
 		{bpf.EndingTimeout, 0, 0, 0, 0},
+		{bpf.EndingUnreachable, 0, 0, 0, 0},
+		{bpf.EndingAbandoned, 0, 0, 0, 0},
 	} {
 		e := bpf.ConnEvent{Ending: tt.ending, Sent: tt.sent, Received: tt.received}
 		sent, received := payload(&e)
@@ -92,7 +123,7 @@ func TestPayload(t *testing.T) {
 func TestMerge(t *testing.T) {
 	t.Parallel()
 	e := event(1, flow.PathRelay, bpf.EndingClosed)
-	kernel := clock{offset: epoch.UnixNano()}.record(&e)
+	kernel := *kernelRecord(clock{offset: epoch.UnixNano()}, e)
 	handler := handled(1)
 	want := handler
 	want.Start, want.Duration = epoch.Add(time.Minute), time.Second
@@ -112,7 +143,7 @@ func TestMerge(t *testing.T) {
 
 func TestReadable(t *testing.T) {
 	t.Parallel()
-	good := event(1, flow.PathPass, bpf.EndingTimeout)
+	good := event(1, flow.PathPass, bpf.EndingAbandoned)
 	if !readable(&good) {
 		t.Error("a good event is not readable")
 	}
@@ -125,7 +156,7 @@ func TestReadable(t *testing.T) {
 		"path":         func(e *bpf.ConnEvent) { e.Path = uint8(flow.PathNone) },
 		"path unknown": func(e *bpf.ConnEvent) { e.Path = 99 },
 		"reason":       func(e *bpf.ConnEvent) { e.Reason = uint8(flow.ReasonClosed) },
-		"ending":       func(e *bpf.ConnEvent) { e.Ending = bpf.EndingTimeout + 1 },
+		"ending":       func(e *bpf.ConnEvent) { e.Ending = bpf.EndingAbandoned + 1 },
 		"denied path":  func(e *bpf.ConnEvent) { e.Kind = bpf.EventDenied },
 	} {
 		e := good

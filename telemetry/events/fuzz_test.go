@@ -65,12 +65,12 @@ func fuzzStep(j *joiner, steps []byte, now *time.Time) (n, halves int) {
 		if !readable(&e) {
 			return 1 + size, 0
 		}
-		r := clock{offset: math.MinInt64 / 2}.record(&e)
+		r := kernelRecord(clock{offset: math.MinInt64 / 2}, e)
 		if r.End == flow.ReasonNone {
 			// Denied for no reason: for endOf to pass on, not to invent.
 			return 1 + size, 0
 		}
-		j.add(fromKernel, &r, *now)
+		j.add(fromKernel, r, *now)
 		return 1 + size, 1
 	case op == 1 && len(rest) >= 2:
 		r := handled(uint64(rest[0]))
@@ -82,4 +82,33 @@ func fuzzStep(j *joiner, steps []byte, now *time.Time) (n, halves int) {
 		j.expire(*now, nil)
 		return 1, 0
 	}
+}
+
+// FuzzEvent feeds a collector with arbitrary bytes, as a kernel side of another
+// build would. What it takes has only what the enums have, and what it does not
+// take is counted.
+func FuzzEvent(f *testing.F) {
+	for _, ending := range []uint8{bpf.EndingClosed, bpf.EndingUnreachable, bpf.EndingAbandoned, bpf.EndingAbandoned + 1} {
+		f.Add(raw(event(1, flow.PathDirect, ending)))
+	}
+	f.Add(raw(event(1, flow.PathPass, bpf.EndingTimeout)))
+	f.Add(raw(event(1, flow.PathRelay, bpf.EndingUnreachable)))
+	f.Add([]byte("short"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		s := &sink{}
+		c := newCollector(Options{Sinks: []Sink{s}, Names: names}, &fakeRing{})
+		c.event(b, epoch)
+		records := s.taken()
+		if n := uint64(len(records)); n+c.unreadable.Load() > 1 {
+			t.Fatalf("%d records and %d unreadable of one event", n, c.unreadable.Load())
+		}
+		for _, r := range records {
+			if int(r.Path) >= len(flow.Paths()) || int(r.End) >= len(flow.Reasons()) || r.Reason >= flow.KernelReasons {
+				t.Errorf("what is no value: %+v", r)
+			}
+			if r.Duration < 0 || r.Connect < 0 || r.RTT < 0 || r.Endpoint.IsValid() && r.Path != flow.PathDirect {
+				t.Errorf("nonsense: %+v", r)
+			}
+		}
+	})
 }

@@ -15,29 +15,40 @@ var (
 	epoch   = time.Unix(1_700_000_000, 0)
 	app     = netip.MustParseAddrPort("192.0.2.7:40000")
 	service = netip.MustParseAddrPort("10.96.0.12:80")
+	backend = netip.MustParseAddrPort("10.1.0.9:8080")
 )
 
 // event is one that the kernel side could write: a connection of a second.
 func event(cookie uint64, path flow.Path, ending uint8) bpf.ConnEvent {
 	return bpf.ConnEvent{
-		Cookie:      cookie,
-		Cgroup:      7,
-		Group:       8,
-		Opened:      uint64(time.Minute),
-		Ended:       uint64(time.Minute + time.Second),
-		Sent:        102,
-		Received:    51,
-		Source:      bpf.FromAddr(app.Addr()),
-		SourcePort:  app.Port(),
-		Orig:        bpf.FromAddr(service.Addr()),
-		OrigPort:    service.Port(),
-		SrttUs:      250,
-		Retransmits: 3,
-		Kind:        bpf.EventEnd,
-		Path:        uint8(path),
-		Reason:      uint8(flow.ReasonService),
-		Ending:      ending,
+		Cookie:       cookie,
+		Cgroup:       7,
+		Group:        8,
+		Opened:       uint64(time.Minute),
+		Ended:        uint64(time.Minute + time.Second),
+		Sent:         102,
+		Received:     51,
+		Source:       bpf.FromAddr(app.Addr()),
+		SourcePort:   app.Port(),
+		Orig:         bpf.FromAddr(service.Addr()),
+		OrigPort:     service.Port(),
+		Endpoint:     bpf.FromAddr(backend.Addr()),
+		EndpointPort: backend.Port(),
+		Connect:      1500,
+		SrttUs:       250,
+		Retransmits:  3,
+		Kind:         bpf.EventEnd,
+		Path:         uint8(path),
+		Reason:       uint8(flow.ReasonService),
+		Ending:       ending,
 	}
+}
+
+// kernelRecord is what the kernel side tells by e.
+func kernelRecord(c clock, e bpf.ConnEvent) *flow.Record {
+	r := &flow.Record{}
+	c.record(&e, r)
+	return r
 }
 
 // handled is what the handler tells of the same connection.
@@ -120,6 +131,22 @@ func (f *fakeRing) close() error {
 	defer f.mu.Unlock()
 	f.closed++
 	return nil
+}
+
+// fakeKernel has the connections that tests give it.
+type fakeKernel struct {
+	open []flow.Record
+	err  error
+}
+
+func (f *fakeKernel) Connections() ([]flow.Record, error) { return f.open, f.err }
+
+// names is what a configuration of one service knows.
+func names(orig netip.AddrPort) (string, string) {
+	if orig == service {
+		return "web", "web-cluster"
+	}
+	return "", ""
 }
 
 // fakeHandler is a handler that tests fill.

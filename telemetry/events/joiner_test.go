@@ -27,8 +27,7 @@ func half(from side, cookie uint64) *flow.Record {
 		return &r
 	}
 	e := event(cookie, flow.PathRelay, bpf.EndingClosed)
-	r := clock{}.record(&e)
-	return &r
+	return kernelRecord(clock{}, e)
 }
 
 func collect(emitted *[]out) func(*flow.Record) {
@@ -85,8 +84,7 @@ func TestJoinRefusedIsComplete(t *testing.T) {
 	var got []out
 	j := newJoiner(false, 10, collect(&got))
 	e := event(1, flow.PathRelay, bpf.EndingRefused)
-	r := clock{}.record(&e)
-	j.add(fromKernel, &r, epoch)
+	j.add(fromKernel, kernelRecord(clock{}, e), epoch)
 	j.expire(epoch.Add(patience), nil)
 	check(t, &got, out{1, flow.ReasonRefused, false})
 	if n := j.unmatched.Load(); n != 0 {

@@ -21,7 +21,7 @@ const (
 	forceWakeup = 2
 )
 
-func newMap(t *testing.T) *ebpf.Map {
+func newMap(t testing.TB) *ebpf.Map {
 	t.Helper()
 	testutil.RequireRoot(t)
 	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.RingBuf, MaxEntries: 1 << 20})
@@ -34,7 +34,7 @@ func newMap(t *testing.T) *ebpf.Map {
 
 // emitter returns a function that writes e to the ring n times, by a program
 // that holds it.
-func emitter(t *testing.T, m *ebpf.Map, e bpf.ConnEvent, flags int32) func(n int) {
+func emitter(t testing.TB, m *ebpf.Map, e bpf.ConnEvent, flags int32) func(n int) {
 	t.Helper()
 	b := raw(e)
 	var code asm.Instructions
