@@ -3,7 +3,6 @@ package flowlog
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -124,14 +123,13 @@ func (l *Log) drain(b *bytes.Buffer) {
 
 // encode appends one line to b.
 func (l *Log) encode(b *bytes.Buffer, r *flow.Record) {
-	line, err := json.Marshal(r)
+	line, err := appendRecord(b.AvailableBuffer(), r)
 	if err != nil {
 		// A time that JSON cannot express; it is no fault of the others.
 		l.failed.Add(1)
 		return
 	}
-	b.Write(line)
-	b.WriteByte('\n')
+	b.Write(append(line, '\n'))
 }
 
 // write writes the lines in b and empties it.
