@@ -6,7 +6,7 @@ import "github.com/prometheus/client_golang/prometheus"
 type discovery struct {
 	source                    Discovery
 	age, stale, endpoints     series
-	updatesTotal, errorsTotal series
+	changesTotal, errorsTotal series
 }
 
 func newDiscovery(source Discovery) *discovery {
@@ -14,16 +14,16 @@ func newDiscovery(source Discovery) *discovery {
 	return &discovery{
 		source: source,
 		age: gauge("pillion_discovery_age_seconds",
-			"How long ago the source last told the endpoints; since when it has been asked, if it never did.", labels...),
+			"For how long the source has not told the endpoints: 0 while it does.", labels...),
 		stale:        gauge("pillion_discovery_stale", "1 while the source does not tell, and the last good endpoints stay.", labels...),
 		endpoints:    gauge("pillion_discovery_endpoints", "Endpoints that the source has told.", labels...),
-		updatesTotal: counter("pillion_discovery_updates_total", "Answers of the source.", labels...),
+		changesTotal: counter("pillion_discovery_changes_total", "Answers of the source that differed from the one before.", labels...),
 		errorsTotal:  counter("pillion_discovery_errors_total", "Times that the source could not tell.", labels...),
 	}
 }
 
 func (d *discovery) all() []series {
-	return []series{d.age, d.stale, d.endpoints, d.updatesTotal, d.errorsTotal}
+	return []series{d.age, d.stale, d.endpoints, d.changesTotal, d.errorsTotal}
 }
 
 // collect reads the source.
@@ -38,7 +38,7 @@ func (d *discovery) collect(ch chan<- prometheus.Metric) {
 		d.age.emit(ch, s.Age.Seconds(), labels[:]...)
 		d.stale.emit(ch, oneIf(s.Stale), labels[:]...)
 		d.endpoints.emit(ch, float64(s.Endpoints), labels[:]...)
-		d.updatesTotal.emit(ch, float64(s.Updates), labels[:]...)
+		d.changesTotal.emit(ch, float64(s.Changes), labels[:]...)
 		d.errorsTotal.emit(ch, float64(s.Errors), labels[:]...)
 	}
 }

@@ -50,7 +50,7 @@ func full() *sources {
 		config: ConfigurationStats{
 			Generation: 3, Refused: []string{"shop"}, Reloads: 4, Failures: 1, Tried: time.Unix(1_700_000_000, 5e8), OK: false,
 		},
-		discovery: []DiscoveryStats{{Service: "web", Source: "dns", Age: 2 * time.Second, Stale: true, Updates: 6, Errors: 7, Endpoints: 8}},
+		discovery: []DiscoveryStats{{Service: "web", Source: "dns", Age: 2 * time.Second, Stale: true, Changes: 6, Errors: 7, Endpoints: 8}},
 		sets: SetStats{
 			Sets: 2, SetEndpoints: 3, Publishes: 4, Failures: 5, PublishTime: 9 * time.Millisecond,
 			Corrections: 6, Reconciles: 7, Ended: 8,

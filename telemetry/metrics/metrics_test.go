@@ -44,7 +44,7 @@ func TestScrape(t *testing.T) {
 		`pillion_discovery_endpoints{service="web",source="dns"} 8`,
 		`pillion_discovery_errors_total{service="web",source="dns"} 7`,
 		`pillion_discovery_stale{service="web",source="dns"} 1`,
-		`pillion_discovery_updates_total{service="web",source="dns"} 6`,
+		`pillion_discovery_changes_total{service="web",source="dns"} 6`,
 		`pillion_endpoint_connect_seconds{cluster="web",endpoint="127.0.0.1:8081"} 0.001`,
 		`pillion_endpoint_connections{cluster="web",endpoint="127.0.0.1:8081"} 3`,
 		`pillion_endpoint_connects_total{cluster="web",endpoint="127.0.0.1:8081"} 4`,

@@ -118,13 +118,14 @@ type DiscoveryStats struct {
 	Service string
 	// Source is its kind: file, dns, kubernetes.
 	Source string
-	// Age is how long ago it last told, or since when it has been asked if it
-	// never did.
+	// Age is for how long it has not been able to tell: 0 while it stands by its
+	// endpoints. One that never told is as old as the question.
 	Age time.Duration
 	// Stale is true while it does not tell.
 	Stale bool
-	// Updates counts its answers, Errors the times that it could not tell.
-	Updates, Errors uint64
+	// Changes counts the answers that differed from the one before, Errors the
+	// times that it could not tell.
+	Changes, Errors uint64
 	// Endpoints is how many there are now.
 	Endpoints int
 }
