@@ -2,6 +2,7 @@ package flow
 
 import (
 	"fmt"
+	"math/bits"
 	"net/netip"
 	"time"
 )
@@ -148,6 +149,8 @@ func (s *Set) Overflow(available func(i int) bool) uint32 {
 	case can == 0:
 		return All
 	default:
-		return All - uint32(can*All/(sum*10))
+		hi, lo := bits.Mul64(can, All)
+		share, _ := bits.Div64(hi, lo, sum*10)
+		return All - uint32(share)
 	}
 }

@@ -179,6 +179,12 @@ func (h *Handler) Allowed(to netip.AddrPort) flow.Reason {
 	return flow.ReasonNone
 }
 
+// End ends the connections to an endpoint that was removed from a cluster, with a
+// reset, and returns how many there were; see [l4.Relay.End].
+func (h *Handler) End(ctx context.Context, cluster string, endpoint netip.AddrPort) int {
+	return h.relay.End(ctx, cluster, endpoint)
+}
+
 // Ended appends the records of the connections that ended since the last call.
 func (h *Handler) Ended(buf []flow.Record) []flow.Record { return h.relay.Ended(buf) }
 

@@ -122,7 +122,7 @@ func (w *worker) dialOnce(c *conn) bool {
 	to := c.target.Downstream.OrigDst.AddrPort
 	c.endpoint = nil
 	if cluster := c.target.Cluster; cluster != nil {
-		e, err := cluster.Pick(c.target.Downstream.Cookie, c.tried)
+		e, err := cluster.Pick(cluster.Key(&c.target.Downstream), c.tried)
 		if err != nil {
 			why := flow.ReasonOf(err)
 			if c.last != flow.ReasonNone {

@@ -126,6 +126,27 @@ func (w *worker) end(c *conn, why flow.Reason, reset bool) {
 	w.reclaim(c)
 }
 
+// endAll ends the connections to an endpoint that was removed, and counts them.
+func (w *worker) endAll(cluster string, endpoint netip.AddrPort) int {
+	var all []*conn // ending one moves the others, and dialing may begin any
+	for _, c := range w.conns {
+		if c.endpoint != nil && c.endpoint.Addr == endpoint && c.target.Cluster.Name == cluster {
+			all = append(all, c)
+		}
+	}
+	w.tick()
+	for _, c := range all {
+		switch {
+		case c.dead: // by what became of another
+		case c.dialing:
+			w.dialFailed(c, flow.ReasonEndpointRemoved)
+		default:
+			w.end(c, flow.ReasonEndpointRemoved, true)
+		}
+	}
+	return len(all)
+}
+
 // reclaim gives a conn's memory back, unless the worker's again still names it.
 func (w *worker) reclaim(c *conn) {
 	if c.dead && !c.sides[down].queued && !c.sides[up].queued && c.index >= 0 {

@@ -216,6 +216,30 @@ func (r *Relay) Live(ctx context.Context) []flow.Record {
 	return all
 }
 
+// End ends the connections to an endpoint of a cluster with a reset, for
+// ReasonEndpointRemoved, and returns how many there were. One that is still being
+// dialed is tried on another endpoint instead, as when the dial fails. It waits for
+// each worker, at most until ctx is done.
+func (r *Relay) End(ctx context.Context, cluster string, endpoint netip.AddrPort) int {
+	counts := make(chan int, len(r.workers))
+	asked := 0
+	for _, w := range r.workers {
+		if w.post(func() { counts <- w.endAll(cluster, endpoint) }) {
+			asked++
+		}
+	}
+	ended := 0
+	for range asked {
+		select {
+		case n := <-counts:
+			ended += n
+		case <-ctx.Done():
+			return ended
+		}
+	}
+	return ended
+}
+
 // Moved tells whether every worker waits for work or has moved since the last
 // call. One that did neither for long hangs, or gets no processor. One caller at
 // a time.

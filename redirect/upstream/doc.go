@@ -6,6 +6,6 @@
 // snapshot to the next for as long as the address stays in its cluster, so a
 // connection may begin under one snapshot and end under another.
 //
-// How an endpoint is picked is a [Picker]; package balance has them. When an
-// endpoint is left out is package health's matter.
+// How an endpoint is picked is package balance's matter, and when one is left out
+// package health's.
 package upstream

@@ -19,8 +19,10 @@ import (
 type Endpoint struct {
 	// Addr is the address that is dialed, unmapped.
 	Addr netip.AddrPort
-	// Weight is the endpoint's share of the cluster's connections, at least 1.
+	// Weight is the endpoint's share of the cluster's connections, 1 to 65535.
 	Weight uint32
+	// Zone is where it is, or empty.
+	Zone string
 
 	group *health.Group
 	*record
@@ -41,6 +43,9 @@ type record struct {
 type EndpointState struct {
 	Addr   netip.AddrPort
 	Weight uint32
+	Zone   string
+	// Down is true while an active check says so. It is not picked then.
+	Down bool
 	// Ejected is true while health leaves the endpoint out. It may be picked
 	// all the same, when too few others are left.
 	Ejected bool
@@ -55,9 +60,17 @@ type EndpointState struct {
 	LastReason flow.Reason
 }
 
-// Available reports whether the endpoint may be picked. It is the only
-// question that a policy asks about health.
+// Available reports whether the endpoint may be picked: it is not down, and not
+// ejected unless too many are. It is the only question that a policy asks about
+// health.
 func (e *Endpoint) Available() bool { return e.group.Available(e.ejector) }
+
+// SetDown says what an active check has found. An endpoint is up until it is told
+// otherwise, and what was told outlives reloads.
+func (e *Endpoint) SetDown(down bool) { e.ejector.SetDown(down) }
+
+// Down reports whether an active check says that the endpoint is down.
+func (e *Endpoint) Down() bool { return e.ejector.Down() }
 
 // Live returns how many connections are open or being dialed.
 func (e *Endpoint) Live() int64 { return e.live.Load() }
@@ -99,6 +112,8 @@ func (e *Endpoint) State() EndpointState {
 	return EndpointState{
 		Addr:        e.Addr,
 		Weight:      e.Weight,
+		Zone:        e.Zone,
+		Down:        e.Down(),
 		Ejected:     e.ejected(),
 		Live:        e.live.Load(),
 		Connects:    e.connects.Load(),
@@ -108,6 +123,9 @@ func (e *Endpoint) State() EndpointState {
 		LastReason:  flow.Reason(e.lastReason.Load()),
 	}
 }
+
+// out reports whether the endpoint is down or ejected, panic or not.
+func (e *Endpoint) out() bool { return e.Down() || e.ejected() }
 
 // ejected reports whether the endpoint is left out, panic or not.
 func (e *Endpoint) ejected() bool {

@@ -4,11 +4,13 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"syscall"
 	"time"
 
+	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/redirect/upstream/health"
 )
 
@@ -17,8 +19,12 @@ import (
 type ClusterSpec struct {
 	Name      string
 	Endpoints []EndpointSpec
-	// Policy makes the picker; package balance has them.
-	Policy NewPicker
+	// Policy is how an endpoint is picked, Hash what PolicyMaglev goes by.
+	Policy flow.Policy
+	Hash   flow.HashOn
+	// Zone is where this instance is. Its endpoints come first, and the others
+	// take over what they cannot; empty, there are no zones.
+	Zone string
 	// NoEndpoint is as in [Cluster].
 	NoEndpoint syscall.Errno
 }
@@ -26,8 +32,10 @@ type ClusterSpec struct {
 // EndpointSpec says what an endpoint is to be.
 type EndpointSpec struct {
 	Addr netip.AddrPort
-	// Weight is at least 1.
+	// Weight is 1 to 65535.
 	Weight uint32
+	// Zone is where it is; empty is a zone of its own.
+	Zone string
 }
 
 // Options is what all clusters of a snapshot share. The zero value never
@@ -43,25 +51,25 @@ type Options struct {
 
 // Snapshot is all clusters at one moment. It is immutable.
 type Snapshot struct {
-	monitor  *health.Monitor
+	now      func() time.Duration
+	random   func() uint64
 	clusters []*Cluster // sorted by name
 }
 
 // Build makes the snapshot that specs describe. An endpoint whose cluster name
-// and address were in old keeps its load and its health; old may be nil and
-// stays usable. All problems are in one error, and then there is no snapshot.
+// and address were in old keeps its load and its health, and a cluster of which
+// nothing has changed is the same; old may be nil and stays usable. All problems
+// are in one error, and then there is no snapshot.
 func Build(old *Snapshot, specs []ClusterSpec, o Options) (*Snapshot, error) {
-	if err := check(specs, o); err != nil {
+	if err := check(old, specs, o); err != nil {
 		return nil, err
 	}
-	s := &Snapshot{clusters: make([]*Cluster, 0, len(specs))}
+	s := &Snapshot{now: o.Now, random: o.Random, clusters: make([]*Cluster, 0, len(specs))}
 	if old != nil {
-		s.monitor = old.monitor
-	} else {
-		s.monitor = health.NewMonitor(o.Now, o.Random)
+		s.now, s.random = old.now, old.random
 	}
-	for _, spec := range specs {
-		s.clusters = append(s.clusters, s.build(old.Cluster(spec.Name), spec, o.Health))
+	for i := range specs {
+		s.clusters = append(s.clusters, s.build(old.Cluster(specs[i].Name), &specs[i], o.Health))
 	}
 	slices.SortFunc(s.clusters, func(a, b *Cluster) int { return cmp.Compare(a.Name, b.Name) })
 	return s, nil
@@ -88,48 +96,63 @@ func (s *Snapshot) Cluster(name string) *Cluster {
 	return clusters[i]
 }
 
-func (s *Snapshot) build(old *Cluster, spec ClusterSpec, h health.Config) *Cluster {
+func (s *Snapshot) build(old *Cluster, spec *ClusterSpec, h health.Config) *Cluster {
+	c := &Cluster{Name: spec.Name, NoEndpoint: spec.NoEndpoint, hash: spec.Hash}
 	kept := make(map[netip.AddrPort]*record)
+	switch {
+	case old == nil:
+		c.shared = &shared{monitor: health.NewMonitor(s.now, s.random)}
+		c.layout = newLayout(spec)
+	case !old.layout.same(spec):
+		c.shared = old.shared
+		c.layout = newLayout(spec)
+	case old.NoEndpoint == spec.NoEndpoint && old.hash == spec.Hash && old.group.Config == h:
+		return old
+	default:
+		c.shared, c.layout = old.shared, old.layout
+	}
 	if old != nil {
 		for _, e := range old.Endpoints {
 			kept[e.Addr] = e.record
 		}
 	}
-	c := &Cluster{
-		Name:       spec.Name,
-		NoEndpoint: spec.NoEndpoint,
-		Endpoints:  make([]*Endpoint, 0, len(spec.Endpoints)),
-		monitor:    s.monitor,
-	}
-	members := make([]*health.Ejector, 0, len(spec.Endpoints))
-	for _, es := range spec.Endpoints {
-		addr := unmap(es.Addr)
-		r := kept[addr]
+	c.Endpoints = make([]*Endpoint, 0, len(spec.Endpoints))
+	for _, es := range c.layout.endpoints {
+		r := kept[es.Addr]
 		if r == nil {
-			r = &record{ejector: health.NewEjector(s.monitor)}
+			r = &record{ejector: health.NewEjector(c.shared.monitor)}
 		}
-		members = append(members, r.ejector)
-		c.Endpoints = append(c.Endpoints, &Endpoint{Addr: addr, Weight: es.Weight, record: r})
+		c.Endpoints = append(c.Endpoints, &Endpoint{Addr: es.Addr, Weight: es.Weight, Zone: es.Zone, record: r})
 	}
-	c.group = health.NewGroup(s.monitor, h, members)
+	a := &c.layout.all
+	c.members = make(members, len(a.order))
+	ejectors := make([]*health.Ejector, len(a.order))
+	for i, from := range a.order {
+		c.members[i] = c.Endpoints[from]
+		ejectors[i] = c.Endpoints[from].ejector
+	}
+	c.group = health.NewGroup(c.shared.monitor, h, ejectors, a.set.Overflow)
 	for _, e := range c.Endpoints {
 		e.group = c.group
 	}
-	c.picker = spec.Policy(c.Endpoints, s.monitor.Random)
 	return c
 }
 
-func check(specs []ClusterSpec, o Options) error {
+func check(old *Snapshot, specs []ClusterSpec, o Options) error {
 	var errs []error
 	if err := o.Health.Validate(); err != nil {
 		errs = append(errs, fmt.Errorf("health: %w", err))
 	}
 	names := make(map[string]bool, len(specs))
-	for _, spec := range specs {
+	for i := range specs {
+		spec := &specs[i]
 		if names[spec.Name] {
 			errs = append(errs, fmt.Errorf("cluster %q: the name is taken", spec.Name))
 		}
 		names[spec.Name] = true
+		if c := old.Cluster(spec.Name); c != nil && c.layout.same(spec) {
+			continue // as it was checked then
+		}
 		if err := spec.check(); err != nil {
 			errs = append(errs, fmt.Errorf("cluster %q: %w", spec.Name, err))
 		}
@@ -137,10 +160,10 @@ func check(specs []ClusterSpec, o Options) error {
 	return errors.Join(errs...)
 }
 
-func (spec ClusterSpec) check() error {
+func (spec *ClusterSpec) check() error {
 	var errs []error
-	if spec.Policy == nil {
-		errs = append(errs, errors.New("no policy"))
+	if n := len(spec.Endpoints); n > flow.SetEndpoints {
+		errs = append(errs, fmt.Errorf("%d endpoints: want at most %d", n, flow.SetEndpoints))
 	}
 	addrs := make(map[netip.AddrPort]bool, len(spec.Endpoints))
 	for _, e := range spec.Endpoints {
@@ -152,6 +175,8 @@ func (spec ClusterSpec) check() error {
 			errs = append(errs, fmt.Errorf("endpoint %s: listed twice", addr))
 		case e.Weight == 0:
 			errs = append(errs, fmt.Errorf("endpoint %s: weight 0", addr))
+		case e.Weight > math.MaxUint16:
+			errs = append(errs, fmt.Errorf("endpoint %s: weight %d: want at most %d", addr, e.Weight, math.MaxUint16))
 		default:
 		}
 		addrs[addr] = true

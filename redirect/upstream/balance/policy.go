@@ -4,26 +4,32 @@ import (
 	"fmt"
 	"strings"
 
-	"github.com/pillion-project/pillion/redirect/upstream"
+	"github.com/pillion-project/pillion/redirect/flow"
 )
 
-// The names of the policies, as configurations spell them.
+// The names of the policies, as configurations spell them: those of [flow.Policy].
 const (
-	NameRoundRobin       = "round_robin"
 	NameLeastConnections = "least_connections"
+	NameRoundRobin       = "round_robin"
+	NameRandom           = "random"
+	NameMaglev           = "maglev"
 )
 
 // Names returns the name of every policy, the default first.
-func Names() []string { return []string{NameLeastConnections, NameRoundRobin} }
+func Names() []string {
+	var names []string
+	for _, p := range flow.Policies() {
+		names = append(names, p.String())
+	}
+	return names
+}
 
 // ByName returns the policy of that name.
-func ByName(name string) (upstream.NewPicker, error) {
-	switch name {
-	case NameRoundRobin:
-		return RoundRobin, nil
-	case NameLeastConnections:
-		return LeastConnections, nil
-	default:
-		return nil, fmt.Errorf("unknown policy %q: want one of %s", name, strings.Join(Names(), ", "))
+func ByName(name string) (flow.Policy, error) {
+	for _, p := range flow.Policies() {
+		if p.String() == name {
+			return p, nil
+		}
 	}
+	return 0, fmt.Errorf("unknown policy %q: want one of %s", name, strings.Join(Names(), ", "))
 }

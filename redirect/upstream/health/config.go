@@ -13,8 +13,8 @@ type Config struct {
 	Failures int
 	// Base is the first wait, Max the longest one.
 	Base, Max time.Duration
-	// Panic is a share in percent: while fewer of a group's endpoints are
-	// available, its ejections are ignored. 0 never ignores them.
+	// Panic is a share in percent: while fewer of a group's endpoints that are
+	// not down are available, its ejections are ignored. 0 never ignores them.
 	Panic int
 }
 

@@ -18,6 +18,7 @@ type Ejector struct {
 	failures  atomic.Uint32 // in a row, while not ejected
 	round     atomic.Uint32 // of the present ejection, from 1
 	ejections atomic.Uint64
+	down      atomic.Bool // says an active check
 }
 
 // NewEjector returns the health of an endpoint that nothing is known about.
@@ -29,6 +30,16 @@ func (e *Ejector) Ejected() bool {
 	until := e.until.Load()
 	return until != 0 && int64(e.monitor.now()) < until
 }
+
+// SetDown says what an active check has found.
+func (e *Ejector) SetDown(down bool) {
+	if e.down.Swap(down) != down {
+		e.monitor.changes.Add(1)
+	}
+}
+
+// Down reports whether an active check says that the endpoint is down.
+func (e *Ejector) Down() bool { return e.down.Load() }
 
 // Ejections returns how many times the endpoint was ejected. Trials that failed
 // prolong an ejection and do not count.

@@ -6,8 +6,9 @@ import (
 	"time"
 )
 
-// Monitor is what all endpoints share, over every reload: one clock, one source
-// of randomness, and the count of changes that tells groups when to look again.
+// Monitor is what all endpoints of a cluster share, over every reload: one clock,
+// one source of randomness, and the count of changes that tells groups when to
+// look again.
 type Monitor struct {
 	now     func() time.Duration
 	random  func() uint64
