@@ -117,8 +117,28 @@ func (h *Handler) Run(ctx, force context.Context) error {
 // Close closes the listeners of a handler that is never run.
 func (h *Handler) Close() { h.relay.Close() }
 
-// SetTable makes new connections go by table. Open ones stay where they are.
-func (h *Handler) SetTable(table *route.Table) { h.table.Store(table) }
+// SetTable makes new connections and further attempts of those being dialed go by
+// table. Open ones stay where they are. A service that had no endpoint to pick and
+// has one now, or is gone, is told to be available.
+func (h *Handler) SetTable(table *route.Table) {
+	h.table.Store(table)
+	if h.any.Load() {
+		h.lookAgain(table)
+	}
+}
+
+func (h *Handler) lookAgain(table *route.Table) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for service := range h.without {
+		s, ok := table.Lookup(flow.OrigDst{AddrPort: service})
+		if !ok || s.Cluster.Wait() == 0 {
+			h.unavailable(service, 0)
+			delete(h.without, service)
+		}
+	}
+	h.any.Store(len(h.without) > 0)
+}
 
 // Table returns the table that new connections go by.
 func (h *Handler) Table() *route.Table { return h.table.Load() }
@@ -141,6 +161,16 @@ func (h *Handler) Direct(local, remote netip.AddrPort) (l4.Target, error) {
 		return t, fmt.Errorf("relay to %s: %w", d.OrigDst, ErrLoop)
 	}
 	return t, nil
+}
+
+// Again implements [l4.Director].
+func (h *Handler) Again(t *l4.Target) flow.Reason {
+	s, ok := h.table.Load().Lookup(t.Downstream.OrigDst)
+	if !ok {
+		return flow.ReasonEndpointRemoved
+	}
+	t.Service, t.Cluster = s.Name, s.Cluster
+	return flow.ReasonNone
 }
 
 // dialed looks whether the target's cluster has an endpoint, when a dial has ended.

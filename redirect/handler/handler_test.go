@@ -16,7 +16,6 @@ import (
 	"github.com/pillion-project/pillion/redirect/handler"
 	"github.com/pillion-project/pillion/redirect/route"
 	"github.com/pillion-project/pillion/redirect/upstream"
-	"github.com/pillion-project/pillion/redirect/upstream/balance"
 	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
 )
@@ -114,7 +113,7 @@ func addrs(t *testing.T, fds []int) (all []netip.AddrPort) {
 
 func table(t *testing.T, name string, service netip.AddrPort, endpoints ...netip.AddrPort) *route.Table {
 	t.Helper()
-	spec := upstream.ClusterSpec{Name: name, Policy: balance.RoundRobin}
+	spec := upstream.ClusterSpec{Name: name, Policy: flow.PolicyRoundRobin}
 	for _, e := range endpoints {
 		spec.Endpoints = append(spec.Endpoints, upstream.EndpointSpec{Addr: e, Weight: 1})
 	}

@@ -8,7 +8,6 @@ import (
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/redirect/l4"
 	"github.com/pillion-project/pillion/redirect/upstream"
-	"github.com/pillion-project/pillion/redirect/upstream/balance"
 	"github.com/pillion-project/pillion/redirect/upstream/health"
 )
 
@@ -16,7 +15,7 @@ import (
 // last is what is so.
 func TestUnavailableAndBack(t *testing.T) {
 	t.Parallel()
-	spec := upstream.ClusterSpec{Name: "web", Policy: balance.RoundRobin, Endpoints: []upstream.EndpointSpec{
+	spec := upstream.ClusterSpec{Name: "web", Policy: flow.PolicyRoundRobin, Endpoints: []upstream.EndpointSpec{
 		{Addr: netip.MustParseAddrPort("192.0.2.1:80"), Weight: 1},
 	}}
 	s, err := upstream.Build(nil, []upstream.ClusterSpec{spec}, upstream.Options{

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/upstream"
 	"golang.org/x/sys/unix"
 )
 
@@ -121,13 +122,9 @@ func (w *worker) dial(c *conn) {
 func (w *worker) dialOnce(c *conn) bool {
 	to := c.target.Downstream.OrigDst.AddrPort
 	c.endpoint = nil
-	if cluster := c.target.Cluster; cluster != nil {
-		e, err := cluster.Pick(cluster.Key(&c.target.Downstream), c.tried)
-		if err != nil {
-			why := flow.ReasonOf(err)
-			if c.last != flow.ReasonNone {
-				why = c.last // which is why there is none left
-			}
+	if c.target.Cluster != nil {
+		e, why := w.pick(c)
+		if e == nil {
 			w.giveUp(c, why)
 			return true
 		}
@@ -156,6 +153,25 @@ func (w *worker) dialOnce(c *conn) bool {
 		return w.attemptFailed(c, reasonOf(e))
 	}
 	return true
+}
+
+// pick chooses the endpoint of the next attempt, or tells why there is none.
+func (w *worker) pick(c *conn) (*upstream.Endpoint, flow.Reason) {
+	if c.attempts > 0 {
+		if why := w.relay.director.Again(&c.target); why != flow.ReasonNone {
+			return nil, why
+		}
+	}
+	cluster := c.target.Cluster
+	e, err := cluster.Pick(cluster.Key(&c.target.Downstream), c.tried)
+	switch {
+	case err == nil:
+		return e, flow.ReasonNone
+	case c.last != flow.ReasonNone && c.last != flow.ReasonEndpointRemoved:
+		return nil, c.last // which is why there is none left
+	default:
+		return nil, flow.ReasonOf(err)
+	}
 }
 
 // connect opens the upstream socket. The errors are those of the dial.

@@ -32,6 +32,10 @@ type Director interface {
 	// Direct tells about the connection that remote opened to local. An error
 	// ends the connection with a reset, for the reason that it carries.
 	Direct(local, remote netip.AddrPort) (Target, error)
+	// Again brings the cluster of a target up to date, before another attempt: its
+	// endpoints may have changed since. It returns ReasonNone, or why there is no
+	// cluster any more. It is not asked about targets without a cluster.
+	Again(t *Target) flow.Reason
 	// Allowed reports whether an address may be dialed: ReasonNone, or why
 	// not. It is asked before each dial.
 	Allowed(to netip.AddrPort) flow.Reason

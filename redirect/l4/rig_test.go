@@ -16,7 +16,6 @@ import (
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/redirect/l4"
 	"github.com/pillion-project/pillion/redirect/upstream"
-	"github.com/pillion-project/pillion/redirect/upstream/balance"
 	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
 )
@@ -48,6 +47,7 @@ type setup struct {
 	options   func(*l4.Options)
 	direct    func(r *rig, local, remote netip.AddrPort) (l4.Target, error)
 	allowed   func(netip.AddrPort) flow.Reason
+	again     func(*l4.Target) flow.Reason
 }
 
 // rig is a running relay whose director stands for the kernel side.
@@ -109,7 +109,7 @@ func newRig(t testing.TB, s setup) *rig {
 // newCluster makes a cluster that takes its endpoints in turn, from the first.
 func (r *rig) newCluster(name string, endpoints ...netip.AddrPort) *upstream.Cluster {
 	r.t.Helper()
-	spec := upstream.ClusterSpec{Name: name, Policy: balance.RoundRobin}
+	spec := upstream.ClusterSpec{Name: name, Policy: flow.PolicyRoundRobin}
 	for _, e := range endpoints {
 		spec.Endpoints = append(spec.Endpoints, upstream.EndpointSpec{Addr: e, Weight: 1})
 	}
@@ -208,6 +208,14 @@ func (r *rig) Direct(local, remote netip.AddrPort) (l4.Target, error) {
 func (r *rig) Allowed(to netip.AddrPort) flow.Reason {
 	if r.allowed != nil {
 		return r.allowed(to)
+	}
+	return flow.ReasonNone
+}
+
+// Again implements l4.Director.
+func (r *rig) Again(t *l4.Target) flow.Reason {
+	if r.again != nil {
+		return r.again(t)
 	}
 	return flow.ReasonNone
 }

@@ -210,7 +210,7 @@ func TestNeverEjects(t *testing.T) {
 	c := &Config{}
 	e := NewEjector(m)
 	fail(e, c, 100)
-	g := NewGroup(m, *c, []*Ejector{e})
+	g := NewGroup(m, *c, []*Ejector{e}, nil)
 	if e.Ejected() || !g.Available(e) || g.Panicking() {
 		t.Error("ejected although nothing is to be")
 	}
@@ -266,7 +266,7 @@ func TestPanic(t *testing.T) {
 			for range c.members {
 				members = append(members, NewEjector(m))
 			}
-			g := NewGroup(m, config, members)
+			g := NewGroup(m, config, members, nil)
 			if g.Panicking() {
 				t.Error("panics with nobody ejected")
 			}
@@ -296,7 +296,7 @@ func TestVerdictIsFresh(t *testing.T) {
 	c := *plain()
 	c.Panic = 50
 	a, b := NewEjector(m), NewEjector(m)
-	g := NewGroup(m, c, []*Ejector{a, b})
+	g := NewGroup(m, c, []*Ejector{a, b}, nil)
 	check := func(when string, want bool) {
 		t.Helper()
 		for range 2 { // the second answer is remembered
@@ -364,7 +364,7 @@ func TestRace(t *testing.T) {
 	c := *plain()
 	c.Panic = 50
 	members := []*Ejector{NewEjector(m), NewEjector(m), NewEjector(m)}
-	g := NewGroup(m, c, members)
+	g := NewGroup(m, c, members, nil)
 	var workers sync.WaitGroup
 	for w := range 8 {
 		workers.Go(func() {
@@ -409,7 +409,7 @@ func TestNothingAllocates(t *testing.T) {
 	c := *plain()
 	c.Panic = 50
 	e := NewEjector(m)
-	g := NewGroup(m, c, []*Ejector{e, NewEjector(m)})
+	g := NewGroup(m, c, []*Ejector{e, NewEjector(m)}, nil)
 	fail(e, &c, 3)
 	g.Panicking()
 	if n := testing.AllocsPerRun(100, func() { e.Dialing(&c); e.Failed(&c); g.Available(e) }); n != 0 {
