@@ -22,8 +22,11 @@ type Group struct {
 type verdict struct {
 	changes uint64
 	expires time.Duration
-	panics  bool
-	spill   uint32
+	// up is how many members are not down, available how many of them are not
+	// ejected either.
+	up, available int
+	panics        bool
+	spill         uint32
 }
 
 // NewGroup returns a group of members, which it keeps and does not change.
@@ -66,22 +69,21 @@ func (g *Group) look() *verdict {
 }
 
 func (g *Group) judge(changes uint64, now time.Duration) *verdict {
-	next := time.Duration(math.MaxInt64)
-	up, available := 0, 0
+	v := &verdict{changes: changes, expires: math.MaxInt64}
 	for _, e := range g.members {
 		if e.Down() {
 			continue
 		}
-		up++
+		v.up++
 		left := g.left(e, now)
 		if left == 0 {
-			available++
+			v.available++
 			continue
 		}
 		// left is at most MaxInt64 - now, so this does not overflow.
-		next = min(next, now+left)
+		v.expires = min(v.expires, now+left)
 	}
-	v := &verdict{changes: changes, expires: next, panics: available*100 < g.Config.Panic*up}
+	v.panics = v.available*100 < g.Config.Panic*v.up
 	if g.overflow != nil {
 		v.spill = g.overflow(func(i int) bool {
 			e := g.members[i]
@@ -106,20 +108,13 @@ const recheck = time.Second
 // Wait returns 0 if a member is available, and else after how long one may be again.
 func (g *Group) Wait() time.Duration {
 	now := g.monitor.now()
-	next := time.Duration(math.MaxInt64)
-	if len(g.members) == 0 {
-		return recheck
+	v := g.look()
+	switch {
+	case v.available > 0 || v.panics:
+		return 0
+	case v.up < len(g.members) || v.up == 0:
+		return min(recheck, max(v.expires-now, 1))
+	default:
+		return max(v.expires-now, 1)
 	}
-	for _, e := range g.members {
-		left := g.left(e, now)
-		switch {
-		case e.Down():
-			next = min(next, recheck)
-		case left == 0 || g.Config.Panic > 0:
-			return 0
-		default:
-			next = min(next, left)
-		}
-	}
-	return next
 }
