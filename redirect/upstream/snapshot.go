@@ -150,7 +150,7 @@ func check(old *Snapshot, specs []ClusterSpec, o Options) error {
 			errs = append(errs, fmt.Errorf("cluster %q: the name is taken", spec.Name))
 		}
 		names[spec.Name] = true
-		if c := old.Cluster(spec.Name); c != nil && c.layout.same(spec) {
+		if c := old.Cluster(spec.Name); c != nil && c.hash == spec.Hash && c.layout.same(spec) {
 			continue // as it was checked then
 		}
 		if err := spec.check(); err != nil {
@@ -162,6 +162,12 @@ func check(old *Snapshot, specs []ClusterSpec, o Options) error {
 
 func (spec *ClusterSpec) check() error {
 	var errs []error
+	if !slices.Contains(flow.Policies(), spec.Policy) {
+		errs = append(errs, fmt.Errorf("unknown %s", spec.Policy))
+	}
+	if !slices.Contains(flow.HashOns(), spec.Hash) {
+		errs = append(errs, fmt.Errorf("unknown %s", spec.Hash))
+	}
 	if n := len(spec.Endpoints); n > flow.SetEndpoints {
 		errs = append(errs, fmt.Errorf("%d endpoints: want at most %d", n, flow.SetEndpoints))
 	}

@@ -19,47 +19,11 @@ import (
 	"github.com/pillion-project/pillion/redirect/upstream/health"
 )
 
-// The policies are in package balance, which imports this one. These tests need
-// two that are easy to foretell.
-
-// inOrder picks the available endpoints in order, the counter shared.
-type inOrder struct {
-	endpoints []*Endpoint
-	turn      atomic.Uint64
-}
-
-func newInOrder(endpoints []*Endpoint, _ func() uint64) Picker {
-	return &inOrder{endpoints: endpoints}
-}
-
-func (p *inOrder) Pick(uint64) (*Endpoint, error) {
-	n := uint64(len(p.endpoints))
-	for range n {
-		if e := p.endpoints[(p.turn.Add(1)-1)%n]; e.Available() {
-			return e, nil
-		}
-	}
-	return nil, ErrNoEndpoint
-}
-
-// byKey picks by the key alone, as a hash would.
-type byKey []*Endpoint
-
-func newByKey(endpoints []*Endpoint, _ func() uint64) Picker { return byKey(endpoints) }
-
-func (p byKey) Pick(key uint64) (*Endpoint, error) {
-	if len(p) == 0 {
-		return nil, ErrNoEndpoint
-	}
-	return p[key%uint64(len(p))], nil
-}
-
-// stubborn always picks the first endpoint.
-type stubborn []*Endpoint
-
-func newStubborn(endpoints []*Endpoint, _ func() uint64) Picker { return stubborn(endpoints) }
-
-func (p stubborn) Pick(uint64) (*Endpoint, error) { return p[0], nil }
+// The policies of which it is easy to foretell something.
+const (
+	inOrder = flow.PolicyRoundRobin // the available endpoints in order, from the first
+	byKey   = flow.PolicyMaglev     // for one key always the same
+)
 
 type clock struct{ now atomic.Int64 }
 
@@ -71,7 +35,7 @@ func addr(i int) netip.AddrPort {
 }
 
 // spec describes a cluster of n endpoints at addr(0) and so on.
-func spec(name string, policy NewPicker, n int) ClusterSpec {
+func spec(name string, policy flow.Policy, n int) ClusterSpec {
 	s := ClusterSpec{Name: name, Policy: policy}
 	for i := range n {
 		s.Endpoints = append(s.Endpoints, EndpointSpec{Addr: addr(i), Weight: 1})
@@ -112,15 +76,21 @@ func fail(e *Endpoint, reason flow.Reason) {
 }
 
 func TestBuildErrors(t *testing.T) {
-	twice := spec("twice", newInOrder, 2)
+	twice := spec("twice", inOrder, 2)
 	twice.Endpoints[1].Addr = netip.AddrPortFrom(netip.AddrFrom16(addr(0).Addr().As16()), 80)
-	weightless := spec("weightless", newInOrder, 1)
+	weightless := spec("weightless", inOrder, 2)
 	weightless.Endpoints[0].Weight = 0
-	nowhere := spec("nowhere", nil, 2)
+	weightless.Endpoints[1].Weight = 65536
+	crowd := spec("crowd", inOrder, 0)
+	for i := range flow.SetEndpoints + 1 {
+		a := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 80)
+		crowd.Endpoints = append(crowd.Endpoints, EndpointSpec{Addr: a, Weight: 1})
+	}
+	nowhere := spec("nowhere", 99, 2)
 	nowhere.Endpoints[0].Addr = netip.AddrPort{}
 	nowhere.Endpoints[1].Addr = netip.AddrPortFrom(addr(1).Addr(), 0)
 
-	s, err := Build(nil, []ClusterSpec{twice, weightless, nowhere, spec("twice", newInOrder, 0)}, options(health.Config{Panic: 101}))
+	s, err := Build(nil, []ClusterSpec{twice, weightless, nowhere, spec("twice", inOrder, 0), crowd}, options(health.Config{Panic: 101}))
 	if s != nil || err == nil {
 		t.Fatalf("%v, %v", s, err)
 	}
@@ -128,10 +98,12 @@ func TestBuildErrors(t *testing.T) {
 		"health: panic 101 is no percentage",
 		`cluster "twice": endpoint 192.0.2.0:80: listed twice`,
 		`cluster "weightless": endpoint 192.0.2.0:80: weight 0`,
-		`cluster "nowhere": no policy`,
+		"endpoint 192.0.2.1:80: weight 65536: want at most 65535",
+		`cluster "nowhere": unknown policy(99)`,
 		"endpoint invalid AddrPort: not an address and a port",
 		"endpoint 192.0.2.1:0: not an address and a port",
 		`cluster "twice": the name is taken`,
+		`cluster "crowd": 16385 endpoints: want at most 16384`,
 	}
 	if diff := cmp.Diff(want, strings.Split(err.Error(), "\n")); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
@@ -139,7 +111,7 @@ func TestBuildErrors(t *testing.T) {
 }
 
 func TestClusters(t *testing.T) {
-	s := build(t, nil, options(anHour), spec("c", newInOrder, 1), spec("a", newInOrder, 0), spec("b", newInOrder, 2))
+	s := build(t, nil, options(anHour), spec("c", inOrder, 1), spec("a", inOrder, 0), spec("b", inOrder, 2))
 	var names []string
 	for _, c := range s.Clusters() {
 		names = append(names, c.Name)
@@ -167,17 +139,17 @@ func TestClusters(t *testing.T) {
 // A snapshot takes over what is known about an endpoint, by cluster and
 // address: its load, its health and its counts, whatever else changes.
 func TestReload(t *testing.T) {
-	first := build(t, nil, options(anHour), spec("a", newInOrder, 2), spec("b", newInOrder, 1))
+	first := build(t, nil, options(anHour), spec("a", inOrder, 2), spec("b", inOrder, 1))
 	old := first.Cluster("a").Endpoints[0]
 	old.Begin()
 	old.Connected(time.Millisecond)
 	fail(old, flow.ReasonDialTimeout)
 
-	next := spec("a", newStubborn, 3)
+	next := spec("a", byKey, 3)
 	slices.Reverse(next.Endpoints)
 	// The same address in mapped form, and with another weight.
 	next.Endpoints[2] = EndpointSpec{Addr: netip.AddrPortFrom(netip.AddrFrom16(addr(0).Addr().As16()), 80), Weight: 5}
-	second := build(t, first, options(anHour), next, spec("new", newInOrder, 1))
+	second := build(t, first, options(anHour), next, spec("new", inOrder, 1))
 
 	e := second.Cluster("a").Endpoints[2]
 	want := EndpointState{
@@ -202,7 +174,7 @@ func TestReload(t *testing.T) {
 	}
 
 	// Gone from its cluster, an endpoint is forgotten.
-	third := build(t, build(t, second, options(anHour), spec("a", newInOrder, 0)), options(anHour), spec("a", newInOrder, 1))
+	third := build(t, build(t, second, options(anHour), spec("a", inOrder, 0)), options(anHour), spec("a", inOrder, 1))
 	if diff := cmp.Diff(EndpointState{Addr: addr(0), Weight: 1}, third.Cluster("a").Endpoints[0].State(), equal); diff != "" {
 		t.Errorf("back again (-want +got):\n%s", diff)
 	}
@@ -216,11 +188,11 @@ func TestReloadKeepsTheClock(t *testing.T) {
 	var c clock
 	o := options(anHour)
 	o.Now = c.read
-	first := build(t, nil, o, spec("a", newInOrder, 1))
+	first := build(t, nil, o, spec("a", inOrder, 1))
 	fail(first.Cluster("a").Endpoints[0], flow.ReasonDialRefused)
 
 	o.Now = func() time.Duration { return 1000 * time.Hour }
-	second := build(t, first, o, spec("a", newInOrder, 1))
+	second := build(t, first, o, spec("a", inOrder, 1))
 	if !second.Cluster("a").Endpoints[0].State().Ejected {
 		t.Error("the reload brought a new clock")
 	}
@@ -232,14 +204,14 @@ func TestReloadKeepsTheClock(t *testing.T) {
 
 // A reload that never ejects frees whoever was, and the other way round.
 func TestReloadChangesHealth(t *testing.T) {
-	first := build(t, nil, options(anHour), spec("a", newInOrder, 1))
+	first := build(t, nil, options(anHour), spec("a", inOrder, 1))
 	fail(first.Cluster("a").Endpoints[0], flow.ReasonDialRefused)
-	second := build(t, first, options(health.Config{}), spec("a", newInOrder, 1))
+	second := build(t, first, options(health.Config{}), spec("a", inOrder, 1))
 	e := second.Cluster("a").Endpoints[0]
 	if !e.Available() || e.State().Ejected || first.Cluster("a").Endpoints[0].Available() {
 		t.Error("a snapshot does not go by its own configuration")
 	}
-	third := build(t, second, options(anHour), spec("a", newInOrder, 1))
+	third := build(t, second, options(anHour), spec("a", inOrder, 1))
 	if third.Cluster("a").Endpoints[0].Available() {
 		t.Error("the ejection is forgotten")
 	}
@@ -249,7 +221,7 @@ func TestReloadChangesHealth(t *testing.T) {
 func TestFailedReasons(t *testing.T) {
 	counted := []flow.Reason{flow.ReasonDialRefused, flow.ReasonDialTimeout, flow.ReasonDialUnreachable}
 	for _, reason := range flow.Reasons() {
-		e := build(t, nil, options(anHour), spec("a", newInOrder, 1)).Cluster("a").Endpoints[0]
+		e := build(t, nil, options(anHour), spec("a", inOrder, 1)).Cluster("a").Endpoints[0]
 		fail(e, reason)
 		want := EndpointState{Addr: addr(0), Weight: 1, Failures: 1, LastReason: reason}
 		if slices.Contains(counted, reason) {
@@ -262,7 +234,7 @@ func TestFailedReasons(t *testing.T) {
 }
 
 func TestState(t *testing.T) {
-	e := build(t, nil, options(anHour), spec("a", newInOrder, 1)).Cluster("a").Endpoints[0]
+	e := build(t, nil, options(anHour), spec("a", inOrder, 1)).Cluster("a").Endpoints[0]
 	for range 3 {
 		e.Begin()
 	}
@@ -276,7 +248,7 @@ func TestState(t *testing.T) {
 }
 
 // attempts picks for one connection n times, as the handler does.
-func attempts(t *testing.T, c *Cluster, key uint64, n int) []*Endpoint {
+func attempts(t *testing.T, c *Cluster, key uint32, n int) []*Endpoint {
 	t.Helper()
 	var tried []*Endpoint
 	for range n {
@@ -292,16 +264,16 @@ func attempts(t *testing.T, c *Cluster, key uint64, n int) []*Endpoint {
 // Whatever the policy, the attempts of a connection go to different endpoints
 // as long as there are any.
 func TestRetriesDiffer(t *testing.T) {
-	for name, policy := range map[string]NewPicker{"in order": newInOrder, "by key": newByKey, "stubborn": newStubborn} {
+	for _, policy := range flow.Policies() {
 		for n := 1; n <= 6; n++ {
 			c := build(t, nil, options(anHour), spec("a", policy, n)).Cluster("a")
-			for key := range uint64(100) {
+			for key := range uint32(100) {
 				seen := make(map[*Endpoint]bool)
 				for _, e := range attempts(t, c, key, n) {
 					seen[e] = true
 				}
 				if len(seen) != n {
-					t.Errorf("%s: %d endpoints in %d attempts", name, len(seen), n)
+					t.Errorf("%s: %d endpoints in %d attempts", policy, len(seen), n)
 				}
 				// With all of them tried, any will do, but there is one.
 				attempts(t, c, key, n+3)
@@ -312,42 +284,61 @@ func TestRetriesDiffer(t *testing.T) {
 
 // Another snapshot's endpoint of the same address was tried as well.
 func TestRetryAfterReload(t *testing.T) {
-	first := build(t, nil, options(anHour), spec("a", newStubborn, 2))
-	second := build(t, first, options(anHour), spec("a", newStubborn, 2))
-	tried := attempts(t, first.Cluster("a"), 0, 1)
-	e, err := second.Cluster("a").Pick(0, tried)
-	if err != nil || e.Addr != addr(1) {
-		t.Errorf("%v, %v: the reload made a new endpoint", e, err)
+	first := build(t, nil, options(anHour), spec("a", byKey, 2))
+	again := spec("a", byKey, 2)
+	slices.Reverse(again.Endpoints)
+	second := build(t, first, options(anHour), again)
+	for key := range uint32(100) {
+		tried := attempts(t, first.Cluster("a"), key, 1)
+		e, err := second.Cluster("a").Pick(key, tried)
+		if err != nil || e.Addr == tried[0].Addr {
+			t.Errorf("%v, %v: the reload made a new endpoint", e, err)
+		}
 	}
 }
 
 // In panic the first attempt may go to an ejected endpoint, a retry goes to one
-// that is not, and to an ejected one when nothing else is left.
+// that is not, and to an ejected one when nothing else is left. One that is down
+// gets neither.
 func TestRetryInPanic(t *testing.T) {
 	h := anHour
 	h.Panic = 100
-	c := build(t, nil, options(h), spec("a", newStubborn, 4)).Cluster("a")
+	c := build(t, nil, options(h), spec("a", byKey, 5)).Cluster("a")
 	for _, e := range c.Endpoints[:2] {
 		fail(e, flow.ReasonDialRefused)
 	}
-	for range 100 {
-		got := attempts(t, c, 0, 4)
-		if got[0] != c.Endpoints[0] {
-			t.Fatalf("the policy is not asked first: %s", got[0].Addr)
+	c.Endpoints[4].SetDown(true)
+	ejected := 0
+	for key := range uint32(200) {
+		got := attempts(t, c, key, 4)
+		if got[0].ejected() {
+			ejected++
 		}
-		if got[1].ejected() || got[2].ejected() || got[1] == got[2] {
-			t.Fatalf("the retries go to %s and %s", got[1].Addr, got[2].Addr)
+		rest := slices.DeleteFunc(slices.Clone(got[1:]), func(e *Endpoint) bool { return e.ejected() })
+		if slices.Contains(got, c.Endpoints[4]) {
+			t.Fatal("it goes to one that is down")
 		}
-		if got[3] != c.Endpoints[1] {
-			t.Fatalf("the last resort is %s", got[3].Addr)
+		if want := 2; got[0].ejected() && (got[1].ejected() || got[2].ejected() || len(rest) != want) {
+			t.Fatalf("the retries go to %s, %s and %s", got[1].Addr, got[2].Addr, got[3].Addr)
 		}
+		if !got[0].ejected() && (got[1].ejected() || !got[2].ejected()) {
+			t.Fatalf("the retries go to %s, %s and %s", got[1].Addr, got[2].Addr, got[3].Addr)
+		}
+		slices.SortFunc(got, func(a, b *Endpoint) int { return a.Addr.Compare(b.Addr) })
+		if len(slices.Compact(got)) != 4 {
+			t.Fatalf("of four attempts two go to the same")
+		}
+	}
+	// The policy is asked first: half of those that are up are ejected.
+	if ejected < 60 || ejected > 140 {
+		t.Errorf("%d of 200 first attempts go to an ejected endpoint", ejected)
 	}
 }
 
 // Where ejections always hold, a retry does not break them either: it would
 // rather try the same endpoint again.
 func TestRetryNeverPanics(t *testing.T) {
-	c := build(t, nil, options(anHour), spec("a", newInOrder, 3)).Cluster("a")
+	c := build(t, nil, options(anHour), spec("a", inOrder, 3)).Cluster("a")
 	fail(c.Endpoints[0], flow.ReasonDialRefused)
 	fail(c.Endpoints[1], flow.ReasonDialRefused)
 	for _, e := range attempts(t, c, 0, 4) {
@@ -363,24 +354,44 @@ func TestRetryNeverPanics(t *testing.T) {
 
 // The neighbour of a dead endpoint does not get all of its connections.
 func TestRetriesAreSpread(t *testing.T) {
-	c := build(t, nil, options(anHour), spec("a", newStubborn, 5)).Cluster("a")
-	const n = 4000
-	counts := make(map[*Endpoint]int)
-	for range n {
-		counts[attempts(t, c, 0, 2)[1]]++
+	for _, policy := range []flow.Policy{flow.PolicyMaglev, flow.PolicyRandom, flow.PolicyLeastConnections} {
+		c := build(t, nil, options(anHour), spec("a", policy, 5)).Cluster("a")
+		const n = 4000
+		counts := make(map[*Endpoint]int)
+		for key := uint32(0); len(counts) == 0 || counts[c.Endpoints[0]] < n; key++ {
+			got := attempts(t, c, flow.Mix(key), 2)
+			if got[0] == c.Endpoints[0] {
+				counts[c.Endpoints[0]]++
+				counts[got[1]]++
+			}
+		}
+		for i, e := range c.Endpoints[1:] {
+			if got := counts[e]; got < n/4-150 || got > n/4+150 {
+				t.Errorf("%s: endpoint %d has %d of %d retries, want about %d", policy, i+1, got, n, n/4)
+			}
+		}
 	}
-	// The search goes on from a random start, past the tried one: its neighbour
-	// has two starts of five, the others one each.
-	for i, want := range []int{0, n * 2 / 5, n / 5, n / 5, n / 5} {
-		if got := counts[c.Endpoints[i]]; got < want-200 || got > want+200 {
-			t.Errorf("endpoint %d has %d of %d retries, want about %d", i, got, n, want)
+}
+
+// What the policies do not find is found by looking at every one.
+func TestRetryFindsTheLast(t *testing.T) {
+	for _, policy := range flow.Policies() {
+		c := build(t, nil, options(anHour), spec("a", policy, 100)).Cluster("a")
+		for i := range 20 {
+			tried := slices.Delete(slices.Clone(c.Endpoints), i, i+1)
+			if e, err := c.Pick(uint32(i), tried); err != nil || e != c.Endpoints[i] {
+				t.Errorf("%s: %v, %v, want %d", policy, e, err, i)
+			}
 		}
 	}
 }
 
 func TestPickDoesNotAllocate(t *testing.T) {
-	c := build(t, nil, options(anHour), spec("a", newStubborn, 4)).Cluster("a")
+	zoned := spec("a", byKey, 4)
+	zoned.Zone, zoned.Endpoints[3].Zone = "here", "here"
+	c := build(t, nil, options(anHour), zoned).Cluster("a")
 	tried := c.Endpoints[:3]
+	c.Endpoints[3].SetDown(true)
 	if n := testing.AllocsPerRun(1000, func() {
 		if _, err := c.Pick(1, tried); err != nil {
 			t.Fatal(err)
@@ -397,7 +408,7 @@ func TestRaceWithReloads(t *testing.T) {
 	o := options(health.Config{Failures: 2, Base: time.Second, Max: 4 * time.Second, Panic: 50})
 	o.Now = c.read
 	var current atomic.Pointer[Snapshot]
-	current.Store(build(t, nil, o, spec("a", newInOrder, 4)))
+	current.Store(build(t, nil, o, spec("a", inOrder, 4)))
 
 	var workers sync.WaitGroup
 	for w := range 8 {
@@ -405,9 +416,9 @@ func TestRaceWithReloads(t *testing.T) {
 	}
 	for i := range 200 {
 		c.pass(time.Second / 4)
-		policy := newInOrder
+		policy := inOrder
 		if i%2 == 0 {
-			policy = newByKey
+			policy = byKey
 		}
 		current.Store(build(t, current.Load(), o, spec("a", policy, 4), spec(fmt.Sprint("other", i), policy, 2)))
 		for _, e := range current.Load().Cluster("a").Endpoints {
@@ -435,7 +446,7 @@ func connectAround(t *testing.T, current *atomic.Pointer[Snapshot], random *rand
 	for range 1000 {
 		var tried []*Endpoint
 		for len(tried) < 2 {
-			e, err := current.Load().Cluster("a").Pick(random.Uint64(), tried)
+			e, err := current.Load().Cluster("a").Pick(random.Uint32(), tried)
 			if errors.Is(err, ErrNoEndpoint) {
 				continue // all of them were ejected between two looks
 			}

@@ -137,7 +137,9 @@ func maglevTable(endpoints []flow.SetEndpoint) []uint32 {
 	for _, i := range spread(turns, func(i int) uint64 { return offsets[i] }) {
 		p := &preferences[i]
 		for table[p.next] != free {
-			p.next = (p.next + p.skip) % m
+			if p.next += p.skip; p.next >= m { // cheaper than a division
+				p.next -= m
+			}
 		}
 		table[p.next] = sorted[i]
 	}
