@@ -187,7 +187,12 @@ func (h *Handler) dialed(t *l4.Target) {
 	// Asked once more, and after any is set: of two workers the last to come
 	// here says what is so, and none passes by.
 	h.any.Store(true)
-	wait := t.Cluster.Wait()
+	// By the cluster of now: what lookAgain has said must not be undone by what the
+	// target's was.
+	var wait time.Duration
+	if s, ok := h.table.Load().Lookup(t.Downstream.OrigDst); ok {
+		wait = s.Cluster.Wait()
+	}
 	if wait > 0 || h.without[service] {
 		h.unavailable(service, wait)
 	}

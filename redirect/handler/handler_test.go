@@ -296,6 +296,51 @@ func TestSetTable(t *testing.T) {
 	r.lastEnded(2)
 }
 
+// An endpoint that was removed: its connections end at once if that is asked for.
+func TestEnd(t *testing.T) {
+	testutil.CheckLeaks(t)
+	gone := greeter(t, "first")
+	first, second := table(t, "web", service, gone), table(t, "web", service, greeter(t, "second"))
+	r := newRig(t, first)
+	r.kernel.set(service)
+	old := open(t, r.v4[0], "first")
+	r.handler.SetTable(second)
+	young := open(t, r.v4[1], "second")
+	if n := r.handler.End(context.Background(), "web", gone); n != 1 {
+		t.Errorf("%d connections ended, want 1", n)
+	}
+	if _, err := old.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("want a reset, got %v", err)
+	}
+	if rec := r.lastEnded(1); rec.End != flow.ReasonEndpointRemoved || rec.Endpoint != gone {
+		t.Errorf("record: %+v", rec)
+	}
+	young.Close()
+	if rec := r.lastEnded(2); rec.End != flow.ReasonClosed {
+		t.Errorf("record: %+v", rec)
+	}
+}
+
+// Further attempts go by the table of now; without the service there are none.
+func TestAgain(t *testing.T) {
+	first := table(t, "web", service, netip.MustParseAddrPort("192.0.2.1:80"))
+	second := table(t, "new", service, netip.MustParseAddrPort("192.0.2.2:80"))
+	r := newRig(t, first)
+	r.kernel.set(service)
+	target, err := r.handler.Direct(netip.AddrPort{}, netip.AddrPort{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.handler.SetTable(second)
+	if why := r.handler.Again(&target); why != flow.ReasonNone || target.Service != "new" || target.Cluster != second.Services()[0].Cluster {
+		t.Errorf("%s: %+v", why, target)
+	}
+	r.handler.SetTable(nil)
+	if why := r.handler.Again(&target); why != flow.ReasonEndpointRemoved {
+		t.Errorf("without the service: %s", why)
+	}
+}
+
 // New closes what it opened when it fails.
 func TestNewFails(t *testing.T) {
 	testutil.CheckLeaks(t)

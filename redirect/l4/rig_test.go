@@ -47,7 +47,7 @@ type setup struct {
 	options   func(*l4.Options)
 	direct    func(r *rig, local, remote netip.AddrPort) (l4.Target, error)
 	allowed   func(netip.AddrPort) flow.Reason
-	again     func(*l4.Target) flow.Reason
+	again     func(r *rig, t *l4.Target) flow.Reason
 }
 
 // rig is a running relay whose director stands for the kernel side.
@@ -215,7 +215,7 @@ func (r *rig) Allowed(to netip.AddrPort) flow.Reason {
 // Again implements l4.Director.
 func (r *rig) Again(t *l4.Target) flow.Reason {
 	if r.again != nil {
-		return r.again(t)
+		return r.again(r, t)
 	}
 	return flow.ReasonNone
 }
