@@ -68,7 +68,7 @@ func TestShares(t *testing.T) {
 				}
 				return
 			}
-			if err := c.Check(pick(t, c, new(balance.Turns), c.Seeds(20000))); err != nil {
+			if err := c.Check(pick(t, c, new(balance.Turns), c.Seeds(8000))); err != nil {
 				t.Error(err)
 			}
 			if c.Cycle == 0 {
@@ -140,7 +140,7 @@ func TestRoundRobinIsSpread(t *testing.T) {
 
 // Workers that share the counter get the same exact shares.
 func TestRoundRobinIsExactForAll(t *testing.T) {
-	c := find(t, "round_robin/5:3:2/first out")
+	c := find(t, "round_robin/4:6:8:2/first out")
 	const workers, cycles = 8, 200
 	var turns balance.Turns
 	counts := make([][]int, workers)
@@ -149,13 +149,13 @@ func TestRoundRobinIsExactForAll(t *testing.T) {
 		all.Go(func() { counts[w] = pick(t, c, &turns, c.Seeds(cycles*c.Cycle)) })
 	}
 	all.Wait()
-	got := make([]int, 3)
+	got := make([]int, 4)
 	for _, each := range counts {
 		for i, n := range each {
 			got[i] += n
 		}
 	}
-	if diff := cmp.Diff([]int{0, 3 * workers * cycles, 2 * workers * cycles}, got); diff != "" {
+	if diff := cmp.Diff([]int{0, 3 * workers * cycles, 4 * workers * cycles, workers * cycles}, got); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 }

@@ -317,6 +317,65 @@ func TestVerdictIsFresh(t *testing.T) {
 	check("the trial began", true)
 	a.Connected()
 	check("the trial connected", false)
+	a.SetDown(true)
+	check("and went down: of the others all are ejected", true)
+	if !g.Available(b) || g.Available(a) {
+		t.Error("down counts in panic, and an ejection does not")
+	}
+	b.SetDown(true)
+	check("of none nobody is ejected", false)
+	b.SetDown(false)
+	b.Connected()
+	check("the other is there again", false)
+}
+
+// What overflow says is asked for after a change only, about who is available then.
+func TestSpill(t *testing.T) {
+	m, now := fakeMonitor()
+	c := *plain()
+	c.Panic = 30
+	members := []*Ejector{NewEjector(m), NewEjector(m), NewEjector(m), NewEjector(m)}
+	asked := 0
+	g := NewGroup(m, c, members, func(available func(int) bool) (bits uint32) {
+		asked++
+		for i := range members {
+			if available(i) {
+				bits |= 1 << i
+			}
+		}
+		return bits
+	})
+	check := func(when string, want uint32) {
+		t.Helper()
+		for range 3 {
+			if got := g.Spill(); got != want {
+				t.Errorf("%s: available are %04b, want %04b", when, got, want)
+			}
+		}
+	}
+	check("at first", 0b1111)
+	members[0].SetDown(true)
+	check("one down", 0b1110)
+	fail(members[1], &c, 3)
+	check("one ejected", 0b1100)
+	members[1].SetDown(true)
+	members[1].SetDown(false)
+	check("and back from a check", 0b1100)
+	fail(members[2], &c, 3)
+	check("two ejected", 0b1000)
+	fail(members[3], &c, 3)
+	check("all but the one that is down: panic", 0b1110)
+	now.pass(c.Base)
+	check("on trial", 0b1110)
+	members[0].SetDown(false)
+	check("all", 0b1111)
+	if asked != 8 {
+		t.Errorf("asked %d times for 8 states", asked)
+	}
+	c = Config{}
+	if g := NewGroup(m, c, members[:1], nil); g.Spill() != 0 || !g.Available(members[0]) {
+		t.Error("without zones something spills")
+	}
 }
 
 // However many look at once, one dial is the trial.
@@ -377,6 +436,7 @@ func TestRace(t *testing.T) {
 				} else {
 					e.Failed(&c)
 				}
+				e.SetDown(random.IntN(8) == 0)
 				g.Available(e)
 				now.pass(time.Duration(random.IntN(int(time.Second / 10))))
 			}
@@ -385,6 +445,7 @@ func TestRace(t *testing.T) {
 	workers.Wait()
 	for i, e := range members {
 		e.Connected()
+		e.SetDown(false)
 		if !g.Available(e) || e.Ejected() {
 			t.Errorf("member %d is not available after an answer", i)
 		}
