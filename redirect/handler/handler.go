@@ -169,7 +169,7 @@ func (h *Handler) Again(t *l4.Target) flow.Reason {
 	if !ok {
 		return flow.ReasonEndpointRemoved
 	}
-	t.Service, t.Cluster = s.Name, s.Cluster
+	t.Cluster = s.Cluster
 	return flow.ReasonNone
 }
 

@@ -332,7 +332,7 @@ func TestAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.handler.SetTable(second)
-	if why := r.handler.Again(&target); why != flow.ReasonNone || target.Service != "new" || target.Cluster != second.Services()[0].Cluster {
+	if why := r.handler.Again(&target); why != flow.ReasonNone || target.Cluster != second.Services()[0].Cluster {
 		t.Errorf("%s: %+v", why, target)
 	}
 	r.handler.SetTable(nil)

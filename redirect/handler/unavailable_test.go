@@ -32,7 +32,7 @@ func TestUnavailableAndBack(t *testing.T) {
 	endpoint.Failed(flow.ReasonDialRefused)
 
 	h := &Handler{without: map[netip.AddrPort]bool{}}
-	table, err := route.NewTable([]route.Service{{Name: "web", Addr: target.Downstream.OrigDst.AddrPort, Cluster: target.Cluster}})
+	table, err := route.NewTable([]route.Service{{Name: "web", Addr: target.Downstream.OrigDst.AddrPort, Cluster: target.Cluster}}, flow.Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +90,7 @@ func TestUnavailableUntilReload(t *testing.T) {
 		for service := range endpoints {
 			services = append(services, route.Service{Addr: addr(service), Cluster: s.Cluster(addr(service).String())})
 		}
-		made, err := route.NewTable(services)
+		made, err := route.NewTable(services, flow.Limits{})
 		if err != nil {
 			t.Fatal(err)
 		}

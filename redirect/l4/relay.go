@@ -34,7 +34,8 @@ type Director interface {
 	Direct(local, remote netip.AddrPort) (Target, error)
 	// Again brings the cluster of a target up to date, before another attempt: its
 	// endpoints may have changed since. It returns ReasonNone, or why there is no
-	// cluster any more. It is not asked about targets without a cluster.
+	// cluster any more, and leaves the terms. It is not asked about targets without
+	// a cluster.
 	Again(t *Target) flow.Reason
 	// Allowed reports whether an address may be dialed: ReasonNone, or why
 	// not. It is asked before each dial.
