@@ -1,0 +1,119 @@
+package file
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+)
+
+// position is a place in a file. Both count from 1; columns count characters.
+type position struct{ line, column int }
+
+// maxProblems is how many problems one error tells.
+const maxProblems = 50
+
+// problems gathers what is wrong with a file.
+type problems struct {
+	file  string
+	found []problem
+}
+
+type problem struct {
+	at   position
+	text string
+}
+
+func (p *problems) add(at position, format string, args ...any) {
+	p.found = append(p.found, problem{at, fmt.Sprintf(format, args...)})
+}
+
+func (p *problems) none() bool { return len(p.found) == 0 }
+
+// join makes one error of all, in the order of the file.
+func (p *problems) join() error {
+	slices.SortStableFunc(p.found, func(a, b problem) int {
+		return cmp.Or(cmp.Compare(a.at.line, b.at.line), cmp.Compare(a.at.column, b.at.column))
+	})
+	var errs []error
+	for i, f := range p.found {
+		if i == maxProblems {
+			errs = append(errs, fmt.Errorf("and %d more", len(p.found)-i))
+			break
+		}
+		errs = append(errs, fmt.Errorf("%s:%d:%d: %s", p.file, f.at.line, f.at.column, f.text))
+	}
+	return errors.Join(errs...)
+}
+
+// checkText refuses what is not text: a binary file, UTF-16, a stray control
+// character.
+func (p *problems) checkText(data []byte) {
+	at := position{1, 1}
+	for i := 0; i < len(data); {
+		r, size := utf8.DecodeRune(data[i:])
+		switch {
+		case r == utf8.RuneError && size == 1:
+			p.add(at, "not UTF-8: want a text file")
+			return
+		case r == '\n':
+			at = position{at.line + 1, 0}
+		case unicode.IsControl(r) && r != '\t' && r != '\r':
+			p.add(at, "control character %U: want a text file", r)
+			return
+		default:
+		}
+		at.column++
+		i += size
+	}
+}
+
+// show quotes a value, shortened to what fits into a line.
+func show(s string) string {
+	const most = 80
+	if r := []rune(s); len(r) > most {
+		return fmt.Sprintf("%q...", string(r[:most]))
+	}
+	return fmt.Sprintf("%q", s)
+}
+
+// meant returns which of the words known another was probably meant to be, as the
+// end of a sentence.
+func meant(word string, known ...string) string {
+	best, distance := "", len(word)/3+2
+	for _, k := range known {
+		if d := edits(strings.ToLower(word), k); d < distance && d < len(k) {
+			best, distance = k, d
+		}
+	}
+	if best != "" {
+		return fmt.Sprintf("did you mean %s?", best)
+	}
+	return "want " + strings.Join(known[:len(known)-1], ", ") + " or " + known[len(known)-1]
+}
+
+// edits returns how many bytes must be added, removed or changed to make b of a.
+func edits(a, b string) int {
+	if len(a) > len(b)+8 {
+		return len(a)
+	}
+	last, row := make([]int, len(b)+1), make([]int, len(b)+1)
+	for j := range last {
+		last[j] = j
+	}
+	for i := range len(a) {
+		row[0] = i + 1
+		for j := range len(b) {
+			change := last[j]
+			if a[i] != b[j] {
+				change++
+			}
+			row[j+1] = min(change, last[j+1]+1, row[j]+1)
+		}
+		last, row = row, last
+	}
+	return last[len(b)]
+}
