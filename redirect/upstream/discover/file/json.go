@@ -42,6 +42,7 @@ type jsonReader struct {
 	// offset is at, in bytes.
 	offset int
 	at     position
+	values int // read so far
 }
 
 // next returns the next token, or nil, and where it begins.
@@ -62,6 +63,10 @@ func (r *jsonReader) next() (json.Token, position) {
 func (r *jsonReader) value(depth int) *node {
 	t, at := r.next()
 	n := &node{at: at}
+	if r.values++; r.values > maxValues {
+		r.p.add(at, "more than %d values: these are no endpoints", maxValues)
+		return n
+	}
 	switch t := t.(type) {
 	case string:
 		n.kind, n.text = isText, t

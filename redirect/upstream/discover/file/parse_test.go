@@ -217,6 +217,20 @@ func TestTooLarge(t *testing.T) {
 	}
 }
 
+// What is too much is refused before it costs anything.
+func TestTooMuch(t *testing.T) {
+	for name, text := range map[string]string{
+		"f.yaml": "[" + strings.Repeat("[],", maxValues/2) + "]",
+		"g.yaml": "- " + strings.Repeat("x", maxYAML),
+		"f.json": "[" + strings.Repeat("[],", maxValues) + "[]]",
+		"g.json": strings.Repeat(" ", maxSize+1),
+	} {
+		if _, err := Parse(name, []byte(text)); err == nil || !strings.Contains(err.Error(), "more than ") {
+			t.Errorf("%s: %.200v", name, err)
+		}
+	}
+}
+
 // Ten thousand endpoints are no more than a moment, in either format.
 func TestLarge(t *testing.T) {
 	var lines, targets []string
@@ -237,12 +251,12 @@ func TestLarge(t *testing.T) {
 }
 
 func TestManyProblems(t *testing.T) {
-	_, err := Parse("f.yaml", []byte(strings.Repeat("- x\n", 60)))
+	_, err := Parse("f.yaml", []byte(strings.Repeat("- x\n", 600)))
 	if err == nil {
 		t.Fatal("no error")
 	}
 	lines := strings.Split(err.Error(), "\n")
-	if len(lines) != maxProblems+1 || lines[maxProblems] != "and 10 more" {
+	if len(lines) != maxProblems+1 || lines[maxProblems] != "and 550 more" {
 		t.Errorf("%d lines, the last is %q", len(lines), lines[len(lines)-1])
 	}
 }

@@ -20,6 +20,7 @@ const maxProblems = 50
 type problems struct {
 	file  string
 	found []problem
+	more  int // that were found and not kept
 }
 
 type problem struct {
@@ -28,6 +29,11 @@ type problem struct {
 }
 
 func (p *problems) add(at position, format string, args ...any) {
+	// Those of a list come in order, so what is kept are about the first.
+	if len(p.found) == 2*maxProblems {
+		p.more++
+		return
+	}
 	p.found = append(p.found, problem{at, fmt.Sprintf(format, args...)})
 }
 
@@ -41,7 +47,7 @@ func (p *problems) join() error {
 	var errs []error
 	for i, f := range p.found {
 		if i == maxProblems {
-			errs = append(errs, fmt.Errorf("and %d more", len(p.found)-i))
+			errs = append(errs, fmt.Errorf("and %d more", len(p.found)-i+p.more))
 			break
 		}
 		errs = append(errs, fmt.Errorf("%s:%d:%d: %s", p.file, f.at.line, f.at.column, f.text))

@@ -15,9 +15,15 @@ import (
 	"github.com/pillion-project/pillion/redirect/upstream/discover/watch"
 )
 
-// maxSize is how many bytes a file may have: what fits into a ConfigMap, eight
-// times.
-const maxSize = 8 << 20
+const (
+	// maxSize is how many bytes a file may have: what fits into a ConfigMap,
+	// eight times. maxYAML is less, since the parser of YAML needs some hundred
+	// times of it in memory: it is 20,000 endpoints with everything.
+	maxSize = 8 << 20
+	maxYAML = 1 << 20
+	// maxValues is how many values, or tokens of YAML, a file may have.
+	maxValues = 1 << 18
+)
 
 // Source is the endpoints that stand in one file.
 type Source struct{ path string }

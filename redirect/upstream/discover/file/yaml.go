@@ -34,6 +34,10 @@ var bareBrackets = regexp.MustCompile(`(^|[^"'\w])\[[0-9a-fA-F:./%]*:[0-9a-fA-F:
 
 // readYAML reads the one document in data, or returns nil if there is none.
 func readYAML(p *problems, data []byte) *node {
+	if len(data) > maxYAML {
+		p.add(position{1, 1}, "more than %d bytes of YAML: want JSON for so many endpoints", maxYAML)
+		return nil
+	}
 	data = bytes.TrimPrefix(data, []byte("\ufeff"))
 	// YAML ends lines in three ways; the positions are to mean the same in all.
 	data = bytes.ReplaceAll(data, []byte("\r\n"), []byte("\n"))
@@ -91,6 +95,10 @@ func checkTokens(p *problems, tokens token.Tokens) {
 	type block struct{ column, keys int }
 	var blocks []block
 	flow := 0
+	if len(tokens) > maxValues {
+		p.add(position{1, 1}, "more than %d words: want JSON for so many endpoints", maxValues)
+		return
+	}
 	for _, t := range tokens {
 		if text, ok := refused[t.Type]; ok && len(p.found) < maxProblems {
 			p.add(tokenPosition(t), "%s", text)
