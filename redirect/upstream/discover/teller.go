@@ -10,8 +10,8 @@ import (
 type Teller struct {
 	out  chan<- Snapshot
 	last []Endpoint
-	// standing is true while last is what the receiver goes by.
-	standing bool
+	// told is true when last was told, standing while no error followed it.
+	told, standing bool
 }
 
 // NewTeller returns a teller that has told nothing yet.
@@ -23,8 +23,18 @@ func (t *Teller) Set(ctx context.Context, endpoints []Endpoint) {
 	if t.standing && slices.Equal(t.last, endpoints) {
 		return
 	}
-	t.last, t.standing = endpoints, true
+	t.last, t.told, t.standing = endpoints, true, true
 	t.send(ctx, Snapshot{Endpoints: slices.Clone(endpoints)})
+}
+
+// Part tells the best set that there is, and why a part of it is old or missing.
+// The set is sorted and kept; one that was told already is not told again.
+func (t *Teller) Part(ctx context.Context, endpoints []Endpoint, err error) {
+	Sort(endpoints)
+	if !t.told || !slices.Equal(t.last, endpoints) {
+		t.Set(ctx, endpoints)
+	}
+	t.Fail(ctx, err)
 }
 
 // Fail tells why there is no set.

@@ -18,7 +18,7 @@ import (
 const (
 	// maxSize is how many bytes a file may have: what fits into a ConfigMap,
 	// eight times. maxYAML is less, since the parser of YAML needs some hundred
-	// times of it in memory: it is 20,000 endpoints with everything.
+	// times of it in memory: it is 10,000 endpoints with everything.
 	maxSize = 8 << 20
 	maxYAML = 1 << 20
 	// maxValues is how many values, or tokens of YAML, a file may have.
