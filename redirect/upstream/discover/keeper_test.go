@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -39,15 +40,24 @@ func sends(snapshots ...Snapshot) func(context.Context, chan<- Snapshot) error {
 }
 
 // keep runs a keeper until check returns. told gets every state that it tells.
-func keep(t *testing.T, s Source, check func(k *Keeper, told *[]State)) {
+func keep(t *testing.T, s Source, check func(k *Keeper, told func() []State)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
 		var told []State
-		k := NewKeeper(s, func(s State) { told = append(told, s) })
+		k := NewKeeper(s, func(s State) {
+			mu.Lock()
+			defer mu.Unlock()
+			told = append(told, s)
+		})
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
 		go func() { ended <- k.Run(ctx) }()
-		check(k, &told)
+		check(k, func() []State {
+			mu.Lock()
+			defer mu.Unlock()
+			return slices.Clone(told)
+		})
 		cancel()
 		if err := <-ended; err != nil {
 			t.Errorf("Run: %v", err)
@@ -76,7 +86,7 @@ func TestKeeperKeepsTheLastGoodSet(t *testing.T) {
 	s := &scripted{runs: []func(context.Context, chan<- Snapshot) error{sends(
 		Snapshot{Endpoints: one}, Snapshot{Err: broken}, Snapshot{Err: broken}, Snapshot{Endpoints: one}, Snapshot{},
 	)}}
-	keep(t, s, func(k *Keeper, told *[]State) {
+	keep(t, s, func(k *Keeper, told func() []State) {
 		began := time.Now()
 		synctest.Wait()
 		if isReady(k) || k.State().Generation != 0 || !k.State().Since.IsZero() {
@@ -104,7 +114,7 @@ func TestKeeperKeepsTheLastGoodSet(t *testing.T) {
 			t.Errorf("nobody: %+v", st)
 		}
 		var generations []uint64
-		for _, s := range *told {
+		for _, s := range told() {
 			generations = append(generations, s.Generation)
 		}
 		if diff := cmp.Diff([]uint64{1, 1, 1, 2}, generations); diff != "" {
@@ -115,15 +125,15 @@ func TestKeeperKeepsTheLastGoodSet(t *testing.T) {
 
 func TestKeeperFirstError(t *testing.T) {
 	s := &scripted{runs: []func(context.Context, chan<- Snapshot) error{sends(Snapshot{Err: errors.New("broken")}, Snapshot{})}}
-	keep(t, s, func(k *Keeper, told *[]State) {
+	keep(t, s, func(k *Keeper, told func() []State) {
 		after(time.Second)
-		if st := k.State(); !isReady(k) || st.Err == nil || st.Generation != 0 || !st.Since.IsZero() || len(*told) != 1 {
-			t.Errorf("ready %v, %+v, told %d", isReady(k), st, len(*told))
+		if st := k.State(); !isReady(k) || st.Err == nil || st.Generation != 0 || !st.Since.IsZero() || len(told()) != 1 {
+			t.Errorf("ready %v, %+v, told %d", isReady(k), st, len(told()))
 		}
 		after(time.Second)
 		// Nobody is an answer, also as the first.
-		if st := k.State(); st.Err != nil || st.Generation != 1 || len(*told) != 2 {
-			t.Errorf("%+v, told %d", st, len(*told))
+		if st := k.State(); st.Err != nil || st.Generation != 1 || len(told()) != 2 {
+			t.Errorf("%+v, told %d", st, len(told()))
 		}
 	})
 }
@@ -135,7 +145,7 @@ func TestKeeperRestarts(t *testing.T) {
 	s := &scripted{runs: []func(context.Context, chan<- Snapshot) error{
 		fails, returns, fails, fails, fails, fails, fails, fails, sends(Snapshot{Endpoints: set("192.0.2.1:80")}),
 	}}
-	keep(t, s, func(k *Keeper, told *[]State) {
+	keep(t, s, func(k *Keeper, told func() []State) {
 		synctest.Wait()
 		if st := k.State(); s.run.Load() != 1 || !errors.Is(st.Err, broken) || !isReady(k) {
 			t.Errorf("%d runs, %+v", s.run.Load(), st)
@@ -150,8 +160,8 @@ func TestKeeperRestarts(t *testing.T) {
 		if s.run.Load() != 9 || st.Err != nil || st.Restarts != 8 || st.Failures != 8 || len(st.Endpoints) != 1 {
 			t.Errorf("%d runs, %+v", s.run.Load(), st)
 		}
-		if len(*told) != 2 {
-			t.Errorf("told %d times", len(*told))
+		if len(told()) != 2 {
+			t.Errorf("told %d times", len(told()))
 		}
 	})
 }
@@ -171,7 +181,7 @@ func TestKeeperCleansSets(t *testing.T) {
 		bad(Endpoint{Addr: set("192.0.2.1:80")[0].Addr, Weight: MaxWeight + 1}),
 		bad(Endpoint{Weight: 1}),
 	)}}
-	keep(t, s, func(k *Keeper, _ *[]State) {
+	keep(t, s, func(k *Keeper, _ func() []State) {
 		after(time.Second)
 		want := []Endpoint{mixed[1], mixed[2]}
 		if diff := cmp.Diff(want, k.State().Endpoints, equal); diff != "" {
@@ -191,5 +201,5 @@ func TestKeeperCleansSets(t *testing.T) {
 
 func TestKeeperEndsWhileItWaits(t *testing.T) {
 	fails := func(context.Context, chan<- Snapshot) error { return errors.New("no") }
-	keep(t, &scripted{runs: []func(context.Context, chan<- Snapshot) error{fails}}, func(*Keeper, *[]State) { synctest.Wait() })
+	keep(t, &scripted{runs: []func(context.Context, chan<- Snapshot) error{fails}}, func(*Keeper, func() []State) { synctest.Wait() })
 }
