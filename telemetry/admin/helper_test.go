@@ -2,6 +2,8 @@ package admin
 
 import (
 	"context"
+	"encoding/json"
+	"net/http"
 	"net/netip"
 	"path/filepath"
 	"testing"
@@ -43,10 +45,37 @@ func status() Status {
 		Instance: "i1", Kind: KindRun, Version: "1", Pid: 2, Scope: "/a", Ready: true, State: StateServing,
 		OnFailure: "open", Connect: "adaptive", Slots4: "240.0.0.0/16", Started: epoch, Live: 3,
 		Counters: map[string]uint64{"service": 4}, Unaccounted: -1,
-		Services: []ServiceStatus{{Name: "web", Address: "10.96.0.12:80", Policy: "round_robin", Endpoints: []EndpointStatus{
-			{Address: "127.0.0.1:8081", Weight: 1, Live: 3, Connects: 4, Failures: 1, LastReason: flow.ReasonDialRefused},
-		}}},
+		Configuration: ConfigurationStatus{
+			Generation: 3, File: "p.yaml", Loaded: epoch, Tried: epoch.Add(time.Second), Refused: []Refusal{refusal()},
+		},
+		Services: []ServiceStatus{serviceStatus()},
 		Problems: []string{"none"},
+	}
+}
+
+func refusal() Refusal {
+	return Refusal{Name: "shop", Where: "p.yaml:3:7", Text: "unknown policy", Kept: true}
+}
+
+func serviceStatus() ServiceStatus {
+	return ServiceStatus{
+		Name: "web", Address: "10.96.0.12:80", Policy: "round_robin", Path: flow.PathDirect, PathAsked: "auto",
+		Why: []string{"pass cannot balance"}, Where: "p.yaml:2:5",
+		Source: SourceStatus{Kind: SourceDNS, Name: "web.example", Updated: epoch, Stale: true, Error: "no answer"},
+		Endpoints: []EndpointStatus{{
+			Address: "127.0.0.1:8081", Weight: 1, Zone: "a", Local: true, State: EndpointDown, Down: true,
+			Live: 3, Connects: 4, Failures: 1, LastReason: flow.ReasonDialRefused, CheckError: "status 500",
+		}},
+	}
+}
+
+func explanation(q ExplainQuery) Explanation {
+	s := serviceStatus()
+	return Explanation{
+		Asked: q.Destination, Destination: netip.MustParseAddrPort("10.96.0.12:80"), Source: q.Source,
+		Path: flow.PathDirect, Reason: flow.ReasonService, Meaning: "a service names it",
+		Rule: Rule{Kind: RuleService, Text: "service web", Where: "p.yaml:2:5"}, Service: &s, OnFailure: "open",
+		Pick: netip.MustParseAddrPort("127.0.0.1:8081"),
 	}
 }
 
@@ -72,6 +101,21 @@ func testAPI() API {
 				return netip.Addr{}, errNoSlot
 			}
 			return netip.MustParseAddr("10.96.0.12"), nil
+		},
+		Explain: func(_ context.Context, q ExplainQuery) ([]Explanation, error) {
+			switch q.Destination {
+			case "nowhere":
+				return nil, &Error{Code: http.StatusNotFound, Message: "no such host: nowhere"}
+			case "nothing":
+				return nil, nil
+			}
+			return []Explanation{explanation(q)}, nil
+		},
+		Config: func(context.Context) (json.RawMessage, error) {
+			return json.RawMessage(`{"default":"relay"}`), nil
+		},
+		Reload: func(context.Context) (ReloadResult, error) {
+			return ReloadResult{Generation: 4, Changes: []string{"service web: policy random"}, Refused: []Refusal{refusal()}}, nil
 		},
 	}
 }

@@ -1,6 +1,10 @@
 package admin
 
 import (
+	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
 	"net/url"
 	"testing"
 
@@ -49,4 +53,42 @@ func TestFlowQueryApply(t *testing.T) {
 			t.Errorf("%+v: %s", tt.q, diff)
 		}
 	}
+}
+
+func TestExplainQueryRoundTrip(t *testing.T) {
+	t.Parallel()
+	for _, q := range []ExplainQuery{
+		{Destination: "10.96.0.12:80"},
+		{Destination: "a service & its=name", Source: netip.MustParseAddr("2001:db8::1")},
+	} {
+		got, err := parseExplainQuery(q.values())
+		if err != nil || got != q {
+			t.Errorf("%+v became %+v, %v", q, got, err)
+		}
+	}
+	got, err := parseExplainQuery(url.Values{"dst": {"x"}, "source": {"::ffff:192.0.2.1"}})
+	if err != nil || got.Source != netip.MustParseAddr("192.0.2.1") {
+		t.Errorf("mapped source: %+v, %v", got, err)
+	}
+}
+
+// FuzzRequest: whatever is asked, the answer is JSON, and it is no fault of the
+// server's.
+func FuzzRequest(f *testing.F) {
+	f.Add("GET", "/v1/explain", "dst=10.0.0.1:80&source=::1")
+	f.Add("GET", "/v1/flows", "live=true&limit=3&path=direct&end=dial_refused")
+	f.Add("POST", "/v1/reload", "")
+	f.Add("DELETE", "/v1/config", "%")
+	f.Add("GET", "/v1/resolve", "slot=240.0.0.1%25eth0")
+	api := testAPI()
+	api.Metrics = nil
+	routes := newRoutes(api)
+	f.Fuzz(func(t *testing.T, method, path, query string) {
+		r := &http.Request{Method: method, URL: &url.URL{Path: path, RawQuery: query}}
+		w := httptest.NewRecorder()
+		routes.ServeHTTP(w, r)
+		if !json.Valid(w.Body.Bytes()) || w.Code >= http.StatusInternalServerError {
+			t.Errorf("%s %s?%s: %d %q", method, path, query, w.Code, w.Body)
+		}
+	})
 }

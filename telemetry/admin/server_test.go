@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"path/filepath"
 	"strings"
@@ -50,6 +51,26 @@ func TestClientAndServer(t *testing.T) {
 	if err != nil || addr != netip.MustParseAddr("10.96.0.12") {
 		t.Errorf("resolve: %s, %v", addr, err)
 	}
+	q := ExplainQuery{Destination: "web", Source: netip.MustParseAddr("192.0.2.1")}
+	all, err := c.Explain(ctx, q)
+	if diff := cmp.Diff([]Explanation{explanation(q)}, all, cmpopts.EquateComparable(netip.AddrPort{}, netip.Addr{})); err != nil || diff != "" {
+		t.Errorf("explain: %v\n%s", err, diff)
+	}
+	if all, err := c.Explain(ctx, ExplainQuery{Destination: "nothing"}); err != nil || all == nil || len(all) != 0 {
+		t.Errorf("explain nothing: %v, %v", all, err)
+	}
+	var e *Error
+	if _, err := c.Explain(ctx, ExplainQuery{Destination: "nowhere"}); !errors.As(err, &e) || e.Code != http.StatusNotFound {
+		t.Errorf("explain nowhere: %v", err)
+	}
+	if config, err := c.Config(ctx); err != nil || string(config) != `{"default":"relay"}` {
+		t.Errorf("config: %s, %v", config, err)
+	}
+	r, err := c.Reload(ctx)
+	want := ReloadResult{Generation: 4, Changes: []string{"service web: policy random"}, Refused: []Refusal{refusal()}}
+	if diff := cmp.Diff(want, r); err != nil || diff != "" {
+		t.Errorf("reload: %v\n%s", err, diff)
+	}
 	body, err := c.Metrics(ctx)
 	if err != nil {
 		t.Fatal(err)
@@ -91,6 +112,7 @@ func TestBadRequests(t *testing.T) {
 	api := testAPI()
 	api.Metrics = nil
 	api.Status = func(context.Context) (Status, error) { return Status{}, errors.New("no kernel") }
+	api.Reload = func(context.Context) (ReloadResult, error) { return ReloadResult{}, errors.New("no file") }
 	path, _ := start(t, api)
 	for _, tt := range []struct {
 		method, target string
@@ -102,6 +124,17 @@ func TestBadRequests(t *testing.T) {
 		{"GET", "/v1/status/", 404, "no such path"},
 		{"GET", "/metrics", 404, "no such path"},
 		{"POST", "/v1/flows", 405, "POST: want GET"},
+		{"PUT", "/v1/status", 405, "PUT: want GET"},
+		{"GET", "/v1/reload", 405, "GET: want POST"},
+		{"PUT", "/v1/reload", 405, "PUT: want POST"},
+		{"POST", "/v1/reload?now=true", 400, `unknown parameter "now"`},
+		{"POST", "/v1/reload", 500, "no file"},
+		{"POST", "/v1/config", 405, "POST: want GET"},
+		{"POST", "/v1/explain?dst=web", 405, "POST: want GET"},
+		{"GET", "/v1/explain", 400, "dst: want an address"},
+		{"GET", "/v1/explain?dst=nowhere", 404, "no such host"},
+		{"GET", "/v1/explain?dst=web&source=here", 400, `source "here"`},
+		{"GET", "/v1/explain?dst=web&source=192.0.2.1:80", 400, "want an address"},
 		{"GET", "/v1/status?live=true", 400, `unknown parameter "live"`},
 		{"GET", "/v1/flows?Live=true", 400, `unknown parameter "Live"`},
 		{"GET", "/v1/flows?limit=1&limit=2", 400, "twice"},
@@ -263,5 +296,50 @@ func TestServeReportsListener(t *testing.T) {
 	ln.Close()
 	if err := Serve(t.Context(), ln, API{}); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("error %v", err)
+	}
+}
+
+// A method that a route does not have is told with those that it has.
+func TestAllow(t *testing.T) {
+	t.Parallel()
+	routes := newRoutes(testAPI())
+	for _, tt := range []struct{ method, path, want string }{
+		{"POST", "/v1/status", "GET, HEAD"},
+		{"GET", "/v1/reload", "POST"},
+		{"HEAD", "/v1/reload", "POST"},
+		{"HEAD", "/v1/status", ""},
+		{"POST", "/v1/reload", ""},
+	} {
+		w := httptest.NewRecorder()
+		routes.ServeHTTP(w, httptest.NewRequest(tt.method, tt.path, nil))
+		if got := w.Header().Get("Allow"); got != tt.want || (w.Code == http.StatusMethodNotAllowed) != (tt.want != "") {
+			t.Errorf("%s %s: %d, allow %q, want %q", tt.method, tt.path, w.Code, got, tt.want)
+		}
+	}
+}
+
+// The configuration holds for the life of the process; a reload that takes long is
+// waited for.
+func TestReloadIsNotCutShort(t *testing.T) {
+	asked := make(chan struct{})
+	api := API{Reload: func(ctx context.Context) (ReloadResult, error) {
+		close(asked)
+		select {
+		case <-ctx.Done():
+			return ReloadResult{}, ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+			return ReloadResult{Generation: 2}, nil
+		}
+	}}
+	path, stop := start(t, api)
+	answered := make(chan error, 1)
+	go func() {
+		_, err := Dial(path).Reload(context.Background())
+		answered <- err
+	}()
+	<-asked
+	stop()
+	if err := <-answered; err != nil {
+		t.Error(err)
 	}
 }

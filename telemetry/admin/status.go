@@ -79,8 +79,11 @@ type Refusal struct {
 	Name string `json:"name,omitempty"`
 	// Where is file:line:column.
 	Where string `json:"where,omitempty"`
-	// Text says what is wrong, and what was meant where that can be guessed.
+	// Text says what is wrong, and what was meant where that can be guessed; one
+	// problem a line.
 	Text string `json:"text"`
+	// Kept is true when an earlier state of it holds, false when there is none.
+	Kept bool `json:"kept"`
 }
 
 // ReloadResult is what became of a reload.
@@ -108,10 +111,11 @@ type ServiceStatus struct {
 	Address string `json:"address"`
 	Policy  string `json:"policy"`
 	// Path is the one that its connections take, PathAsked what the
-	// configuration says, which may be auto, and Why why no cheaper one does.
+	// configuration says, which may be auto, and Why, for each cheaper path, why
+	// it is not taken.
 	Path      flow.Path `json:"path"`
 	PathAsked string    `json:"path_asked"`
-	Why       string    `json:"why,omitempty"`
+	Why       []string  `json:"why,omitempty"`
 	// Cluster is where its endpoints are, if it is not named like the service.
 	Cluster string `json:"cluster,omitempty"`
 	// Where is its place in the configuration.
