@@ -29,8 +29,9 @@ func newFlows(g *global) *cobra.Command {
 		Use:   "flows",
 		Short: "List connections: what was asked for, what it got, on which path and why",
 		Long: `Lists the connections of the running instance that have ended, oldest first, or
-with --live those that are open. When none runs, those of the command that
-ended last.`,
+with --live those that are open, on every path: those that the handler carries,
+and those that the kernel does. When none runs, those of the command that ended
+last.`,
 		Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			return listFlows(c.Context(), c.OutOrStdout(), g, f)
@@ -41,8 +42,8 @@ ended last.`,
 	flags.StringVar(&f.instance, "instance", "", "name of the instance (default: the one that runs, or ended last)")
 	flags.BoolVar(&f.live, "live", false, "list the open connections")
 	flags.IntVar(&f.limit, "limit", 0, "list only this many, the newest (0: all)")
-	flags.StringVar(&f.path, "path", "", "list only those on this path: relay, pass, deny, ...")
-	flags.StringVar(&f.end, "end", "", "list only those that ended so: closed, upstream_reset, ...")
+	flags.StringVar(&f.path, "path", "", "list only those on this path: relay, direct, pass, deny, ...")
+	flags.StringVar(&f.end, "end", "", "list only those that ended so: closed, dial_refused, upstream_reset, ...")
 	return c
 }
 

@@ -51,6 +51,8 @@ func TestUsage(t *testing.T) {
 		"too many arguments": {"version", "x"},
 		"no slot":            {"resolve"},
 		"slot is a name":     {"resolve", "localhost"},
+		"reload what":        {"reload", "pillion.yaml"},
+		"reload as xml":      {"reload", "-o", "xml"},
 		"bad log level":      {"--log-level", "loud", "exec", "--", "true"},
 		"bad log format":     {"--log-format", "xml", "exec", "--", "true"},
 	}
@@ -112,16 +114,21 @@ func TestPrintFlows(t *testing.T) {
 		},
 		{OrigDst: netip.MustParseAddrPort("[2001:db8::1]:443"), Path: flow.PathDeny, Reason: flow.ReasonDenied, End: flow.ReasonDenied},
 		{OrigDst: netip.MustParseAddrPort("192.0.2.9:22"), Path: flow.PathPass, Reason: flow.ReasonExcluded, Open: true},
+		{
+			OrigDst: netip.MustParseAddrPort("10.96.0.13:80"), Endpoint: netip.MustParseAddrPort("10.1.0.9:8080"), Service: "cart",
+			Path: flow.PathDirect, Reason: flow.ReasonHandlerAbsent, End: flow.ReasonDialRefused, Attempts: 1, Duration: time.Millisecond,
+		},
 	}
 	var b strings.Builder
 	if err := printFlows(&b, records); err != nil {
 		t.Fatal(err)
 	}
 	want := []string{
-		"ASKED FOR          ENDPOINT        PATH   REASON    SENT  RECEIVED  RTT   CONNECT  DURATION  END                  SERVICE  SOURCE",
-		"10.96.0.12:80      127.0.0.1:8081  relay  service   74 B  2.0 KiB   20us  1.0ms    3s        closed (2 attempts)  shop     192.0.2.1:40000",
-		"[2001:db8::1]:443  -               deny   denied    0 B   0 B       -     -        -         denied               -        -",
-		"192.0.2.9:22       -               pass   excluded  0 B   0 B       -     -        -         open                 -        -",
+		"ASKED FOR          ENDPOINT        PATH    REASON          SENT  RECEIVED  RTT   CONNECT  DURATION  END                  SERVICE  SOURCE",
+		"10.96.0.12:80      127.0.0.1:8081  relay   service         74 B  2.0 KiB   20us  1.0ms    3s        closed (2 attempts)  shop     192.0.2.1:40000",
+		"[2001:db8::1]:443  -               deny    denied          0 B   0 B       -     -        -         denied               -        -",
+		"192.0.2.9:22       -               pass    excluded        0 B   0 B       -     -        -         open                 -        -",
+		"10.96.0.13:80      10.1.0.9:8080   direct  handler_absent  0 B   0 B       -     -        1.0ms     dial_refused         cart     -",
 	}
 	if diff := cmp.Diff(want, strings.Split(strings.TrimRight(b.String(), "\n"), "\n")); diff != "" {
 		t.Errorf("want -, got +:\n%s", diff)

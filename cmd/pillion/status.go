@@ -109,36 +109,29 @@ func showStatus(ctx context.Context, w io.Writer, g *global, o *output, names []
 		return errNoInstance
 	}
 	for _, s := range all {
-		if err := printStatus(w, &s); err != nil {
+		if err := printStatus(w, &s, time.Now()); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func printStatus(w io.Writer, s *admin.Status) error {
-	_, err := fmt.Fprintf(w, "%s (%s, pid %d, %s): %s, on_failure %s, connect %s, up %s\n  scope %s\n  slots %s %s\n  open connections %d, unaccounted %d\n",
-		s.Instance, s.Kind, s.Pid, s.Version, s.State, s.OnFailure, s.Connect, time.Since(s.Started).Round(time.Second),
-		s.Scope, s.Slots4, s.Slots6, s.Live, s.Unaccounted)
+func printStatus(w io.Writer, s *admin.Status, now time.Time) error {
+	_, err := fmt.Fprintf(w, "%s (%s, pid %d, %s): %s, on_failure %s, connect %s, up %s\n  scope %s\n  slots %s %s\n  open connections %d, unaccounted %d\n  configuration %s\n",
+		s.Instance, s.Kind, s.Pid, s.Version, s.State, s.OnFailure, s.Connect, now.Sub(s.Started).Round(time.Second),
+		s.Scope, s.Slots4, s.Slots6, s.Live, s.Unaccounted, configurationText(&s.Configuration, now))
 	if err != nil {
 		return err
 	}
 	for _, p := range s.Problems {
 		fmt.Fprintf(w, "  ! %s\n", p)
 	}
+	for _, r := range s.Configuration.Refused {
+		fmt.Fprintf(w, "  ! %s\n", refusalText(&r, "    "))
+	}
 	if len(s.Services) > 0 {
-		t := newTable("service", "address", "policy", "endpoint", "weight", "state", "open", "connects", "failures", "last failure")
-		for _, service := range s.Services {
-			for _, e := range service.Endpoints {
-				state := "available"
-				if e.Ejected {
-					state = "ejected"
-				}
-				t.AppendRow([]any{service.Name, service.Address, service.Policy, e.Address, e.Weight, state, e.Live, e.Connects, e.Failures, e.LastReason.String()})
-			}
-		}
 		fmt.Fprintln(w)
-		if err := printTable(w, t); err != nil {
+		if err := printServices(w, s.Services, now); err != nil {
 			return err
 		}
 	}
@@ -148,6 +141,101 @@ func printStatus(w io.Writer, s *admin.Status) error {
 	}
 	fmt.Fprintln(w)
 	return printTable(w, t)
+}
+
+// configurationText says which configuration holds and since when.
+func configurationText(c *admin.ConfigurationStatus, now time.Time) string {
+	text := fmt.Sprint(c.Generation)
+	if c.File != "" {
+		text += " of " + c.File
+	}
+	if !c.Loaded.IsZero() {
+		text += fmt.Sprintf(", for %s", now.Sub(c.Loaded).Round(time.Second))
+	}
+	return text
+}
+
+// refusalText says what was refused and why. Lines after the first are indented.
+func refusalText(r *admin.Refusal, indent string) string {
+	name, kept := r.Name, "the earlier state stays"
+	if name == "" {
+		name, kept = "the configuration", "the earlier one stays"
+	}
+	if !r.Kept {
+		kept = "there is no earlier state"
+	}
+	text := r.Text
+	if r.Where != "" && !strings.HasPrefix(text, r.Where) {
+		text = r.Where + ": " + text
+	}
+	return fmt.Sprintf("%s is refused, %s:\n%s%s", name, kept, indent,
+		strings.ReplaceAll(strings.TrimSpace(text), "\n", "\n"+indent))
+}
+
+// printServices prints one line per endpoint. Columns in which nothing stands
+// are left out.
+func printServices(w io.Writer, services []admin.ServiceStatus, now time.Time) error {
+	t := newTable("service", "address", "path", "policy", "source", "endpoint", "zone", "weight", "state", "open", "connects", "failures", "last failure")
+	t.SuppressEmptyColumns()
+	for _, s := range services {
+		row := []any{s.Name, s.Address, pathText(&s), s.Policy, sourceText(&s.Source, now)}
+		for _, e := range s.Endpoints {
+			t.AppendRow(append(slices.Clone(row), e.Address, zoneText(&e), e.Weight, stateText(&e), e.Live, e.Connects, e.Failures, e.LastReason.String()))
+		}
+		if len(s.Endpoints) == 0 {
+			t.AppendRow(append(row, "-", "", "-", "-", "-", "-", "-", "-"))
+		}
+	}
+	return printTable(w, t)
+}
+
+// pathText is a service's path, and that it was asked for by another name.
+func pathText(s *admin.ServiceStatus) string {
+	path := s.Path.String()
+	if s.PathAsked != "" && s.PathAsked != path {
+		path += " (" + s.PathAsked + ")"
+	}
+	return path
+}
+
+// sourceText says where endpoints come from, and that they are old. Nothing
+// stands for a static list.
+func sourceText(s *admin.SourceStatus, now time.Time) string {
+	if s.Kind == "" || s.Kind == admin.SourceStatic {
+		return ""
+	}
+	text := strings.TrimSpace(s.Kind + " " + s.Name)
+	switch {
+	case s.Stale && s.Updated.IsZero():
+		text += " (has not told yet)"
+	case s.Stale:
+		text += fmt.Sprintf(" (stale for %s)", now.Sub(s.Updated).Round(time.Second))
+	}
+	return text
+}
+
+// zoneText is an endpoint's zone, and that it is this one.
+func zoneText(e *admin.EndpointStatus) string {
+	if e.Local {
+		return e.Zone + " (local)"
+	}
+	return e.Zone
+}
+
+// stateText is an endpoint's state, and what its health check says.
+func stateText(e *admin.EndpointStatus) string {
+	state := e.State
+	if state == "" {
+		// An instance of an earlier version.
+		state = admin.StateOf(e.Ejected, e.Down)
+	}
+	if e.Down && e.Ejected {
+		state += ", ejected"
+	}
+	if e.CheckError != "" {
+		state += " (" + e.CheckError + ")"
+	}
+	return state
 }
 
 func newResolve(g *global) *cobra.Command {

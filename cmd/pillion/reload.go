@@ -1,0 +1,75 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/pillion-project/pillion/telemetry/admin"
+	"github.com/spf13/cobra"
+)
+
+func newReload(g *global) *cobra.Command {
+	var instance string
+	var o output
+	c := &cobra.Command{
+		Use:   "reload",
+		Short: "Have a running instance read its configuration again",
+		Long: `Has the running instance read its configuration again, as SIGHUP does, and says
+what changed. A service that is refused keeps its last good state; the others
+are taken. The exit code is 64 when anything was refused.`,
+		Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := o.check(); err != nil {
+				return err
+			}
+			client, err := g.client(instance)
+			if err != nil {
+				return err
+			}
+			return reload(c.Context(), c.OutOrStdout(), client, &o)
+		},
+	}
+	c.Flags().StringVar(&instance, "instance", "", "name of the instance (default: the one that runs)")
+	// What exec and run call it.
+	c.Flags().StringVar(&instance, "name", "", "the same as --instance")
+	o.add(c)
+	return c
+}
+
+// reload asks for a reload and prints what became of it.
+func reload(ctx context.Context, w io.Writer, client *admin.Client, o *output) error {
+	r, err := client.Reload(ctx)
+	if err != nil {
+		return fmt.Errorf("reload: %w", err)
+	}
+	if o.json() {
+		err = printJSON(w, r)
+	} else {
+		err = printReload(w, &r)
+	}
+	if err == nil && len(r.Refused) > 0 {
+		return &exitError{code: exitUsage}
+	}
+	return err
+}
+
+func printReload(w io.Writer, r *admin.ReloadResult) error {
+	var errs []error
+	line := func(format string, args ...any) {
+		_, err := fmt.Fprintf(w, format+"\n", args...)
+		errs = append(errs, err)
+	}
+	line("configuration %d holds", r.Generation)
+	if len(r.Changes) == 0 {
+		line("  nothing changed")
+	}
+	for _, c := range r.Changes {
+		line("  %s", c)
+	}
+	for _, f := range r.Refused {
+		line("  ! %s", refusalText(&f, "    "))
+	}
+	return errors.Join(errs...)
+}
