@@ -147,6 +147,8 @@ const (
 	EndpointEjected = "ejected"
 	// EndpointDown: a health check says so.
 	EndpointDown = "down"
+	// EndpointRemoved: it is no endpoint any more, and still has connections.
+	EndpointRemoved = "removed"
 )
 
 // EndpointStatus is one endpoint as the balancer sees it.

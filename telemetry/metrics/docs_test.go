@@ -89,9 +89,8 @@ func docsLabels() string {
 		"- `reason`: " + strings.Join(kernel, ", ") + ".\n" +
 		"- `end`: for `deny` the reason, else " + strings.Join(ends, ", ") + ".\n" +
 		"- `direction`: `sent` (by the application), `received` (by the application).\n" +
-		"- `result`: `passed`, `failed`.\n" +
 		"- `source`: `file`, `dns`, `kubernetes`.\n" +
-		"- `state`: `free`, `named`, `reserved`, `retiring`.\n" +
+		"- `state`: of slots `free`, `named`, `reserved`, `retiring`; of checked endpoints `up`, `down`, `unknown`.\n" +
 		"- `where`: `ring` (the kernel side's buffer was full), `unreadable` (its event was not understood), `handler` (nobody took\n" +
 		"  its record in time), `unmatched` (only one of the two told: the record is there, but incomplete), `flowlog` (counted, but\n" +
 		"  not written).\n"

@@ -55,7 +55,7 @@ func full() *sources {
 			Sets: 2, SetEndpoints: 3, Publishes: 4, Failures: 5, PublishTime: 9 * time.Millisecond,
 			Corrections: 6, Reconciles: 7, Ended: 8,
 		},
-		checks: []CheckStats{{Cluster: "web", Passed: 20, Failed: 2, Down: 1}},
+		checks: []CheckStats{{Cluster: "web", Up: 20, Unknown: 2, Down: 1, Failing: 3}},
 	}
 }
 

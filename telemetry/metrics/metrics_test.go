@@ -56,9 +56,10 @@ func TestScrape(t *testing.T) {
 		`pillion_endpoint_removed_connections_total 8`,
 		`pillion_endpoint_weight{cluster="web",endpoint="127.0.0.1:8081"} 2`,
 		`pillion_escapes_total 3`,
-		`pillion_health_check_down_endpoints{cluster="web"} 1`,
-		`pillion_health_checks_total{cluster="web",result="failed"} 2`,
-		`pillion_health_checks_total{cluster="web",result="passed"} 20`,
+		`pillion_health_check_endpoints{cluster="web",state="down"} 1`,
+		`pillion_health_check_endpoints{cluster="web",state="unknown"} 2`,
+		`pillion_health_check_endpoints{cluster="web",state="up"} 20`,
+		`pillion_health_check_failing_endpoints{cluster="web"} 3`,
 		`pillion_heartbeat_age_seconds 1.5`,
 		`pillion_kernel_readable 1`,
 		`pillion_live_connections 6`,
@@ -237,7 +238,7 @@ func TestOddNames(t *testing.T) {
 	s.checks = append(s.checks, s.checks[0])
 	lines := get(t, New(s.all()))
 	for prefix, want := range map[string]int{
-		"pillion_config_refused": 2, "pillion_discovery_age_seconds": 1, "pillion_health_checks_total": 2,
+		"pillion_config_refused": 2, "pillion_discovery_age_seconds": 1, "pillion_health_check_endpoints": 3,
 	} {
 		if got := only(lines, prefix); len(got) != want {
 			t.Errorf("%s: %q, want %d", prefix, got, want)

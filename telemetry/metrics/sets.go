@@ -42,21 +42,21 @@ func (s *sets) collect(ch chan<- prometheus.Metric) {
 	s.ended.emit(ch, float64(v.Ended))
 }
 
-// checks reads the counters of the health checks.
+// checks reads what the health checks find.
 type checks struct {
-	source       Checks
-	total, downs series
+	source          Checks
+	states, failing series
 }
 
 func newChecks(source Checks) *checks {
 	return &checks{
-		source: source,
-		total:  counter("pillion_health_checks_total", "Health checks, by their result.", "cluster", "result"),
-		downs:  gauge("pillion_health_check_down_endpoints", "Endpoints that are down by the checks.", "cluster"),
+		source:  source,
+		states:  gauge("pillion_health_check_endpoints", "Endpoints that are checked, by what the checks say.", "cluster", "state"),
+		failing: gauge("pillion_health_check_failing_endpoints", "Endpoints whose last check failed, whatever their state.", "cluster"),
 	}
 }
 
-func (c *checks) all() []series { return []series{c.total, c.downs} }
+func (c *checks) all() []series { return []series{c.states, c.failing} }
 
 // collect reads the source.
 func (c *checks) collect(ch chan<- prometheus.Metric) {
@@ -67,8 +67,9 @@ func (c *checks) collect(ch chan<- prometheus.Metric) {
 			continue
 		}
 		seen[cluster] = true
-		c.total.emit(ch, float64(s.Passed), cluster, "passed")
-		c.total.emit(ch, float64(s.Failed), cluster, "failed")
-		c.downs.emit(ch, float64(s.Down), cluster)
+		c.states.emit(ch, float64(s.Up), cluster, "up")
+		c.states.emit(ch, float64(s.Down), cluster, "down")
+		c.states.emit(ch, float64(s.Unknown), cluster, "unknown")
+		c.failing.emit(ch, float64(s.Failing), cluster)
 	}
 }

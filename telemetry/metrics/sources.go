@@ -153,20 +153,19 @@ type SetStats struct {
 	Ended uint64
 }
 
-// Checks reads the counters of the active health checks. It is asked as [Kernel]
-// is.
+// Checks tells what the active health checks find. It is asked as [Kernel] is.
 type Checks interface {
 	Checks() []CheckStats
 }
 
-// CheckStats are the counters of the checks of one cluster since the process
-// started.
+// CheckStats is how many endpoints of one cluster are in which state by their
+// checks.
 type CheckStats struct {
 	Cluster string
-	// Passed and Failed count checks.
-	Passed, Failed uint64
-	// Down is how many endpoints are down by them.
-	Down int
+	// Unknown are those that were not checked yet, which count as up.
+	Up, Down, Unknown int
+	// Failing are those whose last check failed, whatever their state.
+	Failing int
 }
 
 // Sources are what the metrics are read from. One that is nil has no metrics.
