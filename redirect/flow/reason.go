@@ -84,7 +84,7 @@ const (
 	ReasonClosed          Reason = iota + KernelReasons // both sides ended in order
 	ReasonDownstreamReset                               // the application reset it
 	ReasonUpstreamReset                                 // the endpoint reset it
-	ReasonDialRefused                                   // every attempt failed, the last with ECONNREFUSED
+	ReasonDialRefused                                   // every attempt failed, the last with ECONNREFUSED. On pass and direct the application made it
 	ReasonDialTimeout                                   // ... with no answer in time
 	ReasonDialUnreachable                               // ... with no route or an ICMP error
 	ReasonDialFailed                                    // ... with another error
@@ -96,8 +96,8 @@ const (
 	ReasonLoop                                          // it would have gone to the handler itself
 	ReasonDrained                                       // ended by shutdown
 	ReasonHandlerLost                                   // the handler was killed while it carried it
-	ReasonRefused                                       // the network refused it (pass, direct)
-	ReasonTimeout                                       // the network did not answer (pass, direct)
+	ReasonRefused                                       // relay: refused before the handler had it
+	ReasonTimeout                                       // relay: the handler did not answer it
 	ReasonReset                                         // reset by either side (pass, direct: the kernel side cannot tell whose)
 	ReasonEndpointRemoved                               // its endpoint is no longer one of the cluster's
 
