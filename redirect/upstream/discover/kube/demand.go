@@ -1,8 +1,13 @@
 package kube
 
 import (
+	"cmp"
 	"context"
+	"encoding/binary"
+	"math/bits"
 	"net/netip"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-project/pillion/redirect/upstream/discover"
@@ -24,10 +29,11 @@ type DemandOptions struct {
 	// how many there are. It is called from Run, for each service, several times
 	// per Idle. Nil: only being asked for counts as use.
 	Used func(addr netip.AddrPort) (connects uint64, live int)
-	// Within are the ranges of service addresses, if they are known: no other
-	// address is looked up. Empty is any.
+	// Within are the ranges of service addresses: no other address is looked up.
+	// Empty is what the API server says they are (Kubernetes 1.33 and later, if
+	// the service account may list servicecidrs), else any.
 	Within []netip.Prefix
-	// Now is the clock; nil is time.Now.
+	// Now is the clock that Idle, NotFound and Failed go by; nil is time.Now.
 	Now func() time.Time
 }
 
@@ -58,22 +64,103 @@ type DemandStats struct {
 
 // Demand finds out which services the application uses. Asked and AskedName may
 // be called from anywhere; what they are told is looked up by Run.
-type Demand struct{}
+type Demand struct {
+	client  *Client
+	options DemandOptions
+	began   time.Time
+
+	asked chan question
+	// recent has the hashes of what was asked in this second.
+	recent [1024]atomic.Uint64
+	counts struct {
+		asked, dropped, lookups, found, notFound, failed atomic.Uint64
+		services                                         atomic.Int64
+	}
+}
+
+// question is what the application asks for: an address and port, or a name.
+type question struct {
+	addr netip.AddrPort
+	name key
+}
+
+const askedMax = 256
 
 // Demand returns the services that the application asks for.
-func (c *Client) Demand(o DemandOptions) *Demand { return nil }
+func (c *Client) Demand(o DemandOptions) *Demand {
+	o.Idle = cmp.Or(o.Idle, 10*time.Minute)
+	o.NotFound = cmp.Or(o.NotFound, time.Minute)
+	o.Failed = cmp.Or(o.Failed, 5*time.Second)
+	o.MaxServices = cmp.Or(o.MaxServices, 1000)
+	o.MaxNotFound = cmp.Or(o.MaxNotFound, 4096)
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	return &Demand{client: c, options: o, began: time.Now(), asked: make(chan question, askedMax)}
+}
 
 // Asked says that the application connects to dst, which no service names. It
-// takes no lock, allocates nothing, and never blocks: what is too much is
-// forgotten, and asked again by the next connection.
-func (d *Demand) Asked(dst netip.AddrPort) {}
+// takes no lock but a channel's, allocates nothing, and never blocks: what is too
+// much is forgotten, and asked again by the next connection.
+func (d *Demand) Asked(dst netip.AddrPort) {
+	dst = netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
+	a := dst.Addr()
+	if dst.Port() == 0 || !a.IsGlobalUnicast() || a.Zone() != "" {
+		return
+	}
+	b := a.As16()
+	d.ask(question{addr: dst}, mix(binary.NativeEndian.Uint64(b[:8]), mix(binary.NativeEndian.Uint64(b[8:]), uint64(dst.Port()))))
+}
 
 // AskedName says that the application asked for a name: name.namespace.svc, with
 // the cluster's domain or without. It never blocks. Other names are ignored.
-func (d *Demand) AskedName(host string) {}
+func (d *Demand) AskedName(host string) {
+	host = strings.TrimSuffix(strings.ToLower(host), ".")
+	host = strings.TrimSuffix(host, d.client.domain)
+	host, found := strings.CutSuffix(host, ".svc")
+	name, namespace, two := strings.Cut(host, ".")
+	if !found || !two || !isLabel(name) || !isLabel(namespace) {
+		return
+	}
+	hash := uint64(len(name))
+	for i := range len(host) {
+		hash = mix(hash, uint64(host[i]))
+	}
+	d.ask(question{name: key{namespace, name}}, hash)
+}
+
+// ask puts q into the queue unless it was there in this second. Two that share
+// a place in recent only lose what it saves.
+func (d *Demand) ask(q question, hash uint64) {
+	hash = mix(hash, uint64(time.Since(d.began)/time.Second)) | 1
+	place := &d.recent[hash>>54]
+	if place.Load() == hash {
+		return
+	}
+	select {
+	case d.asked <- q:
+		place.Store(hash)
+		d.counts.asked.Add(1)
+	default:
+		d.counts.dropped.Add(1)
+	}
+}
+
+// mix folds b into a: the 128-bit product of two odd-ish numbers, both halves.
+func mix(a, b uint64) uint64 {
+	hi, lo := bits.Mul64(a^0x9e3779b97f4a7c15, b^0xd1b54a32d192ed03)
+	return hi ^ lo
+}
 
 // Stats returns the counts.
-func (d *Demand) Stats() DemandStats { return DemandStats{} }
+func (d *Demand) Stats() DemandStats {
+	c := &d.counts
+	return DemandStats{
+		Asked: c.asked.Load(), Dropped: c.dropped.Load(), Lookups: c.lookups.Load(),
+		Found: c.found.Load(), NotFound: c.notFound.Load(), Failed: c.failed.Load(),
+		Services: int(c.services.Load()),
+	}
+}
 
 // Run sends the whole list of the services in use, sorted by name and address,
 // whenever it changes, until ctx is done. Then it returns nil, and every
@@ -84,4 +171,19 @@ func (d *Demand) Stats() DemandStats { return DemandStats{} }
 // served as kube-proxy would do it stays out: ExternalName, a proxy of its own
 // (service.kubernetes.io/service-proxy-name), internalTrafficPolicy: Local with
 // the node unknown.
-func (d *Demand) Run(ctx context.Context, out chan<- []Service) error { return nil }
+func (d *Demand) Run(ctx context.Context, out chan<- []Service) error {
+	s := &seeker{
+		Demand:  d,
+		found:   make(map[key]*found),
+		byAddr:  make(map[netip.Addr]*found),
+		pending: make(map[subject][]uint16),
+		refused: make(map[subject]time.Time),
+		toScan:  make(map[netip.Addr]bool),
+		answers: make(chan answer, lookupsMax+2),
+		wakeups: make(chan struct{}, 1),
+		ranges:  d.options.Within,
+		budget:  lookupsBurst,
+	}
+	s.run(ctx, out)
+	return nil
+}

@@ -8,7 +8,8 @@ import "net/netip"
 // /var/run/secrets/kubernetes.io/serviceaccount.
 //
 // Files are read again when they may have changed: the token every ten seconds
-// and after a refusal, CA and certificate with every new connection.
+// and after a refusal, CA and certificate with every new connection. Only the
+// kubeconfig itself is read once.
 type Options struct {
 	// Kubeconfig is a file in kubectl's format, of which server, CA, token and
 	// client certificate are read. Commands that make credentials are refused.
@@ -29,6 +30,9 @@ type Options struct {
 	// Exempt, if set, is called with each socket before it connects, so that the
 	// connections to the API server are not captured.
 	Exempt func(fd int) error
+
+	// ownHost is the ClusterIP of the API server, if it is known.
+	ownHost string
 }
 
 // Family limits a [Ref] to endpoints of one IP family.

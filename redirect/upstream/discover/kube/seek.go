@@ -1,0 +1,508 @@
+package kube
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+)
+
+const (
+	// The server is asked by so many at once, and so often in a second after a
+	// first burst: an application that talks to the whole Internet must not make a
+	// load of it.
+	lookupsMax    = 4
+	lookupsRate   = 10
+	lookupsBurst  = 100
+	rangesEvery   = 10 * time.Minute
+	scanEvery     = 30 * time.Second
+	scanEveryMost = 10 * time.Minute
+)
+
+// subject is what is looked up: an address, or a name.
+type subject struct {
+	addr netip.Addr
+	name key
+}
+
+// found is a service in use.
+type found struct {
+	watcher *watcher
+	service *service
+	uses    map[netip.AddrPort]*use // no address for a headless service
+}
+
+// use is one port of a service that is in the list.
+type use struct {
+	last     time.Time // when it was last known to be used
+	connects uint64
+}
+
+// answer is what came of a look-up, of a scan or of the question for ranges.
+type answer struct {
+	subject subject
+	service *service // nil if there is none
+	err     error
+
+	scanned map[netip.Addr]*service // if it was a scan: what it found
+	asked   []netip.Addr            // and what it looked for
+	scan    bool
+
+	ranges   []netip.Prefix // if it was about these
+	isRanges bool
+}
+
+// seeker is what a run of Demand knows. It belongs to run's goroutine.
+type seeker struct {
+	*Demand
+	found  map[key]*found
+	byAddr map[netip.Addr]*found
+
+	queue   []subject
+	pending map[subject][]uint16 // asked, not answered: the ports
+	// refused is until when something is not looked up again.
+	refused map[subject]time.Time
+
+	lookups    sync.WaitGroup
+	inFlight   int
+	answers    chan answer // has room for all that are in flight
+	budget     float64     // look-ups that may start now
+	budgetFrom time.Time
+
+	ranges     []netip.Prefix
+	rangesNext time.Time // when to ask for them again
+	rangesBusy bool
+
+	// toScan are the addresses that no service has as its first.
+	toScan    map[netip.Addr]bool
+	scanNext  time.Time
+	scanPause time.Duration
+	scanBusy  bool
+
+	wakeups chan struct{}
+	changed bool
+}
+
+func (s *seeker) run(ctx context.Context, out chan<- []Service) {
+	defer s.end()
+	tick := time.NewTicker(max(min(s.options.Idle/4, time.Minute), time.Millisecond))
+	defer tick.Stop()
+	for {
+		again := s.start(ctx)
+		var send chan<- []Service
+		var list []Service
+		if s.changed {
+			send, list = out, s.list()
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case send <- list:
+			s.changed = false
+		case q := <-s.asked:
+			s.ask(q)
+		case a := <-s.answers:
+			s.answer(a)
+		case <-s.wakeups:
+			s.review()
+		case <-tick.C:
+			s.expire()
+		case <-again:
+		}
+		s.counts.services.Store(int64(len(s.found)))
+	}
+}
+
+// end waits for what run started.
+func (s *seeker) end() {
+	s.lookups.Wait()
+	for _, f := range s.found {
+		s.drop(f)
+	}
+	s.counts.services.Store(0)
+}
+
+// ask takes a question: it is answered from what is known, or looked up.
+func (s *seeker) ask(q question) {
+	sub := subject{q.addr.Addr(), q.name}
+	if f := s.known(sub); f != nil {
+		s.use(f, sub, []uint16{q.addr.Port()})
+		return
+	}
+	if s.options.Now().Before(s.refused[sub]) || !s.inRange(sub) {
+		return
+	}
+	ports, asked := s.pending[sub]
+	switch {
+	case asked && (sub.name != key{} || slices.Contains(ports, q.addr.Port()) || len(ports) >= 64):
+		return
+	case !asked && len(s.pending) >= s.options.MaxNotFound:
+		s.counts.dropped.Add(1)
+		return
+	case !asked:
+		s.queue = append(s.queue, sub)
+	default:
+	}
+	s.pending[sub] = append(ports, q.addr.Port())
+}
+
+func (s *seeker) known(sub subject) *found {
+	if sub.name != (key{}) {
+		return s.found[sub.name]
+	}
+	return s.byAddr[sub.addr]
+}
+
+func (s *seeker) inRange(sub subject) bool {
+	if sub.name != (key{}) || len(s.ranges) == 0 {
+		return true
+	}
+	return slices.ContainsFunc(s.ranges, func(p netip.Prefix) bool { return p.Contains(sub.addr) })
+}
+
+// start starts the look-ups that may start now. If some have to wait, it returns
+// what tells when to try again.
+func (s *seeker) start(ctx context.Context) <-chan time.Time {
+	now := time.Now()
+	if len(s.options.Within) == 0 && !s.rangesBusy && !now.Before(s.rangesNext) {
+		s.rangesBusy, s.rangesNext = true, now.Add(rangesEvery)
+		s.lookups.Go(func() { s.answers <- s.client.serviceRanges(ctx) })
+	}
+	if s.rangesBusy && s.ranges == nil {
+		return nil // they may spare us the rest
+	}
+	if s.budgetFrom.IsZero() {
+		s.budgetFrom = now
+	}
+	s.budget = min(s.budget+now.Sub(s.budgetFrom).Seconds()*lookupsRate, lookupsBurst)
+	s.budgetFrom = now
+	for len(s.queue) > 0 && s.inFlight < lookupsMax {
+		if s.budget < 1 {
+			return time.After(time.Second / lookupsRate)
+		}
+		sub := s.queue[0]
+		s.queue = s.queue[1:]
+		if f := s.known(sub); f != nil { // found in the meantime, by another way
+			s.use(f, sub, s.pending[sub])
+			delete(s.pending, sub)
+			continue
+		}
+		if !s.inRange(sub) {
+			delete(s.pending, sub)
+			continue
+		}
+		s.budget--
+		s.inFlight++
+		s.counts.lookups.Add(1)
+		s.lookups.Go(func() { s.answers <- s.client.lookup(ctx, sub) })
+	}
+	if len(s.toScan) == 0 || s.scanBusy {
+		return nil
+	}
+	if wait := s.scanNext.Sub(now); wait > 0 {
+		return time.After(wait)
+	}
+	var wanted []netip.Addr
+	for a := range s.toScan {
+		wanted = append(wanted, a)
+	}
+	s.scanBusy = true
+	s.counts.lookups.Add(1)
+	s.lookups.Go(func() { s.answers <- s.client.scan(ctx, wanted) })
+	return nil
+}
+
+// answer takes the outcome of a look-up.
+func (s *seeker) answer(a answer) {
+	switch {
+	case a.isRanges:
+		s.rangesBusy = false
+		if a.err == nil {
+			s.ranges = a.ranges
+		} else {
+			s.rangesNext = time.Now().Add(scanEvery)
+		}
+	case a.scan:
+		s.scanBusy = false
+		s.scanPause = min(max(2*s.scanPause, scanEvery), scanEveryMost)
+		if len(a.scanned) > 0 {
+			s.scanPause = scanEvery
+		}
+		s.scanNext = time.Now().Add(s.scanPause)
+		for _, addr := range a.asked {
+			delete(s.toScan, addr)
+			s.settle(subject{addr: addr}, a.scanned[addr], a.err)
+		}
+	default:
+		s.inFlight--
+		// The server finds services by their first address only. The others are
+		// those of the other family, unless somebody wants it otherwise.
+		if other := a.subject.addr; a.err == nil && a.service == nil && other.IsValid() && familyOf(other) != s.client.primary {
+			s.toScan[other] = true
+			return
+		}
+		s.settle(a.subject, a.service, a.err)
+	}
+}
+
+// settle ends a question.
+func (s *seeker) settle(sub subject, svc *service, err error) {
+	ports := s.pending[sub]
+	delete(s.pending, sub)
+	switch {
+	case err != nil:
+		s.counts.failed.Add(1)
+		s.refuse(sub, s.options.Failed)
+		return
+	case svc == nil || svc.foreign || s.client.check(svc) != nil:
+		s.counts.notFound.Add(1)
+		s.refuse(sub, s.options.NotFound)
+		return
+	}
+	f := s.found[svc.key]
+	if f == nil {
+		if len(s.found) >= s.options.MaxServices {
+			s.counts.dropped.Add(1)
+			s.refuse(sub, s.options.Failed)
+			return
+		}
+		f = &found{service: svc, uses: make(map[netip.AddrPort]*use)}
+	}
+	s.use(f, sub, ports)
+	if len(f.uses) == 0 { // none of its ports
+		s.counts.notFound.Add(1)
+		s.refuse(sub, s.options.NotFound)
+		return
+	}
+	s.counts.found.Add(1)
+	if f.watcher == nil {
+		s.found[svc.key] = f
+		f.watcher = s.client.acquire(svc.key)
+		f.watcher.subscribe(s.wakeups, true)
+		s.index(f)
+		s.review() // the watcher may be somebody else's, and know more
+	}
+}
+
+// refuse remembers that there is no use in asking, within bounds.
+func (s *seeker) refuse(sub subject, d time.Duration) {
+	now := s.options.Now()
+	if len(s.refused) >= s.options.MaxNotFound {
+		for r, until := range s.refused {
+			if !now.Before(until) {
+				delete(s.refused, r)
+			}
+		}
+	}
+	for r := range s.refused {
+		if len(s.refused) < s.options.MaxNotFound {
+			break
+		}
+		delete(s.refused, r) // any: a map has no oldest
+	}
+	s.refused[sub] = now.Add(d)
+}
+
+// use puts ports of a service into use: those that were asked for at one of its
+// addresses, or all if it was asked for by name.
+func (s *seeker) use(f *found, sub subject, ports []uint16) {
+	addrs := []netip.Addr{sub.addr}
+	if sub.name != (key{}) {
+		addrs, ports = f.service.addrs, nil
+		for _, p := range f.service.ports {
+			ports = append(ports, p.number)
+		}
+		if len(addrs) == 0 {
+			addrs = []netip.Addr{{}}
+		}
+	}
+	now := s.options.Now()
+	for _, a := range addrs {
+		for _, p := range ports {
+			at := netip.AddrPortFrom(a, p)
+			if u := f.uses[at]; u != nil {
+				u.last = now
+			} else if f.service.serves(at) {
+				f.uses[at] = &use{last: now}
+				s.changed = true
+			}
+		}
+	}
+}
+
+// serves tells whether the service has that port at that address.
+func (s *service) serves(at netip.AddrPort) bool {
+	if at.Addr().IsValid() != (len(s.addrs) > 0) || at.Addr().IsValid() && !slices.Contains(s.addrs, at.Addr()) {
+		return false
+	}
+	return slices.ContainsFunc(s.ports, func(p port) bool { return p.number == at.Port() })
+}
+
+func (s *seeker) index(f *found) {
+	for _, a := range f.service.addrs {
+		s.byAddr[a] = f
+	}
+}
+
+// review looks at what became of the services in use. An address that is no
+// longer a service's may be another's already.
+func (s *seeker) review() {
+	for _, f := range s.found {
+		now, known := f.watcher.current()
+		if !known || now != nil && now.equal(f.service) {
+			continue
+		}
+		if now == nil || now.foreign || s.client.check(now) != nil {
+			s.drop(f)
+			continue
+		}
+		s.unindex(f)
+		f.service = now
+		s.index(f)
+		s.changed = true
+		for at := range f.uses {
+			if !now.serves(at) {
+				delete(f.uses, at)
+			}
+		}
+		if len(f.uses) == 0 {
+			s.drop(f)
+		}
+	}
+}
+
+func (s *seeker) unindex(f *found) {
+	for _, a := range f.service.addrs {
+		if s.byAddr[a] == f {
+			delete(s.byAddr, a)
+		}
+	}
+}
+
+func (s *seeker) drop(f *found) {
+	s.changed = true
+	s.unindex(f)
+	delete(s.found, f.service.key)
+	f.watcher.unsubscribe(s.wakeups)
+	s.client.release(f.watcher)
+}
+
+// expire drops what is not used.
+func (s *seeker) expire() {
+	now := s.options.Now()
+	for _, f := range s.found {
+		for at, u := range f.uses {
+			if s.options.Used != nil && at.Addr().IsValid() {
+				connects, live := s.options.Used(at)
+				if live > 0 || connects != u.connects {
+					u.last, u.connects = now, connects
+				}
+			}
+			if now.Sub(u.last) >= s.options.Idle {
+				delete(f.uses, at)
+				s.changed = true
+			}
+		}
+		if len(f.uses) == 0 {
+			s.drop(f)
+		}
+	}
+}
+
+// list returns the services in use.
+func (s *seeker) list() []Service {
+	var list []Service
+	for _, f := range s.found {
+		for at := range f.uses {
+			ref := Ref{Namespace: f.service.namespace, Name: f.service.name, Port: strconv.Itoa(int(at.Port()))}
+			if at.Addr().IsValid() {
+				ref.Family = familyOf(at.Addr())
+			}
+			list = append(list, Service{
+				Name:     fmt.Sprintf("%s:%d", f.service.key, at.Port()),
+				Host:     f.service.name + "." + f.service.namespace + ".svc" + s.client.domain,
+				Addr:     at,
+				Affinity: f.service.affinity,
+				Source:   s.client.Source(ref),
+			})
+		}
+	}
+	slices.SortFunc(list, func(a, b Service) int { return cmp.Or(cmp.Compare(a.Name, b.Name), a.Addr.Compare(b.Addr)) })
+	return list
+}
+
+// lookup asks for the service of an address or a name.
+func (c *Client) lookup(ctx context.Context, sub subject) answer {
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
+	defer cancel()
+	path, selector := "/api/v1/services", "spec.clusterIP="+sub.addr.String()
+	if sub.name != (key{}) {
+		path, selector = "/api/v1/namespaces/"+sub.name.namespace+"/services", "metadata.name="+sub.name.name
+	}
+	a := answer{subject: sub}
+	_, a.err = c.list(ctx, path, url.Values{"fieldSelector": {selector}, "resourceVersion": {"0"}}, func(read func(any) error) error {
+		o, err := decodeService(read)
+		if err == nil && (sub.name == o.value.key || slices.Contains(o.value.addrs, sub.addr)) {
+			a.service = o.value
+		}
+		return err
+	})
+	return a
+}
+
+// scan reads all services, of which it keeps those that have one of the
+// addresses.
+func (c *Client) scan(ctx context.Context, wanted []netip.Addr) answer {
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
+	defer cancel()
+	a := answer{scan: true, asked: wanted, scanned: make(map[netip.Addr]*service)}
+	_, a.err = c.list(ctx, "/api/v1/services", url.Values{"resourceVersion": {"0"}}, func(read func(any) error) error {
+		o, err := decodeService(read)
+		if err != nil {
+			return err
+		}
+		for _, addr := range o.value.addrs {
+			if slices.Contains(wanted, addr) {
+				a.scanned[addr] = o.value
+			}
+		}
+		return nil
+	})
+	return a
+}
+
+// serviceRanges asks where the addresses of services are. A server that does not
+// know, or does not tell us, leaves any address possible.
+func (c *Client) serviceRanges(ctx context.Context) answer {
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
+	defer cancel()
+	a := answer{isRanges: true}
+	_, a.err = c.list(ctx, "/apis/networking.k8s.io/v1/servicecidrs", url.Values{"resourceVersion": {"0"}}, func(read func(any) error) error {
+		var w struct {
+			Spec struct {
+				CIDRs []string `json:"cidrs"`
+			} `json:"spec"`
+		}
+		if err := read(&w); err != nil {
+			return err
+		}
+		for _, text := range w.Spec.CIDRs {
+			p, err := netip.ParsePrefix(text)
+			if err != nil {
+				return err
+			}
+			a.ranges = append(a.ranges, p)
+		}
+		return nil
+	})
+	if isStatus(a.err, http.StatusForbidden) || isStatus(a.err, http.StatusNotFound) {
+		a.ranges, a.err = nil, nil
+	}
+	return a
+}
