@@ -1,0 +1,322 @@
+package kube
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/base64"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"log"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// authority makes certificates.
+type authority struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	pem  []byte
+}
+
+func newAuthority(t *testing.T, name string) *authority {
+	t.Helper()
+	a := &authority{}
+	var err error
+	if a.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &a.key.PublicKey, a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a.cert, err = x509.ParseCertificate(der); err != nil {
+		t.Fatal(err)
+	}
+	a.pem = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	return a
+}
+
+// issue returns a certificate of its for 127.0.0.1, and its key.
+func (a *authority) issue(t *testing.T) (cert, key []byte) {
+	t.Helper()
+	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: "leaf"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, &k.PublicKey, a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})
+}
+
+// startKubeTLS is startKube with settings of TLS.
+func startKubeTLS(t *testing.T, config *tls.Config) *kube {
+	t.Helper()
+	k := newKube(t)
+	k.Server = httptest.NewUnstartedServer(k)
+	k.Config.ErrorLog = log.New(io.Discard, "", 0)
+	k.EnableHTTP2 = true
+	k.TLS = config
+	k.StartTLS()
+	t.Cleanup(func() {
+		k.CloseClientConnections()
+		k.Server.Close()
+	})
+	return k
+}
+
+// TestTokenRotation: a token that is refused is read again before anybody
+// hears of it, and one that stays refused is an error that leaves the set.
+func TestTokenRotation(t *testing.T) {
+	k := startKube(t)
+	k.web("10.0.0.1")
+	var file string
+	c := k.client(t, func(o *Options) { file = o.TokenFile })
+	h := listen(t, c.Source(Ref{Name: "web", Port: "80"}))
+	h.waitFor("10.0.0.1")
+	setToken := func(inFile, atServer string) {
+		t.Helper()
+		if inFile != "" {
+			// As the kubelet does it: the file is another one.
+			next := writeFile(t, filepath.Dir(file), "next", []byte(inFile))
+			if err := os.Rename(next, file); err != nil {
+				t.Fatal(err)
+			}
+		}
+		k.mu.Lock()
+		k.token = atServer
+		k.mu.Unlock()
+	}
+	setToken("second", "second")
+	k.webSlice("10.0.0.2")
+	k.CloseClientConnections()
+	h.waitFor("10.0.0.2")
+	h.mu.Lock()
+	for _, s := range h.all { // that young watches broke is there too
+		if isStatus(s.Err, http.StatusUnauthorized) {
+			t.Errorf("the new token was not tried: %v", s.Err)
+		}
+	}
+	h.mu.Unlock()
+	setToken("", "third")
+	k.CloseClientConnections()
+	h.waitErr("401: Unauthorized")
+	setToken("third", "third")
+	h.waitFor("10.0.0.2")
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	c.auth.mu.Lock()
+	c.auth.read = time.Time{}
+	c.auth.mu.Unlock()
+	k.CloseClientConnections()
+	h.waitErr("read token")
+}
+
+// TestCARotation: a new CA is believed once it is in the file, and not before.
+func TestCARotation(t *testing.T) {
+	first, second := newAuthority(t, "first"), newAuthority(t, "second")
+	current := make(chan tls.Certificate, 1)
+	use := func(a *authority) {
+		cert, key := a.issue(t)
+		pair, err := tls.X509KeyPair(cert, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-current:
+		default:
+		}
+		current <- pair
+	}
+	use(first)
+	k := startKubeTLS(t, &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		pair := <-current
+		current <- pair
+		return &tls.Config{Certificates: []tls.Certificate{pair}, NextProtos: []string{"h2"}}, nil
+	}})
+	k.web("10.0.0.1")
+	dir := t.TempDir()
+	file := writeFile(t, dir, "ca.crt", first.pem)
+	h := listen(t, k.client(t, func(o *Options) { o.CAFile = file }).Source(Ref{Name: "web", Port: "80"}))
+	h.waitFor("10.0.0.1")
+	use(second)
+	k.webSlice("10.0.0.2")
+	k.CloseClientConnections()
+	h.waitErr("certificate signed by unknown authority")
+	for _, bad := range []string{"", "no certificate"} {
+		writeFile(t, dir, "ca.crt", []byte(bad))
+		if bad != "" {
+			h.waitErr("read CA: no certificate in it")
+		}
+	}
+	writeFile(t, dir, "ca.crt", append(first.pem, second.pem...))
+	h.waitFor("10.0.0.2")
+	if _, empty := h.counts(); empty > 0 {
+		t.Errorf("%d empty sets", empty)
+	}
+}
+
+// TestHTTP2: all that a client asks goes over one connection.
+func TestHTTP2(t *testing.T) {
+	k := startKube(t)
+	c := k.client(t)
+	addrs := make(map[string]bool)
+	for i := range 20 {
+		name := fmt.Sprintf("web%d", i)
+		k.put("services", "default", name, "", webSpec)
+		k.put("endpointslices", "default", name+"-1", name, sliceOf("IPv4", httpPort, ep("10.0.0.1")))
+		listen(t, c.Source(Ref{Name: name, Port: "80"})).waitFor("10.0.0.1")
+	}
+	k.count(func(r *http.Request) bool {
+		if r.ProtoMajor != 2 {
+			t.Errorf("%s by %s", r.URL, r.Proto)
+		}
+		addrs[r.RemoteAddr] = true
+		return false
+	})
+	if len(addrs) != 1 {
+		t.Errorf("%d connections", len(addrs))
+	}
+}
+
+// TestNoRedirect: a token does not follow a redirect.
+func TestNoRedirect(t *testing.T) {
+	other := startKube(t)
+	other.web("10.0.0.1")
+	k := startKube(t)
+	k.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		http.Redirect(w, r, other.URL+r.URL.String(), http.StatusTemporaryRedirect)
+		return true
+	})
+	listen(t, k.client(t).Source(Ref{Name: "web", Port: "80"})).waitErr("307")
+	if n := other.count(func(*http.Request) bool { return true }); n > 0 {
+		t.Errorf("%d requests to the other server", n)
+	}
+}
+
+// TestKubeconfig: server, CA, certificate, namespace and token are read of the
+// current context, from the file itself or from beside it.
+func TestKubeconfig(t *testing.T) {
+	a := newAuthority(t, "ca")
+	cert, key := a.issue(t)
+	pair, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(a.cert)
+	k := startKubeTLS(t, &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: pool})
+	k.put("services", "prod", "web", "", webSpec)
+	k.put("endpointslices", "prod", "web-1", "web", sliceOf("IPv4", httpPort, ep("10.0.0.7")))
+
+	b64 := base64.StdEncoding.EncodeToString
+	inline := fmt.Sprintf(`{certificate-authority-data: %s, server: "%s"}`, b64(a.pem), k.URL)
+	beside := fmt.Sprintf(`{certificate-authority: ca.crt, server: "%s"}`, k.URL)
+	for _, tt := range []struct{ name, cluster, user, bad string }{
+		{name: "in the file", cluster: inline, user: fmt.Sprintf(`{token: secret, client-certificate-data: %s, client-key-data: %s}`, b64(cert), b64(key))},
+		{name: "beside it", cluster: beside, user: `{tokenFile: token, client-certificate: tls.crt, client-key: tls.key}`},
+		{name: "unverified", cluster: fmt.Sprintf(`{insecure-skip-tls-verify: true, server: "%s"}`, k.URL), user: `{token: secret, client-certificate: tls.crt, client-key: tls.key}`},
+		{name: "another name", cluster: strings.Replace(beside, "{", "{tls-server-name: 127.0.0.1, ", 1), user: `{token: secret, client-certificate: tls.crt, client-key: tls.key}`},
+		{name: "command", cluster: inline, user: `{exec: {command: aws}}`, bad: "a command"},
+		{name: "password", cluster: inline, user: `{username: a, password: b}`, bad: "a password"},
+		{name: "proxy", cluster: strings.Replace(inline, "{", "{proxy-url: x, ", 1), user: `{token: secret}`, bad: "proxy-url"},
+		{name: "not base64", cluster: strings.Replace(inline, "data: ", "data: =", 1), user: `{token: secret}`, bad: "certificate-authority-data"},
+		{name: "key without certificate", cluster: inline, user: `{client-key: tls.key}`, bad: "needs both"},
+		{name: "token in the clear", cluster: `{server: "http://127.0.0.1:1"}`, user: `{token: secret}`, bad: "as it is"},
+		{name: "no server", cluster: `{}`, user: `{token: secret}`, bad: "not a URL"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			for name, b := range map[string][]byte{"ca.crt": a.pem, "tls.crt": cert, "tls.key": key, "token": []byte("secret\n")} {
+				writeFile(t, dir, name, b)
+			}
+			file := writeFile(t, dir, "config", fmt.Appendf(nil, `apiVersion: v1
+kind: Config
+current-context: here
+contexts:
+- {name: there, context: {cluster: b, user: b}}
+- {name: here, context: {cluster: a, user: a, namespace: prod}}
+clusters: [{name: a, cluster: %s}]
+users: [{name: a, user: %s}]
+`, tt.cluster, tt.user))
+			c, err := New(Options{Kubeconfig: file})
+			if tt.bad != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.bad) {
+					t.Fatalf("error %v, want one that says %s", err, tt.bad)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(c.Close)
+			c.retry, c.retryMax = time.Millisecond, 10*time.Millisecond
+			listen(t, c.Source(Ref{Name: "web", Port: "80"})).waitFor("10.0.0.7")
+		})
+	}
+}
+
+// TestNewRefuses: what can never work is said before anything is tried.
+func TestNewRefuses(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("KUBERNETES_SERVICE_HOST", "")
+	for _, tt := range []struct {
+		options Options
+		want    string
+	}{
+		{Options{}, "not in a pod"},
+		{Options{Server: "example.org"}, "not a URL"},
+		{Options{Server: "ftp://example.org"}, "not a URL"},
+		{Options{Server: "https://"}, "not a URL"},
+		{Options{Server: "https://user@example.org"}, "not a URL"},
+		{Options{Server: "http://example.org", TokenFile: "token"}, "as it is"},
+		{Options{Server: "https://example.org", CertFile: "tls.crt"}, "needs both"},
+		{Options{Kubeconfig: filepath.Join(dir, "none")}, "no such file"},
+		{Options{Kubeconfig: writeFile(t, dir, "bad", []byte("a: [")), Server: "https://example.org"}, "kubeconfig"},
+		{Options{Kubeconfig: writeFile(t, dir, "empty", nil)}, `no context ""`},
+	} {
+		if _, err := New(tt.options); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%+v: error %v, want one that says %s", tt.options, err, tt.want)
+		}
+	}
+}
+
+// TestInCluster: in a pod nothing needs to be said.
+func TestInCluster(t *testing.T) {
+	t.Setenv("KUBERNETES_SERVICE_HOST", "fd00::1")
+	t.Setenv("KUBERNETES_SERVICE_PORT", "443")
+	c, err := New(Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.base != "https://[fd00::1]:443" || c.primary != FamilyIPv6 || c.auth.file != accountDir+"/token" {
+		t.Errorf("server %s, family %d, token %s", c.base, c.primary, c.auth.file)
+	}
+}
