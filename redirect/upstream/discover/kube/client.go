@@ -29,6 +29,8 @@ type Client struct {
 	lists chan struct{}
 	// retry is the first pause after a failure, retryMax the longest.
 	retry, retryMax time.Duration
+	// eventMax bounds the memory that one event takes, in bytes.
+	eventMax int64
 
 	mu       sync.Mutex // orders watchers and their refs
 	watchers map[key]*watcher
@@ -44,6 +46,7 @@ const (
 	retryMin    = 500 * time.Millisecond
 	retryMax    = 30 * time.Second
 	listTimeout = time.Minute
+	eventMax    = 16 << 20 // what etcd stores is smaller
 )
 
 // New returns a client, and an error for what can never work. It opens no
@@ -62,6 +65,7 @@ func New(o Options) (*Client, error) {
 		lists:    make(chan struct{}, listsMax),
 		retry:    retryMin,
 		retryMax: retryMax,
+		eventMax: eventMax,
 		watchers: make(map[key]*watcher),
 	}
 	if own, err := netip.ParseAddr(o.ownHost); err == nil {

@@ -22,8 +22,6 @@ const (
 	watchGrace = 30 * time.Second
 	// A watch that ends sooner counts as a failed one.
 	watchMin = time.Second
-	// eventMax bounds the memory that one event takes. What etcd stores is smaller.
-	eventMax = 16 << 20
 )
 
 // errGone means that the server no longer knows what followed a version.
@@ -164,7 +162,7 @@ func (f *feed[C]) events(body io.Reader, version string) (string, error) {
 	limited := &io.LimitedReader{R: body}
 	var dec *json.Decoder
 	for {
-		limited.N = eventMax
+		limited.N = f.client.eventMax
 		if dec == nil {
 			dec = json.NewDecoder(limited)
 		}

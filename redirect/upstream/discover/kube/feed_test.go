@@ -60,6 +60,8 @@ func TestBadLists(t *testing.T) {
 	}
 }
 
+const smallEvent = 64 << 10
+
 // TestBadEvents: the same for what a watch tells.
 func TestBadEvents(t *testing.T) {
 	for name, event := range map[string]string{
@@ -73,7 +75,7 @@ func TestBadEvents(t *testing.T) {
 		"a bookmark of nothing": `{"type":"BOOKMARK","object":{"metadata":{}}}`,
 		"an error":              `{"type":"ERROR","object":{"kind":"Status","code":500,"message":"etcd is gone"}}`,
 		"an error of a kind":    `{"type":"ERROR","object":[]}`,
-		"too much":              `{"type":"ADDED","object":"` + strings.Repeat("x", eventMax) + `"}`,
+		"too much":              `{"type":"ADDED","object":"` + strings.Repeat("x", smallEvent) + `"}`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -87,7 +89,9 @@ func TestBadEvents(t *testing.T) {
 				fmt.Fprintln(w, event)
 				return true
 			})
-			h := listen(t, k.client(t).Source(Ref{Name: "web", Port: "80"}))
+			c := k.client(t)
+			c.eventMax = smallEvent
+			h := listen(t, c.Source(Ref{Name: "web", Port: "80"}))
 			eventually(t, "two errors", func() bool { errs, _ := h.counts(); return errs >= 2 })
 			k.webSlice("10.0.0.2")
 			h.waitFor("10.0.0.2")
