@@ -105,7 +105,8 @@ type Datapath struct {
 	settings bpf.Settings
 	retiring map[uint32]time.Time // when each slot was taken out of use
 	missing  map[bpf.LiveKey]bool // live entries without a socket, when last looked
-	kick     chan struct{}        // asks Watch to look at once
+	counts   counts
+	kick     chan struct{} // asks Watch to look at once
 }
 
 // Create makes an instance: it claims slots, loads the programs, and pins their

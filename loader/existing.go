@@ -6,6 +6,8 @@ import (
 	"io/fs"
 	"net/netip"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 // Existing is a connection in scope that is older than the attach.
@@ -67,7 +69,9 @@ func cgroupsBelow(path string) (map[uint64]bool, error) {
 func (d *Datapath) Reset(old []Existing) error {
 	var errs []error
 	for _, e := range old {
-		errs = append(errs, d.network.destroy(e.socket))
+		if err := d.network.destroy(e.socket); !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, err)
+		}
 	}
 	return errors.Join(errs...)
 }

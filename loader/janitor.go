@@ -47,7 +47,11 @@ func (d *Datapath) tidy() error {
 	if err := d.retireSlots(used); err != nil {
 		return err
 	}
-	return errors.Join(d.forgetGroups(), d.sets.forget())
+	errs := []error{d.forgetGroups(), d.sets.forget()}
+	if d.counts.due(time.Now()) {
+		errs = append(errs, d.recount())
+	}
+	return errors.Join(errs...)
 }
 
 // reconcile deletes entries of live whose sockets are gone. sockops does it at

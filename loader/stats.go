@@ -23,6 +23,8 @@ type Stats struct {
 	Free, Named, Reserved, Retiring, SlotsMax int
 	// Live is how many redirected connections are open.
 	Live int
+	// Mended counts counts of an endpoint's open connections that were wrong.
+	Mended uint64
 	// BeatAge is how old the handler's sign of life is; negative if there is
 	// none.
 	BeatAge time.Duration
@@ -38,7 +40,7 @@ func (s *Stats) Unaccounted() int64 {
 
 // Stats reads the counters.
 func (d *Datapath) Stats() (Stats, error) {
-	s := Stats{Reasons: make([]uint64, flow.KernelReasons), SlotsMax: bpf.SlotLast}
+	s := Stats{Reasons: make([]uint64, flow.KernelReasons), SlotsMax: bpf.SlotLast, Mended: d.counts.mended.Load()}
 	for i := range s.Reasons {
 		n, err := sum(d.maps.Reasons, uint32(i))
 		if err != nil {
