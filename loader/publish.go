@@ -4,6 +4,9 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"runtime"
+	"slices"
+	"sync"
 	"time"
 	"unsafe"
 
@@ -19,6 +22,16 @@ type change struct {
 	ids   []uint32 // of its endpoints
 	fresh bool     // the service had no endpoint before
 	inner *ebpf.Map
+	err   error
+}
+
+// rows is how many rows the set has.
+func (c *change) rows() int {
+	n := bpf.SetHead + len(c.set.Endpoints)
+	for _, t := range c.set.Tiers {
+		n += int(tableRows(len(t.Table)))
+	}
+	return n
 }
 
 // publishing is one round of publishing.
@@ -73,6 +86,9 @@ func (p *publishing) prepare(service netip.AddrPort, set *flow.Set) error {
 		}
 		own.set = set
 		return p.setSpill(own, set.Spill)
+	}
+	if len(own.endpoints) == 0 {
+		own.endpoints = make(map[netip.AddrPort]uint32, len(set.Endpoints))
 	}
 	c := change{own: own, set: set, ids: make([]uint32, len(set.Endpoints)), fresh: len(own.endpoints) == 0}
 	for n, e := range set.Endpoints {
@@ -141,17 +157,25 @@ func (p *publishing) commit() error {
 
 // replace builds the maps and puts them in place.
 func (p *publishing) replace() error {
-	var rows []bpf.SetRow
-	var err error
+	longest := 0
+	for n := range p.changes {
+		longest = max(longest, p.changes[n].rows())
+	}
+	for i := len(p.keys); i < longest; i++ {
+		p.keys = append(p.keys, uint32(i))
+	}
+	// The kernel's part of it takes the most time, on any processor.
+	var builders sync.WaitGroup
+	share := max(1, (len(p.changes)+runtime.GOMAXPROCS(0)-1)/runtime.GOMAXPROCS(0))
+	for part := range slices.Chunk(p.changes, share) {
+		builders.Go(func() { p.build(part) })
+	}
+	builders.Wait()
 	ids, fds := make([]uint32, len(p.changes)), make([]uint32, len(p.changes))
 	for n := range p.changes {
 		c := &p.changes[n]
-		for i, e := range c.set.Endpoints {
-			p.table.at(c.ids[i]).setDown(e.Down)
-		}
-		rows = setRows(rows[:0], c.set, c.ids, p.turn(c.own))
-		if c.inner, err = p.make(rows); err != nil {
-			return err
+		if c.err != nil {
+			return c.err
 		}
 		ids[n], fds[n] = c.own.id, uint32(c.inner.FD())
 	}
@@ -159,6 +183,19 @@ func (p *publishing) replace() error {
 		return fmt.Errorf("publish %d endpoint sets: %w", len(ids), err)
 	}
 	return nil
+}
+
+// build makes the maps of some of the changes. It writes to nothing else.
+func (p *publishing) build(part []change) {
+	var rows []bpf.SetRow
+	for n := range part {
+		c := &part[n]
+		for i, e := range c.set.Endpoints {
+			p.table.at(c.ids[i]).setDown(e.Down)
+		}
+		rows = setRows(slices.Grow(rows[:0], c.rows()), c.set, c.ids, c.own.turn())
+		c.inner, c.err = p.make(rows)
+	}
 }
 
 // published notes that the kernel has a set.
@@ -186,7 +223,7 @@ func (p *publishing) published(c *change) {
 
 // turn tells with whom a set goes on: one that is replaced often must not begin
 // with the same endpoint every time.
-func (p *publishing) turn(own *serviceSet) [2]uint32 {
+func (own *serviceSet) turn() [2]uint32 {
 	var row bpf.SetRow
 	if own.inner == nil || own.inner.Lookup(uint32(rowState), &row) != nil {
 		return [2]uint32{rand.Uint32(), rand.Uint32()}

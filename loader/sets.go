@@ -68,7 +68,7 @@ type setTable struct {
 	outer *ebpf.Map
 	spec  *ebpf.MapSpec // of a set
 	empty *ebpf.Map     // stands where a set was that nobody is to pick from
-	keys  []uint32      // 0, 1, 2 ...
+	keys  []uint32      // 0, 1, 2 ... as many as the longest set has rows
 	table endpointTable
 
 	services map[netip.AddrPort]bool // of the rules, with a set or without
@@ -89,7 +89,7 @@ func (s *setTable) open(maps *bpf.Maps, spec *ebpf.MapSpec) {
 	s.services = map[netip.AddrPort]bool{}
 	s.byAddr, s.byID = map[netip.AddrPort]*serviceSet{}, map[uint32]*serviceSet{}
 	s.out = map[uint32]removedEndpoint{}
-	s.grace = forgetAfter
+	s.grace, s.keys = forgetAfter, []uint32{0, 1, 2}
 }
 
 func (s *setTable) close() error {
@@ -286,16 +286,13 @@ func (s *setTable) forget() error {
 	return nil
 }
 
-// make creates the map of one set.
+// make creates the map of one set, of no more rows than there are keys.
 func (s *setTable) make(rows []bpf.SetRow) (*ebpf.Map, error) {
 	spec := *s.spec
 	spec.MaxEntries = uint32(len(rows))
 	m, err := ebpf.NewMap(&spec)
 	if err != nil {
 		return nil, fmt.Errorf("create endpoint set: %w", err)
-	}
-	for i := len(s.keys); i < len(rows); i++ {
-		s.keys = append(s.keys, uint32(i))
 	}
 	if _, err := m.BatchUpdate(s.keys[:len(rows)], rows, nil); err != nil {
 		m.Close()
