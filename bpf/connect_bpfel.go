@@ -21,7 +21,7 @@ const (
 	connectMapDecisions     = "decisions"
 	connectMapDeny          = "deny"
 	connectMapDeparted      = "departed"
-	connectMapEndpointIds   = "endpoint_ids"
+	connectMapEndpointNames = "endpoint_names"
 	connectMapEndpoints     = "endpoints"
 	connectMapEvents        = "events"
 	connectMapExclude       = "exclude"
@@ -106,31 +106,31 @@ type connectProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectMapSpecs struct {
-	Answered     *ebpf.MapSpec `ebpf:"answered"`
-	Beat         *ebpf.MapSpec `ebpf:"beat"`
-	Decisions    *ebpf.MapSpec `ebpf:"decisions"`
-	Deny         *ebpf.MapSpec `ebpf:"deny"`
-	Departed     *ebpf.MapSpec `ebpf:"departed"`
-	EndpointIds  *ebpf.MapSpec `ebpf:"endpoint_ids"`
-	Endpoints    *ebpf.MapSpec `ebpf:"endpoints"`
-	Events       *ebpf.MapSpec `ebpf:"events"`
-	Exclude      *ebpf.MapSpec `ebpf:"exclude"`
-	FreeSlots    *ebpf.MapSpec `ebpf:"free_slots"`
-	Held         *ebpf.MapSpec `ebpf:"held"`
-	Instance     *ebpf.MapSpec `ebpf:"instance"`
-	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
-	Live         *ebpf.MapSpec `ebpf:"live"`
-	OwnAddrs     *ebpf.MapSpec `ebpf:"own_addrs"`
-	Reasons      *ebpf.MapSpec `ebpf:"reasons"`
-	Routes       *ebpf.MapSpec `ebpf:"routes"`
-	Services     *ebpf.MapSpec `ebpf:"services"`
-	Sets         *ebpf.MapSpec `ebpf:"sets"`
-	Settings     *ebpf.MapSpec `ebpf:"settings"`
-	SlotByOrig   *ebpf.MapSpec `ebpf:"slot_by_orig"`
-	Slots        *ebpf.MapSpec `ebpf:"slots"`
-	State        *ebpf.MapSpec `ebpf:"state"`
-	Tallies      *ebpf.MapSpec `ebpf:"tallies"`
-	UsageByGroup *ebpf.MapSpec `ebpf:"usage_by_group"`
+	Answered      *ebpf.MapSpec `ebpf:"answered"`
+	Beat          *ebpf.MapSpec `ebpf:"beat"`
+	Decisions     *ebpf.MapSpec `ebpf:"decisions"`
+	Deny          *ebpf.MapSpec `ebpf:"deny"`
+	Departed      *ebpf.MapSpec `ebpf:"departed"`
+	EndpointNames *ebpf.MapSpec `ebpf:"endpoint_names"`
+	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
+	Events        *ebpf.MapSpec `ebpf:"events"`
+	Exclude       *ebpf.MapSpec `ebpf:"exclude"`
+	FreeSlots     *ebpf.MapSpec `ebpf:"free_slots"`
+	Held          *ebpf.MapSpec `ebpf:"held"`
+	Instance      *ebpf.MapSpec `ebpf:"instance"`
+	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
+	Live          *ebpf.MapSpec `ebpf:"live"`
+	OwnAddrs      *ebpf.MapSpec `ebpf:"own_addrs"`
+	Reasons       *ebpf.MapSpec `ebpf:"reasons"`
+	Routes        *ebpf.MapSpec `ebpf:"routes"`
+	Services      *ebpf.MapSpec `ebpf:"services"`
+	Sets          *ebpf.MapSpec `ebpf:"sets"`
+	Settings      *ebpf.MapSpec `ebpf:"settings"`
+	SlotByOrig    *ebpf.MapSpec `ebpf:"slot_by_orig"`
+	Slots         *ebpf.MapSpec `ebpf:"slots"`
+	State         *ebpf.MapSpec `ebpf:"state"`
+	Tallies       *ebpf.MapSpec `ebpf:"tallies"`
+	UsageByGroup  *ebpf.MapSpec `ebpf:"usage_by_group"`
 }
 
 // connectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -164,31 +164,31 @@ func (o *connectObjects) Close() error {
 //
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectMaps struct {
-	Answered     *ebpf.Map `ebpf:"answered"`
-	Beat         *ebpf.Map `ebpf:"beat"`
-	Decisions    *ebpf.Map `ebpf:"decisions"`
-	Deny         *ebpf.Map `ebpf:"deny"`
-	Departed     *ebpf.Map `ebpf:"departed"`
-	EndpointIds  *ebpf.Map `ebpf:"endpoint_ids"`
-	Endpoints    *ebpf.Map `ebpf:"endpoints"`
-	Events       *ebpf.Map `ebpf:"events"`
-	Exclude      *ebpf.Map `ebpf:"exclude"`
-	FreeSlots    *ebpf.Map `ebpf:"free_slots"`
-	Held         *ebpf.Map `ebpf:"held"`
-	Instance     *ebpf.Map `ebpf:"instance"`
-	Listeners    *ebpf.Map `ebpf:"listeners"`
-	Live         *ebpf.Map `ebpf:"live"`
-	OwnAddrs     *ebpf.Map `ebpf:"own_addrs"`
-	Reasons      *ebpf.Map `ebpf:"reasons"`
-	Routes       *ebpf.Map `ebpf:"routes"`
-	Services     *ebpf.Map `ebpf:"services"`
-	Sets         *ebpf.Map `ebpf:"sets"`
-	Settings     *ebpf.Map `ebpf:"settings"`
-	SlotByOrig   *ebpf.Map `ebpf:"slot_by_orig"`
-	Slots        *ebpf.Map `ebpf:"slots"`
-	State        *ebpf.Map `ebpf:"state"`
-	Tallies      *ebpf.Map `ebpf:"tallies"`
-	UsageByGroup *ebpf.Map `ebpf:"usage_by_group"`
+	Answered      *ebpf.Map `ebpf:"answered"`
+	Beat          *ebpf.Map `ebpf:"beat"`
+	Decisions     *ebpf.Map `ebpf:"decisions"`
+	Deny          *ebpf.Map `ebpf:"deny"`
+	Departed      *ebpf.Map `ebpf:"departed"`
+	EndpointNames *ebpf.Map `ebpf:"endpoint_names"`
+	Endpoints     *ebpf.Map `ebpf:"endpoints"`
+	Events        *ebpf.Map `ebpf:"events"`
+	Exclude       *ebpf.Map `ebpf:"exclude"`
+	FreeSlots     *ebpf.Map `ebpf:"free_slots"`
+	Held          *ebpf.Map `ebpf:"held"`
+	Instance      *ebpf.Map `ebpf:"instance"`
+	Listeners     *ebpf.Map `ebpf:"listeners"`
+	Live          *ebpf.Map `ebpf:"live"`
+	OwnAddrs      *ebpf.Map `ebpf:"own_addrs"`
+	Reasons       *ebpf.Map `ebpf:"reasons"`
+	Routes        *ebpf.Map `ebpf:"routes"`
+	Services      *ebpf.Map `ebpf:"services"`
+	Sets          *ebpf.Map `ebpf:"sets"`
+	Settings      *ebpf.Map `ebpf:"settings"`
+	SlotByOrig    *ebpf.Map `ebpf:"slot_by_orig"`
+	Slots         *ebpf.Map `ebpf:"slots"`
+	State         *ebpf.Map `ebpf:"state"`
+	Tallies       *ebpf.Map `ebpf:"tallies"`
+	UsageByGroup  *ebpf.Map `ebpf:"usage_by_group"`
 }
 
 func (m *connectMaps) Close() error {
@@ -198,7 +198,7 @@ func (m *connectMaps) Close() error {
 		m.Decisions,
 		m.Deny,
 		m.Departed,
-		m.EndpointIds,
+		m.EndpointNames,
 		m.Endpoints,
 		m.Events,
 		m.Exclude,

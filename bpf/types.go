@@ -32,8 +32,8 @@ type (
 	SetState    = abiSetState
 	SetEndpoint = abiSetEndpoint
 	SetTable    = abiSetTable
-	// Endpoint is the state of an endpoint, EndpointName what its index is
-	// found by.
+	// Endpoint is the state of an endpoint, EndpointName says whose
+	// it is.
 	Endpoint     = abiEndpoint
 	EndpointName = abiEndpointName
 	// DryRun is the question to pl_explain and its answer.

@@ -266,11 +266,11 @@ struct endpoint {
 	__u8 last; /* enum ending of the last failed connect */
 };
 
-/* The endpoint of a service, for the process to find its index by. */
+/* Whose an endpoint is. All zero: nobody's. */
 struct endpoint_name {
 	struct ip_addr addr;
 	__u32 set; /* service.id */
-	__u16 port;
+	__u16 port; /* never 0 */
 	__u16 zero;
 };
 

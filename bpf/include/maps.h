@@ -87,16 +87,15 @@ struct {
 	__type(value, struct endpoint);
 } endpoints SEC(".maps");
 
-/* Where each endpoint is in endpoints, for a process that takes over. writer,
- * reader, deleter: loader.
+/* Whose each entry of endpoints is, for a process that takes over. An array, since
+ * many are written at once. writer, reader, deleter: loader.
  */
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, PL_ENDPOINTS);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct endpoint_name);
-	__type(value, __u32);
-} endpoint_ids SEC(".maps");
+	__type(key, __u32);
+	__type(value, struct endpoint_name);
+} endpoint_names SEC(".maps");
 
 /* writer, deleter: loader; reader: connect. */
 struct {
