@@ -45,11 +45,12 @@ type endpointName struct {
 	addr netip.AddrPort
 }
 
-func (n endpointName) key() bpf.EndpointName {
+// value is how the map says it.
+func (n endpointName) value() bpf.EndpointName {
 	return bpf.EndpointName{Addr: bpf.FromAddr(n.addr.Addr()), Set: n.set, Port: n.addr.Port()}
 }
 
-// endpointTable is the maps endpoints and endpoint_ids: who has which index, and
+// endpointTable is the maps endpoints and endpoint_names: who has which index, and
 // the states in our memory. Hooks add to them all the time, so writing one whole
 // would lose what they added.
 type endpointTable struct {
@@ -72,21 +73,21 @@ func (t *endpointTable) at(i uint32) *endpoint {
 	return (*endpoint)(unsafe.Pointer(&t.chunks[i/chunkEndpoints][int(i%chunkEndpoints)*endpointSize]))
 }
 
-// alloc gives an index out, with a state that is all zero.
+// alloc gives an index out. Its state is all zero.
 func (t *endpointTable) alloc() (uint32, error) {
-	i := t.next
 	if n := len(t.free); n > 0 {
-		i, t.free = t.free[n-1], t.free[:n-1]
-	} else if t.next == bpf.Endpoints {
-		return 0, fmt.Errorf("%w: want at most %d of all services", ErrTooManyEndpoints, bpf.Endpoints)
-	} else {
-		if err := t.ensure(i); err != nil {
-			return 0, err
-		}
-		t.next++
+		i := t.free[n-1]
+		t.free = t.free[:n-1]
+		return i, nil
 	}
-	*(*bpf.Endpoint)(t.at(i)) = bpf.Endpoint{}
-	return i, nil
+	if t.next == bpf.Endpoints {
+		return 0, fmt.Errorf("%w: want at most %d of all services", ErrTooManyEndpoints, bpf.Endpoints)
+	}
+	if err := t.ensure(t.next); err != nil {
+		return 0, err
+	}
+	t.next++
+	return t.next - 1, nil
 }
 
 // ensure maps the chunk of an index.
@@ -105,46 +106,47 @@ func (t *endpointTable) ensure(i uint32) error {
 }
 
 // release takes an index back, under which nobody is connected.
-func (t *endpointTable) release(i uint32, n endpointName) error {
-	// Zeroed first: what has no name is taken for free, and is not looked at.
-	*(*bpf.Endpoint)(t.at(i)) = bpf.Endpoint{}
-	if err := t.names.Delete(n.key()); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("forget endpoint %s: %w", n.addr, err)
+func (t *endpointTable) release(i uint32) error {
+	if err := t.names.Put(i, bpf.EndpointName{}); err != nil {
+		return fmt.Errorf("forget endpoint: %w", err)
 	}
+	*(*bpf.Endpoint)(t.at(i)) = bpf.Endpoint{}
 	t.free = append(t.free, i)
 	return nil
 }
 
-// recover reads who has which index.
-func (t *endpointTable) recover(f func(n endpointName, i uint32)) error {
-	const batch = 4096
+// recover reads who has which index, and calls f with each. What f does not want is
+// nobody's.
+func (t *endpointTable) recover(f func(n endpointName, i uint32) bool) error {
 	var cursor ebpf.MapBatchCursor
-	keys, values := make([]bpf.EndpointName, batch), make([]uint32, batch)
-	used := map[uint32]bool{}
+	keys, names := make([]uint32, chunkEndpoints), make([]bpf.EndpointName, chunkEndpoints)
+	var nobodys []uint32
 	for done := false; !done; {
-		n, err := t.names.BatchLookup(&cursor, keys, values, nil)
+		n, err := t.names.BatchLookup(&cursor, keys, names, nil)
 		if done = errors.Is(err, ebpf.ErrKeyNotExist); err != nil && !done {
-			return fmt.Errorf("read map endpoint_ids: %w", err)
+			return fmt.Errorf("read map endpoint_names: %w", err)
 		}
-		for k, i := range values[:n] {
-			if i >= bpf.Endpoints || used[i] {
-				continue // cannot be: this build writes each once
+		for k, i := range keys[:n] {
+			n := endpointName{set: names[k].Set, addr: netip.AddrPortFrom(bpf.ToAddr(names[k].Addr), names[k].Port)}
+			if n.addr.Port() == 0 || !f(n, i) {
+				nobodys = append(nobodys, i)
+				continue
 			}
 			if err := t.ensure(i); err != nil {
 				return err
 			}
-			used[i] = true
-			t.next = max(t.next, i+1)
-			f(endpointName{set: keys[k].Set, addr: netip.AddrPortFrom(bpf.ToAddr(keys[k].Addr), keys[k].Port)}, i)
+			t.next = i + 1 // they come in order
 		}
 	}
-	for i := range t.next {
-		if used[i] {
-			continue
+	for _, i := range nobodys {
+		if i >= t.next {
+			break
 		}
 		if err := t.ensure(i); err != nil {
 			return err
 		}
+		// Whoever gave it back may have been killed before it was zero.
+		*(*bpf.Endpoint)(t.at(i)) = bpf.Endpoint{}
 		t.free = append(t.free, i)
 	}
 	return nil

@@ -39,9 +39,8 @@ type publishing struct {
 	*setTable
 	changes []change
 	// What has an index now that had none.
-	names []bpf.EndpointName
 	added []uint32
-	addrs []endpointName
+	names []endpointName
 }
 
 // publish makes sets the kernel's, in one step after everything is prepared. The
@@ -89,6 +88,7 @@ func (p *publishing) prepare(service netip.AddrPort, set *flow.Set) error {
 	}
 	if len(own.endpoints) == 0 {
 		own.endpoints = make(map[netip.AddrPort]uint32, len(set.Endpoints))
+		p.names = slices.Grow(p.names, len(set.Endpoints))
 	}
 	c := change{own: own, set: set, ids: make([]uint32, len(set.Endpoints)), fresh: len(own.endpoints) == 0}
 	for n, e := range set.Endpoints {
@@ -109,9 +109,7 @@ func (p *publishing) index(own *serviceSet, addr netip.AddrPort) (uint32, error)
 			return 0, err
 		}
 		own.endpoints[addr] = i
-		name := endpointName{set: own.id, addr: addr}
-		p.addrs = append(p.addrs, name)
-		p.names, p.added = append(p.names, name.key()), append(p.added, i)
+		p.names, p.added = append(p.names, endpointName{set: own.id, addr: addr}), append(p.added, i)
 		for len(p.inSet) <= int(i) {
 			p.inSet = append(p.inSet, 0)
 		}
@@ -120,11 +118,10 @@ func (p *publishing) index(own *serviceSet, addr netip.AddrPort) (uint32, error)
 	return i, nil
 }
 
-// takeBack undoes what prepare did, and the names that commit may have written.
+// takeBack undoes what prepare did.
 func (p *publishing) takeBack() {
-	for n, name := range p.addrs {
+	for n, name := range p.names {
 		delete(p.byID[name.set].endpoints, name.addr)
-		_ = p.table.names.Delete(p.names[n]) // ErrKeyNotExist as a rule
 		p.table.free = append(p.table.free, p.added[n])
 	}
 }
@@ -133,13 +130,6 @@ func (p *publishing) takeBack() {
 func (p *publishing) commit() error {
 	if len(p.changes) == 0 {
 		return nil
-	}
-	// Named before they are used: who takes over must find every count.
-	if len(p.names) > 0 {
-		if _, err := p.table.names.BatchUpdate(p.names, p.added, nil); err != nil {
-			p.takeBack()
-			return fmt.Errorf("name %d endpoints: %w", len(p.names), err)
-		}
 	}
 	err := p.replace()
 	for n := range p.changes {
@@ -170,7 +160,13 @@ func (p *publishing) replace() error {
 	for part := range slices.Chunk(p.changes, share) {
 		builders.Go(func() { p.build(part) })
 	}
+	// Named before they are used: who takes over must find every count.
+	err := p.name()
 	builders.Wait()
+	if err != nil {
+		p.takeBack()
+		return err
+	}
 	ids, fds := make([]uint32, len(p.changes)), make([]uint32, len(p.changes))
 	for n := range p.changes {
 		c := &p.changes[n]
@@ -181,6 +177,21 @@ func (p *publishing) replace() error {
 	}
 	if _, err := p.outer.BatchUpdate(ids, fds, nil); err != nil {
 		return fmt.Errorf("publish %d endpoint sets: %w", len(ids), err)
+	}
+	return nil
+}
+
+// name writes whose the new indices are.
+func (p *publishing) name() error {
+	if len(p.added) == 0 {
+		return nil
+	}
+	values := make([]bpf.EndpointName, len(p.names))
+	for n, name := range p.names {
+		values[n] = name.value()
+	}
+	if _, err := p.table.names.BatchUpdate(p.added, values, nil); err != nil {
+		return fmt.Errorf("name %d endpoints: %w", len(values), err)
 	}
 	return nil
 }

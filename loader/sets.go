@@ -62,7 +62,7 @@ type removedEndpoint struct {
 	idle time.Time // since when it had no connection, as far as was seen
 }
 
-// setTable is the maps sets, endpoints and endpoint_ids.
+// setTable is the maps sets, endpoints and endpoint_names.
 type setTable struct {
 	mu    sync.Mutex // orders changes of sets; taken after Datapath.mu, before servicesMu
 	outer *ebpf.Map
@@ -85,7 +85,7 @@ type setTable struct {
 // open starts with the maps of the datapath.
 func (s *setTable) open(maps *bpf.Maps, spec *ebpf.MapSpec) {
 	s.outer, s.spec = maps.Sets, spec
-	s.table.states, s.table.names = maps.Endpoints, maps.EndpointIds
+	s.table.states, s.table.names = maps.Endpoints, maps.EndpointNames
 	s.services = map[netip.AddrPort]bool{}
 	s.byAddr, s.byID = map[netip.AddrPort]*serviceSet{}, map[uint32]*serviceSet{}
 	s.out = map[uint32]removedEndpoint{}
@@ -123,7 +123,17 @@ func (s *setTable) recover(services *ebpf.Map) error {
 		}
 		return s.add(id, netip.AddrPort{})
 	}
-	err := s.table.recover(func(n endpointName, i uint32) { known(n.set).endpoints[n.addr] = i })
+	err := s.table.recover(func(n endpointName, i uint32) bool {
+		if n.set >= bpf.Sets {
+			return false
+		}
+		own := known(n.set)
+		if _, twice := own.endpoints[n.addr]; twice {
+			return false // its naming failed half-way
+		}
+		own.endpoints[n.addr] = i
+		return true
+	})
 	if err != nil {
 		return err
 	}
@@ -267,7 +277,7 @@ func (s *setTable) forget() error {
 		if now.Sub(e.idle) < s.grace {
 			continue
 		}
-		if err := s.table.release(i, endpointName{set: e.of.id, addr: e.addr}); err != nil {
+		if err := s.table.release(i); err != nil {
 			return err
 		}
 		delete(s.out, i)
