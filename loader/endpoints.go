@@ -39,15 +39,8 @@ type EndpointState struct {
 	Last flow.Reason
 }
 
-// endpointName is an endpoint of a service, wherever it is in the map.
-type endpointName struct {
-	set  uint32
-	addr netip.AddrPort
-}
-
-// value is how the map says it.
-func (n endpointName) value() bpf.EndpointName {
-	return bpf.EndpointName{Addr: bpf.FromAddr(n.addr.Addr()), Set: n.set, Port: n.addr.Port()}
+func nameOf(set uint32, addr netip.AddrPort) bpf.EndpointName {
+	return bpf.EndpointName{Addr: bpf.FromAddr(addr.Addr()), Set: set, Port: addr.Port()}
 }
 
 // endpointTable is the maps endpoints and endpoint_names: who has which index, and
@@ -117,7 +110,7 @@ func (t *endpointTable) release(i uint32) error {
 
 // recover reads who has which index, and calls f with each. What f does not want is
 // nobody's.
-func (t *endpointTable) recover(f func(n endpointName, i uint32) bool) error {
+func (t *endpointTable) recover(f func(set uint32, addr netip.AddrPort, i uint32) bool) error {
 	var cursor ebpf.MapBatchCursor
 	keys, names := make([]uint32, chunkEndpoints), make([]bpf.EndpointName, chunkEndpoints)
 	var nobodys []uint32
@@ -127,8 +120,8 @@ func (t *endpointTable) recover(f func(n endpointName, i uint32) bool) error {
 			return fmt.Errorf("read map endpoint_names: %w", err)
 		}
 		for k, i := range keys[:n] {
-			n := endpointName{set: names[k].Set, addr: netip.AddrPortFrom(bpf.ToAddr(names[k].Addr), names[k].Port)}
-			if n.addr.Port() == 0 || !f(n, i) {
+			addr := netip.AddrPortFrom(bpf.ToAddr(names[k].Addr), names[k].Port)
+			if addr.Port() == 0 || !f(names[k].Set, addr, i) {
 				nobodys = append(nobodys, i)
 				continue
 			}

@@ -40,7 +40,7 @@ type publishing struct {
 	changes []change
 	// What has an index now that had none.
 	added []uint32
-	names []endpointName
+	names []bpf.EndpointName
 }
 
 // publish makes sets the kernel's, in one step after everything is prepared. The
@@ -109,7 +109,7 @@ func (p *publishing) index(own *serviceSet, addr netip.AddrPort) (uint32, error)
 			return 0, err
 		}
 		own.endpoints[addr] = i
-		p.names, p.added = append(p.names, endpointName{set: own.id, addr: addr}), append(p.added, i)
+		p.names, p.added = append(p.names, nameOf(own.id, addr)), append(p.added, i)
 		for len(p.inSet) <= int(i) {
 			p.inSet = append(p.inSet, 0)
 		}
@@ -121,7 +121,7 @@ func (p *publishing) index(own *serviceSet, addr netip.AddrPort) (uint32, error)
 // takeBack undoes what prepare did.
 func (p *publishing) takeBack() {
 	for n, name := range p.names {
-		delete(p.byID[name.set].endpoints, name.addr)
+		delete(p.byID[name.Set].endpoints, netip.AddrPortFrom(bpf.ToAddr(name.Addr), name.Port))
 		p.table.free = append(p.table.free, p.added[n])
 	}
 }
@@ -186,12 +186,8 @@ func (p *publishing) name() error {
 	if len(p.added) == 0 {
 		return nil
 	}
-	values := make([]bpf.EndpointName, len(p.names))
-	for n, name := range p.names {
-		values[n] = name.value()
-	}
-	if _, err := p.table.names.BatchUpdate(p.added, values, nil); err != nil {
-		return fmt.Errorf("name %d endpoints: %w", len(values), err)
+	if _, err := p.table.names.BatchUpdate(p.added, p.names, nil); err != nil {
+		return fmt.Errorf("name %d endpoints: %w", len(p.names), err)
 	}
 	return nil
 }

@@ -123,15 +123,15 @@ func (s *setTable) recover(services *ebpf.Map) error {
 		}
 		return s.add(id, netip.AddrPort{})
 	}
-	err := s.table.recover(func(n endpointName, i uint32) bool {
-		if n.set >= bpf.Sets {
+	err := s.table.recover(func(set uint32, addr netip.AddrPort, i uint32) bool {
+		if set >= bpf.Sets {
 			return false
 		}
-		own := known(n.set)
-		if _, twice := own.endpoints[n.addr]; twice {
-			return false // its naming failed half-way
+		own := known(set)
+		if _, twice := own.endpoints[addr]; twice {
+			return false // to name it failed half-way
 		}
-		own.endpoints[n.addr] = i
+		own.endpoints[addr] = i
 		return true
 	})
 	if err != nil {
