@@ -22,6 +22,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv(envCrash) != "" {
 		crash()
 	}
+	if os.Getenv(envPublish) != "" {
+		publishForever()
+	}
 	testutil.Main(m)
 }
 

@@ -137,13 +137,14 @@ func (s *setTable) recover(services *ebpf.Map) error {
 	if err != nil {
 		return err
 	}
-	for id := range uint32(bpf.Sets) {
-		var inner uint32
-		if err := s.outer.Lookup(id, &inner); err == nil {
-			known(id)
-		} else if !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("read map sets: %w", err)
-		}
+	var cursor ebpf.MapBatchCursor
+	ids, inner := make([]uint32, bpf.Sets), make([]uint32, bpf.Sets)
+	n, err := s.outer.BatchLookup(&cursor, ids, inner, nil)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("read map sets: %w", err)
+	}
+	for _, id := range ids[:n] {
+		known(id)
 	}
 	for id := range s.nextID {
 		if s.byID[id] == nil {
