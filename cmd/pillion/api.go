@@ -217,7 +217,7 @@ func (i *instance) losses() map[string]uint64 {
 func policies(c *config.Config) map[string]string {
 	all := make(map[string]string, len(c.Services))
 	for _, s := range c.Services {
-		all[s.Name] = s.Policy
+		all[s.Name] = s.Policy.String()
 	}
 	return all
 }

@@ -101,7 +101,7 @@ func open(ctx context.Context, p plan) (*instance, error) {
 func (i *instance) build(c *config.Config) (*route.Table, error) {
 	specs := make([]upstream.ClusterSpec, 0, len(c.Services))
 	for _, s := range c.Services {
-		policy, err := balance.ByName(s.Policy)
+		policy, err := balance.ByName(s.Policy.String())
 		if err != nil {
 			return nil, fmt.Errorf("service %q: %w", s.Name, err)
 		}

