@@ -21,7 +21,6 @@ import (
 
 	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/redirect/flow"
-	"github.com/pillion-project/pillion/redirect/upstream/balance"
 	"github.com/pillion-project/pillion/redirect/upstream/health"
 )
 
@@ -30,6 +29,7 @@ var update = flag.Bool("update", false, "write what the golden files should say"
 // equalAddrs lets cmp look at addresses, whose fields are not exported.
 var equalAddrs = cmp.Options{
 	cmpopts.EquateComparable(netip.AddrPort{}, netip.Prefix{}),
+	cmpopts.IgnoreUnexported(Config{}, Service{}), // where it stands
 }
 
 func glob(t testing.TB, pattern string) []string {
@@ -143,9 +143,11 @@ func TestDefaultIsValid(t *testing.T) {
 		t.Error(err)
 	}
 	want := Config{
-		Default:   flow.PathRelay,
-		OnFailure: OnFailureOpen,
-		Connect:   ConnectAdaptive, NoEndpoint: "ECONNREFUSED",
+		Default:    flow.PathRelay,
+		Path:       PathRelay,
+		Kubernetes: Kubernetes{Idle: 10 * time.Minute},
+		OnFailure:  OnFailureOpen,
+		Connect:    ConnectAdaptive, NoEndpoint: "ECONNREFUSED",
 		Existing: ExistingReport,
 		Relay:    Relay{DialTimeout: 5 * time.Second, DialBudget: 15 * time.Second, Attempts: 3},
 		Health:   health.Default(),
@@ -272,7 +274,7 @@ func TestParseManyServices(t *testing.T) {
 // Validate is for configurations that no file was behind: it tells paths.
 func TestValidatePaths(t *testing.T) {
 	addr := netip.MustParseAddrPort
-	good := Service{Name: "web", Addr: addr("10.96.0.12:80"), Endpoints: []Endpoint{{addr("192.0.2.1:80"), 1}}, Policy: balance.NameRoundRobin}
+	good := Service{Name: "web", Addr: addr("10.96.0.12:80"), Endpoints: []Endpoint{{Addr: addr("192.0.2.1:80"), Weight: 1}}, Policy: flow.PolicyRoundRobin, OnRemove: OnRemoveKeep}
 	with := func(change func(s *Service)) func(*Config) {
 		return func(c *Config) {
 			s := good
@@ -291,10 +293,10 @@ func TestValidatePaths(t *testing.T) {
 		"no port":           {with(func(s *Service) { s.Addr = netip.AddrPortFrom(s.Addr.Addr(), 0) }), "services[0].address: 10.96.0.12:0: port 0: want 1 to 65535"},
 		"no name":           {with(func(s *Service) { s.Name = "" }), "services[0].name: empty"},
 		"name not UTF-8":    {with(func(s *Service) { s.Name = "a\xff" }), `services[0].name: "a\xff": want printable characters only`},
-		"no policy":         {with(func(s *Service) { s.Policy = "" }), `services[0].policy: unknown policy "": want least_connections or round_robin`},
+		"no policy":         {with(func(s *Service) { s.Policy = 99 }), "services[0].policy: policy(99): there is no such policy"},
 		"on failure":        {with(func(s *Service) { s.OnFailure = "x" }), `services[0].on_failure: "x": want open or closed`},
 		"mapped loopback":   {with(func(s *Service) { s.Addr = addr("[::ffff:127.0.0.1]:80") }), "services[0].address: [::ffff:127.0.0.1]:80 is a loopback address, which is never captured: want the address that applications connect to"},
-		"no endpoints":      {with(func(s *Service) { s.Endpoints = nil }), "services[0].endpoints: no endpoints: want one ADDR:PORT at least"},
+		"no endpoints":      {with(func(s *Service) { s.Endpoints = nil }), "services[0].endpoints: no endpoints: want one ADDR:PORT at least, or discover, or path: pass"},
 		"no weight":         {with(func(s *Service) { s.Endpoints[0].Weight = 0 }), "services[0].endpoints[0].weight: 0: want 1 to 65535"},
 		"much weight":       {with(func(s *Service) { s.Endpoints[0].Weight = 65536 }), "services[0].endpoints[0].weight: 65536: want 1 to 65535"},
 		"endpoint nowhere":  {with(func(s *Service) { s.Endpoints[0].Addr = netip.AddrPort{} }), "services[0].endpoints[0].address: missing, want ADDR:PORT"},
@@ -339,7 +341,7 @@ func manyServices(n int) []Service {
 	all := make([]Service, n)
 	for i := range all {
 		a := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 80)
-		all[i] = Service{Name: a.String(), Addr: a, Endpoints: []Endpoint{{a, 1}}, Policy: balance.NameRoundRobin}
+		all[i] = Service{Name: a.String(), Addr: a, Endpoints: []Endpoint{{Addr: a, Weight: 1}}, Policy: flow.PolicyRoundRobin, OnRemove: OnRemoveKeep}
 	}
 	return all
 }
@@ -398,9 +400,10 @@ func TestParseService(t *testing.T) {
 // service makes a service of an address and pairs of endpoint and weight.
 func service(addr string, endpoints ...any) Service {
 	a := netip.MustParseAddrPort(addr)
-	s := Service{Name: addr, Addr: a, Policy: balance.NameLeastConnections}
+	s := newService()
+	s.Name, s.Addr = addr, a
 	for i := 0; i < len(endpoints); i += 2 {
-		s.Endpoints = append(s.Endpoints, Endpoint{netip.MustParseAddrPort(endpoints[i].(string)), uint32(endpoints[i+1].(int))})
+		s.Endpoints = append(s.Endpoints, Endpoint{Addr: netip.MustParseAddrPort(endpoints[i].(string)), Weight: uint32(endpoints[i+1].(int))})
 	}
 	return s
 }

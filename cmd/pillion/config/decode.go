@@ -5,7 +5,6 @@ import (
 	"net/netip"
 	"regexp"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/goccy/go-yaml/ast"
@@ -21,6 +20,9 @@ type decoder struct {
 	found []problem
 	// bad are the paths that were not understood.
 	bad map[string]bool
+	// offered, if not nil, is called with every key of every mapping that is
+	// read, and whether it was there.
+	offered func(path string, said bool)
 }
 
 // field is a key that a mapping may have.
@@ -55,18 +57,21 @@ func (d *decoder) config(c *Config, n ast.Node) {
 				{"base", d.duration(&c.Health.Base)},
 				{"max", d.duration(&c.Health.Max)},
 				{"panic", d.number(&c.Health.Panic, 0, 100)},
-			})
+			}, nil)
 		}},
 		{"limits", func(path string, n ast.Node) {
 			d.mapping(path, n, []field{
 				{"slots_per_container", d.number(&c.Limits.SlotsPerContainer, 1, maxSlots)},
 				{"connections_per_container", d.number(&c.Limits.ConnectionsPerContainer, 0, maxConnections)},
 				{"connections", d.number(&c.Limits.Connections, 1, maxConnections)},
-			})
+			}, nil)
 		}},
+		{"path", func(path string, n ast.Node) { word(d, path, n, paths, &c.Path) }},
+		{"zone", d.text(&c.Zone)},
+		{"kubernetes", func(path string, n ast.Node) { d.kubernetes(&c.Kubernetes, path, n) }},
 		{"flow_log", d.text(&c.FlowLog)},
 		{"metrics", d.addrPort(&c.Metrics)},
-	})
+	}, nil)
 }
 
 func (d *decoder) relay(r *Relay, path string, n ast.Node) {
@@ -77,52 +82,7 @@ func (d *decoder) relay(r *Relay, path string, n ast.Node) {
 		{"attempts", d.number(&r.Attempts, 1, maxAttempts)},
 		{"idle_timeout", d.duration(&r.IdleTimeout)},
 		{"max_lifetime", d.duration(&r.MaxLifetime)},
-	})
-}
-
-func (d *decoder) service(path string, n ast.Node) Service {
-	s := newService()
-	hasName := false
-	d.mapping(path, n, []field{
-		{"name", func(path string, n ast.Node) {
-			hasName = true
-			d.text(&s.Name)(path, n)
-		}},
-		{"address", d.addrPort(&s.Addr)},
-		{"endpoints", func(path string, n ast.Node) {
-			d.list(path, n, func(path string, n ast.Node) {
-				s.Endpoints = append(s.Endpoints, d.endpoint(path, n))
-			})
-		}},
-		{"policy", func(path string, n ast.Node) { named(d, path, n, flow.Policies(), &s.Policy) }},
-		{"on_failure", func(path string, n ast.Node) { word(d, path, n, onFailures, &s.OnFailure) }},
-		{"connect", func(path string, n ast.Node) { word(d, path, n, connectModes, &s.Connect) }},
-		{"no_endpoint", func(path string, n ast.Node) { word(d, path, n, noEndpoints, &s.NoEndpoint) }},
-	})
-	if !hasName && s.Addr.IsValid() {
-		s.Name = s.Addr.String()
-	}
-	return s
-}
-
-// endpoint reads an address, or a mapping of an address and a weight.
-func (d *decoder) endpoint(path string, n ast.Node) Endpoint {
-	e := Endpoint{Weight: 1}
-	if _, ok := n.(ast.MapNode); !ok {
-		if addr, weight, ok := strings.Cut(raw(n), "*"); ok {
-			d.fail(path, n, "%s: want {address: %s, weight: %s}", show(raw(n)), addr, weight)
-			return e
-		}
-		d.addrPort(&e.Addr)(path, n)
-		return e
-	}
-	weight := 1
-	d.mapping(path, n, []field{
-		{"address", d.addrPort(&e.Addr)},
-		{"weight", d.number(&weight, 1, maxWeight)},
-	})
-	e.Weight = uint32(weight)
-	return e
+	}, nil)
 }
 
 func (d *decoder) rules(path string, n ast.Node) []Rule {
@@ -140,15 +100,20 @@ func (d *decoder) rules(path string, n ast.Node) []Rule {
 	return rules
 }
 
-// mapping hands the value of every key in n to its field. A section without
-// content is one in which everything is commented out.
-func (d *decoder) mapping(path string, n ast.Node, fields []field) {
+// mapping hands the value of every key in n to its field, and notes in said, if
+// that is not nil, which were there. A section without content is one in which
+// everything is commented out.
+func (d *decoder) mapping(path string, n ast.Node, fields []field, said map[string]bool) {
 	if isNull(n) {
 		return
 	}
 	m, ok := n.(ast.MapNode)
 	if !ok {
-		d.fail(path, n, "this is %s: want a mapping with the keys %s", kind(n), oneOf(keys(fields)))
+		want := "a mapping with the keys " + oneOf(keys(fields))
+		if len(fields) == 0 {
+			want = "{}, since it has no keys"
+		}
+		d.fail(path, n, "this is %s: want %s", kind(n), want)
 		return
 	}
 	lines := make(map[string]int)
@@ -162,11 +127,23 @@ func (d *decoder) mapping(path string, n ast.Node, fields []field) {
 		lines[name] = at.line
 		f := find(fields, name)
 		if f == nil {
-			d.failAt(join(path, name), at, "unknown key, %s", meant(name, keys(fields)))
+			hint := meant(name, keys(fields))
+			if len(fields) == 0 {
+				hint = "want {}"
+			}
+			d.failAt(join(path, name), at, "unknown key, %s", hint)
 			continue
+		}
+		if said != nil {
+			said[name] = true
 		}
 		d.mark(join(path, name), entries.Value(), at)
 		f.read(join(path, name), entries.Value())
+	}
+	if d.offered != nil {
+		for _, f := range fields {
+			d.offered(join(path, f.key), lines[f.key] > 0)
+		}
 	}
 }
 
@@ -277,6 +254,20 @@ func (d *decoder) text(into *string) func(string, ast.Node) {
 		default:
 			d.fail(path, n, "this is %s: want text, in quotes %q", kind(n), raw(n))
 		}
+	}
+}
+
+func (d *decoder) boolean(into *bool) func(string, ast.Node) {
+	return func(path string, n ast.Node) {
+		if !d.scalar(path, n, "true or false") {
+			return
+		}
+		b, ok := n.(*ast.BoolNode)
+		if !ok {
+			d.fail(path, n, "%s: want true or false", show(raw(n)))
+			return
+		}
+		*into = b.Value
 	}
 }
 

@@ -48,5 +48,6 @@ func Parse(name string, data []byte) (*Config, error) {
 	if err := w.join(append(d.found, problems...)); err != nil {
 		return nil, err
 	}
+	w.remember(&c)
 	return &c, nil
 }

@@ -8,6 +8,45 @@ import (
 	"strings"
 )
 
+// Problem is one thing that is wrong with a configuration. The errors of [Load],
+// [Parse] and [Config.Validate] are made of them.
+type Problem struct {
+	// File is empty, and Line and Column are 0, where there is no file. They
+	// count from 1.
+	File   string `json:"file,omitempty"`
+	Line   int    `json:"line,omitempty"`
+	Column int    `json:"column,omitempty"`
+	// Path is that of the value, such as services[0].address, or empty.
+	Path string `json:"path,omitempty"`
+	Text string `json:"text"`
+}
+
+// Error implements error.
+func (p *Problem) Error() string {
+	text := p.Text
+	if p.Path != "" {
+		text = p.Path + ": " + text
+	}
+	if p.Line > 0 {
+		text = fmt.Sprintf("%s:%d:%d: %s", p.File, p.Line, p.Column, text)
+	}
+	return text
+}
+
+// Problems returns what an error is made of. What is no Problem, such as a file
+// that cannot be read, becomes one.
+func Problems(err error) []Problem {
+	var all []Problem
+	for _, err := range split(err) {
+		if p, ok := errors.AsType[*Problem](err); ok {
+			all = append(all, *p)
+		} else {
+			all = append(all, Problem{Text: err.Error()})
+		}
+	}
+	return all
+}
+
 // problem is one thing that is wrong with a configuration. Its place is a path
 // such as services[0].endpoints[1].address, so that it can be told of a
 // configuration that came from flags; where there is a file, the file's
@@ -40,7 +79,7 @@ func joinPaths(problems []problem) error {
 		if p.see != "" {
 			text += " (" + p.see + ")"
 		}
-		errs = append(errs, fmt.Errorf("%s: %s", p.path, text))
+		errs = append(errs, &Problem{Path: p.path, Text: text})
 	}
 	return errors.Join(errs...)
 }
@@ -63,21 +102,23 @@ func (w *places) join(problems []problem) error {
 			errs = append(errs, more(len(problems)-i))
 			break
 		}
-		text := p.text
-		if p.path != "" {
-			text = p.path + ": " + text
-		}
-		if p.see != "" {
-			text += fmt.Sprintf(" (line %d)", w.find(p.see).line)
-		}
-		errs = append(errs, w.error(w.locate(p), text))
+		errs = append(errs, w.problem(p))
 	}
 	return errors.Join(errs...)
 }
 
+// problem tells one problem, with its place in the file.
+func (w *places) problem(p problem) *Problem {
+	at, text := w.locate(p), p.text
+	if p.see != "" {
+		text += fmt.Sprintf(" (line %d)", w.find(p.see).line)
+	}
+	return &Problem{File: w.file, Line: at.line, Column: at.column, Path: p.path, Text: text}
+}
+
 // error tells one problem of the file, at a position.
 func (w *places) error(at position, text string) error {
-	return fmt.Errorf("%s:%d:%d: %s", w.file, at.line, at.column, text)
+	return &Problem{File: w.file, Line: at.line, Column: at.column, Text: text}
 }
 
 func (w *places) locate(p problem) position {
@@ -113,18 +154,3 @@ func more(n int) error {
 	}
 	return fmt.Errorf("and %d more problems", n)
 }
-
-// Problem is one thing that is wrong with a configuration.
-type Problem struct {
-	File string `json:"file,omitempty"`
-	// Line and Column count from 1, and are 0 where there is no file.
-	Line   int `json:"line,omitempty"`
-	Column int `json:"column,omitempty"`
-	// Path is that of the value, such as services[0].address, or empty.
-	Path string `json:"path,omitempty"`
-	Text string `json:"text"`
-}
-
-// Problems returns what an error of [Load], [Parse] or [Config.Validate] is made
-// of.
-func Problems(err error) []Problem { return nil }

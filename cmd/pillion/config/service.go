@@ -1,8 +1,13 @@
 package config
 
 import (
+	"cmp"
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
+
+	"github.com/goccy/go-yaml/ast"
 
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/redirect/upstream/health"
@@ -107,4 +112,177 @@ func (c *Config) HealthOf(s *Service) health.Config { return s.Health.over(c.Hea
 // Effective returns the service with everything said that it takes from the
 // configuration: its path is the one that PathOf tells and never PathAuto, and
 // what the path has no use for stays unsaid.
-func (c *Config) Effective(s *Service) Service { return *s }
+func (c *Config) Effective(s *Service) Service {
+	e := *s
+	path, _ := c.PathOf(s)
+	e.Path = PathChoice(path.String())
+	e.OnFailure = cmp.Or(s.OnFailure, c.OnFailure)
+	if path == flow.PathPass {
+		return e
+	}
+	e.NoEndpoint = cmp.Or(s.NoEndpoint, c.NoEndpoint)
+	h := c.HealthOf(s)
+	e.Health = Health{Failures: &h.Failures, Base: &h.Base, Max: &h.Max, Panic: &h.Panic}
+	if path == flow.PathDirect {
+		return e
+	}
+	e.Connect = cmp.Or(s.Connect, c.Connect)
+	e.Attempts = cmp.Or(s.Attempts, c.Relay.Attempts)
+	// Copies: what is effective must not hold on to the configuration.
+	idle, lifetime := c.Relay.IdleTimeout, c.Relay.MaxLifetime
+	e.IdleTimeout, e.MaxLifetime = cmp.Or(s.IdleTimeout, &idle), cmp.Or(s.MaxLifetime, &lifetime)
+	return e
+}
+
+// positive reports whether a limit that may be unsaid is said and is one.
+func positive(d *time.Duration) bool { return d != nil && *d > 0 }
+
+func (d *decoder) service(path string, n ast.Node) Service {
+	s := newService()
+	said := make(map[string]bool)
+	d.mapping(path, n, []field{
+		{"name", d.text(&s.Name)},
+		{"address", d.addrPort(&s.Addr)},
+		{"endpoints", func(path string, n ast.Node) {
+			d.list(path, n, func(path string, n ast.Node) {
+				s.Endpoints = append(s.Endpoints, d.endpoint(path, n))
+			})
+		}},
+		{"discover", func(path string, n ast.Node) { s.Discover = d.discover(path, n) }},
+		{"policy", func(path string, n ast.Node) { named(d, path, n, flow.Policies(), &s.Policy) }},
+		{"hash", func(path string, n ast.Node) { named(d, path, n, flow.HashOns(), &s.Hash) }},
+		{"path", func(path string, n ast.Node) { word(d, path, n, paths, &s.Path) }},
+		{"attempts", d.number(&s.Attempts, 1, maxAttempts)},
+		{"idle_timeout", func(path string, n ast.Node) { s.IdleTimeout = given(d.duration, path, n) }},
+		{"max_lifetime", func(path string, n ast.Node) { s.MaxLifetime = given(d.duration, path, n) }},
+		{"health_check", func(path string, n ast.Node) { s.Check = d.healthCheck(path, n) }},
+		{"health", func(path string, n ast.Node) { d.serviceHealth(&s.Health, path, n) }},
+		{"on_remove", func(path string, n ast.Node) { word(d, path, n, onRemoves, &s.OnRemove) }},
+		{"remove_after", d.duration(&s.RemoveAfter)},
+		{"on_failure", func(path string, n ast.Node) { word(d, path, n, onFailures, &s.OnFailure) }},
+		{"connect", func(path string, n ast.Node) { word(d, path, n, connectModes, &s.Connect) }},
+		{"no_endpoint", func(path string, n ast.Node) { word(d, path, n, noEndpoints, &s.NoEndpoint) }},
+	}, said)
+	if !said["name"] && s.Addr.IsValid() {
+		s.Name = s.Addr.String()
+	}
+	// What is said and is the default, the check of values cannot tell from what
+	// is not said.
+	if said["hash"] && s.Policy != flow.PolicyMaglev && !d.bad[path+".policy"] {
+		d.failAt(path+".hash", d.find(path+".hash"), hashWithout)
+		d.bad[path+".hash"] = true
+	}
+	if !said["remove_after"] && s.OnRemove == OnRemoveClose {
+		s.RemoveAfter = defaultRemoveAfter
+	}
+	if s.Discover != nil && s.Discover.DNS != nil && s.Discover.DNS.Type == "" && s.Addr.IsValid() {
+		s.Discover.DNS.Type = ownFamily(s.Addr)
+	}
+	return s
+}
+
+// endpoint reads an address, or a mapping of an address and what goes with it.
+func (d *decoder) endpoint(path string, n ast.Node) Endpoint {
+	e := Endpoint{Weight: 1}
+	if _, ok := n.(ast.MapNode); !ok {
+		if addr, weight, ok := strings.Cut(raw(n), "*"); ok {
+			d.fail(path, n, "%s: want {address: %s, weight: %s}", show(raw(n)), addr, weight)
+			return e
+		}
+		d.addrPort(&e.Addr)(path, n)
+		return e
+	}
+	weight := 1
+	d.mapping(path, n, []field{
+		{"address", d.addrPort(&e.Addr)},
+		{"weight", d.number(&weight, 1, maxWeight)},
+		{"zone", d.text(&e.Zone)},
+	}, nil)
+	e.Weight = uint32(weight)
+	return e
+}
+
+func (d *decoder) serviceHealth(h *Health, path string, n ast.Node) {
+	number := func(high int) func(*int) func(string, ast.Node) {
+		return func(into *int) func(string, ast.Node) { return d.number(into, 0, high) }
+	}
+	d.mapping(path, n, []field{
+		{"failures", func(path string, n ast.Node) { h.Failures = given(number(1<<20), path, n) }},
+		{"base", func(path string, n ast.Node) { h.Base = given(d.duration, path, n) }},
+		{"max", func(path string, n ast.Node) { h.Max = given(d.duration, path, n) }},
+		{"panic", func(path string, n ast.Node) { h.Panic = given(number(100), path, n) }},
+	}, nil)
+}
+
+// given reads a value that may be unsaid, and then is nil.
+func given[T any](read func(*T) func(string, ast.Node), path string, n ast.Node) *T {
+	into := new(T)
+	read(into)(path, n)
+	return into
+}
+
+const hashWithout = "only policy: maglev hashes: leave it out, or ask for that policy"
+
+// service checks what stands in a service at path by itself.
+func (k *check) service(path string, c *Config, s *Service) {
+	k.serviceAddr(path+".address", s.Addr)
+	k.name(path+".name", *s)
+	k.sources(path, c, s)
+	if !slices.Contains(flow.Policies(), s.Policy) {
+		k.add(path+".policy", "%s: there is no such policy", s.Policy)
+	}
+	if s.Hash != flow.HashOns()[0] && s.Policy != flow.PolicyMaglev {
+		k.add(path+".hash", hashWithout)
+	}
+	oneWord(k, path+".path", s.Path, paths, "")
+	if s.Attempts != 0 {
+		k.number(path+".attempts", s.Attempts, 1, maxAttempts)
+	}
+	for key, d := range map[string]*time.Duration{".idle_timeout": s.IdleTimeout, ".max_lifetime": s.MaxLifetime} {
+		if d != nil && *d < 0 {
+			k.add(path+key, "%s: want %s", *d, wantLimit)
+		}
+	}
+	if s.Check != nil {
+		k.healthCheck(path+".health_check", s.Check)
+	}
+	if s.Health != (Health{}) {
+		for _, err := range split(c.HealthOf(s).Validate()) {
+			if err != nil {
+				k.add(path+".health", "%v", err)
+			}
+		}
+	}
+	k.onRemove(path, s)
+	// Empty: the configuration's own.
+	oneWord(k, path+".on_failure", s.OnFailure, onFailures, "")
+	oneWord(k, path+".connect", s.Connect, connectModes, "")
+	oneWord(k, path+".no_endpoint", s.NoEndpoint, noEndpoints, "")
+	k.path(path, c, s)
+}
+
+// sources checks that there is one way to know the endpoints.
+func (k *check) sources(path string, c *Config, s *Service) {
+	if s.Discover != nil {
+		if len(s.Endpoints) > 0 {
+			k.add(path+".endpoints", "endpoints and discover: want one of them")
+		}
+		k.discover(path+".discover", s.Discover)
+	}
+	// On auto, too: who forgot the endpoints does not mean that nothing be done.
+	if s.Discover == nil && len(s.Endpoints) == 0 && c.choice(s) != PathPass {
+		k.add(path+".endpoints", "no endpoints: want one ADDR:PORT at least, or discover, or path: pass")
+	}
+	k.endpoints(path+".endpoints", s.Endpoints)
+}
+
+func (k *check) onRemove(path string, s *Service) {
+	oneWord(k, path+".on_remove", s.OnRemove, onRemoves)
+	switch {
+	case s.OnRemove == OnRemoveClose && s.RemoveAfter <= 0:
+		k.add(path+".remove_after", "%s: want more than 0, or on_remove: reset", s.RemoveAfter)
+	case s.OnRemove != OnRemoveClose && s.RemoveAfter != 0:
+		k.add(path+".remove_after", "only on_remove: close waits: leave it out, or ask for that")
+	default:
+	}
+}

@@ -21,10 +21,15 @@ const (
 )
 
 const (
-	maxWeight   = 65535
-	maxName     = 253 // bytes: as long as a name in DNS
-	maxAttempts = 100
+	maxWeight    = 65535
+	maxName      = 253 // bytes: as long as a name in DNS
+	maxAttempts  = 100
+	maxPort      = 65535
+	maxThreshold = 1000
 )
+
+// wantLimit is said of a time-out that is negative.
+const wantLimit = "a positive duration, or 0 for none"
 
 // slotRanges are the supernets of which every instance takes its slots.
 var slotRanges = []netip.Prefix{
@@ -75,12 +80,15 @@ func oneWord[T ~string](k *check, path string, have T, known []T, also ...T) {
 
 func (c *Config) problems() []problem {
 	k := &check{}
-	k.services(c.Services)
+	k.services(c)
 	k.rules("deny", c.Deny)
 	k.rules("exclude", c.Exclude)
 	if c.Default != flow.PathRelay && c.Default != flow.PathPass {
 		k.add("default", "%s: want %s or %s", c.Default, flow.PathRelay, flow.PathPass)
 	}
+	oneWord(k, "path", c.Path, paths)
+	k.text("zone", c.Zone)
+	k.kubernetes(&c.Kubernetes)
 	oneWord(k, "on_failure", c.OnFailure, onFailures)
 	oneWord(k, "connect", c.Connect, connectModes)
 	oneWord(k, "no_endpoint", c.NoEndpoint, noEndpoints)
@@ -101,7 +109,8 @@ func (c *Config) problems() []problem {
 	return k.found
 }
 
-func (k *check) services(services []Service) {
+func (k *check) services(c *Config) {
+	services := c.Services
 	if len(services) > maxServices {
 		k.add("services", "%d services: the kernel side has room for %d", len(services), maxServices)
 	}
@@ -109,7 +118,6 @@ func (k *check) services(services []Service) {
 	names := make(map[string]int, len(services))
 	for i, s := range services {
 		path := index("services", i)
-		k.serviceAddr(path+".address", s.Addr)
 		addr := unmap(s.Addr)
 		first, taken := addrs[addr]
 		switch {
@@ -128,15 +136,7 @@ func (k *check) services(services []Service) {
 		default:
 			names[s.Name] = i
 		}
-		k.name(path+".name", s)
-		k.endpoints(path+".endpoints", s.Endpoints)
-		if !slices.Contains(flow.Policies(), s.Policy) {
-			k.add(path+".policy", "unknown policy %d", s.Policy)
-		}
-		// Empty: the configuration's own.
-		oneWord(k, path+".on_failure", s.OnFailure, onFailures, "")
-		oneWord(k, path+".connect", s.Connect, connectModes, "")
-		oneWord(k, path+".no_endpoint", s.NoEndpoint, noEndpoints, "")
+		k.service(path, c, &c.Services[i])
 	}
 }
 
@@ -193,9 +193,6 @@ func leftAlone(a netip.Addr) string {
 }
 
 func (k *check) endpoints(path string, endpoints []Endpoint) {
-	if len(endpoints) == 0 {
-		k.add(path, "no endpoints: want one ADDR:PORT at least")
-	}
 	first := make(map[netip.AddrPort]int, len(endpoints))
 	for i, e := range endpoints {
 		path, other := index(path, i), path
@@ -211,6 +208,7 @@ func (k *check) endpoints(path string, endpoints []Endpoint) {
 			continue
 		}
 		first[addr] = i
+		k.text(path+".zone", e.Zone)
 		k.endpointAddr(path+".address", addr)
 	}
 }
@@ -259,8 +257,8 @@ func (k *check) relay(r Relay) {
 	}{
 		{"relay.dial_timeout", r.DialTimeout, 1, "more than 0"},
 		{"relay.dial_budget", r.DialBudget, 1, "more than 0"},
-		{"relay.idle_timeout", r.IdleTimeout, 0, "a positive duration, or 0 for none"},
-		{"relay.max_lifetime", r.MaxLifetime, 0, "a positive duration, or 0 for none"},
+		{"relay.idle_timeout", r.IdleTimeout, 0, wantLimit},
+		{"relay.max_lifetime", r.MaxLifetime, 0, wantLimit},
 	} {
 		if d.value < d.least {
 			k.add(d.path, "%s: want %s", d.value, d.want)
