@@ -22,6 +22,7 @@ type execFlags struct {
 	exclude   []string
 	file      string
 	onFailure string
+	path      string
 	connect   string
 	existing  string
 	user      string
@@ -54,6 +55,7 @@ CMD, or 128 and the number of the signal that ended it.`,
 	flags.StringArrayVar(&f.deny, "deny", nil, "CIDR[:PORT]: refuse connections there at once (repeatable)")
 	flags.StringArrayVar(&f.exclude, "exclude", nil, "CIDR[:PORT]: leave connections there alone (repeatable)")
 	flags.StringVar(&f.file, "config", "", "configuration to start from; flags come on top")
+	flags.StringVar(&f.path, "path", "", "relay, direct, pass or auto: which way connections to services go that do not say (default relay)")
 	flags.StringVar(&f.onFailure, "on-failure", "", "open or closed: what becomes of a connection that cannot be redirected (default open)")
 	flags.StringVar(&f.connect, "connect", "", "adaptive, mirror or early: when a redirected connect ends (default adaptive)")
 	flags.StringVar(&f.existing, "existing", "", "report or reset: what becomes of connections older than the capture (default report)")
@@ -95,6 +97,9 @@ func (f *execFlags) configuration() (*config.Config, error) {
 				c.Exclude = append(c.Exclude, rule)
 			}
 		}
+	}
+	if f.path != "" {
+		c.Path = config.PathChoice(f.path)
 	}
 	if f.onFailure != "" {
 		c.OnFailure = config.OnFailure(f.onFailure)

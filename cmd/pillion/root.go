@@ -70,6 +70,7 @@ endpoints and records every one. Nothing else on the machine changes.`,
 	root.AddCommand(
 		newExec(g), newRun(g), newStatus(g), newFlows(g), newDoctor(g),
 		newResolve(g), newReload(g), newUnload(g), newVersion(),
+		newValidate(), newDiff(g),
 	)
 	return root
 }

@@ -32,6 +32,9 @@ var equalAddrs = cmp.Options{
 	cmpopts.IgnoreUnexported(Config{}, Service{}), // where it stands
 }
 
+// emptyIsNil takes an empty list for none.
+var emptyIsNil = cmpopts.EquateEmpty()
+
 func glob(t testing.TB, pattern string) []string {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join("testdata", pattern))

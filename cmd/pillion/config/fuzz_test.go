@@ -39,6 +39,7 @@ func FuzzParse(f *testing.F) {
 		if err := c.Validate(); err != nil {
 			t.Errorf("Validate refuses what Parse returned: %v", err)
 		}
+		checkJSON(t, c)
 		for i, s := range c.Services {
 			if again, err := parseAddrPort(s.Addr.String()); err != nil || again != s.Addr {
 				t.Errorf("service %d: %s is read as %s, %v", i, s.Addr, again, err)

@@ -73,6 +73,11 @@ func (d *decoder) healthCheck(path string, n ast.Node) *HealthCheck {
 		}},
 		{"http", func(path string, n ast.Node) { c.HTTP = d.httpCheck(path, n) }},
 		{"command", func(path string, n ast.Node) {
+			// What is no list is a command all the same, and wrong in itself only.
+			c.Command = []string{""}
+			if _, ok := n.(*ast.SequenceNode); ok || isNull(n) {
+				c.Command = nil
+			}
 			d.list(path, n, func(path string, n ast.Node) {
 				var word string
 				d.text(&word)(path, n)

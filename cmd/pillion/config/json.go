@@ -13,8 +13,29 @@ import (
 
 // MarshalJSON returns the configuration in its own form: the keys are those of
 // the file, in one order, and every setting is said. In a service those are that
-// the user said. JSON is YAML, so [Parse] reads it back as the same configuration.
+// the user said. JSON is YAML, so [Parse] reads it too.
 func (c Config) MarshalJSON() ([]byte, error) { return json.Marshal(c.object()) }
+
+// UnmarshalJSON reads what MarshalJSON returned. The values then have no place.
+func (c *Config) UnmarshalJSON(data []byte) error {
+	d, err := parseDraft("json", data, maxJSON)
+	if err != nil {
+		return err
+	}
+	if err := joinPaths(d.problems); err != nil {
+		return err
+	}
+	*c = d.config
+	c.at = positions{}
+	for i := range c.Services {
+		c.Services[i].at = positions{}
+	}
+	return nil
+}
+
+// maxJSON is how many bytes a configuration may have as JSON, where the same
+// takes more of them.
+const maxJSON = 8 * maxSize
 
 // MarshalJSON returns the service in the form that it has in the file.
 func (s Service) MarshalJSON() ([]byte, error) { return json.Marshal(s.object()) }

@@ -15,6 +15,14 @@ const maxSize = 8 << 20
 // caller owns it. All problems of the file are in one error, each on a line
 // that begins with path:line:column.
 func Load(path string) (*Config, error) {
+	data, err := readFile(path)
+	if err != nil {
+		return nil, err
+	}
+	return Parse(path, data)
+}
+
+func readFile(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("read the configuration: %w", err)
@@ -26,28 +34,45 @@ func Load(path string) (*Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the configuration: %w", err)
 	}
-	return Parse(path, data)
+	return data, nil
 }
 
 // Parse reads a configuration from data, as [Load] does from a file. name is
 // what errors call it.
 func Parse(name string, data []byte) (*Config, error) {
-	w := &places{file: name, byPath: make(map[string]position)}
-	body, err := parseYAML(w, data)
+	d, err := parseDraft(name, data, maxSize)
 	if err != nil {
 		return nil, err
 	}
-	c := Default()
-	d := &decoder{places: w, bad: make(map[string]bool)}
+	if err := d.join(d.problems); err != nil {
+		return nil, err
+	}
+	return &d.config, nil
+}
+
+// draft is a configuration with what is wrong with it.
+type draft struct {
+	*decoder
+	config   Config
+	problems []problem
+}
+
+// parseDraft reads what it can. An error means that data is not YAML, or more
+// than most bytes.
+func parseDraft(name string, data []byte, most int) (*draft, error) {
+	w := &places{file: name, byPath: make(map[string]position)}
+	body, err := parseYAML(w, data, most)
+	if err != nil {
+		return nil, err
+	}
+	d := &draft{config: Default(), decoder: &decoder{places: w, bad: make(map[string]bool)}}
 	if body != nil {
-		d.config(&c, body)
+		d.decoder.config(&d.config, body)
 	}
 	// What was not understood has its default or nothing, which says nothing
 	// about what the user wants.
-	problems := slices.DeleteFunc(c.problems(), func(p problem) bool { return d.spoiled(p.path) })
-	if err := w.join(append(d.found, problems...)); err != nil {
-		return nil, err
-	}
-	w.remember(&c)
-	return &c, nil
+	problems := slices.DeleteFunc(d.config.problems(), func(p problem) bool { return d.spoiled(p.path) })
+	d.problems = append(d.found, problems...)
+	w.remember(&d.config)
+	return d, nil
 }

@@ -34,10 +34,11 @@ var refused = map[token.Type]string{
 	token.DirectiveType:  "directives are not taken: leave the line out",
 }
 
-// parseYAML returns the one document in data, or nil if there is none.
-func parseYAML(w *places, data []byte) (ast.Node, error) {
-	if len(data) > maxSize {
-		return nil, w.error(position{1, 1}, fmt.Sprintf("more than %d bytes: this is no configuration", maxSize))
+// parseYAML returns the one document in data, of at most so many bytes, or nil if
+// there is none.
+func parseYAML(w *places, data []byte, most int) (ast.Node, error) {
+	if len(data) > most {
+		return nil, w.error(position{1, 1}, fmt.Sprintf("more than %d bytes: this is no configuration", most))
 	}
 	data = bytes.TrimPrefix(data, []byte("\ufeff"))
 	// YAML ends lines in three ways; the positions are to mean the same in all.
