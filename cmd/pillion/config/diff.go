@@ -124,7 +124,8 @@ func diffService(old, s *Service) ServiceChange {
 	}
 	if old.Name != "" && s.Name != "" {
 		// What is in one only is told as added or removed.
-		d.Fields = compare(fieldsOf(old, without(before, d.Removed)), fieldsOf(s, without(after, d.Added)))
+		both := without(after, without(after, before))
+		d.Fields = compare(fieldsOf(old, both), fieldsOf(s, both))
 	}
 	if len(d.Fields) > 0 || len(d.Removed) > 0 || len(d.Added) > 0 {
 		d.Kind = ServiceChanged

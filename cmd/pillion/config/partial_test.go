@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -278,52 +279,91 @@ func FuzzLoadPartial(f *testing.F) {
 			f.Add(data, []byte(before))
 		}
 	}
-	f.Fuzz(func(t *testing.T, first, second []byte) {
-		last, err := Parse("first.yaml", first)
-		if err != nil {
-			return
-		}
-		c, refused, err := parsePartial("second.yaml", second, last)
-		whole, wholeErr := Parse("second.yaml", second)
-		if err != nil {
-			if wholeErr == nil {
-				t.Errorf("a right file is refused: %v", err)
-			}
-			return
-		}
-		if err := c.Validate(); err != nil {
-			t.Errorf("not valid: %v", err)
-		}
-		if wholeErr == nil {
-			if diff := cmp.Diff(whole, c, equalAddrs, emptyIsNil); diff != "" || len(refused) > 0 {
-				t.Errorf("a right file, and %v is refused (-want +got):\n%s", refused, diff)
-			}
-			return
-		}
-		if len(refused) == 0 {
-			t.Errorf("nothing is refused of a file with problems: %v", wholeErr)
-		}
-		for _, r := range refused {
-			if r.Name == "" || r.Text == "" || !strings.HasPrefix(r.Where, "second.yaml:") {
-				t.Errorf("refused: %+v", r)
-			}
-			for _, name := range r.Kept {
-				if !slices.ContainsFunc(c.Services, func(s Service) bool { return s.Name == name }) {
-					t.Errorf("%s is said to be kept, and is not there", name)
-				}
+	f.Fuzz(checkPartial)
+}
+
+// TestLoadPartialRandom is the same for files that are nearly right, of services
+// that get in each other's way.
+func TestLoadPartialRandom(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	one := func(all ...string) string { return all[r.IntN(len(all))] }
+	file := func() []byte {
+		var b strings.Builder
+		fmt.Fprintf(&b, "path: %s\nservices:\n", one("relay", "direct", "auto"))
+		for range r.IntN(5) {
+			name, addr := one("a", "b", "c", "d"), one("10.96.0.1", "10.96.0.2", "10.96.0.3", "10.96.0.4")
+			what := one("endpoints: [10.0.0.1:80]", "endpoints: [10.0.0.2:80, 10.0.0.1:80]", "discover: {file: /a.json}",
+				"endpoints: ['[2001:db8::1]:80']", "endpoints: [x]", "discover: {}", "path: pass")
+			also := one("", "", "", ", attempts: 2", ", policy: x", ", policy: maglev", ", health: {panic: 1}", ", address: 10.96.0.1:80")
+			switch r.IntN(10) {
+			case 0:
+				fmt.Fprintf(&b, "  - {address: %s:80, %s%s}\n", addr, what, also)
+			case 1:
+				fmt.Fprintf(&b, "  - {name: %s, address: x, %s%s}\n", name, what, also)
+			default:
+				fmt.Fprintf(&b, "  - {name: %s, address: %s:80, %s%s}\n", name, addr, what, also)
 			}
 		}
-		checkJSON(t, c)
-		// The same again changes nothing.
-		again, _, err := parsePartial("second.yaml", second, c)
-		if err != nil {
-			t.Errorf("the second time: %v", err)
-			return
+		return []byte(b.String())
+	}
+	first := []byte(before)
+	for range 1000 {
+		second := file()
+		checkPartial(t, first, second)
+		if t.Failed() {
+			t.Fatalf("first:\n%s\nsecond:\n%s", first, second)
 		}
-		if d := again.Diff(c); !d.Empty() {
-			t.Errorf("the second time it is another: %+v", d)
+		if _, err := Parse("", second); err == nil {
+			first = second
 		}
-	})
+	}
+}
+
+func checkPartial(t *testing.T, first, second []byte) {
+	last, err := Parse("first.yaml", first)
+	if err != nil {
+		return
+	}
+	c, refused, err := parsePartial("second.yaml", second, last)
+	whole, wholeErr := Parse("second.yaml", second)
+	if err != nil {
+		if wholeErr == nil || strings.Contains(err.Error(), "does not go with") {
+			t.Errorf("all is refused: %v", err)
+		}
+		return
+	}
+	if err := c.Validate(); err != nil {
+		t.Errorf("not valid: %v", err)
+	}
+	if wholeErr == nil {
+		if diff := cmp.Diff(whole, c, equalAddrs, emptyIsNil); diff != "" || len(refused) > 0 {
+			t.Errorf("a right file, and %v is refused (-want +got):\n%s", refused, diff)
+		}
+		return
+	}
+	if len(refused) == 0 {
+		t.Errorf("nothing is refused of a file with problems: %v", wholeErr)
+	}
+	for _, r := range refused {
+		if r.Name == "" || r.Text == "" || !strings.HasPrefix(r.Where, "second.yaml:") {
+			t.Errorf("refused: %+v", r)
+		}
+		for _, name := range r.Kept {
+			if !slices.ContainsFunc(c.Services, func(s Service) bool { return s.Name == name }) {
+				t.Errorf("%s is said to be kept, and is not there", name)
+			}
+		}
+	}
+	checkJSON(t, c)
+	// The same again changes nothing.
+	again, _, err := parsePartial("second.yaml", second, c)
+	if err != nil {
+		t.Errorf("the second time: %v", err)
+		return
+	}
+	if d := again.Diff(c); !d.Empty() {
+		t.Errorf("the second time it is another: %+v\nrefused %+v", d, refused)
+	}
 }
 
 // Many refusals do not take long.

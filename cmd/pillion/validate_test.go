@@ -1,0 +1,184 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/telemetry/admin"
+)
+
+// call runs a command line and returns what it says and its exit code's error.
+func call(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	var out bytes.Buffer
+	cmd := newRoot()
+	cmd.SetOut(&out)
+	cmd.SetArgs(args)
+	err := cmd.ExecuteContext(t.Context())
+	return out.String(), err
+}
+
+func write(t *testing.T, dir, name, text string) string {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func isUsage(err error) bool {
+	exit, ok := errors.AsType[*exitError](err)
+	return ok && exit.code == exitUsage
+}
+
+const oldConfig = `
+services:
+  - {name: web, address: 10.96.0.1:80, endpoints: [10.0.0.1:80, 10.0.0.2:80], on_remove: reset}
+  - {name: db, address: 10.96.0.2:80, path: direct, endpoints: [10.0.0.3:80]}
+`
+
+const newConfig = `
+relay: {workers: 2}
+services:
+  - {name: web, address: 10.96.0.1:80, endpoints: [10.0.0.1:80], policy: random, on_remove: reset}
+  - {name: new, address: 10.96.0.3:80, discover: {file: /a.json}}
+  - {name: passed, address: 10.96.0.4:80, path: pass}
+deny: [10.0.0.0/8:25]
+`
+
+func TestValidate(t *testing.T) {
+	dir := t.TempDir()
+	good, bad := write(t, dir, "good.yaml", newConfig), write(t, dir, "bad.yaml", "servces: []\npath: rely\n")
+
+	out, err := call(t, "validate", good)
+	want := good + ": ok: 3 services (1 on pass, 2 on relay), 1 endpoint, 1 source, 1 rule\n"
+	if err != nil || out != want {
+		t.Errorf("%q, %v, want %q", out, err, want)
+	}
+	out, err = call(t, "validate", "-o", "json", good)
+	var v validated
+	if err != nil || json.Unmarshal([]byte(out), &v) != nil || !v.OK || v.Services != 3 || v.Problems == nil {
+		t.Errorf("%q, %v", out, err)
+	}
+
+	out, err = call(t, "validate", bad)
+	want = bad + ":1:1: servces: unknown key, did you mean services?\n" + bad + `:2:7: path: "rely": did you mean relay?`
+	if !isUsage(err) || out != "" || err.Error() != want {
+		t.Errorf("%q, %v, want %s", out, err, want)
+	}
+	out, err = call(t, "validate", "-o", "json", bad)
+	v = validated{}
+	if !isUsage(err) || json.Unmarshal([]byte(out), &v) != nil || v.OK {
+		t.Errorf("%q, %v", out, err)
+	}
+	problems := []config.Problem{
+		{File: bad, Line: 1, Column: 1, Path: "servces", Text: "unknown key, did you mean services?"},
+		{File: bad, Line: 2, Column: 7, Path: "path", Text: `"rely": did you mean relay?`},
+	}
+	if diff := cmp.Diff(problems, v.Problems); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	out, err = call(t, "validate", "-o", "json", filepath.Join(dir, "absent"))
+	if !isUsage(err) || !strings.Contains(out, "no such file") {
+		t.Errorf("%q, %v", out, err)
+	}
+}
+
+func TestDiff(t *testing.T) {
+	dir := t.TempDir()
+	old, new := write(t, dir, "old.yaml", oldConfig), write(t, dir, "new.yaml", newConfig)
+	out, err := call(t, "diff", old, new)
+	want := []string{
+		"SERVICE  CHANGE            WHAT           FROM               TO                 EFFECT",
+		`-        setting           deny           -                  ["10.0.0.0/8:25"]  -`,
+		"-        setting           relay.workers  0                  2                  takes a restart",
+		"web      changed           policy         least_connections  random             -",
+		"web      endpoint removed  10.0.0.2:80    -                  -                  connections are reset",
+		"new      added             -              -                  -                  -",
+		"passed   added             -              -                  -                  -",
+		"db       removed           -              -                  -                  -",
+		"db       endpoint removed  10.0.0.3:80    -                  -                  connections live on",
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, strings.Split(strings.TrimRight(out, "\n"), "\n")); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	if out, err := call(t, "diff", new, new); err != nil || out != "no change\n" {
+		t.Errorf("%q, %v", out, err)
+	}
+	bad := write(t, dir, "bad.yaml", "a: 1\n")
+	if _, err := call(t, "diff", bad, bad); !isUsage(err) || strings.Count(err.Error(), bad) != 2 {
+		t.Errorf("%v, want the problems of both", err)
+	}
+	if _, err := call(t, "--runtime-dir", dir, "diff", new); !errors.Is(err, errNoInstance) {
+		t.Errorf("%v, want that there is none", err)
+	}
+}
+
+// TestDiffRunning compares with what an instance goes by, and counts the
+// connections that it has.
+func TestDiffRunning(t *testing.T) {
+	dir := t.TempDir()
+	c, err := config.Parse("old.yaml", []byte(oldConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	answer := func(v any) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode(v) }
+	}
+	mux.Handle("GET /v1/config", answer(c))
+	mux.Handle("GET /v1/status", answer(admin.Status{Instance: "i", Services: []admin.ServiceStatus{
+		{Name: "web", Endpoints: []admin.EndpointStatus{{Address: "10.0.0.1:80", Live: 7}, {Address: "10.0.0.2:80", Live: 2}}},
+		{Name: "db", Endpoints: []admin.EndpointStatus{{Address: "10.0.0.3:80", Live: 3}}},
+	}}))
+	ln, err := net.Listen("unix", filepath.Join(dir, "i.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &http.Server{Handler: mux}
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(ln) }()
+	defer func() {
+		s.Close()
+		<-done
+	}()
+
+	file := write(t, dir, "new.yaml", newConfig)
+	out, err := call(t, "--runtime-dir", dir, "diff", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const last = "\nopen connections to endpoints that go: 5, of which 2 would be ended\n"
+	if !strings.HasSuffix(out, last) || !strings.Contains(out, "takes a restart") {
+		t.Errorf("%s\nwant at its end: %s", out, last)
+	}
+	out, err = call(t, "--runtime-dir", dir, "diff", "--instance", "i", "-o", "json", file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got changes
+	if err := json.Unmarshal([]byte(out), &got); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(map[string]int64{"web": 2, "db": 3}, got.Open); diff != "" || !got.Restart || len(got.Services) != 4 {
+		t.Errorf("%+v\n%s", got, diff)
+	}
+	same := write(t, dir, "same.yaml", oldConfig)
+	if out, err := call(t, "--runtime-dir", dir, "diff", same); err != nil || out != "no change\n" {
+		t.Errorf("%q, %v", out, err)
+	}
+}
