@@ -55,8 +55,7 @@ func parsePartial(name string, data []byte, last *Config) (*Config, []Refused, e
 	}
 	m.match()
 	m.sources()
-	for m.clash() {
-	}
+	m.clash()
 	c, refused := m.result()
 	// What is taken was judged together with what is not.
 	if err := c.Validate(); err != nil {
@@ -186,35 +185,43 @@ func (m *merge) identified(i int) bool {
 }
 
 // clash refuses services that are right but want the name or the address of one
-// that stays, and reports whether there were any. What they were stays then too,
-// so that there may be more.
-func (m *merge) clash() bool {
+// that stays. What they were stays then too, so that more are in the way.
+func (m *merge) clash() {
+	// Whom a name and an address are of, in the file.
 	names, addrs := make(map[string]int), make(map[netip.AddrPort]int)
-	m.stays(func(was, i int) {
-		s := &m.last.Services[was]
-		names[s.Name], addrs[s.Addr] = i, i
-	})
-	found := false
-	refuse := func(i, by int, key string, value any) {
-		path := index("services", i)
-		m.problems[i] = append(m.problems[i], problem{
-			path: path + "." + key, see: index("services", by),
-			text: fmt.Sprintf("%v is still that of a service that stays as it was, since its change is refused", value),
-		})
-		found = true
-	}
 	for i, s := range m.config.Services {
-		if len(m.problems[i]) > 0 {
-			continue
-		}
-		if by, taken := addrs[s.Addr]; taken {
-			refuse(i, by, "address", s.Addr)
-		}
-		if by, taken := names[s.Name]; taken {
-			refuse(i, by, "name", show(s.Name))
+		if len(m.problems[i]) == 0 {
+			names[s.Name], addrs[s.Addr] = i, i
 		}
 	}
-	return found
+	type stay struct{ was, i int }
+	var waiting []stay
+	m.stays(func(was, i int) { waiting = append(waiting, stay{was, i}) })
+	for len(waiting) > 0 {
+		next := waiting[0]
+		waiting = waiting[1:]
+		s := &m.last.Services[next.was]
+		refuse := func(i int, key string, value any) {
+			path, own := index("services", i), &m.config.Services[i]
+			delete(addrs, own.Addr)
+			delete(names, own.Name)
+			if len(m.problems[i]) == 0 && m.was[i] >= 0 {
+				waiting = append(waiting, stay{m.was[i], i})
+			}
+			m.problems[i] = append(m.problems[i], problem{
+				path: path + "." + key, see: index("services", next.i),
+				text: fmt.Sprintf("%v is still that of a service that stays as it was, since its change is refused", value),
+			})
+		}
+		byAddr, addrTaken := addrs[s.Addr]
+		byName, nameTaken := names[s.Name]
+		if addrTaken {
+			refuse(byAddr, "address", s.Addr)
+		}
+		if nameTaken {
+			refuse(byName, "name", show(s.Name))
+		}
+	}
 }
 
 // result returns the configuration, in the order of the file, and what is not in
