@@ -1,0 +1,167 @@
+package check
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+	"unicode"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// maxOutput is how much of what a command writes is kept for the error.
+	maxOutput = 256
+	// drain is how long a command's output may stay open when its process group
+	// is gone: who left the group and holds it is not waited for.
+	drain = 100 * time.Millisecond
+
+	defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+)
+
+// askCommand runs a command in a process group of its own. When ctx is done, and
+// also when the command itself has ended, the whole group is killed.
+func askCommand(ctx context.Context, to netip.AddrPort, cluster string, command []string) error {
+	var out output
+	cmd := exec.Command(command[0], command[1:]...)
+	cmd.Env = environment(to, cluster)
+	cmd.Dir = "/" // not ours, which may be on what is to be unmounted
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.WaitDelay = drain
+	if err := cmd.Start(); err != nil {
+		return own(fmt.Errorf("start command: %w", err))
+	}
+	g := group{pid: cmd.Process.Pid}
+	killed := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(killed)
+		g.kill()
+	})
+	waitErr := g.wait()
+	late := !stop()
+	if late {
+		<-killed
+	}
+	err := errors.Join(waitErr, ignoreDelay(cmd.Wait()))
+	g.bury()
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return nil
+	case late:
+		return fmt.Errorf("command: %w%s", errTimeout, out.suffix())
+	case errors.As(err, &exit):
+		return fmt.Errorf("command: %w%s", exit, out.suffix())
+	default:
+		return own(fmt.Errorf("wait for command: %w", err))
+	}
+}
+
+// ignoreDelay leaves out that the output was still open: the command has said
+// what it had to say.
+func ignoreDelay(err error) error {
+	if errors.Is(err, exec.ErrWaitDelay) {
+		return nil
+	}
+	return err
+}
+
+// environment is all that a command gets.
+func environment(to netip.AddrPort, cluster string) []string {
+	path := os.Getenv("PATH")
+	if path == "" {
+		path = defaultPath
+	}
+	return []string{
+		"PATH=" + path,
+		"PILLION_ENDPOINT_ADDRESS=" + to.Addr().String(),
+		"PILLION_ENDPOINT_PORT=" + strconv.Itoa(int(to.Port())),
+		"PILLION_ENDPOINT_CLUSTER=" + cluster,
+	}
+}
+
+// group is a process group that this process made.
+type group struct {
+	pid int // of the first of it, which is the group's too
+	// mu lets a kill be either before the first is reaped or not at all: later the
+	// number may be somebody else's.
+	mu   sync.Mutex
+	over bool
+}
+
+// kill kills all of the group.
+func (g *group) kill() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.over {
+		_ = unix.Kill(-g.pid, unix.SIGKILL) // it fails only where nobody is left
+	}
+}
+
+// wait waits until the first of the group has ended, and kills what that left
+// behind. It does not reap it.
+func (g *group) wait() error {
+	var err error
+	for {
+		err = unix.Waitid(unix.P_PID, g.pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
+		if !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	g.kill()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.over = true
+	if err != nil {
+		return fmt.Errorf("wait for process %d: %w", g.pid, err)
+	}
+	return nil
+}
+
+// bury reaps what was killed in the group, where that has become ours: this
+// process may be the first in its container.
+func (g *group) bury() {
+	for {
+		_, err := unix.Wait4(-g.pid, nil, 0, nil)
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return // ECHILD: there is none
+		}
+	}
+}
+
+// output keeps the beginning of what is written to it. Package exec writes from
+// one goroutine, since standard output and error are the same writer.
+type output struct{ kept []byte }
+
+// Write takes all and keeps what there is room for.
+func (o *output) Write(b []byte) (int, error) {
+	o.kept = append(o.kept, b[:min(len(b), maxOutput-len(o.kept))]...)
+	return len(b), nil
+}
+
+// suffix returns what was kept as the end of an error.
+func (o *output) suffix() string {
+	if text := printable(string(o.kept)); text != "" {
+		return ": " + text
+	}
+	return ""
+}
+
+// printable makes one line of a text that may hold anything.
+func printable(text string) string {
+	return strings.TrimSpace(strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(text, "")))
+}

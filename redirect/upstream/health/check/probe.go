@@ -1,0 +1,116 @@
+package check
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// ask asks a target once. It returns nil if the target is well.
+func (c *Checker) ask(ctx context.Context, t Target) error {
+	to := t.Addr
+	if t.Spec.Port != 0 {
+		to = netip.AddrPortFrom(to.Addr(), t.Spec.Port)
+	}
+	switch t.Spec.Kind {
+	case KindHTTP:
+		return c.askHTTP(ctx, to, t.Spec.HTTP)
+	case KindCommand:
+		return askCommand(ctx, to, t.Cluster, t.Spec.Command)
+	default:
+		return c.askTCP(ctx, to)
+	}
+}
+
+func (c *Checker) askTCP(ctx context.Context, to netip.AddrPort) error {
+	conn, err := c.dial(ctx, to)
+	if err != nil {
+		return err
+	}
+	// An end and no reset, though a reset would leave no TIME_WAIT: servers
+	// complain of resets.
+	conn.Close()
+	return nil
+}
+
+// dial connects. An error that is not the endpoint's is own.
+func (c *Checker) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	d := net.Dialer{KeepAlive: -1, Control: c.exempt}
+	// An MPTCP socket is a first subflow's too, which Exempt would not reach.
+	d.SetMultipathTCP(false)
+	conn, err := d.DialContext(ctx, "tcp", to.String())
+	if err == nil {
+		return conn, nil
+	}
+	err, whose := fmt.Errorf("connect: %w", shorten(err)), isEndpoints(err)
+	if !whose {
+		err = own(err)
+	}
+	return nil, err
+}
+
+// exempt runs on every socket before it connects.
+func (c *Checker) exempt(_, _ string, raw syscall.RawConn) error {
+	if c.o.Exempt == nil {
+		return nil
+	}
+	var failed error
+	if err := raw.Control(func(fd uintptr) { failed = c.o.Exempt(int(fd)) }); err != nil {
+		return fmt.Errorf("exempt socket: %w", err)
+	}
+	return failed
+}
+
+// errTimeout stands for the many errors that mean it.
+var errTimeout = errors.New("no answer in time")
+
+// shorten leaves out the addresses that net puts before what happened, since who
+// reads the error knows them.
+func shorten(err error) error {
+	var op *net.OpError
+	if !errors.As(err, &op) {
+		return err
+	}
+	var call *os.SyscallError
+	switch {
+	case errors.As(op.Err, &call):
+		return call.Err
+	case op.Timeout():
+		return errTimeout
+	default:
+		return op.Err
+	}
+}
+
+// isEndpoints tells whether a failed dial is the endpoint's failure or its
+// network's, as in a connection's dial: what else can be wrong (no free port, no
+// descriptor, a local firewall) hits every endpoint alike.
+func isEndpoints(err error) bool {
+	var errno syscall.Errno
+	if !errors.As(err, &errno) {
+		var timeout net.Error
+		return errors.As(err, &timeout) && timeout.Timeout()
+	}
+	switch errno {
+	case unix.ECONNREFUSED, unix.ECONNRESET, unix.ETIMEDOUT,
+		unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EHOSTDOWN, unix.ENETDOWN:
+		return true
+	default:
+		return false
+	}
+}
+
+// ownError is a failure of this side, which says nothing about the endpoint.
+type ownError struct{ error }
+
+func (e ownError) Unwrap() error { return e.error }
+
+func own(err error) error { return ownError{err} }
+
+func isOwn(err error) bool { return errors.As(err, new(ownError)) }
