@@ -83,7 +83,8 @@ func New(o Options) *Checker {
 // address, keeps its state, and its timing unless its Spec has changed. What is
 // new is checked first at a random moment of its interval. When Set returns,
 // what is not in the set is not reported any more, and a check of it that is
-// under way is being cancelled.
+// under way is being cancelled. If the last report said that it is down, and it
+// goes on without a check, the caller is who takes that back.
 //
 // All problems are in one error, and then nothing has changed: a Spec that is
 // not valid, an address that is none, two targets of one cluster and address.
