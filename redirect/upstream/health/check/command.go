@@ -22,7 +22,7 @@ const (
 	maxOutput = 256
 	// drain is how long a command's output may stay open when its process group
 	// is gone: who left the group and holds it is not waited for.
-	drain = 100 * time.Millisecond
+	drain = time.Second
 
 	defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 )
