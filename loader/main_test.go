@@ -198,9 +198,28 @@ func (p *place) connect(t testing.TB, to netip.AddrPort) error {
 	return err
 }
 
-// open connects from inside the scope: a thread of a process cannot be in a
-// cgroup of its own, so the whole test moves there for a moment.
+// open connects from inside the scope.
 func (p *place) open(t testing.TB, to netip.AddrPort, change ...func(*net.Dialer)) (net.Conn, error) {
+	t.Helper()
+	var c net.Conn
+	var err error
+	p.inScope(t, func() {
+		err = p.App.Run(func() (err error) {
+			d := net.Dialer{Timeout: patience}
+			d.SetMultipathTCP(false)
+			for _, f := range change {
+				f(&d)
+			}
+			c, err = d.DialContext(context.Background(), "tcp", to.String())
+			return err
+		})
+	})
+	return c, err
+}
+
+// inScope calls f inside the scope: a thread of a process cannot be in a cgroup of
+// its own, so the whole test moves there for a moment.
+func (p *place) inScope(t testing.TB, f func()) {
 	t.Helper()
 	home := "0::"
 	b, err := os.ReadFile("/proc/self/cgroup")
@@ -219,17 +238,7 @@ func (p *place) open(t testing.TB, to netip.AddrPort, change ...func(*net.Dialer
 	}
 	enter(p.scope.Path)
 	defer enter(home)
-	var c net.Conn
-	err = p.App.Run(func() (err error) {
-		d := net.Dialer{Timeout: patience}
-		d.SetMultipathTCP(false)
-		for _, f := range change {
-			f(&d)
-		}
-		c, err = d.DialContext(context.Background(), "tcp", to.String())
-		return err
-	})
-	return c, err
+	f()
 }
 
 // reason returns a counter of the kernel side.
