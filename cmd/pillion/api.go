@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"net/netip"
 	"os"
 
@@ -9,7 +10,6 @@ import (
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/redirect/capture"
 	"github.com/pillion-project/pillion/redirect/flow"
-	"github.com/pillion-project/pillion/redirect/route"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/telemetry/metrics"
 )
@@ -21,6 +21,9 @@ func (i *instance) api() admin.API {
 		Flows:   i.flows,
 		Metrics: i.metrics.Handler(),
 		Resolve: i.datapath.Resolve,
+		Explain: i.explainer().explain,
+		Config:  i.configuration,
+		Reload:  i.control.requestReload,
 	}
 }
 
@@ -29,7 +32,12 @@ func (i *instance) connect() config.Connect {
 	if !i.datapath.Holds() {
 		return config.ConnectEarly
 	}
-	return i.config.Connect
+	return i.control.inForce().Connect
+}
+
+// configuration returns what holds, as JSON.
+func (i *instance) configuration(context.Context) (json.RawMessage, error) {
+	return json.Marshal(i.control.inForce())
 }
 
 func (i *instance) flows(ctx context.Context, q admin.FlowQuery) ([]flow.Record, error) {
@@ -53,14 +61,16 @@ func (i *instance) status(context.Context) (admin.Status, error) {
 		Scope:       i.scope.Path,
 		Ready:       i.ready.Load(),
 		State:       i.state(&stats),
-		OnFailure:   string(i.config.OnFailure),
+		OnFailure:   string(i.control.inForce().OnFailure),
 		Connect:     string(i.connect()),
 		Started:     i.started,
 		Live:        i.handler.Stats().Live,
 		Counters:    map[string]uint64{},
 		Unaccounted: stats.Unaccounted(),
-		Services:    services(i.handler.Table(), policies(i.config)),
-		Problems:    i.problems(&stats),
+		Services:    i.control.serviceStatus(),
+
+		Configuration: i.control.status(),
+		Problems:      i.problems(&stats),
 	}
 	for r, n := range stats.Reasons {
 		if n > 0 {
@@ -103,29 +113,8 @@ func (i *instance) problems(s *loader.Stats) []string {
 	add(s.Busy, "The accept queues are nearly full: new connections go by on_failure.")
 	add(s.EventsLost > 0, "Some flow records of the kernel side were lost: connections end faster than they are read.")
 	add(!i.datapath.Usable(true), "IPv6 is switched off in this network namespace: IPv6 connections go by on_failure.")
-	add(!i.datapath.Holds() && i.config.Connect != config.ConnectEarly, "This kernel has no tcx (Linux 6.6): connects succeed before their dial has, whatever connect says.")
+	add(!i.datapath.Holds() && i.control.inForce().Connect != config.ConnectEarly, "This kernel has no tcx (Linux 6.6): connects succeed before their dial has, whatever connect says.")
 	add(i.existing.Load() > 0, "Connections that are older than Pillion are not captured. Restart the application, or use existing: reset.")
-	return all
-}
-
-func services(t *route.Table, policies map[string]string) []admin.ServiceStatus {
-	all := []admin.ServiceStatus{}
-	for _, s := range t.Services() {
-		status := admin.ServiceStatus{Name: s.Name, Address: s.Addr.String(), Policy: policies[s.Name]}
-		for _, e := range s.Cluster.Endpoints {
-			state := e.State()
-			status.Endpoints = append(status.Endpoints, admin.EndpointStatus{
-				Address:    state.Addr.String(),
-				Weight:     state.Weight,
-				Ejected:    state.Ejected,
-				Live:       state.Live,
-				Connects:   state.Connects,
-				Failures:   state.Failures,
-				LastReason: state.LastReason,
-			})
-		}
-		all = append(all, status)
-	}
 	return all
 }
 
@@ -133,10 +122,14 @@ func services(t *route.Table, policies map[string]string) []admin.ServiceStatus 
 func (i *instance) sources() metrics.Sources {
 	return metrics.Sources{
 		Kernel:    i,
-		Endpoints: i,
+		Endpoints: i.control,
 		Relay:     i,
-		Losses:    i.losses,
-		Version:   buildVersion(),
+
+		Configuration: i.control,
+		Discovery:     i.control,
+		Checks:        i.control,
+		Losses:        i.losses,
+		Version:       buildVersion(),
 	}
 }
 
@@ -160,28 +153,6 @@ func (i *instance) Kernel() (metrics.KernelStats, error) {
 		Live:        s.Live,
 		BeatAge:     s.BeatAge,
 	}, nil
-}
-
-// Endpoints implements [metrics.Endpoints].
-func (i *instance) Endpoints() []metrics.EndpointStats {
-	var all []metrics.EndpointStats
-	for _, c := range i.snapshot.Load().Clusters() {
-		for _, e := range c.Endpoints {
-			s := e.State()
-			all = append(all, metrics.EndpointStats{
-				Cluster:     c.Name,
-				Addr:        s.Addr.String(),
-				Weight:      s.Weight,
-				Ejected:     s.Ejected,
-				Live:        s.Live,
-				Connects:    s.Connects,
-				Failures:    s.Failures,
-				Ejections:   s.Ejections,
-				ConnectTime: s.ConnectTime,
-			})
-		}
-	}
-	return all
 }
 
 // Relay implements [metrics.Relay].
@@ -209,15 +180,6 @@ func (i *instance) losses() map[string]uint64 {
 	all := map[string]uint64{"handler": l.Handler, "unmatched": l.Unmatched, "unreadable": l.Unreadable}
 	if i.flowLog != nil {
 		all["flowlog"] = i.flowLog.Dropped()
-	}
-	return all
-}
-
-// policies are the balancing policies by service.
-func policies(c *config.Config) map[string]string {
-	all := make(map[string]string, len(c.Services))
-	for _, s := range c.Services {
-		all[s.Name] = s.Policy.String()
 	}
 	return all
 }

@@ -68,14 +68,32 @@ CMD, or 128 and the number of the signal that ended it.`,
 
 // configuration puts the flags on top of the file.
 func (f *execFlags) configuration() (*config.Config, error) {
-	c := config.Default()
+	c := new(config.Config)
+	*c = config.Default()
 	if f.file != "" {
-		loaded, err := config.Load(f.file)
-		if err != nil {
+		var err error
+		if c, err = config.Load(f.file); err != nil {
 			return nil, err
 		}
-		c = *loaded
 	}
+	return f.overlay(c)
+}
+
+// reread reads the file again for a process that has a configuration, last.
+func (f *execFlags) reread(last *config.Config) (*config.Config, []config.Refused, error) {
+	if f.file == "" {
+		return last, nil, nil
+	}
+	c, refused, err := config.LoadPartial(f.file, last)
+	if err != nil {
+		return nil, nil, err
+	}
+	c, err = f.overlay(c)
+	return c, refused, err
+}
+
+// overlay puts the flags on top of c, which it changes.
+func (f *execFlags) overlay(c *config.Config) (*config.Config, error) {
 	var errs []error
 	for _, s := range f.services {
 		service, err := config.ParseService(s)
@@ -113,7 +131,7 @@ func (f *execFlags) configuration() (*config.Config, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	return &c, c.Validate()
+	return c, c.Validate()
 }
 
 // execute returns an exitError with the command's code.
@@ -148,7 +166,7 @@ func execute(ctx context.Context, g *global, f *execFlags, args []string) error 
 	if err != nil {
 		return err
 	}
-	p := plan{name: name, kind: loader.KindExec, cgroups: root, cgroup: cgroup.path, config: c, global: g, log: log}
+	p := plan{name: name, kind: loader.KindExec, cgroups: root, cgroup: cgroup.path, config: c, global: g, log: log, file: f.file, reread: f.reread}
 	code, err := p.around(ctx, f, newChild(args, cgroup, who), cgroup)
 	if err != nil || code != 0 {
 		if exit, ok := errors.AsType[*exitError](err); ok && code == 0 {

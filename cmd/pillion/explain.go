@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"net"
 	"net/netip"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
@@ -40,4 +41,23 @@ type explainer struct {
 // explain implements the function of [admin.API].
 func (e *explainer) explain(_ context.Context, _ admin.ExplainQuery) ([]admin.Explanation, error) {
 	return nil, errors.New("explain: not built yet")
+}
+
+// explainer returns what answers for an instance.
+func (i *instance) explainer() *explainer {
+	return &explainer{
+		tryOut:   i.tryOut,
+		config:   i.control.inForce,
+		services: i.control.serviceStatus,
+		lookUp:   net.DefaultResolver.LookupNetIP,
+	}
+}
+
+// tryOut asks the connect hook's own code.
+func (i *instance) tryOut(source netip.Addr, dst netip.AddrPort) (verdict, error) {
+	v, err := i.datapath.DryRun(source, dst)
+	if err != nil {
+		return verdict{}, err
+	}
+	return verdict{path: v.Path, reason: v.Reason, pick: v.Endpoint}, nil
 }

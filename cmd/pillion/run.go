@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"os/signal"
 	"strings"
 	"time"
@@ -31,7 +32,8 @@ func newRun(g *global) *cobra.Command {
 		Long: `Redirects the TCP connections of every process in a cgroup and below, in this
 network namespace. SIGTERM drains: new connections go by on_failure, open ones
 may end, then everything is taken away. What a killed run leaves is taken over
-by the next one of the same name; until then on_failure decides.`,
+by the next one of the same name; until then on_failure decides. A change of the
+configuration file is taken over while it runs, as by SIGHUP or pillion reload.`,
 		Example: `  pillion run --cgroup /sys/fs/cgroup/system.slice/shop.service --config /etc/pillion.yaml`,
 		Args:    noArgs,
 		RunE:    func(c *cobra.Command, _ []string) error { return daemon(g, f) },
@@ -42,6 +44,14 @@ by the next one of the same name; until then on_failure decides.`,
 	flags.StringVar(&f.name, "name", "", "name of the instance (default: made of the cgroup's path)")
 	flags.DurationVar(&f.drain, "drain-timeout", 30*time.Second, "how long open connections may go on after SIGTERM")
 	return c
+}
+
+// reread reads the configuration again for a process that has one, last.
+func (f *runFlags) reread(last *config.Config) (*config.Config, []config.Refused, error) {
+	if f.file == "" {
+		return last, nil, nil
+	}
+	return config.LoadPartial(f.file, last)
 }
 
 // daemon runs until SIGTERM or SIGINT; a second one ends at once.
@@ -73,7 +83,13 @@ func daemon(g *global, f *runFlags) error {
 	}
 	stop, end := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer end()
-	i, err := open(stop, plan{name: name, kind: loader.KindRun, cgroups: root, cgroup: f.cgroup, config: c, global: g, log: log})
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, unix.SIGHUP)
+	defer signal.Stop(hangups)
+	i, err := open(stop, plan{
+		name: name, kind: loader.KindRun, cgroups: root, cgroup: f.cgroup, config: c, global: g, log: log,
+		file: f.file, reread: f.reread, hangups: hangups,
+	})
 	if err != nil {
 		if errors.Is(err, loader.ErrInUse) {
 			return fmt.Errorf("%w: another pillion run has it (see pillion status)", err)

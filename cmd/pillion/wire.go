@@ -27,7 +27,6 @@ import (
 	"github.com/pillion-project/pillion/redirect/l4"
 	"github.com/pillion-project/pillion/redirect/route"
 	"github.com/pillion-project/pillion/redirect/upstream"
-	"github.com/pillion-project/pillion/redirect/upstream/balance"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/telemetry/events"
 	"github.com/pillion-project/pillion/telemetry/flowlog"
@@ -45,9 +44,13 @@ type plan struct {
 	cgroups string // where cgroup v2 is mounted
 	cgroup  string
 	config  *config.Config
-	// file is where the configuration came from, for messages.
-	global *global
-	log    *slog.Logger
+	// file is where the configuration came from; empty: there is none. reread
+	// reads it again, and hangups are the signals to do so.
+	file    string
+	reread  func(last *config.Config) (*config.Config, []config.Refused, error)
+	hangups <-chan os.Signal
+	global  *global
+	log     *slog.Logger
 }
 
 // instance is a running one.
@@ -61,6 +64,10 @@ type instance struct {
 	metrics   *metrics.Metrics
 	flowLog   *flowlog.Log // nil: none
 	snapshot  atomic.Pointer[upstream.Snapshot]
+	control   *control
+	byAddr    atomic.Pointer[map[netip.AddrPort]string] // the names of services
+	table     *route.Table                              // the first: the handler has the later ones
+	lastRules loader.Rules                              // what the kernel side goes by; control's own
 	socket    net.Listener
 	public    net.Listener // of the metrics; nil: none
 	started   time.Time
@@ -84,47 +91,17 @@ func open(ctx context.Context, p plan) (*instance, error) {
 	if i.scope, err = loader.FindScope(p.cgroups, p.cgroup); err != nil {
 		return nil, usage(err)
 	}
-	table, err := i.build(p.config)
-	if err != nil {
+	i.control = newControl(i)
+	if err := i.control.apply(p.config); err != nil {
 		return nil, usage(err)
 	}
 	if err := i.load(); err != nil {
 		return nil, err
 	}
-	if err := i.assemble(table); err != nil {
+	if err := i.assemble(); err != nil {
 		return nil, errors.Join(err, i.abandon())
 	}
 	return i, nil
-}
-
-// build makes the clusters of a configuration and the table of its services.
-func (i *instance) build(c *config.Config) (*route.Table, error) {
-	specs := make([]upstream.ClusterSpec, 0, len(c.Services))
-	for _, s := range c.Services {
-		policy, err := balance.ByName(s.Policy.String())
-		if err != nil {
-			return nil, fmt.Errorf("service %q: %w", s.Name, err)
-		}
-		spec := upstream.ClusterSpec{Name: s.Name, Policy: policy, NoEndpoint: errnoOf(cmp.Or(s.NoEndpoint, c.NoEndpoint))}
-		for _, e := range s.Endpoints {
-			spec.Endpoints = append(spec.Endpoints, upstream.EndpointSpec{Addr: e.Addr, Weight: e.Weight})
-		}
-		specs = append(specs, spec)
-	}
-	snapshot, err := upstream.Build(i.snapshot.Load(), specs, upstream.Options{Health: c.Health})
-	if err != nil {
-		return nil, fmt.Errorf("build clusters: %w", err)
-	}
-	services := make([]route.Service, 0, len(c.Services))
-	for _, s := range c.Services {
-		services = append(services, route.Service{Name: s.Name, Addr: s.Addr, Cluster: snapshot.Cluster(s.Name)})
-	}
-	table, err := route.NewTable(services, limits(&c.Relay))
-	if err != nil {
-		return nil, fmt.Errorf("build services: %w", err)
-	}
-	i.snapshot.Store(snapshot)
-	return table, nil
 }
 
 // load takes over the instance that is pinned, or makes it.
@@ -156,28 +133,24 @@ func (i *instance) load() error {
 }
 
 // assemble puts the handler and the telemetry around the datapath.
-func (i *instance) assemble(table *route.Table) error {
+func (i *instance) assemble() error {
 	if _, err := i.datapath.Sync(); err != nil {
 		return err
 	}
 	workers := i.workers()
 	// A worker that waits keeps its processor for a while; see redirect/l4.
 	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), workers+2))
-	maxConns := i.maxConns()
-	kernel := rules(i.config, workers, maxConns)
-	var exempt func(int) error
-	if i.inScope() {
-		exempt = i.datapath.Exempt
-	}
+	i.lastRules = i.rules(i.plan.config, i.control.list())
 	v4, v6 := i.datapath.ListenAddrs()
 	queues, err := i.queues(workers)
 	if err != nil {
 		return err
 	}
 	i.handler, err = handler.New(handler.Options{
-		Live: i.datapath, Table: table, Slots: loader.Supernets(),
+		Live: i.datapath, Table: i.table, Slots: loader.Supernets(),
 		Listen4: v4, Listen6: v6, Workers: workers,
-		Limits: limits(&i.config.Relay), MaxConns: maxConns, MaxPerGroup: carried(kernel.ConnQuota), Exempt: exempt,
+		Limits: limits(&i.plan.config.Relay), MaxConns: i.lastRules.MaxConns,
+		MaxPerGroup: carried(i.lastRules.ConnQuota), Exempt: i.exempt(), Unnamed: i.control.sources.asked,
 		Queues: queues, Answered: i.datapath.Answered, Unavailable: i.unavailable,
 	})
 	if err != nil {
@@ -186,7 +159,7 @@ func (i *instance) assemble(table *route.Table) error {
 	if err := i.datapath.SetListeners(i.handler.Listeners()); err != nil {
 		return err
 	}
-	if err := i.datapath.SetRules(kernel); err != nil {
+	if err := i.datapath.SetRules(i.lastRules); err != nil {
 		return err
 	}
 	c4, c6 := i.datapath.CanaryAddrs()
@@ -228,13 +201,13 @@ func (i *instance) tell() error {
 	i.metrics = metrics.New(i.sources())
 	sinks := []events.Sink{i.metrics}
 	var err error
-	if path := i.config.FlowLog; path != "" {
+	if path := i.plan.config.FlowLog; path != "" {
 		if i.flowLog, err = flowlog.Open(path, flowLogQueue); err != nil {
 			return usage(err)
 		}
 		sinks = append(sinks, i.flowLog)
 	}
-	if a := i.config.Metrics; a.IsValid() {
+	if a := i.plan.config.Metrics; a.IsValid() {
 		lc := net.ListenConfig{}
 		lc.SetMultipathTCP(false)
 		if i.public, err = lc.Listen(context.Background(), "tcp", a.String()); err != nil {
@@ -244,7 +217,9 @@ func (i *instance) tell() error {
 	if i.socket, err = admin.Listen(i.socketPath()); err != nil {
 		return err
 	}
-	i.collector, err = events.New(events.Options{Ring: i.datapath.Events(), Handler: i.handler, Sinks: sinks})
+	i.collector, err = events.New(events.Options{
+		Ring: i.datapath.Events(), Handler: i.handler, Kernel: i.datapath, Names: i.names, Sinks: sinks,
+	})
 	return err
 }
 
@@ -261,7 +236,7 @@ func (i *instance) forget(name string) {
 }
 
 func (i *instance) workers() int {
-	n := i.config.Relay.Workers
+	n := i.plan.config.Relay.Workers
 	if n == 0 {
 		n = runtime.NumCPU()
 	}
@@ -271,13 +246,21 @@ func (i *instance) workers() int {
 // maxConns is what the configuration allows and the descriptors suffice for.
 func (i *instance) maxConns() int {
 	var limit unix.Rlimit
-	most := i.config.Limits.Connections
+	most := i.plan.config.Limits.Connections
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err == nil {
 		// A hard limit may be infinite.
 		fds := int(min(limit.Cur, 1<<30))
 		most = min(most, max((fds-otherDescriptors)/2, 1))
 	}
 	return most
+}
+
+// exempt marks sockets of this process as the handler's own, if need be.
+func (i *instance) exempt() func(fd int) error {
+	if !i.inScope() {
+		return nil
+	}
+	return func(fd int) error { return i.datapath.Exempt(fd) }
 }
 
 // inScope tells whether this process is itself in the scope.
@@ -290,11 +273,12 @@ func (i *instance) inScope() bool {
 }
 
 // rules are what the kernel side goes by.
-func rules(c *config.Config, workers, maxConns int) loader.Rules {
+func (i *instance) rules(c *config.Config, services []service) loader.Rules {
+	maxConns := i.maxConns()
 	r := loader.Rules{
 		Default:   c.Default,
 		Closed:    c.OnFailure == config.OnFailureClosed,
-		Workers:   workers,
+		Workers:   i.workers(),
 		MaxConns:  maxConns,
 		ConnQuota: c.Limits.ConnectionsPerContainer,
 		SlotQuota: c.Limits.SlotsPerContainer,
@@ -304,14 +288,19 @@ func rules(c *config.Config, workers, maxConns int) loader.Rules {
 		// One container in a loop must leave something to the others.
 		r.ConnQuota = max(maxConns*3/4, 1)
 	}
-	for _, s := range c.Services {
+	for n := range services {
+		s := &services[n]
 		closed := r.Closed
 		if s.OnFailure != "" {
 			closed = s.OnFailure == config.OnFailureClosed
 		}
+		path := s.path
+		if !s.known && !closed {
+			path = flow.PathPass
+		}
 		r.Services = append(r.Services, loader.Service{
-			Addr: s.Addr, Closed: closed, Connect: cmp.Or(s.Connect, c.Connect).Mode(),
-			NoEndpoint: errnoOf(cmp.Or(s.NoEndpoint, c.NoEndpoint)),
+			Addr: s.Addr, Path: path, Closed: closed, Connect: cmp.Or(s.Connect, c.Connect).Mode(),
+			NoEndpoint: errnoOf(cmp.Or(s.NoEndpoint, c.NoEndpoint)), Set: s.set,
 		})
 	}
 	for _, d := range c.Deny {
@@ -388,6 +377,7 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 	collect, write := newCircle(live, die), newCircle(live, die)
 	relay.run("handler", func(ctx context.Context) error { return i.handler.Run(ctx, force) })
 	helpers.run("admin", func(ctx context.Context) error { return admin.Serve(ctx, i.socket, i.api()) })
+	helpers.run("control", i.control.run)
 	helpers.run("watch", i.datapath.Watch)
 	helpers.run("tidy", i.datapath.Tidy)
 	helpers.run("ebb", func(ctx context.Context) error { return ebb(ctx, func() int { return i.handler.Stats().Live }) })
@@ -399,7 +389,10 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 		write.run("flow log", i.flowLog.Run)
 	}
 
-	err := i.goLive(live)
+	err := i.control.settle(live)
+	if err == nil {
+		err = i.goLive(live)
+	}
 	if err == nil {
 		beat.run("heartbeat", i.beat.Run)
 		err = attached()
@@ -482,7 +475,7 @@ func (i *instance) settle(old []loader.Existing) error {
 	if len(old) == 0 {
 		return nil
 	}
-	if i.config.Existing == config.ExistingReset {
+	if i.plan.config.Existing == config.ExistingReset {
 		if err := i.datapath.Reset(old); err != nil {
 			return fmt.Errorf("reset older connections: %w", err)
 		}

@@ -36,6 +36,9 @@ type Options struct {
 	Exempt                func(fd int) error
 	Queues                []l4.Queue
 	Answered              func(dst netip.AddrPort, lasts time.Duration)
+	// Unnamed, if set, is told of every connection whose destination no service
+	// names. Workers call it, so it must not block.
+	Unnamed func(dst netip.AddrPort)
 	// Unavailable, if set, is told when a service has no endpoint that may be
 	// picked, for how long, and (0) when it has again. It must not block.
 	Unavailable func(service netip.AddrPort, wait time.Duration)
@@ -49,6 +52,7 @@ type Handler struct {
 	relay     *l4.Relay
 	listeners [2][]int // of IPv4 and IPv6, one per worker
 
+	unnamed     func(netip.AddrPort) // nil: nobody asks
 	unavailable func(netip.AddrPort, time.Duration)
 	mu          sync.Mutex              // guards without
 	without     map[netip.AddrPort]bool // services that were told to be unavailable
@@ -60,7 +64,7 @@ type Handler struct {
 func New(o Options) (*Handler, error) {
 	h := &Handler{
 		resolver: origdst.NewResolver(o.Live), slots: o.Slots,
-		unavailable: o.Unavailable, without: map[netip.AddrPort]bool{},
+		unnamed: o.Unnamed, unavailable: o.Unavailable, without: map[netip.AddrPort]bool{},
 	}
 	h.table.Store(o.Table)
 	perWorker, err := h.listen(o)
@@ -154,6 +158,9 @@ func (h *Handler) Direct(local, remote netip.AddrPort) (l4.Target, error) {
 	if s, ok := table.Lookup(d.OrigDst); ok {
 		t.Terms, t.Cluster = &s.Terms, s.Cluster
 		return t, nil
+	}
+	if h.unnamed != nil {
+		h.unnamed(d.OrigDst.AddrPort)
 	}
 	// The connect hook leaves all of these alone. If one arrives here all the
 	// same, somebody tries to use the handler as an open relay.

@@ -27,6 +27,8 @@ type ClusterSpec struct {
 	Zone string
 	// NoEndpoint is as in [Cluster].
 	NoEndpoint syscall.Errno
+	// Health is used instead of that of [Options], unless it is nil.
+	Health *health.Config
 }
 
 // EndpointSpec says what an endpoint is to be.
@@ -69,7 +71,11 @@ func Build(old *Snapshot, specs []ClusterSpec, o Options) (*Snapshot, error) {
 		s.now, s.random = old.now, old.random
 	}
 	for i := range specs {
-		s.clusters = append(s.clusters, s.build(old.Cluster(specs[i].Name), &specs[i], o.Health))
+		h := o.Health
+		if specs[i].Health != nil {
+			h = *specs[i].Health
+		}
+		s.clusters = append(s.clusters, s.build(old.Cluster(specs[i].Name), &specs[i], h))
 	}
 	slices.SortFunc(s.clusters, func(a, b *Cluster) int { return cmp.Compare(a.Name, b.Name) })
 	return s, nil
@@ -150,6 +156,11 @@ func check(old *Snapshot, specs []ClusterSpec, o Options) error {
 			errs = append(errs, fmt.Errorf("cluster %q: the name is taken", spec.Name))
 		}
 		names[spec.Name] = true
+		if spec.Health != nil {
+			if err := spec.Health.Validate(); err != nil {
+				errs = append(errs, fmt.Errorf("cluster %q: health: %w", spec.Name, err))
+			}
+		}
 		if c := old.Cluster(spec.Name); c != nil && c.hash == spec.Hash && c.layout.same(spec) {
 			continue // as it was checked then
 		}

@@ -62,7 +62,10 @@ func (c Changes) Restart() bool {
 }
 
 // startOnly are the settings that size or open something at the start.
-var startOnly = []string{"existing", "relay.workers", "limits.connections", "flow_log", "metrics"}
+var startOnly = []string{
+	"existing", "relay.workers", "limits.connections", "limits.connections_per_container", "flow_log", "metrics",
+	"kubernetes.on_demand", "kubernetes.server", "kubernetes.token_file", "kubernetes.ca_file", "kubernetes.kubeconfig", "kubernetes.idle",
+}
 
 // NeedsRestart reports whether a setting is read at the start only, by its path,
 // such as relay.workers.

@@ -1,0 +1,249 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/redirect/upstream/discover/watch"
+	"github.com/pillion-project/pillion/redirect/upstream/health/check"
+	"github.com/pillion-project/pillion/telemetry/admin"
+)
+
+// control keeps the kernel side and the handler as the configuration, its sources
+// and the health checks say. All of it is done by the goroutine of run, one change
+// after the other; what status shows is copied under mu.
+type control struct {
+	i        *instance
+	sources  *sources
+	checker  *check.Checker
+	removals removals
+
+	requests chan chan<- admin.ReloadResult
+	settled  chan chan struct{}
+	kick     chan struct{} // sources or checks have news
+
+	newsMu sync.Mutex // guards news: a leaf, the checker calls with locks of its own
+	news   []check.Change
+
+	mu       sync.Mutex // guards the rest
+	config   *config.Config
+	state    admin.ConfigurationStatus
+	reloads  uint64
+	failures uint64
+	trouble  string // why the last change could not be put in force; empty: it was
+	services []service
+}
+
+const (
+	// overflowEvery is how often the share that leaves the local zone is
+	// computed again for services whose endpoints the kernel side ejects.
+	overflowEvery = time.Second
+	// firstAnswers is how long the start waits for the sources. Services whose
+	// source has not told yet go by on_failure.
+	firstAnswers = 10 * time.Second
+)
+
+func newControl(i *instance) *control {
+	c := &control{
+		i: i, config: i.plan.config,
+		requests: make(chan chan<- admin.ReloadResult),
+		settled:  make(chan chan struct{}),
+		kick:     make(chan struct{}, 1),
+		state:    admin.ConfigurationStatus{Generation: 1, File: i.file, Loaded: i.started, Tried: i.started, Refused: []admin.Refusal{}},
+	}
+	c.checker = check.New(check.Options{Report: c.checked, Exempt: i.exempt(), Log: i.log})
+	c.sources = newSources(i, c.wake)
+	c.removals.end = i.endConnections
+	return c
+}
+
+// inForce returns the configuration that holds. Nobody may change it.
+func (c *control) inForce() *config.Config {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.config
+}
+
+// wake makes run look for news.
+func (c *control) wake() {
+	select {
+	case c.kick <- struct{}{}:
+	default:
+	}
+}
+
+// checked takes what a health check found.
+func (c *control) checked(change check.Change) {
+	c.newsMu.Lock()
+	c.news = append(c.news, change)
+	c.newsMu.Unlock()
+	c.wake()
+}
+
+// run makes every change until ctx is done.
+func (c *control) run(ctx context.Context) error {
+	var parts sync.WaitGroup
+	defer parts.Wait()
+	ctx, end := context.WithCancel(ctx)
+	defer end()
+	files := make(chan struct{}, 1)
+	if c.i.file != "" {
+		parts.Go(func() {
+			err := watch.File(ctx, c.i.file, func() {
+				select {
+				case files <- struct{}{}:
+				default:
+				}
+			})
+			if err != nil {
+				c.i.log.Error("cannot watch the configuration file", "file", c.i.file, "error", err)
+			}
+		})
+	}
+	parts.Go(func() { _ = c.checker.Run(ctx) })
+	c.sources.start(ctx)
+	defer c.sources.stop()
+	defer end()
+	overflow := time.NewTicker(overflowEvery)
+	defer overflow.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case answer := <-c.requests:
+			answer <- c.reload()
+		case done := <-c.settled:
+			c.update()
+			close(done)
+		case <-c.i.hangups:
+			c.reload()
+		case <-files:
+			c.reload()
+		case <-c.kick:
+			c.update()
+		case <-overflow.C:
+			c.overflow()
+		case <-c.removals.due():
+			c.removals.endDue()
+		}
+	}
+}
+
+// Reload reads the configuration again, as a signal does.
+func (c *control) requestReload(ctx context.Context) (admin.ReloadResult, error) {
+	answer := make(chan admin.ReloadResult, 1)
+	select {
+	case c.requests <- answer:
+	case <-ctx.Done():
+		return admin.ReloadResult{}, context.Cause(ctx)
+	}
+	select {
+	case r := <-answer:
+		return r, nil
+	case <-ctx.Done():
+		return admin.ReloadResult{}, context.Cause(ctx)
+	}
+}
+
+// reload reads the configuration again and puts in force what can be taken of it.
+func (c *control) reload() admin.ReloadResult {
+	before := c.inForce()
+	next, refused, err := c.i.reread(before)
+	if err != nil {
+		return c.refuse(err)
+	}
+	for _, r := range refused {
+		c.i.log.Error("part of the configuration is refused", "name", r.Name, "at", r.Where, "kept", len(r.Kept) > 0, "error", r.Text)
+	}
+	changes := next.Diff(before)
+	next = withoutRestart(next, before)
+	if err := c.apply(next); err != nil {
+		return c.refuse(fmt.Errorf("put the configuration in force: %w", err))
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.config = next
+	c.reloads++
+	if !changes.Empty() {
+		c.state.Generation++
+		c.state.Loaded = time.Now()
+	}
+	c.state.Tried = time.Now()
+	c.state.Refused = refusals(refused)
+	c.i.log.Info("the configuration was read", "generation", c.state.Generation, "refused", len(refused))
+	return admin.ReloadResult{Generation: c.state.Generation, Changes: changes.Lines(), Refused: c.state.Refused}
+}
+
+// refuse keeps what holds, and says why.
+func (c *control) refuse(err error) admin.ReloadResult {
+	c.i.log.Error("the configuration is refused, the last one stays", "error", err)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.reloads++
+	c.failures++
+	c.state.Tried = time.Now()
+	c.state.Refused = []admin.Refusal{}
+	for _, p := range config.Problems(err) {
+		c.state.Refused = append(c.state.Refused, refusalOf(&p))
+	}
+	return admin.ReloadResult{Generation: c.state.Generation, Changes: []string{}, Refused: c.state.Refused}
+}
+
+func refusalOf(p *config.Problem) admin.Refusal {
+	r := admin.Refusal{Text: p.Text}
+	if p.Path != "" {
+		r.Text = p.Path + ": " + p.Text
+	}
+	if p.Line > 0 {
+		r.Where = fmt.Sprintf("%s:%d:%d", p.File, p.Line, p.Column)
+	}
+	return r
+}
+
+// withoutRestart is next with what only a start reads as it was.
+func withoutRestart(next, before *config.Config) *config.Config {
+	c := *next
+	c.Relay.Workers = before.Relay.Workers
+	c.Limits.Connections = before.Limits.Connections
+	c.Limits.ConnectionsPerContainer = before.Limits.ConnectionsPerContainer
+	c.FlowLog, c.Metrics, c.Existing, c.Kubernetes = before.FlowLog, before.Metrics, before.Existing, before.Kubernetes
+	return &c
+}
+
+func refusals(all []config.Refused) []admin.Refusal {
+	out := make([]admin.Refusal, 0, len(all))
+	for _, r := range all {
+		out = append(out, admin.Refusal{Name: r.Name, Where: r.Where, Text: r.Text})
+	}
+	return out
+}
+
+// settle waits until every source has told, or failed to, once, and all of that is
+// in force.
+func (c *control) settle(ctx context.Context) error {
+	late := time.After(firstAnswers)
+	for _, answered := range c.sources.waiting() {
+		select {
+		case <-answered:
+		case <-late:
+			c.i.log.Warn("not every source has told its endpoints yet: their services go by on_failure")
+			late = nil
+		case <-ctx.Done():
+			return cause(ctx)
+		}
+		if late == nil {
+			break
+		}
+	}
+	done := make(chan struct{})
+	select {
+	case c.settled <- done:
+	case <-ctx.Done():
+		return cause(ctx)
+	}
+	<-done
+	return nil
+}

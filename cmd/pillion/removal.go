@@ -1,0 +1,78 @@
+package main
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/pillion-project/pillion/cmd/pillion/config"
+)
+
+// removals ends connections to endpoints that are gone, at once or after a time.
+// It belongs to the goroutine of control.
+type removals struct {
+	// end ends the connections of a service to an endpoint.
+	end     func(gone)
+	pending []removal // by time
+	timer   *time.Timer
+}
+
+// gone names an endpoint that was removed from a service.
+type gone struct {
+	service string
+	addr    netip.AddrPort // of the service
+	// endpoint is what was removed.
+	endpoint netip.AddrPort
+}
+
+type removal struct {
+	gone
+	at time.Time
+}
+
+// add does what a service wants to become of connections to an endpoint.
+func (r *removals) add(g gone, how config.OnRemove, after time.Duration) {
+	switch how {
+	case config.OnRemoveReset:
+		r.end(g)
+	case config.OnRemoveClose:
+		r.pending = append(r.pending, removal{g, time.Now().Add(after)})
+		slices.SortStableFunc(r.pending, func(a, b removal) int { return a.at.Compare(b.at) })
+		r.arm()
+	case config.OnRemoveKeep:
+	}
+}
+
+// back forgets an endpoint that is in its service again.
+func (r *removals) back(g gone) {
+	r.pending = slices.DeleteFunc(r.pending, func(p removal) bool { return p.gone == g })
+	r.arm()
+}
+
+// due is sent to when something is to be ended.
+func (r *removals) due() <-chan time.Time {
+	if r.timer == nil {
+		return nil
+	}
+	return r.timer.C
+}
+
+// endDue ends what is due.
+func (r *removals) endDue() {
+	now := time.Now()
+	for len(r.pending) > 0 && !r.pending[0].at.After(now) {
+		r.end(r.pending[0].gone)
+		r.pending = r.pending[1:]
+	}
+	r.arm()
+}
+
+func (r *removals) arm() {
+	if r.timer != nil {
+		r.timer.Stop()
+		r.timer = nil
+	}
+	if len(r.pending) > 0 {
+		r.timer = time.NewTimer(time.Until(r.pending[0].at))
+	}
+}

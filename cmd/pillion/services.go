@@ -1,0 +1,448 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"slices"
+	"time"
+
+	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/loader"
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/route"
+	"github.com/pillion-project/pillion/redirect/upstream"
+	"github.com/pillion-project/pillion/redirect/upstream/discover"
+	"github.com/pillion-project/pillion/redirect/upstream/health/check"
+)
+
+// service is one that is in force.
+type service struct {
+	config.Service // with all that it takes from the configuration
+	path           flow.Path
+	// found is true for one that nobody lists.
+	found bool
+	// known is false while its source has never told anything: its connections
+	// go by on_failure, since nobody can say that it has no endpoints.
+	known     bool
+	endpoints []discover.Endpoint
+	cluster   *upstream.Cluster
+	set       *flow.Set // of the family of its address; nil: it has none
+}
+
+// apply puts a configuration in force. On an error the last one stays.
+func (c *control) apply(next *config.Config) error {
+	if err := c.sources.open(next); err != nil {
+		return err
+	}
+	wanted := map[string]want{}
+	for i := range next.Services {
+		s := &next.Services[i]
+		if w, ok := c.sources.wantOf(s); ok {
+			wanted[s.Name] = w
+		}
+	}
+	for _, f := range c.sources.found() {
+		if _, listed := wanted[f.Name]; !listed && !lists(next, f.Name, f.Addr) {
+			wanted[f.Name] = wantOfFound(f)
+		}
+	}
+	if err := c.sources.set(wanted); err != nil {
+		return err
+	}
+	return c.publish(next)
+}
+
+// lists tells whether a configuration has a service of that name or address.
+func lists(c *config.Config, name string, addr netip.AddrPort) bool {
+	return slices.ContainsFunc(c.Services, func(s config.Service) bool { return s.Name == name || s.Addr == addr })
+}
+
+// update puts in force what sources and checks have found.
+func (c *control) update() {
+	c.newsMu.Lock()
+	news := c.news
+	c.news = nil
+	c.newsMu.Unlock()
+	for _, change := range news {
+		c.setDown(change)
+	}
+	if len(news) > 0 {
+		c.overflow()
+	}
+	err := c.apply(c.inForce())
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if text := textOf(err); text != c.trouble {
+		c.trouble = text
+		if err != nil {
+			c.i.log.Error("endpoints cannot be put in force, the last ones stay", "error", err)
+		}
+	}
+}
+
+func textOf(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// gather puts together what is known of every service.
+func (c *control) gather(next *config.Config) []service {
+	all := make([]service, 0, len(next.Services))
+	for i := range next.Services {
+		all = append(all, c.serviceOf(next, &next.Services[i]))
+	}
+	for _, f := range c.sources.found() {
+		if !f.Addr.IsValid() || lists(next, f.Name, f.Addr) {
+			continue
+		}
+		v := config.NewService(f.Name, f.Addr)
+		if f.Affinity {
+			v.Policy, v.Hash = flow.PolicyMaglev, flow.HashSource
+		}
+		s := c.serviceOf(next, &v)
+		s.found = true
+		all = append(all, s)
+	}
+	return all
+}
+
+func (c *control) serviceOf(next *config.Config, v *config.Service) service {
+	s := service{Service: next.Effective(v), known: true}
+	s.path, _ = next.PathOf(v)
+	if one, state := c.sources.of(v.Name); one != nil {
+		s.endpoints, s.known = state.Endpoints, state.Generation > 0
+		return s
+	}
+	for _, e := range v.Endpoints {
+		s.endpoints = append(s.endpoints, discover.Endpoint{Addr: e.Addr, Weight: e.Weight, Zone: e.Zone})
+	}
+	return s
+}
+
+// publish makes clusters and sets of what is known, and hands them out: to the
+// handler before the kernel side, so that what is redirected finds its service.
+func (c *control) publish(next *config.Config) error {
+	services := c.gather(next)
+	old := c.i.snapshot.Load()
+	snapshot, err := upstream.Build(old, specs(next, services), upstream.Options{Health: next.Health})
+	if err != nil {
+		return fmt.Errorf("build clusters: %w", err)
+	}
+	c.arrange(services, snapshot)
+	table, err := tableOf(next, services)
+	if err != nil {
+		return fmt.Errorf("build services: %w", err)
+	}
+	if old == nil {
+		// The start: there is no handler yet. It takes the table when it is made.
+		c.i.table = table
+	} else if err := c.hand(next, services, table); err != nil {
+		return err
+	}
+	c.i.snapshot.Store(snapshot)
+	byAddr := make(map[netip.AddrPort]string, len(services))
+	for i := range services {
+		byAddr[services[i].Addr] = services[i].Name
+	}
+	c.i.byAddr.Store(&byAddr)
+	c.mu.Lock()
+	before := c.services
+	c.services = services
+	c.mu.Unlock()
+	c.removed(before, services)
+	return c.checker.Set(targets(services))
+}
+
+// arrange gives each service its cluster, and its set: the one that it had, if the
+// cluster is the same.
+func (c *control) arrange(services []service, snapshot *upstream.Snapshot) {
+	c.mu.Lock()
+	had := make(map[*upstream.Cluster]*flow.Set, len(c.services))
+	for i := range c.services {
+		had[c.services[i].cluster] = c.services[i].set
+	}
+	c.mu.Unlock()
+	for i := range services {
+		s := &services[i]
+		s.cluster = snapshot.Cluster(s.Name)
+		if s.path == flow.PathPass || !s.known {
+			continue
+		}
+		if s.set = had[s.cluster]; s.set == nil {
+			set := s.cluster.Set(s.Addr.Addr().Is4())
+			s.set = &set
+		}
+	}
+}
+
+// hand gives services to the handler and to the kernel side.
+func (c *control) hand(next *config.Config, services []service, table *route.Table) error {
+	rules := c.i.rules(next, services)
+	last := c.i.handler.Table()
+	c.i.handler.SetTable(table)
+	err := c.i.setRules(rules)
+	if err != nil {
+		c.i.handler.SetTable(last)
+		return errors.Join(err, c.i.setRules(c.i.lastRules))
+	}
+	c.i.lastRules = rules
+	return nil
+}
+
+// setRules writes what differs from what the kernel side goes by.
+func (i *instance) setRules(r loader.Rules) error {
+	bare, last := r, i.lastRules
+	bare.Services, last.Services = withoutSets(r.Services), withoutSets(i.lastRules.Services)
+	if !reflect.DeepEqual(bare, last) {
+		return i.datapath.SetRules(r)
+	}
+	changed := map[netip.AddrPort]*flow.Set{}
+	for n := range r.Services {
+		if r.Services[n].Set != i.lastRules.Services[n].Set {
+			changed[r.Services[n].Addr] = r.Services[n].Set
+		}
+	}
+	if len(changed) == 0 {
+		return nil
+	}
+	return i.datapath.SetEndpoints(changed)
+}
+
+func withoutSets(services []loader.Service) []loader.Service {
+	all := slices.Clone(services)
+	for i := range all {
+		all[i].Set = nil
+	}
+	return all
+}
+
+// specs are the clusters of services.
+func specs(next *config.Config, services []service) []upstream.ClusterSpec {
+	all := make([]upstream.ClusterSpec, 0, len(services))
+	for i := range services {
+		s := &services[i]
+		h := next.HealthOf(&s.Service)
+		spec := upstream.ClusterSpec{
+			Name: s.Name, Policy: s.Policy, Hash: s.Hash, Zone: next.Zone, Health: &h,
+			NoEndpoint: errnoOf(cmp.Or(s.NoEndpoint, next.NoEndpoint)),
+		}
+		for _, e := range s.endpoints {
+			spec.Endpoints = append(spec.Endpoints, upstream.EndpointSpec{Addr: e.Addr, Weight: e.Weight, Zone: e.Zone})
+		}
+		all = append(all, spec)
+	}
+	return all
+}
+
+// tableOf is what the handler finds services in.
+func tableOf(next *config.Config, services []service) (*route.Table, error) {
+	all := make([]route.Service, 0, len(services))
+	for i := range services {
+		s := &services[i]
+		if !s.known || s.path == flow.PathPass {
+			continue
+		}
+		all = append(all, route.Service{Name: s.Name, Addr: s.Addr, Cluster: s.cluster, Terms: flow.Terms{Limits: limitsOf(next, s)}})
+	}
+	return route.NewTable(all, limits(&next.Relay))
+}
+
+func limitsOf(next *config.Config, s *service) flow.Limits {
+	l := limits(&next.Relay)
+	if s.Attempts > 0 {
+		l.Attempts = s.Attempts
+	}
+	if s.IdleTimeout != nil {
+		l.IdleTimeout = *s.IdleTimeout
+	}
+	if s.MaxLifetime != nil {
+		l.MaxLifetime = *s.MaxLifetime
+	}
+	return l
+}
+
+// targets are what is checked actively.
+func targets(services []service) []check.Target {
+	var all []check.Target
+	for i := range services {
+		s := &services[i]
+		if s.Check == nil {
+			continue
+		}
+		spec := checkSpec(s.Check)
+		for _, e := range s.endpoints {
+			all = append(all, check.Target{Cluster: s.Name, Addr: e.Addr, Spec: spec})
+		}
+	}
+	return all
+}
+
+func checkSpec(h *config.HealthCheck) check.Spec {
+	s := check.Default()
+	s.Interval, s.Timeout, s.Jitter = h.Interval, h.Timeout, h.Jitter
+	s.Healthy, s.Unhealthy, s.Port = h.Healthy, h.Unhealthy, h.Port
+	switch {
+	case h.HTTP != nil:
+		s.Kind = check.KindHTTP
+		s.HTTP = check.HTTP{Path: h.HTTP.Path, Host: h.HTTP.Host}
+		for _, r := range h.HTTP.Status {
+			s.HTTP.Status = append(s.HTTP.Status, check.StatusRange(r))
+		}
+	case len(h.Command) > 0:
+		s.Kind, s.Command = check.KindCommand, h.Command
+	default:
+	}
+	return s
+}
+
+// setDown writes what a health check found to both sides.
+func (c *control) setDown(change check.Change) {
+	down := change.State == check.StateDown
+	s := c.service(change.Cluster)
+	if s == nil {
+		return // it is gone
+	}
+	for _, e := range s.cluster.Endpoints {
+		if e.Addr != change.Addr || e.Down() == down {
+			continue
+		}
+		e.SetDown(down)
+		c.i.log.Info("health check", "service", s.Name, "endpoint", e.Addr, "state", change.State, "error", change.Err)
+		if s.set == nil {
+			continue
+		}
+		err := c.i.datapath.SetDown(s.Addr, e.Addr, down)
+		if err != nil && !errors.Is(err, loader.ErrNoService) && !errors.Is(err, loader.ErrNoSuchEndpoint) {
+			c.i.log.Error("cannot tell the connect hook what a health check found", "service", s.Name, "error", err)
+		}
+	}
+}
+
+// service returns the one of that name; nil: there is none.
+func (c *control) service(name string) *service {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := range c.services {
+		if c.services[i].Name == name {
+			return &c.services[i]
+		}
+	}
+	return nil
+}
+
+// list returns the services in force. They must not be changed.
+func (c *control) list() []service {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.services
+}
+
+// overflow tells the connect hook how much is to leave the local zone.
+func (c *control) overflow() {
+	for _, s := range c.list() {
+		if s.set == nil || s.set.Tiers[1].Count == 0 {
+			continue
+		}
+		states, err := c.i.datapath.EndpointStates(s.Addr)
+		if err != nil {
+			continue // it is gone, and that was told
+		}
+		up := make(map[netip.AddrPort]bool, len(states))
+		for _, e := range states {
+			up[e.Addr] = !e.Down && e.Ejected == 0
+		}
+		spill := s.set.Overflow(func(n int) bool { return up[s.set.Endpoints[n].Addr] })
+		if err := c.i.datapath.SetSpill(s.Addr, spill); err != nil && !errors.Is(err, loader.ErrNoService) {
+			c.i.log.Error("cannot tell the connect hook how much leaves the zone", "service", s.Name, "error", err)
+		}
+	}
+}
+
+// removed does what services want to become of connections to endpoints that are
+// gone.
+func (c *control) removed(before, now []service) {
+	is := make(map[string]map[netip.AddrPort]bool, len(now))
+	for i := range now {
+		is[now[i].Name] = addrsOf(&now[i])
+	}
+	for i := range before {
+		s := &before[i]
+		if s.OnRemove == config.OnRemoveKeep || s.OnRemove == "" {
+			continue
+		}
+		for _, e := range s.endpoints {
+			if !is[s.Name][e.Addr] {
+				c.removals.add(gone{s.Name, s.Addr, e.Addr}, s.OnRemove, s.RemoveAfter)
+			}
+		}
+	}
+	if len(c.removals.pending) == 0 {
+		return
+	}
+	for i := range now {
+		for a := range is[now[i].Name] {
+			c.removals.back(gone{now[i].Name, now[i].Addr, a})
+		}
+	}
+}
+
+func addrsOf(s *service) map[netip.AddrPort]bool {
+	all := make(map[netip.AddrPort]bool, len(s.endpoints))
+	for _, e := range s.endpoints {
+		all[e.Addr] = true
+	}
+	return all
+}
+
+// endLimit is how long the handler's workers have to end connections.
+const endLimit = 5 * time.Second
+
+// endConnections ends the connections to an endpoint that is gone.
+func (i *instance) endConnections(g gone) {
+	ctx, cancel := context.WithTimeout(context.Background(), endLimit)
+	defer cancel()
+	n := i.handler.End(ctx, g.service, g.endpoint)
+	direct, err := i.datapath.End(g.addr, g.endpoint)
+	if err != nil {
+		i.log.Error("cannot end the connections to an endpoint that is gone", "service", g.service, "endpoint", g.endpoint, "error", err)
+	}
+	if n+direct > 0 {
+		i.log.Info("ended connections to an endpoint that is gone", "service", g.service, "endpoint", g.endpoint, "connections", n+direct)
+	}
+}
+
+// names returns the service of an original destination, and its cluster.
+func (i *instance) names(orig netip.AddrPort) (service, cluster string) {
+	name := (*i.byAddr.Load())[orig]
+	return name, name
+}
+
+// used tells how many connections to a service there have been, and how many
+// there are, on whatever path.
+func (i *instance) used(addr netip.AddrPort) (connects uint64, live int) {
+	for _, s := range i.control.list() {
+		if s.Addr != addr || s.cluster == nil {
+			continue
+		}
+		for _, e := range s.cluster.Endpoints {
+			state := e.State()
+			connects += state.Connects + state.Failures
+			live += int(state.Live)
+		}
+		states, err := i.datapath.EndpointStates(addr)
+		if err != nil {
+			continue // it has no set
+		}
+		for _, e := range states {
+			connects += e.Connects + e.Failed
+			live += e.Live
+		}
+	}
+	return connects, live
+}

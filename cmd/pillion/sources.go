@@ -1,0 +1,247 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"reflect"
+	"sync"
+
+	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/redirect/upstream/discover"
+	"github.com/pillion-project/pillion/redirect/upstream/discover/dns"
+	"github.com/pillion-project/pillion/redirect/upstream/discover/file"
+	"github.com/pillion-project/pillion/redirect/upstream/discover/kube"
+	"github.com/pillion-project/pillion/telemetry/admin"
+)
+
+// sources runs what finds the endpoints of services. Only the goroutine of
+// control changes which there are.
+type sources struct {
+	i       *instance
+	changed func() // somebody has news
+
+	kube   *kube.Client // nil: nobody needs it, or it cannot be had
+	demand *kube.Demand // nil: services are not looked up that nobody lists
+	ctx    context.Context
+	parts  sync.WaitGroup
+
+	mu      sync.Mutex // guards what follows, which status reads too
+	byName  map[string]*source
+	dynamic []kube.Service
+}
+
+// source finds the endpoints of one service.
+type source struct {
+	kind, name string // as in admin.SourceStatus
+	of         any    // what it was made of: to tell whether it is still wanted
+	keeper     *discover.Keeper
+	stop       context.CancelFunc // nil: not started yet
+}
+
+func newSources(i *instance, changed func()) *sources {
+	return &sources{i: i, changed: changed, byName: map[string]*source{}}
+}
+
+// open makes what the configuration needs of the API server.
+func (s *sources) open(c *config.Config) error {
+	needed := c.Kubernetes.OnDemand
+	for _, v := range c.Services {
+		needed = needed || v.Discover != nil && v.Discover.Kubernetes != nil
+	}
+	if !needed || s.kube != nil {
+		return nil
+	}
+	k := &c.Kubernetes
+	client, err := kube.New(kube.Options{
+		Kubeconfig: k.Kubeconfig, Server: k.Server, TokenFile: k.TokenFile, CAFile: k.CAFile,
+		Zone: c.Zone, Exempt: s.i.exempt(),
+	})
+	if err != nil {
+		return err
+	}
+	s.kube = client
+	if k.OnDemand {
+		s.demand = client.Demand(kube.DemandOptions{Idle: k.Idle, Used: s.i.used})
+	}
+	return nil
+}
+
+// start runs all sources, until stop.
+func (s *sources) start(ctx context.Context) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ctx = ctx
+	for _, one := range s.byName {
+		s.launch(one)
+	}
+	if s.demand == nil {
+		return
+	}
+	found := make(chan []kube.Service)
+	s.parts.Go(func() {
+		defer close(found)
+		if err := s.demand.Run(ctx, found); err != nil {
+			s.i.log.Error("services are not found on demand", "error", err)
+		}
+	})
+	s.parts.Go(func() {
+		for all := range found {
+			s.mu.Lock()
+			s.dynamic = all
+			s.mu.Unlock()
+			s.changed()
+		}
+	})
+}
+
+// stop waits for all that start began; its context must be done.
+func (s *sources) stop() {
+	s.parts.Wait()
+	if s.kube != nil {
+		s.kube.Close()
+	}
+}
+
+func (s *sources) launch(one *source) {
+	ctx, stop := context.WithCancel(s.ctx)
+	one.stop = stop
+	s.parts.Go(func() { _ = one.keeper.Run(ctx) })
+}
+
+// asked says that an application connects to what no service names.
+func (s *sources) asked(dst netip.AddrPort) {
+	if s.demand != nil {
+		s.demand.Asked(dst)
+	}
+}
+
+// found returns the services that were found and that nobody lists.
+func (s *sources) found() []kube.Service {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.dynamic
+}
+
+// want is a source that is to run.
+type want struct {
+	kind, name string
+	of         any
+	open       func() (discover.Source, error)
+}
+
+// set makes wanted the whole set. What is made of the same goes on as it is. On an
+// error nothing has changed.
+func (s *sources) set(wanted map[string]want) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	next := make(map[string]*source, len(wanted))
+	var errs []error
+	for name, w := range wanted {
+		if one := s.byName[name]; one != nil && reflect.DeepEqual(one.of, w.of) {
+			next[name] = one
+			continue
+		}
+		src, err := w.open()
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		keeper := discover.NewKeeper(src, func(discover.State) { s.changed() })
+		next[name] = &source{kind: w.kind, name: w.name, of: w.of, keeper: keeper}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	for name, one := range s.byName {
+		if next[name] != one && one.stop != nil {
+			one.stop()
+		}
+	}
+	for _, one := range next {
+		if one.stop == nil && s.ctx != nil {
+			s.launch(one)
+		}
+	}
+	s.byName = next
+	return nil
+}
+
+// of returns the source of a service, and what it knows; nil: it has none.
+func (s *sources) of(service string) (*source, discover.State) {
+	s.mu.Lock()
+	one := s.byName[service]
+	s.mu.Unlock()
+	if one == nil {
+		return nil, discover.State{}
+	}
+	return one, one.keeper.State()
+}
+
+// waiting returns a channel for each source that has not told anything yet, which
+// is closed when it has.
+func (s *sources) waiting() []<-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var all []<-chan struct{}
+	for _, one := range s.byName {
+		all = append(all, one.keeper.Ready())
+	}
+	return all
+}
+
+// wantOf says which source a service needs.
+func (s *sources) wantOf(v *config.Service) (want, bool) {
+	switch d := v.Discover; {
+	case d == nil:
+		return want{}, false
+	case d.File != "":
+		return want{kind: admin.SourceFile, name: d.File, of: d.File, open: func() (discover.Source, error) {
+			return file.New(d.File)
+		}}, true
+	case d.DNS != nil:
+		o := dnsOptions(d.DNS, v.Addr.Addr())
+		o.Exempt = s.i.exempt()
+		return want{kind: admin.SourceDNS, name: d.DNS.Name, of: *d.DNS, open: func() (discover.Source, error) {
+			return dns.New(o)
+		}}, true
+	default:
+		k := d.Kubernetes
+		ref := kube.Ref{Namespace: k.Namespace, Name: k.Name, Port: k.Port}
+		name := k.Namespace + "/" + k.Name
+		if k.Port != "" {
+			name += ":" + k.Port
+		}
+		return want{kind: admin.SourceKubernetes, name: name, of: ref, open: func() (discover.Source, error) {
+			return s.kube.Source(ref), nil
+		}}, true
+	}
+}
+
+// wantOfFound is wantOf for a service that was found on demand.
+func wantOfFound(v kube.Service) want {
+	return want{kind: admin.SourceKubernetes, name: v.Name, of: v.Name + " " + v.Addr.String(),
+		open: func() (discover.Source, error) { return v.Source, nil }}
+}
+
+func dnsOptions(d *config.DNS, service netip.Addr) dns.Options {
+	o := dns.Options{
+		Name: d.Name, Port: d.Port, MinTTL: d.MinTTL, MaxTTL: d.MaxTTL,
+		Servers: d.Servers, ResolvConf: d.ResolvConf,
+	}
+	switch d.Type {
+	case config.DNSSRV:
+		o.SRV = true
+	case config.DNSA:
+		o.Families = dns.FamiliesIPv4
+	case config.DNSAAAA:
+		o.Families = dns.FamiliesIPv6
+	case config.DNSAddress:
+	default: // as the service's own address
+		o.Families = dns.FamiliesIPv4
+		if service.Is6() {
+			o.Families = dns.FamiliesIPv6
+		}
+	}
+	return o
+}
