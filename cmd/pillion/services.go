@@ -156,7 +156,26 @@ func (c *control) publish(next *config.Config) error {
 	c.services = services
 	c.mu.Unlock()
 	c.removed(before, services)
-	return c.checker.Set(targets(services))
+	if err := c.checker.Set(targets(services)); err != nil {
+		return fmt.Errorf("check endpoints: %w", err)
+	}
+	c.unchecked(services)
+	return nil
+}
+
+// unchecked forgets what health checks found that there are no more.
+func (c *control) unchecked(services []service) {
+	for i := range services {
+		s := &services[i]
+		if s.Check != nil {
+			continue
+		}
+		for _, e := range s.cluster.Endpoints {
+			if e.Down() {
+				c.setDown(check.Change{Cluster: s.Name, Addr: e.Addr, State: check.StateUp})
+			}
+		}
+	}
 }
 
 // arrange gives each service its cluster, and its set: the one that it had, if the

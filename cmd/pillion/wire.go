@@ -76,8 +76,9 @@ type instance struct {
 	existing  atomic.Int64
 }
 
-// Descriptors that are not for connections: maps, programs, sockets, pipes.
-const otherDescriptors = 256
+// Descriptors that are not for connections: maps, programs, sockets, pipes, and
+// some 210 of health checks.
+const otherDescriptors = 512
 
 // open builds an instance, step by step, and undoes all of it on a failure. Its
 // programs are not attached yet, but for the one that brings connections to the
