@@ -39,7 +39,8 @@ func printJSON(w io.Writer, v any) error {
 	return nil
 }
 
-// newTable returns a table without frames, which cut and awk can read too.
+// newTable returns a table without frames, which cut and awk can read too. It has
+// no line of headings if there are none.
 func newTable(header ...any) table.Writer {
 	t := table.NewWriter()
 	style := table.StyleDefault
@@ -48,7 +49,9 @@ func newTable(header ...any) table.Writer {
 	style.Box.PaddingRight = "  "
 	style.Format.Header = text.FormatUpper
 	t.SetStyle(style)
-	t.AppendHeader(header)
+	if len(header) > 0 {
+		t.AppendHeader(header)
+	}
 	return t
 }
 

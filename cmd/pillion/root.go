@@ -69,7 +69,7 @@ endpoints and records every one. Nothing else on the machine changes.`,
 	f.StringVar(&g.bpffs, "bpffs", "/sys/fs/bpf", "bpf file system to pin in; mounted if it is not")
 	root.AddCommand(
 		newExec(g), newRun(g), newStatus(g), newFlows(g), newDoctor(g),
-		newResolve(g), newReload(g), newUnload(g), newVersion(),
+		newResolve(g), newExplain(g), newReload(g), newUnload(g), newVersion(),
 		newValidate(), newDiff(g),
 	)
 	return root

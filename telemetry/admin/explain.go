@@ -50,20 +50,27 @@ type Explanation struct {
 	Source netip.Addr  `json:"source,omitzero"`
 	Path   flow.Path   `json:"path"`
 	Reason flow.Reason `json:"reason"`
+	// Meaning is Reason in a sentence without its end.
+	Meaning string `json:"meaning"`
 	// Errno is what connect(2) fails with, like ECONNREFUSED; empty if the hook
 	// lets it through.
 	Errno string `json:"errno,omitempty"`
-	// Meaning is Reason in a sentence.
-	Meaning string `json:"meaning"`
-	Rule    Rule   `json:"rule"`
+	Rule  Rule   `json:"rule"`
+	// Why says, for each path that is cheaper than the configuration's, why it
+	// is not that.
+	Why []string `json:"why,omitempty"`
+	// OnFailure is what happens if the path cannot be taken, open or closed.
+	OnFailure string `json:"on_failure"`
 	// Service is the service that names the destination, nil if none does. It
 	// is told also where a rule goes before it.
 	Service *ServiceStatus `json:"service,omitempty"`
-	// OnFailure is what happens if the path cannot be taken, open or closed.
-	OnFailure string `json:"on_failure,omitempty"`
-	// Pick is the endpoint that the dry pick gave. Not valid: none was picked,
-	// or the handler would do it, by the same set.
+	// Pick is the endpoint that the dry pick gave, on relay that which the
+	// connect hook would pick if the handler were gone. Not valid: there is
+	// nothing to pick.
 	Pick netip.AddrPort `json:"pick,omitzero"`
+	// Tier is which of the service's tiers Pick is in, from 0: the endpoints of
+	// the local zone, and the others.
+	Tier int `json:"tier"`
 }
 
 func (q ExplainQuery) values() url.Values {

@@ -75,6 +75,7 @@ func explanation(q ExplainQuery) Explanation {
 		Asked: q.Destination, Destination: netip.MustParseAddrPort("10.96.0.12:80"), Source: q.Source,
 		Path: flow.PathDirect, Reason: flow.ReasonService, Meaning: "a service names it",
 		Rule: Rule{Kind: RuleService, Text: "service web", Where: "p.yaml:2:5"}, Service: &s, OnFailure: "open",
+		Why: []string{"pass: endpoints need path: direct"}, Tier: 1,
 		Pick: netip.MustParseAddrPort("127.0.0.1:8081"),
 	}
 }

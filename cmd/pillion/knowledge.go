@@ -1,0 +1,271 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/loader"
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/upstream"
+	"github.com/pillion-project/pillion/redirect/upstream/discover"
+	"github.com/pillion-project/pillion/redirect/upstream/health/check"
+	"github.com/pillion-project/pillion/telemetry/admin"
+	"github.com/pillion-project/pillion/telemetry/metrics"
+)
+
+// knowledge is what the parts of an instance know of one service at one moment.
+// What does not apply is nil.
+type knowledge struct {
+	// endpoints are those that hold: the static ones, or the last good ones of
+	// the source.
+	endpoints []discover.Endpoint
+	// kernel is what the connect hook counts, handler what the handler does.
+	kernel  []loader.EndpointState
+	handler []upstream.EndpointState
+	// checks are the active ones, of the service's cluster.
+	checks []check.Status
+	// source is nil for static endpoints.
+	source *discover.State
+}
+
+// endpointView is one endpoint, joined.
+type endpointView struct {
+	discover.Endpoint
+	ejected, down, removed        bool
+	live                          int64
+	connects, failures, ejections uint64
+	connectTime                   time.Duration
+	last                          flow.Reason
+	checkError                    string
+}
+
+// views joins what is known, in the order of the endpoints; those that were
+// removed and still have connections come last. Counts are sums: a service on
+// relay may have connections on direct from when the handler was gone. Whether an
+// endpoint is ejected says the one that picks on path.
+func (k *knowledge) views(path flow.Path) []endpointView {
+	all := make([]endpointView, 0, len(k.endpoints))
+	at := make(map[netip.AddrPort]int, len(k.endpoints))
+	for _, e := range k.endpoints {
+		at[e.Addr] = len(all)
+		all = append(all, endpointView{Endpoint: e})
+	}
+	// removed is the view of an endpoint that is none any more.
+	removed := func(a netip.AddrPort) int {
+		at[a] = len(all)
+		all = append(all, endpointView{Endpoint: discover.Endpoint{Addr: a}, removed: true})
+		return at[a]
+	}
+	for _, s := range k.handler {
+		i, ok := at[s.Addr]
+		if !ok && s.Live > 0 {
+			i, ok = removed(s.Addr), true
+		}
+		if ok {
+			all[i].addHandler(&s, path == flow.PathRelay)
+		}
+	}
+	for _, s := range k.kernel {
+		i, ok := at[s.Addr]
+		if !ok && s.Live > 0 {
+			i, ok = removed(s.Addr), true
+		}
+		if ok {
+			all[i].addKernel(&s, path == flow.PathDirect)
+		}
+	}
+	for _, s := range k.checks {
+		if i, ok := at[s.Addr]; ok && !all[i].removed {
+			all[i].down = all[i].down || s.State == check.StateDown
+			all[i].checkError = s.Err
+		}
+	}
+	return all
+}
+
+// addHandler adds what the handler knows. picks is true when it is the one that
+// picks.
+func (v *endpointView) addHandler(s *upstream.EndpointState, picks bool) {
+	v.live += s.Live
+	v.connects += s.Connects
+	v.failures += s.Failures
+	v.ejections += s.Ejections
+	v.connectTime = s.ConnectTime
+	v.down = v.down || s.Down
+	if picks {
+		v.ejected = s.Ejected
+	}
+	if picks || v.last == flow.ReasonNone {
+		v.last = cmp.Or(s.LastReason, v.last)
+	}
+}
+
+// addKernel adds what the connect hook knows, as addHandler does.
+func (v *endpointView) addKernel(s *loader.EndpointState, picks bool) {
+	v.live += int64(s.Live)
+	v.connects += s.Connects
+	v.failures += s.Failed
+	v.ejections += uint64(s.Ejections)
+	v.down = v.down || s.Down
+	if picks {
+		v.ejected = s.Ejected > 0
+	}
+	if picks || v.last == flow.ReasonNone {
+		v.last = cmp.Or(s.Last, v.last)
+	}
+}
+
+// serviceStatus is what status and explain tell of a service of c.
+func serviceStatus(c *config.Config, s *config.Service, k *knowledge) admin.ServiceStatus {
+	path, _ := c.PathOf(s)
+	status := admin.ServiceStatus{
+		Name:      s.Name,
+		Address:   s.Addr.String(),
+		Policy:    s.Policy.String(),
+		Path:      path,
+		PathAsked: string(cmp.Or(s.Path, c.Path)),
+		Where:     s.Where(""),
+		Source:    sourceStatus(s, k.source),
+		Endpoints: []admin.EndpointStatus{},
+	}
+	for _, o := range c.Why(s) {
+		text := fmt.Sprintf("%s: %s", o.Path, o.Text)
+		if o.Where != "" {
+			text += " (" + o.Where + ")"
+		}
+		status.Why = append(status.Why, text)
+	}
+	for _, v := range k.views(path) {
+		status.Endpoints = append(status.Endpoints, v.status(c.Zone))
+	}
+	return status
+}
+
+// status is the endpoint as listings have it; local is the instance's own zone.
+func (v *endpointView) status(local string) admin.EndpointStatus {
+	state := admin.StateOf(v.ejected, v.down)
+	if v.removed {
+		state = admin.EndpointRemoved
+	}
+	return admin.EndpointStatus{
+		Address:    v.Addr.String(),
+		Weight:     v.Weight,
+		Zone:       v.Zone,
+		Local:      v.Zone != "" && v.Zone == local,
+		State:      state,
+		Ejected:    v.ejected,
+		Down:       v.down,
+		Live:       v.live,
+		Connects:   v.connects,
+		Failures:   v.failures,
+		LastReason: v.last,
+		CheckError: v.checkError,
+	}
+}
+
+// sourceStatus says where the endpoints of s come from; state is nil for static
+// ones.
+func sourceStatus(s *config.Service, state *discover.State) admin.SourceStatus {
+	kind, name := sourceOf(s)
+	status := admin.SourceStatus{Kind: kind, Name: name}
+	if state == nil {
+		return status
+	}
+	status.Updated = state.Since
+	status.Stale = state.Err != nil || state.Generation == 0
+	if state.Err != nil {
+		status.Error = state.Err.Error()
+	}
+	return status
+}
+
+// sourceOf names the source of a service's endpoints.
+func sourceOf(s *config.Service) (kind, name string) {
+	switch d := s.Discover; {
+	case d == nil:
+		return admin.SourceStatic, ""
+	case d.DNS != nil:
+		return admin.SourceDNS, d.DNS.Name
+	case d.Kubernetes != nil:
+		name := d.Kubernetes.Namespace + "/" + d.Kubernetes.Name
+		if d.Kubernetes.Port != "" {
+			name += ":" + d.Kubernetes.Port
+		}
+		return admin.SourceKubernetes, name
+	default:
+		return admin.SourceFile, d.File
+	}
+}
+
+// endpointStats is what metrics tell of the endpoints of a service of c. Those
+// that were removed are told for as long as they have connections.
+func endpointStats(c *config.Config, s *config.Service, k *knowledge) []metrics.EndpointStats {
+	path, _ := c.PathOf(s)
+	views := k.views(path)
+	all := make([]metrics.EndpointStats, 0, len(views))
+	for _, v := range views {
+		all = append(all, metrics.EndpointStats{
+			Cluster:     s.Name,
+			Addr:        v.Addr.String(),
+			Weight:      v.Weight,
+			Zone:        v.Zone,
+			Path:        path,
+			Ejected:     v.ejected,
+			Down:        v.down,
+			Live:        v.live,
+			Connects:    v.connects,
+			Failures:    v.failures,
+			Ejections:   v.ejections,
+			ConnectTime: v.connectTime,
+		})
+	}
+	return all
+}
+
+// discoveryStats is what metrics tell of the source of a service. asked is when
+// its source was first run.
+func discoveryStats(s *config.Service, state *discover.State, asked, now time.Time) metrics.DiscoveryStats {
+	kind, _ := sourceOf(s)
+	stats := metrics.DiscoveryStats{
+		Service:   s.Name,
+		Source:    kind,
+		Stale:     state.Err != nil || state.Generation == 0,
+		Changes:   state.Generation,
+		Errors:    state.Failures,
+		Endpoints: len(state.Endpoints),
+	}
+	if stats.Stale {
+		since := state.Since
+		if since.IsZero() {
+			since = asked
+		}
+		stats.Age = max(now.Sub(since), 0)
+	}
+	return stats
+}
+
+// checkStats sums the active checks, which are sorted by cluster.
+func checkStats(all []check.Status) []metrics.CheckStats {
+	var stats []metrics.CheckStats
+	for _, s := range all {
+		if n := len(stats); n == 0 || stats[n-1].Cluster != s.Cluster {
+			stats = append(stats, metrics.CheckStats{Cluster: s.Cluster})
+		}
+		c := &stats[len(stats)-1]
+		switch s.State {
+		case check.StateUp:
+			c.Up++
+		case check.StateDown:
+			c.Down++
+		default:
+			c.Unknown++
+		}
+		if s.Err != "" {
+			c.Failing++
+		}
+	}
+	return stats
+}
