@@ -2,10 +2,11 @@ package main
 
 import (
 	"context"
-	"errors"
+	"encoding/json"
 	"fmt"
 	"io"
 
+	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/spf13/cobra"
 )
@@ -56,20 +57,42 @@ func reload(ctx context.Context, w io.Writer, client *admin.Client, o *output) e
 }
 
 func printReload(w io.Writer, r *admin.ReloadResult) error {
-	var errs []error
-	line := func(format string, args ...any) {
-		_, err := fmt.Fprintf(w, format+"\n", args...)
-		errs = append(errs, err)
-	}
-	line("configuration %d holds", r.Generation)
-	if len(r.Changes) == 0 {
-		line("  nothing changed")
-	}
-	for _, c := range r.Changes {
-		line("  %s", c)
+	if _, err := fmt.Fprintf(w, "configuration %d holds\n", r.Generation); err != nil {
+		return err
 	}
 	for _, f := range r.Refused {
-		line("  ! %s", refusalText(&f, "    "))
+		if _, err := fmt.Fprintf(w, "  ! %s\n", refusalText(&f, "    ")); err != nil {
+			return err
+		}
 	}
-	return errors.Join(errs...)
+	var c config.Changes
+	if len(r.Changes) > 0 {
+		if err := json.Unmarshal(r.Changes, &c); err != nil {
+			return fmt.Errorf("read what changed: %w", err)
+		}
+	}
+	return printChanges(w, &output{}, &changes{Changes: c})
+}
+
+// reloadResult is what the admin socket tells of a reload: d is from the
+// configuration before to the one that holds now, refused and err are those of
+// [config.LoadPartial].
+func reloadResult(generation uint64, d config.Changes, refused []config.Refused, err error) (admin.ReloadResult, error) {
+	text, failed := json.Marshal(d)
+	if failed != nil {
+		return admin.ReloadResult{}, fmt.Errorf("tell what changed: %w", failed)
+	}
+	return admin.ReloadResult{Generation: generation, Changes: text, Refused: refusals(refused, err)}, nil
+}
+
+// refusals tells in the admin socket's words what was not taken. It is never nil.
+func refusals(refused []config.Refused, err error) []admin.Refusal {
+	all := []admin.Refusal{}
+	if err != nil {
+		all = append(all, admin.Refusal{Text: err.Error()})
+	}
+	for _, r := range refused {
+		all = append(all, admin.Refusal(r))
+	}
+	return all
 }

@@ -157,18 +157,24 @@ func configurationText(c *admin.ConfigurationStatus, now time.Time) string {
 
 // refusalText says what was refused and why. Lines after the first are indented.
 func refusalText(r *admin.Refusal, indent string) string {
-	name, kept := r.Name, "the earlier state stays"
-	if name == "" {
-		name, kept = "the configuration", "the earlier one stays"
+	what := r.Name
+	if r.Source {
+		what = "the source of " + what
 	}
-	if !r.Kept {
-		kept = "there is no earlier state"
+	kept := "there is no earlier state"
+	switch {
+	case r.Name == "":
+		what, kept = "the configuration", "the earlier one stays"
+	case len(r.Kept) == 1 && r.Kept[0] == r.Name:
+		kept = "the earlier state stays"
+	case len(r.Kept) > 0:
+		kept = "the earlier state stays of " + strings.Join(r.Kept, ", ")
 	}
 	text := r.Text
-	if r.Where != "" && !strings.HasPrefix(text, r.Where) {
+	if r.Where != "" && !strings.Contains(text, r.Where) {
 		text = r.Where + ": " + text
 	}
-	return fmt.Sprintf("%s is refused, %s:\n%s%s", name, kept, indent,
+	return fmt.Sprintf("%s is refused, %s:\n%s%s", what, kept, indent,
 		strings.ReplaceAll(strings.TrimSpace(text), "\n", "\n"+indent))
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
 )
@@ -50,8 +51,9 @@ func testStatus() admin.Status {
 		Configuration: admin.ConfigurationStatus{
 			Generation: 4, File: "p.yaml", Loaded: now.Add(-time.Hour),
 			Refused: []admin.Refusal{
-				{Name: "cart", Where: "p.yaml:3:7", Text: "p.yaml:3:7: unknown policy\np.yaml:4:7: no endpoint", Kept: true},
+				{Name: "cart", Where: "p.yaml:3:7", Text: "p.yaml:3:7: unknown policy\np.yaml:4:7: no endpoint", Kept: []string{"cart"}},
 				{Name: "mail", Text: "no such file"},
+				{Name: "chat", Source: true, Where: "p.yaml:8:1", Text: "bad name", Kept: []string{"talk", "chat"}},
 			},
 		},
 		Problems: []string{"Something is wrong."},
@@ -88,6 +90,8 @@ func TestPrintStatus(t *testing.T) {
 		"    p.yaml:4:7: no endpoint",
 		"  ! mail is refused, there is no earlier state:",
 		"    no such file",
+		"  ! the source of chat is refused, the earlier state stays of talk, chat:",
+		"    p.yaml:8:1: bad name",
 		"",
 		"SERVICE  ADDRESS        PATH           POLICY  SOURCE                            ENDPOINT     ZONE       WEIGHT  STATE                       OPEN  CONNECTS  FAILURES  LAST FAILURE",
 		"web      10.96.0.12:80  direct (auto)  maglev  dns web.example (stale for 2m0s)  10.1.0.1:80  a (local)  1       available                   2     9         0         none",
@@ -127,7 +131,12 @@ func runCommand(t *testing.T, g *global, args ...string) (string, error) {
 }
 
 func TestReload(t *testing.T) {
-	result := admin.ReloadResult{Generation: 5, Changes: []string{"service web: policy: random"}}
+	from, to := config.Default(), config.Default()
+	to.Default = flow.PathPass
+	result, err := reloadResult(5, to.Diff(&from), nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
 	var failure error
 	g := &global{runtime: t.TempDir()}
 	if _, err := runCommand(t, g, "reload"); !errors.Is(err, errNoInstance) {
@@ -142,22 +151,29 @@ func TestReload(t *testing.T) {
 	if err != nil {
 		t.Error(err)
 	}
-	lines(t, out, "configuration 5 holds", "  service web: policy: random")
+	lines(t, out,
+		"configuration 5 holds",
+		"SERVICE  CHANGE   WHAT     FROM   TO    EFFECT",
+		"-        setting  default  relay  pass  -",
+	)
 
 	// What is refused is told on stdout, and makes the exit code the user's.
-	result = admin.ReloadResult{Generation: 5, Refused: []admin.Refusal{
-		{Name: "cart", Where: "p.yaml:3:7", Text: "unknown policy", Kept: true},
-		{Text: "p.yaml:9:1: what is this?", Kept: true},
-	}}
+	result, err = reloadResult(5, config.Changes{}, []config.Refused{
+		{Name: "cart", Where: "p.yaml:3:7", Text: "unknown policy", Kept: []string{"cart"}},
+	}, errors.New("p.yaml:9:1: what is this?"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	out, err = runCommand(t, g, "reload", "--name", "shop")
 	exit, ok := errors.AsType[*exitError](err)
 	if !ok || exit.code != exitUsage || exit.err != nil {
 		t.Errorf("refused: %v", err)
 	}
 	lines(t, out,
-		"configuration 5 holds", "  nothing changed",
-		"  ! cart is refused, the earlier state stays:", "    p.yaml:3:7: unknown policy",
+		"configuration 5 holds",
 		"  ! the configuration is refused, the earlier one stays:", "    p.yaml:9:1: what is this?",
+		"  ! cart is refused, the earlier state stays:", "    p.yaml:3:7: unknown policy",
+		"no change",
 	)
 	out, err = runCommand(t, g, "reload", "-o", "json")
 	if exit, ok := errors.AsType[*exitError](err); !ok || exit.code != exitUsage || !strings.Contains(out, `"where": "p.yaml:3:7"`) {

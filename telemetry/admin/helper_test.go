@@ -54,7 +54,7 @@ func status() Status {
 }
 
 func refusal() Refusal {
-	return Refusal{Name: "shop", Where: "p.yaml:3:7", Text: "unknown policy", Kept: true}
+	return Refusal{Name: "shop", Where: "p.yaml:3:7", Text: "unknown policy", Kept: []string{"shop"}}
 }
 
 func serviceStatus() ServiceStatus {
@@ -116,7 +116,7 @@ func testAPI() API {
 			return json.RawMessage(`{"default":"relay"}`), nil
 		},
 		Reload: func(context.Context) (ReloadResult, error) {
-			return ReloadResult{Generation: 4, Changes: []string{"service web: policy random"}, Refused: []Refusal{refusal()}}, nil
+			return ReloadResult{Generation: 4, Changes: json.RawMessage(`{"settings":[]}`), Refused: []Refusal{refusal()}}, nil
 		},
 	}
 }

@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"encoding/json"
 	"time"
 
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -75,24 +76,26 @@ type ConfigurationStatus struct {
 
 // Refusal is a part of a configuration that was not taken.
 type Refusal struct {
-	// Name is the service or the source; empty: the whole configuration.
+	// Name is the service; empty: the whole configuration.
 	Name string `json:"name,omitempty"`
+	// Source is true if only where its endpoints come from was refused.
+	Source bool `json:"source,omitempty"`
 	// Where is file:line:column.
 	Where string `json:"where,omitempty"`
 	// Text says what is wrong, and what was meant where that can be guessed; one
-	// problem a line.
+	// problem a line, each with its place.
 	Text string `json:"text"`
-	// Kept is true when an earlier state of it holds, false when there is none.
-	Kept bool `json:"kept"`
+	// Kept are the services that stay as they were on its account; none: there
+	// was nothing to keep. Of a whole configuration, the earlier one stays.
+	Kept []string `json:"kept,omitempty"`
 }
 
 // ReloadResult is what became of a reload.
 type ReloadResult struct {
 	// Generation is the configuration that holds now.
 	Generation uint64 `json:"generation"`
-	// Changes are lines that tell what is different from before, none if nothing
-	// is.
-	Changes []string `json:"changes"`
+	// Changes is what is different from before, in the form of diff -o json.
+	Changes json.RawMessage `json:"changes,omitempty"`
 	// Refused is what was not taken.
 	Refused []Refusal `json:"refused"`
 }
