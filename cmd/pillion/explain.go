@@ -175,14 +175,19 @@ func clusterText(s *admin.ServiceStatus, now time.Time) string {
 
 // pickText is what a dry pick gave.
 func pickText(x *admin.Explanation) string {
-	switch {
-	case !x.Pick.IsValid():
+	if !x.Pick.IsValid() {
 		return ""
-	case x.Path == flow.PathDirect:
-		return fmt.Sprintf("%s, this time", x.Pick)
-	default:
-		return fmt.Sprintf("%s, if the connect hook picked", x.Pick)
 	}
+	text := x.Pick.String() + ", this time"
+	if x.Path != flow.PathDirect {
+		text = x.Pick.String() + ", if the connect hook picked"
+	}
+	for _, e := range x.Service.Endpoints {
+		if e.Address == x.Pick.String() && e.Ejected {
+			text += "; it is ejected, but too few others are left"
+		}
+	}
+	return text
 }
 
 // printEndpoints prints one line per endpoint, with a sign at the one that was

@@ -312,6 +312,26 @@ func TestPrintExplanation(t *testing.T) {
 			"  on failure  open",
 			"  cluster     web, 0 endpoints by random",
 		}},
+		{"panic", admin.Explanation{
+			Asked: "10.96.0.12:80", Destination: netip.MustParseAddrPort("10.96.0.12:80"),
+			Path: flow.PathRelay, Reason: flow.ReasonService, Meaning: meaning(flow.ReasonService), OnFailure: "closed",
+			Rule: admin.Rule{Kind: admin.RuleService, Text: "service web"}, Pick: endpoint1,
+			Service: &admin.ServiceStatus{
+				Name: "web", Cluster: "web-v1", Policy: "random", Path: flow.PathRelay, PathAsked: "relay",
+				Endpoints: []admin.EndpointStatus{{Address: "10.1.0.1:80", Weight: 1, Ejected: true, State: admin.EndpointEjected}},
+			},
+		}, []string{
+			"10.96.0.12:80",
+			"  path        relay: a service names the destination (service)",
+			"  rule        service web",
+			"  configured  path: relay",
+			"  on failure  closed",
+			"  cluster     web-v1, 1 endpoint",
+			"  pick        10.1.0.1:80, if the connect hook picked; it is ejected, but too few others are left",
+			"",
+			"ENDPOINT     PICK  WEIGHT  STATE    OPEN  CONNECTS  FAILURES  LAST FAILURE",
+			"10.1.0.1:80  *          1  ejected     0         0         0  none",
+		}},
 		{"default", admin.Explanation{
 			Asked: "192.0.2.1", Destination: netip.MustParseAddrPort("192.0.2.1:0"),
 			Path: flow.PathPass, Reason: flow.ReasonDefaultPass, Meaning: meaning(flow.ReasonDefaultPass), OnFailure: "open",

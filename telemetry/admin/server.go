@@ -116,7 +116,9 @@ func newRoutes(api API) routes {
 	all := routes{}
 	if api.Status != nil {
 		all["/v1/status"] = answer(nil, func(ctx context.Context, _ url.Values) (any, error) {
-			return api.Status(ctx)
+			s, err := api.Status(ctx)
+			s.Configuration.Refused = list(s.Configuration.Refused)
+			return s, err
 		})
 	}
 	if api.Flows != nil {
@@ -134,7 +136,11 @@ func newRoutes(api API) routes {
 		})
 	}
 	if api.Reload != nil {
-		r := answer(nil, func(ctx context.Context, _ url.Values) (any, error) { return api.Reload(ctx) })
+		r := answer(nil, func(ctx context.Context, _ url.Values) (any, error) {
+			result, err := api.Reload(ctx)
+			result.Refused = list(result.Refused)
+			return result, err
+		})
 		r.method = http.MethodPost
 		all["/v1/reload"] = r
 	}
@@ -189,6 +195,14 @@ func (rs routes) serve(w http.ResponseWriter, r *http.Request) error {
 	return found.serve(w, r, v)
 }
 
+// list makes nothing [] in JSON, and not null.
+func list[T any](all []T) []T {
+	if all == nil {
+		return []T{}
+	}
+	return all
+}
+
 // allows refuses methods that the route does not have.
 func (r route) allows(w http.ResponseWriter, method string) error {
 	want, allow := http.MethodGet, "GET, HEAD"
@@ -225,10 +239,7 @@ func (a API) flows(ctx context.Context, v url.Values) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if records = q.Apply(records); records == nil {
-		records = []flow.Record{} // [], not null
-	}
-	return records, nil
+	return list(q.Apply(records)), nil
 }
 
 // resolved is the answer of /v1/resolve.
@@ -257,8 +268,5 @@ func (a API) explain(ctx context.Context, v url.Values) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if all == nil {
-		all = []Explanation{} // [], not null
-	}
-	return all, nil
+	return list(all), nil
 }

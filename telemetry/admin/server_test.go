@@ -299,6 +299,29 @@ func TestServeReportsListener(t *testing.T) {
 	}
 }
 
+// Lists of nothing are lists.
+func TestNoNull(t *testing.T) {
+	t.Parallel()
+	routes := newRoutes(API{
+		Status:  func(context.Context) (Status, error) { return Status{}, nil },
+		Flows:   func(context.Context, FlowQuery) ([]flow.Record, error) { return nil, nil },
+		Explain: func(context.Context, ExplainQuery) ([]Explanation, error) { return nil, nil },
+		Reload:  func(context.Context) (ReloadResult, error) { return ReloadResult{}, nil },
+	})
+	for _, tt := range []struct{ method, target, want string }{
+		{"GET", "/v1/status", `"refused":[]`},
+		{"GET", "/v1/flows", "[]"},
+		{"GET", "/v1/explain?dst=x", "[]"},
+		{"POST", "/v1/reload", `"refused":[]`},
+	} {
+		w := httptest.NewRecorder()
+		routes.ServeHTTP(w, httptest.NewRequest(tt.method, tt.target, nil))
+		if !strings.Contains(w.Body.String(), tt.want) {
+			t.Errorf("%s: %s, want %s", tt.target, w.Body, tt.want)
+		}
+	}
+}
+
 // A method that a route does not have is told with those that it has.
 func TestAllow(t *testing.T) {
 	t.Parallel()
