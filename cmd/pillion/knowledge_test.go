@@ -21,7 +21,7 @@ import (
 var (
 	endpoint1 = netip.MustParseAddrPort("10.1.0.1:80")
 	endpoint2 = netip.MustParseAddrPort("10.1.0.2:80")
-	gone      = netip.MustParseAddrPort("10.1.0.9:80")
+	left      = netip.MustParseAddrPort("10.1.0.9:80")
 )
 
 // testKnowledge has something of everybody about two endpoints and one that was
@@ -32,19 +32,19 @@ func testKnowledge() *knowledge {
 		kernel: []loader.EndpointState{
 			{Addr: endpoint1, InSet: true, Live: 3, Connects: 10, Failed: 4, Ejections: 1, Ejected: time.Second, Last: flow.ReasonDialTimeout},
 			{Addr: endpoint2, InSet: true, Down: true},
-			{Addr: gone, Live: 5, Connects: 6, Ejected: time.Second},
+			{Addr: left, Live: 5, Connects: 6, Ejected: time.Second},
 			{Addr: netip.MustParseAddrPort("10.1.0.8:80"), Connects: 7}, // nobody is there any more
 		},
 		handler: []upstream.EndpointState{
 			{Addr: endpoint1, Live: 1, Connects: 20, Failures: 2, Ejections: 3, ConnectTime: time.Millisecond, LastReason: flow.ReasonDialRefused},
 			{Addr: endpoint2, Ejected: true, LastReason: flow.ReasonDialUnreachable},
-			{Addr: gone, Live: 1},
+			{Addr: left, Live: 1},
 			{Addr: netip.MustParseAddrPort("10.1.0.7:80"), Connects: 7}, // nor here
 		},
 		checks: []check.Status{
 			{Addr: endpoint1, State: check.StateUp, Err: "slow"},
 			{Addr: endpoint2, State: check.StateDown, Err: "status 500"},
-			{Addr: gone, State: check.StateDown},
+			{Addr: left, State: check.StateDown},
 		},
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
@@ -102,6 +103,7 @@ func (c *control) gather(next *config.Config) []service {
 			continue
 		}
 		v := config.NewService(f.Name, f.Addr)
+		v.Discover = &config.Discover{Kubernetes: kubernetesService(f.Name)}
 		if f.Affinity {
 			v.Policy, v.Hash = flow.PolicyMaglev, flow.HashSource
 		}
@@ -110,6 +112,13 @@ func (c *control) gather(next *config.Config) []service {
 		all = append(all, s)
 	}
 	return all
+}
+
+// kubernetesService parts "namespace/name:port".
+func kubernetesService(text string) *config.KubernetesService {
+	namespace, rest, _ := strings.Cut(text, "/")
+	name, port, _ := strings.Cut(rest, ":")
+	return &config.KubernetesService{Namespace: namespace, Name: name, Port: port}
 }
 
 func (c *control) serviceOf(next *config.Config, v *config.Service) service {

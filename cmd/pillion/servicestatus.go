@@ -1,13 +1,10 @@
 package main
 
 import (
-	"net/netip"
+	"net"
 	"slices"
 	"time"
 
-	"github.com/pillion-project/pillion/loader"
-	"github.com/pillion-project/pillion/redirect/flow"
-	"github.com/pillion-project/pillion/redirect/upstream"
 	"github.com/pillion-project/pillion/redirect/upstream/health/check"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/telemetry/metrics"
@@ -27,89 +24,37 @@ func (c *control) status() admin.ConfigurationStatus {
 
 // serviceStatus tells about every service in force.
 func (c *control) serviceStatus() []admin.ServiceStatus {
-	failed := c.checkErrors()
+	cfg, checks := c.inForce(), c.checks()
 	all := []admin.ServiceStatus{}
-	cfg := c.inForce()
 	for _, s := range c.list() {
-		status := admin.ServiceStatus{
-			Name: s.Name, Address: s.Addr.String(), Policy: s.Policy.String(),
-			Path: s.path, PathAsked: string(cfg.Asked(&s.Service)), Where: s.Where(""),
-			Source: c.sourceStatus(&s), Endpoints: []admin.EndpointStatus{},
-		}
-		for _, o := range cfg.Why(&s.Service) {
-			status.Why = append(status.Why, o.Text)
-		}
-		for _, e := range c.endpointStates(&s) {
-			status.Endpoints = append(status.Endpoints, admin.EndpointStatus{
-				Address: e.Addr.String(), Weight: e.Weight, Zone: e.Zone, Local: cfg.Zone != "" && e.Zone == cfg.Zone,
-				State: admin.StateOf(e.Ejected, e.Down), Ejected: e.Ejected, Down: e.Down,
-				Live: e.Live, Connects: e.Connects, Failures: e.Failures, LastReason: e.LastReason,
-				CheckError: failed[target{s.Name, e.Addr}],
-			})
-		}
-		all = append(all, status)
+		all = append(all, serviceStatus(cfg, &s.Service, c.knowledge(&s, checks)))
 	}
 	return all
 }
 
-func (c *control) sourceStatus(s *service) admin.SourceStatus {
-	one, state := c.sources.of(s.Name)
-	if one == nil {
-		return admin.SourceStatus{Kind: admin.SourceStatic}
-	}
-	return admin.SourceStatus{
-		Kind: one.kind, Name: one.name, Updated: state.Since, Stale: state.Err != nil || state.Generation == 0, Error: textOf(state.Err),
-	}
-}
-
-// target names what a health check looks at.
-type target struct {
-	service  string
-	endpoint netip.AddrPort
-}
-
-// checkErrors are what the last failed checks said.
-func (c *control) checkErrors() map[target]string {
-	all := map[target]string{}
+// checks are what the active checks know, by cluster.
+func (c *control) checks() map[string][]check.Status {
+	all := map[string][]check.Status{}
 	for _, s := range c.checker.States() {
-		if s.Err != "" {
-			all[target{s.Cluster, s.Addr}] = s.Err
-		}
+		all[s.Cluster] = append(all[s.Cluster], s)
 	}
 	return all
 }
 
-// endpointStates joins what the handler and the connect hook know of the endpoints
-// of a service: each sees the connections on its own path. Who carries those of
-// the service decides whether one is ejected.
-func (c *control) endpointStates(s *service) []upstream.EndpointState {
-	kernel := map[netip.AddrPort]loader.EndpointState{}
+// knowledge is what is known of a service.
+func (c *control) knowledge(s *service, checks map[string][]check.Status) *knowledge {
+	k := &knowledge{endpoints: s.endpoints, checks: checks[s.Name]}
+	if one, state := c.sources.of(s.Name); one != nil {
+		k.source = &state
+	}
 	if s.set != nil {
-		states, err := c.i.datapath.EndpointStates(s.Addr)
-		if err == nil { // else it is gone meanwhile
-			for _, e := range states {
-				kernel[e.Addr] = e
-			}
-		}
+		// On an error the service is gone meanwhile.
+		k.kernel, _ = c.i.datapath.EndpointStates(s.Addr)
 	}
-	all := make([]upstream.EndpointState, 0, len(s.cluster.Endpoints))
 	for _, e := range s.cluster.Endpoints {
-		state := e.State()
-		if k, ok := kernel[e.Addr]; ok {
-			state.Live += int64(k.Live)
-			state.Connects += k.Connects
-			state.Failures += k.Failed
-			state.Ejections += uint64(k.Ejections)
-			if s.path == flow.PathDirect {
-				state.Ejected = k.Ejected > 0
-			}
-			if state.LastReason == flow.ReasonNone {
-				state.LastReason = k.Last
-			}
-		}
-		all = append(all, state)
+		k.handler = append(k.handler, e.State())
 	}
-	return all
+	return k
 }
 
 // Configuration implements [metrics.Configuration].
@@ -131,23 +76,11 @@ func (c *control) Configuration() metrics.ConfigurationStats {
 // Discovery implements [metrics.Discovery].
 func (c *control) Discovery() []metrics.DiscoveryStats {
 	var all []metrics.DiscoveryStats
+	now := time.Now()
 	for _, s := range c.list() {
-		one, state := c.sources.of(s.Name)
-		if one == nil {
-			continue
+		if one, state := c.sources.of(s.Name); one != nil {
+			all = append(all, discoveryStats(&s.Service, &state, c.i.started, now))
 		}
-		d := metrics.DiscoveryStats{
-			Service: s.Name, Source: one.kind, Stale: state.Err != nil || state.Generation == 0,
-			Changes: state.Generation, Errors: state.Failures, Endpoints: len(state.Endpoints),
-		}
-		if d.Stale {
-			since := state.Since
-			if since.IsZero() {
-				since = c.i.started
-			}
-			d.Age = time.Since(since)
-		}
-		all = append(all, d)
 	}
 	return all
 }
@@ -155,36 +88,22 @@ func (c *control) Discovery() []metrics.DiscoveryStats {
 // Endpoints implements [metrics.Endpoints].
 func (c *control) Endpoints() []metrics.EndpointStats {
 	var all []metrics.EndpointStats
+	cfg := c.inForce()
 	for _, s := range c.list() {
-		for _, e := range c.endpointStates(&s) {
-			all = append(all, metrics.EndpointStats{
-				Cluster: s.Name, Addr: e.Addr.String(), Weight: e.Weight, Zone: e.Zone, Path: s.path,
-				Ejected: e.Ejected, Down: e.Down, Live: e.Live,
-				Connects: e.Connects, Failures: e.Failures, Ejections: e.Ejections, ConnectTime: e.ConnectTime,
-			})
-		}
+		all = append(all, endpointStats(cfg, &s.Service, c.knowledge(&s, nil))...)
 	}
 	return all
 }
 
 // Checks implements [metrics.Checks].
-func (c *control) Checks() []metrics.CheckStats {
-	byCluster := map[string]*metrics.CheckStats{}
-	var order []string
-	for _, s := range c.checker.States() {
-		m := byCluster[s.Cluster]
-		if m == nil {
-			m = &metrics.CheckStats{Cluster: s.Cluster}
-			byCluster[s.Cluster] = m
-			order = append(order, s.Cluster)
-		}
-		if s.State == check.StateDown {
-			m.Down++
-		}
+func (c *control) Checks() []metrics.CheckStats { return checkStats(c.checker.States()) }
+
+// explainer returns what answers what happens to connections.
+func (i *instance) explainer() *explainer {
+	return &explainer{
+		tryOut:   i.datapath.DryRun,
+		config:   i.control.inForce,
+		services: i.control.serviceStatus,
+		lookUp:   net.DefaultResolver.LookupNetIP,
 	}
-	all := make([]metrics.CheckStats, 0, len(order))
-	for _, name := range order {
-		all = append(all, *byCluster[name])
-	}
-	return all
 }
