@@ -294,7 +294,8 @@ type target struct {
 // services looks up SRV records and the addresses of their targets: of those of
 // the lowest priority of which any has an address.
 func (l *lookup) services(ctx context.Context, r *resolver, name string) (*found, error) {
-	a, err := l.ask(ctx, r, question{fold(name), dnsmessage.TypeSRV})
+	q := question{fold(name), dnsmessage.TypeSRV}
+	a, err := l.ask(ctx, r, q)
 	if err != nil {
 		return nil, err
 	}
@@ -307,7 +308,7 @@ func (l *lookup) services(ctx context.Context, r *resolver, name string) (*found
 		if len(a.srvs) == 1 && a.srvs[0].Target.String() == "." {
 			return f, nil
 		}
-		return nil, fmt.Errorf("SRV of %s: no record with a target and a port", name)
+		return nil, fmt.Errorf("%s: no record with a target and a port", q)
 	}
 	slices.SortStableFunc(srvs, func(a, b dnsmessage.SRVResource) int { return cmp.Compare(a.Priority, b.Priority) })
 	var failed []error

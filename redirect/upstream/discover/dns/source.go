@@ -22,6 +22,8 @@ type Source struct {
 	options Options
 	lookup  *lookup
 	failed  int // look-ups in a row
+	// chance returns a duration below the one given; tests have it return 0.
+	chance func(below time.Duration) time.Duration
 }
 
 // New returns the source that looks up what o says, or everything that is wrong
@@ -32,7 +34,7 @@ func New(o Options) (*Source, error) {
 	}
 	o = o.withDefaults()
 	c := &client{exempt: o.Exempt}
-	return &Source{options: o, lookup: newLookup(o, c.ask)}, nil
+	return &Source{options: o, lookup: newLookup(o, c.ask), chance: rand.N[time.Duration]}, nil
 }
 
 // Run is as in [discover.Source]. Addresses are an answer, and so is an SRV record
@@ -95,12 +97,12 @@ func (s *Source) find(ctx context.Context) (*found, error) {
 // do not stay in step.
 func (s *Source) hold(ttl time.Duration) time.Duration {
 	ttl = min(max(ttl, s.options.MinTTL), s.options.MaxTTL)
-	return ttl + rand.N(ttl/10)
+	return ttl + s.chance(ttl/10)
 }
 
 // backOff returns how long to wait after one more failure.
 func (s *Source) backOff() time.Duration {
 	wait := min(firstWait<<min(s.failed, 5), lastWait, s.options.MaxTTL)
 	s.failed++
-	return wait - rand.N(wait/4)
+	return wait - s.chance(wait/4)
 }
