@@ -21,7 +21,7 @@ type control struct {
 	checker  *check.Checker
 	removals removals
 
-	requests chan chan<- reloaded
+	requests chan chan<- admin.ReloadResult
 	settled  chan chan struct{}
 	kick     chan struct{} // sources or checks have news
 
@@ -49,7 +49,7 @@ const (
 func newControl(i *instance) *control {
 	c := &control{
 		i: i, config: i.plan.config,
-		requests: make(chan chan<- reloaded),
+		requests: make(chan chan<- admin.ReloadResult),
 		settled:  make(chan chan struct{}),
 		kick:     make(chan struct{}, 1),
 		state:    admin.ConfigurationStatus{Generation: 1, File: i.file, Loaded: i.started, Tried: i.started, Refused: []admin.Refusal{}},
@@ -132,17 +132,9 @@ func (c *control) run(ctx context.Context) error {
 	}
 }
 
-// reloaded is what became of a reload.
-type reloaded struct {
-	generation uint64
-	changes    config.Changes
-	refused    []config.Refused
-	err        error // nothing was taken
-}
-
-// requestReload reads the configuration again, as a signal does.
+// Reload reads the configuration again, as a signal does.
 func (c *control) requestReload(ctx context.Context) (admin.ReloadResult, error) {
-	answer := make(chan reloaded, 1)
+	answer := make(chan admin.ReloadResult, 1)
 	select {
 	case c.requests <- answer:
 	case <-ctx.Done():
@@ -150,47 +142,65 @@ func (c *control) requestReload(ctx context.Context) (admin.ReloadResult, error)
 	}
 	select {
 	case r := <-answer:
-		return reloadResult(r.generation, r.changes, r.refused, r.err)
+		return r, nil
 	case <-ctx.Done():
 		return admin.ReloadResult{}, context.Cause(ctx)
 	}
 }
 
 // reload reads the configuration again and puts in force what can be taken of it.
-func (c *control) reload() reloaded {
+func (c *control) reload() admin.ReloadResult {
 	before := c.inForce()
 	next, refused, err := c.i.reread(before)
-	var changes config.Changes
-	if err == nil {
-		changes = next.Diff(before)
-		next = withoutRestart(next, before)
-		if err = c.apply(next); err != nil {
-			err = fmt.Errorf("put the configuration in force: %w", err)
-		}
+	if err != nil {
+		return c.refuse(err)
 	}
 	for _, r := range refused {
 		c.i.log.Error("part of the configuration is refused", "name", r.Name, "at", r.Where, "kept", len(r.Kept) > 0, "error", r.Text)
 	}
-	if err != nil {
-		c.i.log.Error("the configuration is refused, the last one stays", "error", err)
-		changes = config.Changes{}
+	changes := next.Diff(before)
+	next = withoutRestart(next, before)
+	if err := c.apply(next); err != nil {
+		return c.refuse(fmt.Errorf("put the configuration in force: %w", err))
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.config = next
 	c.reloads++
-	c.state.Tried = time.Now()
-	c.state.Refused = refusals(refused, err)
-	if err != nil {
-		c.failures++
-	} else {
-		c.config = next
-	}
 	if !changes.Empty() {
 		c.state.Generation++
-		c.state.Loaded = c.state.Tried
-		c.i.log.Info("a new configuration holds", "generation", c.state.Generation, "refused", len(refused))
+		c.state.Loaded = time.Now()
 	}
-	return reloaded{generation: c.state.Generation, changes: changes, refused: refused, err: err}
+	c.state.Tried = time.Now()
+	c.state.Refused = refusals(refused)
+	c.i.log.Info("the configuration was read", "generation", c.state.Generation, "refused", len(refused))
+	return admin.ReloadResult{Generation: c.state.Generation, Changes: changes.Lines(), Refused: c.state.Refused}
+}
+
+// refuse keeps what holds, and says why.
+func (c *control) refuse(err error) admin.ReloadResult {
+	c.i.log.Error("the configuration is refused, the last one stays", "error", err)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.reloads++
+	c.failures++
+	c.state.Tried = time.Now()
+	c.state.Refused = []admin.Refusal{}
+	for _, p := range config.Problems(err) {
+		c.state.Refused = append(c.state.Refused, refusalOf(&p))
+	}
+	return admin.ReloadResult{Generation: c.state.Generation, Changes: []string{}, Refused: c.state.Refused}
+}
+
+func refusalOf(p *config.Problem) admin.Refusal {
+	r := admin.Refusal{Text: p.Text}
+	if p.Path != "" {
+		r.Text = p.Path + ": " + p.Text
+	}
+	if p.Line > 0 {
+		r.Where = fmt.Sprintf("%s:%d:%d", p.File, p.Line, p.Column)
+	}
+	return r
 }
 
 // withoutRestart is next with what only a start reads as it was.
@@ -201,6 +211,14 @@ func withoutRestart(next, before *config.Config) *config.Config {
 	c.Limits.ConnectionsPerContainer = before.Limits.ConnectionsPerContainer
 	c.FlowLog, c.Metrics, c.Existing, c.Kubernetes = before.FlowLog, before.Metrics, before.Existing, before.Kubernetes
 	return &c
+}
+
+func refusals(all []config.Refused) []admin.Refusal {
+	out := make([]admin.Refusal, 0, len(all))
+	for _, r := range all {
+		out = append(out, admin.Refusal(r))
+	}
+	return out
 }
 
 // settle waits until every source has told, or failed to, once, and all of that is

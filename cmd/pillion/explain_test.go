@@ -19,7 +19,6 @@ import (
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/redirect/flow"
-	"github.com/pillion-project/pillion/redirect/upstream/discover"
 	"github.com/pillion-project/pillion/telemetry/admin"
 )
 
@@ -90,11 +89,14 @@ func newExplainer(t *testing.T) (*explainer, *kernelSide, *config.Config) {
 		services: func() []admin.ServiceStatus {
 			var all []admin.ServiceStatus
 			for _, s := range c.Services {
-				know := &knowledge{}
-				for _, e := range s.Endpoints {
-					know.endpoints = append(know.endpoints, discover.Endpoint{Addr: e.Addr, Weight: e.Weight, Zone: e.Zone})
+				path, _ := c.PathOf(&s)
+				status := admin.ServiceStatus{
+					Name: s.Name, Address: s.Addr.String(), Path: path, PathAsked: string(askedPath(c, s.Name)), Why: why(c, &s), Where: s.Where(""),
 				}
-				all = append(all, serviceStatus(c, &s, know))
+				for _, e := range s.Endpoints {
+					status.Endpoints = append(status.Endpoints, admin.EndpointStatus{Address: e.Addr.String(), Weight: e.Weight})
+				}
+				all = append(all, status)
 			}
 			return all
 		},

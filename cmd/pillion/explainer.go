@@ -37,6 +37,16 @@ type explainer struct {
 	lookUp func(ctx context.Context, network, host string) ([]netip.Addr, error)
 }
 
+// explainer returns what answers for an instance.
+func (i *instance) explainer() *explainer {
+	return &explainer{
+		tryOut:   i.datapath.DryRun,
+		config:   i.control.inForce,
+		services: i.control.serviceStatus,
+		lookUp:   net.DefaultResolver.LookupNetIP,
+	}
+}
+
 // explain implements the function of [admin.API].
 func (e *explainer) explain(ctx context.Context, q admin.ExplainQuery) ([]admin.Explanation, error) {
 	services := e.services()

@@ -2,11 +2,10 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
+	"strings"
 
-	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/spf13/cobra"
 )
@@ -57,42 +56,17 @@ func reload(ctx context.Context, w io.Writer, client *admin.Client, o *output) e
 }
 
 func printReload(w io.Writer, r *admin.ReloadResult) error {
-	if _, err := fmt.Fprintf(w, "configuration %d holds\n", r.Generation); err != nil {
-		return err
+	var b strings.Builder
+	fmt.Fprintf(&b, "configuration %d holds\n", r.Generation)
+	if len(r.Changes) == 0 {
+		fmt.Fprintln(&b, "  nothing changed")
 	}
-	for _, f := range r.Refused {
-		if _, err := fmt.Fprintf(w, "  ! %s\n", refusalText(&f, "    ")); err != nil {
-			return err
-		}
+	for _, c := range r.Changes {
+		fmt.Fprintf(&b, "  %s\n", c)
 	}
-	var c config.Changes
-	if len(r.Changes) > 0 {
-		if err := json.Unmarshal(r.Changes, &c); err != nil {
-			return fmt.Errorf("read what changed: %w", err)
-		}
+	for _, text := range refusalTexts(r.Refused) {
+		fmt.Fprintf(&b, "  ! %s\n", text)
 	}
-	return printChanges(w, &output{}, &changes{Changes: c})
-}
-
-// reloadResult is what the admin socket tells of a reload: d is from the
-// configuration before to the one that holds now, refused and err are those of
-// [config.LoadPartial].
-func reloadResult(generation uint64, d config.Changes, refused []config.Refused, err error) (admin.ReloadResult, error) {
-	text, failed := json.Marshal(d)
-	if failed != nil {
-		return admin.ReloadResult{}, fmt.Errorf("tell what changed: %w", failed)
-	}
-	return admin.ReloadResult{Generation: generation, Changes: text, Refused: refusals(refused, err)}, nil
-}
-
-// refusals tells in the admin socket's words what was not taken. It is never nil.
-func refusals(refused []config.Refused, err error) []admin.Refusal {
-	all := []admin.Refusal{}
-	if err != nil {
-		all = append(all, admin.Refusal{Text: err.Error()})
-	}
-	for _, r := range refused {
-		all = append(all, admin.Refusal(r))
-	}
-	return all
+	_, err := io.WriteString(w, b.String())
+	return err
 }

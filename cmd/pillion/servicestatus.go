@@ -1,10 +1,10 @@
 package main
 
 import (
-	"net"
 	"slices"
 	"time"
 
+	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/redirect/upstream/health/check"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/telemetry/metrics"
@@ -24,15 +24,58 @@ func (c *control) status() admin.ConfigurationStatus {
 
 // serviceStatus tells about every service in force.
 func (c *control) serviceStatus() []admin.ServiceStatus {
-	cfg, checks := c.inForce(), c.checks()
 	all := []admin.ServiceStatus{}
+	cfg, checks := c.inForce(), c.checks()
 	for _, s := range c.list() {
-		all = append(all, serviceStatus(cfg, &s.Service, c.knowledge(&s, checks)))
+		status := admin.ServiceStatus{
+			Name: s.Name, Address: s.Addr.String(), Policy: s.Policy.String(),
+			Path: s.path, PathAsked: string(askedPath(cfg, s.Name)), Why: why(cfg, &s.Service), Where: s.Where(""),
+			Source: c.sourceStatus(&s), Endpoints: []admin.EndpointStatus{},
+		}
+		for _, v := range c.know(&s, checks).views(s.path) {
+			status.Endpoints = append(status.Endpoints, v.status(cfg.Zone))
+		}
+		all = append(all, status)
 	}
 	return all
 }
 
-// checks are what the active checks know, by cluster.
+// askedPath is what the configuration says of the path of a service: the service
+// in force has auto replaced by what it came to.
+func askedPath(cfg *config.Config, name string) config.PathChoice {
+	for i := range cfg.Services {
+		if s := &cfg.Services[i]; s.Name == name {
+			return cfg.Asked(s)
+		}
+	}
+	return cfg.Path // it was found
+}
+
+// why says, for each path that is cheaper than a service's own, why it is not on
+// that, and where that stands.
+func why(cfg *config.Config, s *config.Service) []string {
+	i := slices.IndexFunc(cfg.Services, func(o config.Service) bool { return o.Name == s.Name })
+	if i >= 0 {
+		s = &cfg.Services[i]
+	}
+	var all []string
+	for _, o := range cfg.Why(s) {
+		all = append(all, place(o.Path.String()+": "+o.Text, o.Where))
+	}
+	return all
+}
+
+func (c *control) sourceStatus(s *service) admin.SourceStatus {
+	one, state := c.sources.of(s.Name)
+	if one == nil {
+		return admin.SourceStatus{Kind: admin.SourceStatic}
+	}
+	return admin.SourceStatus{
+		Kind: one.kind, Name: one.name, Updated: state.Since, Stale: state.Err != nil || state.Generation == 0, Error: textOf(state.Err),
+	}
+}
+
+// checks are the active checks, by cluster.
 func (c *control) checks() map[string][]check.Status {
 	all := map[string][]check.Status{}
 	for _, s := range c.checker.States() {
@@ -41,18 +84,18 @@ func (c *control) checks() map[string][]check.Status {
 	return all
 }
 
-// knowledge is what is known of a service.
-func (c *control) knowledge(s *service, checks map[string][]check.Status) *knowledge {
+// know gathers what the handler, the connect hook and the checks know of the
+// endpoints of a service.
+func (c *control) know(s *service, checks map[string][]check.Status) *knowledge {
 	k := &knowledge{endpoints: s.endpoints, checks: checks[s.Name]}
-	if one, state := c.sources.of(s.Name); one != nil {
-		k.source = &state
-	}
 	if s.set != nil {
-		// On an error the service is gone meanwhile.
+		// An error: it is gone meanwhile.
 		k.kernel, _ = c.i.datapath.EndpointStates(s.Addr)
 	}
-	for _, e := range s.cluster.Endpoints {
-		k.handler = append(k.handler, e.State())
+	if s.cluster != nil {
+		for _, e := range s.cluster.Endpoints {
+			k.handler = append(k.handler, e.State())
+		}
 	}
 	return k
 }
@@ -76,11 +119,23 @@ func (c *control) Configuration() metrics.ConfigurationStats {
 // Discovery implements [metrics.Discovery].
 func (c *control) Discovery() []metrics.DiscoveryStats {
 	var all []metrics.DiscoveryStats
-	now := time.Now()
 	for _, s := range c.list() {
-		if one, state := c.sources.of(s.Name); one != nil {
-			all = append(all, discoveryStats(&s.Service, &state, c.i.started, now))
+		one, state := c.sources.of(s.Name)
+		if one == nil {
+			continue
 		}
+		d := metrics.DiscoveryStats{
+			Service: s.Name, Source: one.kind, Stale: state.Err != nil || state.Generation == 0,
+			Changes: state.Generation, Errors: state.Failures, Endpoints: len(state.Endpoints),
+		}
+		if d.Stale {
+			since := state.Since
+			if since.IsZero() {
+				since = c.i.started
+			}
+			d.Age = time.Since(since)
+		}
+		all = append(all, d)
 	}
 	return all
 }
@@ -88,22 +143,14 @@ func (c *control) Discovery() []metrics.DiscoveryStats {
 // Endpoints implements [metrics.Endpoints].
 func (c *control) Endpoints() []metrics.EndpointStats {
 	var all []metrics.EndpointStats
-	cfg := c.inForce()
 	for _, s := range c.list() {
-		all = append(all, endpointStats(cfg, &s.Service, c.knowledge(&s, nil))...)
+		// What checks say is known to the handler, too.
+		for _, v := range c.know(&s, nil).views(s.path) {
+			all = append(all, v.stats(s.Name, s.path))
+		}
 	}
 	return all
 }
 
 // Checks implements [metrics.Checks].
 func (c *control) Checks() []metrics.CheckStats { return checkStats(c.checker.States()) }
-
-// explainer returns what answers what happens to connections.
-func (i *instance) explainer() *explainer {
-	return &explainer{
-		tryOut:   i.datapath.DryRun,
-		config:   i.control.inForce,
-		services: i.control.serviceStatus,
-		lookUp:   net.DefaultResolver.LookupNetIP,
-	}
-}

@@ -126,8 +126,8 @@ func printStatus(w io.Writer, s *admin.Status, now time.Time) error {
 	for _, p := range s.Problems {
 		fmt.Fprintf(w, "  ! %s\n", p)
 	}
-	for _, r := range s.Configuration.Refused {
-		fmt.Fprintf(w, "  ! %s\n", refusalText(&r, "    "))
+	for _, text := range refusalTexts(s.Configuration.Refused) {
+		fmt.Fprintf(w, "  ! %s\n", text)
 	}
 	if len(s.Services) > 0 {
 		fmt.Fprintln(w)
@@ -155,13 +155,34 @@ func configurationText(c *admin.ConfigurationStatus, now time.Time) string {
 	return text
 }
 
-// refusalText says what was refused and why. Lines after the first are indented.
-func refusalText(r *admin.Refusal, indent string) string {
-	what := r.Name
+// refusalTexts say what was refused and why, in several lines each. All that is
+// wrong with the configuration as a whole is one text.
+func refusalTexts(refused []admin.Refusal) []string {
+	var texts []string
+	whole := false
+	for i := range refused {
+		r := &refused[i]
+		text := strings.TrimSpace(r.Text)
+		if r.Where != "" && !strings.Contains(text, r.Where) {
+			text = r.Where + ": " + text
+		}
+		text = "\n    " + strings.ReplaceAll(text, "\n", "\n    ")
+		if r.Name == "" && whole {
+			texts[len(texts)-1] += text
+			continue
+		}
+		whole = r.Name == ""
+		texts = append(texts, refusedText(r)+text)
+	}
+	return texts
+}
+
+// refusedText says what was refused, and what holds instead.
+func refusedText(r *admin.Refusal) string {
+	what, kept := r.Name, "there is no earlier state"
 	if r.Source {
 		what = "the source of " + what
 	}
-	kept := "there is no earlier state"
 	switch {
 	case r.Name == "":
 		what, kept = "the configuration", "the earlier one stays"
@@ -170,12 +191,7 @@ func refusalText(r *admin.Refusal, indent string) string {
 	case len(r.Kept) > 0:
 		kept = "the earlier state stays of " + strings.Join(r.Kept, ", ")
 	}
-	text := r.Text
-	if r.Where != "" && !strings.Contains(text, r.Where) {
-		text = r.Where + ": " + text
-	}
-	return fmt.Sprintf("%s is refused, %s:\n%s%s", what, kept, indent,
-		strings.ReplaceAll(strings.TrimSpace(text), "\n", "\n"+indent))
+	return fmt.Sprintf("%s is refused, %s:", what, kept)
 }
 
 // printServices prints one line per endpoint. Columns in which nothing stands

@@ -116,7 +116,7 @@ func testAPI() API {
 			return json.RawMessage(`{"default":"relay"}`), nil
 		},
 		Reload: func(context.Context) (ReloadResult, error) {
-			return ReloadResult{Generation: 4, Changes: json.RawMessage(`{"settings":[]}`), Refused: []Refusal{refusal()}}, nil
+			return ReloadResult{Generation: 4, Changes: []string{"service web: policy: random -> maglev"}, Refused: []Refusal{refusal()}}, nil
 		},
 	}
 }

@@ -138,7 +138,7 @@ func newRoutes(api API) routes {
 	if api.Reload != nil {
 		r := answer(nil, func(ctx context.Context, _ url.Values) (any, error) {
 			result, err := api.Reload(ctx)
-			result.Refused = list(result.Refused)
+			result.Changes, result.Refused = list(result.Changes), list(result.Refused)
 			return result, err
 		})
 		r.method = http.MethodPost

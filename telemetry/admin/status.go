@@ -1,7 +1,6 @@
 package admin
 
 import (
-	"encoding/json"
 	"time"
 
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -94,8 +93,9 @@ type Refusal struct {
 type ReloadResult struct {
 	// Generation is the configuration that holds now.
 	Generation uint64 `json:"generation"`
-	// Changes is what is different from before, in the form of diff -o json.
-	Changes json.RawMessage `json:"changes,omitempty"`
+	// Changes are lines that tell what is different from before, none if nothing
+	// is.
+	Changes []string `json:"changes"`
 	// Refused is what was not taken.
 	Refused []Refusal `json:"refused"`
 }

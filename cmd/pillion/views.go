@@ -2,11 +2,9 @@ package main
 
 import (
 	"cmp"
-	"fmt"
 	"net/netip"
 	"time"
 
-	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/redirect/upstream"
@@ -27,8 +25,6 @@ type knowledge struct {
 	handler []upstream.EndpointState
 	// checks are the active ones, of the service's cluster.
 	checks []check.Status
-	// source is nil for static endpoints.
-	source *discover.State
 }
 
 // endpointView is one endpoint, joined.
@@ -118,32 +114,6 @@ func (v *endpointView) addKernel(s *loader.EndpointState, picks bool) {
 	}
 }
 
-// serviceStatus is what status and explain tell of a service of c.
-func serviceStatus(c *config.Config, s *config.Service, k *knowledge) admin.ServiceStatus {
-	path, _ := c.PathOf(s)
-	status := admin.ServiceStatus{
-		Name:      s.Name,
-		Address:   s.Addr.String(),
-		Policy:    s.Policy.String(),
-		Path:      path,
-		PathAsked: string(cmp.Or(s.Path, c.Path)),
-		Where:     s.Where(""),
-		Source:    sourceStatus(s, k.source),
-		Endpoints: []admin.EndpointStatus{},
-	}
-	for _, o := range c.Why(s) {
-		text := fmt.Sprintf("%s: %s", o.Path, o.Text)
-		if o.Where != "" {
-			text += " (" + o.Where + ")"
-		}
-		status.Why = append(status.Why, text)
-	}
-	for _, v := range k.views(path) {
-		status.Endpoints = append(status.Endpoints, v.status(c.Zone))
-	}
-	return status
-}
-
 // status is the endpoint as listings have it; local is the instance's own zone.
 func (v *endpointView) status(local string) admin.EndpointStatus {
 	state := admin.StateOf(v.ejected, v.down)
@@ -166,85 +136,22 @@ func (v *endpointView) status(local string) admin.EndpointStatus {
 	}
 }
 
-// sourceStatus says where the endpoints of s come from; state is nil for static
-// ones.
-func sourceStatus(s *config.Service, state *discover.State) admin.SourceStatus {
-	kind, name := sourceOf(s)
-	status := admin.SourceStatus{Kind: kind, Name: name}
-	if state == nil {
-		return status
+// stats is the endpoint as metrics have it.
+func (v *endpointView) stats(cluster string, path flow.Path) metrics.EndpointStats {
+	return metrics.EndpointStats{
+		Cluster:     cluster,
+		Addr:        v.Addr.String(),
+		Weight:      v.Weight,
+		Zone:        v.Zone,
+		Path:        path,
+		Ejected:     v.ejected,
+		Down:        v.down,
+		Live:        v.live,
+		Connects:    v.connects,
+		Failures:    v.failures,
+		Ejections:   v.ejections,
+		ConnectTime: v.connectTime,
 	}
-	status.Updated = state.Since
-	status.Stale = state.Err != nil || state.Generation == 0
-	if state.Err != nil {
-		status.Error = state.Err.Error()
-	}
-	return status
-}
-
-// sourceOf names the source of a service's endpoints.
-func sourceOf(s *config.Service) (kind, name string) {
-	switch d := s.Discover; {
-	case d == nil:
-		return admin.SourceStatic, ""
-	case d.DNS != nil:
-		return admin.SourceDNS, d.DNS.Name
-	case d.Kubernetes != nil:
-		name := d.Kubernetes.Namespace + "/" + d.Kubernetes.Name
-		if d.Kubernetes.Port != "" {
-			name += ":" + d.Kubernetes.Port
-		}
-		return admin.SourceKubernetes, name
-	default:
-		return admin.SourceFile, d.File
-	}
-}
-
-// endpointStats is what metrics tell of the endpoints of a service of c. Those
-// that were removed are told for as long as they have connections.
-func endpointStats(c *config.Config, s *config.Service, k *knowledge) []metrics.EndpointStats {
-	path, _ := c.PathOf(s)
-	views := k.views(path)
-	all := make([]metrics.EndpointStats, 0, len(views))
-	for _, v := range views {
-		all = append(all, metrics.EndpointStats{
-			Cluster:     s.Name,
-			Addr:        v.Addr.String(),
-			Weight:      v.Weight,
-			Zone:        v.Zone,
-			Path:        path,
-			Ejected:     v.ejected,
-			Down:        v.down,
-			Live:        v.live,
-			Connects:    v.connects,
-			Failures:    v.failures,
-			Ejections:   v.ejections,
-			ConnectTime: v.connectTime,
-		})
-	}
-	return all
-}
-
-// discoveryStats is what metrics tell of the source of a service. asked is when
-// its source was first run.
-func discoveryStats(s *config.Service, state *discover.State, asked, now time.Time) metrics.DiscoveryStats {
-	kind, _ := sourceOf(s)
-	stats := metrics.DiscoveryStats{
-		Service:   s.Name,
-		Source:    kind,
-		Stale:     state.Err != nil || state.Generation == 0,
-		Changes:   state.Generation,
-		Errors:    state.Failures,
-		Endpoints: len(state.Endpoints),
-	}
-	if stats.Stale {
-		since := state.Since
-		if since.IsZero() {
-			since = asked
-		}
-		stats.Age = max(now.Sub(since), 0)
-	}
-	return stats
 }
 
 // checkStats sums the active checks, which are sorted by cluster.
