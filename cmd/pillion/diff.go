@@ -44,6 +44,8 @@ code is 0 whether or not anything differs, and 64 if a file is not right.`,
 		},
 	}
 	c.Flags().StringVar(&instance, "instance", "", "name of the instance to compare with (default: the one that runs)")
+	// What exec and run call it.
+	c.Flags().StringVar(&instance, "name", "", "the same as --instance")
 	o.add(c)
 	return c
 }
@@ -164,24 +166,12 @@ func printChanges(w io.Writer, o *output, c *changes) error {
 			}
 		}
 		endpoints("endpoint added", s.Added, "")
-		endpoints("endpoint removed", s.Removed, fate(&s))
+		endpoints("endpoint removed", s.Removed, "connections "+s.Fate())
 	}
 	if err := printTable(w, t); err != nil {
 		return err
 	}
 	return printOpen(w, c)
-}
-
-// fate says what becomes of connections to the endpoints that go.
-func fate(s *config.ServiceChange) string {
-	switch s.OnRemove {
-	case config.OnRemoveClose:
-		return "connections are closed after " + s.After
-	case config.OnRemoveReset:
-		return "connections are reset"
-	default:
-		return "connections live on"
-	}
 }
 
 // printOpen says how many connections the change would end.

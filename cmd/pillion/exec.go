@@ -101,6 +101,7 @@ func (f *execFlags) overlay(c *config.Config) (*config.Config, error) {
 			errs = append(errs, fmt.Errorf("--service %q: %w", s, err))
 		}
 		c.Services = append(c.Services, service)
+		c.Said(fmt.Sprintf("services[%d]", len(c.Services)-1), "--service")
 	}
 	for flag, list := range map[string][]string{"--deny": f.deny, "--exclude": f.exclude} {
 		for _, s := range list {
@@ -111,13 +112,16 @@ func (f *execFlags) overlay(c *config.Config) (*config.Config, error) {
 			}
 			if flag == "--deny" {
 				c.Deny = append(c.Deny, rule)
+				c.Said(fmt.Sprintf("deny[%d]", len(c.Deny)-1), flag)
 			} else {
 				c.Exclude = append(c.Exclude, rule)
+				c.Said(fmt.Sprintf("exclude[%d]", len(c.Exclude)-1), flag)
 			}
 		}
 	}
 	if f.path != "" {
 		c.Path = config.PathChoice(f.path)
+		c.Said("path", "--path")
 	}
 	if f.onFailure != "" {
 		c.OnFailure = config.OnFailure(f.onFailure)

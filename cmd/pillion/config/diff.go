@@ -61,6 +61,18 @@ func (c Changes) Restart() bool {
 	return slices.ContainsFunc(c.Settings, func(s Change) bool { return s.Restart })
 }
 
+// Fate says what becomes of connections to the endpoints removed.
+func (s ServiceChange) Fate() string {
+	switch s.OnRemove {
+	case OnRemoveClose:
+		return "are closed after " + s.After
+	case OnRemoveReset:
+		return "are reset"
+	default:
+		return "live on"
+	}
+}
+
 // startOnly are the settings that size or open something at the start.
 var startOnly = []string{
 	"existing", "relay.workers", "limits.connections", "limits.connections_per_container", "flow_log", "metrics",

@@ -83,6 +83,24 @@ services:
 	if got.Empty() || !got.Restart() {
 		t.Errorf("empty %v, restart %v", got.Empty(), got.Restart())
 	}
+	lines := []string{
+		"service new: added",
+		"service web: path: relay -> direct",
+	}
+	all := got.Lines()
+	if diff := cmp.Diff(lines, all[:len(lines)]); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	lines = []string{
+		"service gone: removed",
+		`deny: none -> ["10.2.0.0/16"]`,
+		"relay.workers: 1 -> 2 (at the next start)",
+		"limits.connections: 200000 -> 1000 (at the next start)",
+		"zone: a -> none",
+	}
+	if diff := cmp.Diff(lines, all[len(all)-len(lines):]); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
 	if d := c.Diff(c); !d.Empty() || d.Restart() {
 		t.Errorf("to itself: %+v", d)
 	}

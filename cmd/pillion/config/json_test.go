@@ -118,7 +118,8 @@ func TestEveryKey(t *testing.T) {
 		Limits: Limits{SlotsPerContainer: 1, ConnectionsPerContainer: 2, Connections: 3},
 		Kubernetes: Kubernetes{
 			OnDemand: true, Server: "https://10.96.0.1:443",
-			TokenFile: "/var/run/secrets/token", CAFile: "/var/run/secrets/ca.crt", Idle: time.Minute,
+			TokenFile: "/var/run/secrets/token", CAFile: "/var/run/secrets/ca.crt",
+			Kubeconfig: "/root/.kube/config", Idle: time.Minute,
 		},
 		FlowLog: "/var/log/flows", Metrics: addr("127.0.0.1:9090"),
 	}

@@ -33,7 +33,8 @@ type Refused struct {
 // outside the services and the section kubernetes.
 //
 // A service is the one of the same name in last, or else the one of the same
-// address. What the file no longer has is gone, unless the file has a service
+// address; those of flags are nobody's here, and the caller adds them again. What
+// the file no longer has is gone, unless the file has a service
 // whose name or address cannot be read: that might be any of those. A service
 // that is right but claims the name or address of one that stays is refused too.
 func LoadPartial(path string, last *Config) (*Config, []Refused, error) {
@@ -49,7 +50,7 @@ func parsePartial(name string, data []byte, last *Config) (*Config, []Refused, e
 	if err != nil {
 		return nil, nil, err
 	}
-	m := &merge{draft: d, last: last, problems: make([][]problem, len(d.config.Services))}
+	m := &merge{draft: d, last: last.ofFile(), problems: make([][]problem, len(d.config.Services))}
 	if !m.assign() {
 		return nil, nil, d.join(d.problems)
 	}

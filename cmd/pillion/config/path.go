@@ -1,7 +1,6 @@
 package config
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 
@@ -93,7 +92,7 @@ type Obstacle struct {
 // PathPass, PathDirect or PathRelay, and all that it asks of one.
 func (c *Config) PathOf(s *Service) (flow.Path, []Need) {
 	needs := s.needs()
-	switch c.choice(s) {
+	switch c.Asked(s) {
 	case PathPass:
 		return flow.PathPass, needs
 	case PathDirect:
@@ -108,9 +107,6 @@ func (c *Config) PathOf(s *Service) (flow.Path, []Need) {
 		return flow.PathRelay, needs
 	}
 }
-
-// choice returns what the user says of a service's path.
-func (c *Config) choice(s *Service) PathChoice { return cmp.Or(s.Path, c.Path) }
 
 // needs returns what the service asks of its path. What the section relay says is
 // how the handler carries what it carries, and asks for nothing.
@@ -194,7 +190,7 @@ func (c *Config) chosen(at string, s *Service, could flow.Path) Obstacle {
 	if s.Path == "" {
 		o.Option, o.Where = "path", c.Where("path")
 	}
-	o.Text = fmt.Sprintf("path: %s is asked for, and path: auto would take %s", c.choice(s), could)
+	o.Text = fmt.Sprintf("path: %s is asked for, and path: auto would take %s", c.Asked(s), could)
 	if o.Where == "" && s.Path == "" && c.Path == PathRelay {
 		o.Text = fmt.Sprintf("path: relay is the default, and path: auto would take %s", could)
 	}

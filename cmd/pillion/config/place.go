@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strconv"
@@ -20,10 +21,12 @@ type positions struct {
 type keyPosition struct {
 	key string
 	position
+	flag string // the flag that said it, in place of a position
 }
 
 // Where returns the place of the value at path, such as services[0].attempts or
-// deny[2], in the form pillion.yaml:12:5; empty if it is in no file.
+// deny[2], in the form pillion.yaml:12:5, or the flag that said it; empty if
+// nobody did.
 func (c *Config) Where(path string) string {
 	i, key, ok := serviceKey(path)
 	switch {
@@ -36,14 +39,39 @@ func (c *Config) Where(path string) string {
 	}
 }
 
-// Where returns the place of one of the service's keys, such as attempts; of the
-// service itself for an empty key. It is empty if that is in no file.
+// Where returns the place of one of the service's keys, such as attempts, as
+// [Config.Where] does; of the service itself for an empty key.
 func (s *Service) Where(key string) string { return s.at.where(key) }
+
+// Said notes that the value at path comes from a flag, such as --deny.
+func (c *Config) Said(path, flag string) {
+	p, key := &c.at, path
+	if i, inner, ok := serviceKey(path); ok && i < len(c.Services) {
+		p, key = &c.Services[i].at, inner
+	}
+	// A copy: the configuration may be one of another's.
+	p.keys = append(slices.Clone(p.keys), keyPosition{key: key, flag: flag})
+	p.sort()
+}
+
+// ofFile returns the configuration without the services that flags said.
+func (c *Config) ofFile() *Config {
+	file := *c
+	file.Services = slices.DeleteFunc(slices.Clone(c.Services), func(s Service) bool {
+		at, ok := s.at.find("")
+		return ok && at.flag != ""
+	})
+	return &file
+}
 
 func (p *positions) where(key string) string {
 	at, ok := p.find(key)
-	if !ok {
+	switch {
+	case !ok:
 		return ""
+	case at.flag != "":
+		return at.flag
+	default:
 	}
 	text := fmt.Sprintf("%s:%d:%d", p.file, at.line, at.column)
 	if p.earlier {
@@ -52,18 +80,23 @@ func (p *positions) where(key string) string {
 	return text
 }
 
-func (p *positions) find(key string) (position, bool) {
+func (p *positions) find(key string) (keyPosition, bool) {
 	i, ok := slices.BinarySearchFunc(p.keys, key, func(k keyPosition, key string) int { return strings.Compare(k.key, key) })
 	if !ok {
-		return position{}, false
+		return keyPosition{}, false
 	}
-	return p.keys[i].position, true
+	return p.keys[i], true
 }
 
-func (p *positions) add(key string, at position) { p.keys = append(p.keys, keyPosition{key, at}) }
+func (p *positions) add(key string, at position) {
+	p.keys = append(p.keys, keyPosition{key: key, position: at})
+}
 
 func (p *positions) sort() {
-	slices.SortFunc(p.keys, func(a, b keyPosition) int { return strings.Compare(a.key, b.key) })
+	slices.SortFunc(p.keys, func(a, b keyPosition) int {
+		// A flag goes before what the file says.
+		return cmp.Or(strings.Compare(a.key, b.key), strings.Compare(b.flag, a.flag))
+	})
 }
 
 // serviceKey parts services[3].attempts into 3 and attempts.

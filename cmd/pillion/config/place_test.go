@@ -52,6 +52,16 @@ relay:
 	if got := c.Where("services[2].address"); got != "" {
 		t.Errorf("a service of no file is at %s", got)
 	}
+	c.Said("services[2]", "--service")
+	c.Said("deny[2]", "--deny")
+	c.Said("deny[0]", "--deny")
+	for path, want := range map[string]string{
+		"services[2]": "--service", "services[1]": "p.yaml:10:5", "deny[2]": "--deny", "deny[1]": "p.yaml:2:3", "deny[0]": "--deny",
+	} {
+		if got := c.Where(path); got != want {
+			t.Errorf("with flags, %s: %q, want %q", path, got, want)
+		}
+	}
 	if got := new(Default()).Where("path"); got != "" {
 		t.Errorf("a default is at %s", got)
 	}

@@ -270,7 +270,7 @@ func (k *check) sources(path string, c *Config, s *Service) {
 		k.discover(path+".discover", s.Discover)
 	}
 	// On auto, too: who forgot the endpoints does not mean that nothing be done.
-	if s.Discover == nil && len(s.Endpoints) == 0 && c.choice(s) != PathPass {
+	if s.Discover == nil && len(s.Endpoints) == 0 && c.Asked(s) != PathPass {
 		k.add(path+".endpoints", "no endpoints: want one ADDR:PORT at least, or discover, or path: pass")
 	}
 	k.endpoints(path+".endpoints", s.Endpoints)

@@ -68,7 +68,7 @@ type Kubernetes struct {
 	// Server is a URL, or empty. TokenFile and CAFile are read again when they
 	// change.
 	Server, TokenFile, CAFile string
-	// Kubeconfig is the path of a file that says all of that, or empty.
+	// Kubeconfig is the path of a file that says what those do not, or empty.
 	Kubeconfig string
 	// Idle is how long a Service found on demand stays watched that nobody
 	// connects to.
@@ -192,6 +192,9 @@ func (k *check) discover(path string, s *Discover) {
 // unheard of elsewhere.
 var dnsName = regexp.MustCompile(`^([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.?$`)
 
+// minTTL keeps a slip of the unit from becoming a flood.
+const minTTL = 100 * time.Millisecond
+
 func (k *check) dns(path string, s *DNS) {
 	switch _, err := netip.ParseAddr(s.Name); {
 	case s.Name == "":
@@ -211,8 +214,8 @@ func (k *check) dns(path string, s *DNS) {
 		k.add(path+".port", "missing, want the port of the endpoints, or type: SRV")
 	default:
 	}
-	if s.MinTTL <= 0 {
-		k.add(path+".min_ttl", "%s: want more than 0", s.MinTTL)
+	if s.MinTTL < minTTL {
+		k.add(path+".min_ttl", "%s: want %s at least", s.MinTTL, minTTL)
 	}
 	if s.MaxTTL < s.MinTTL {
 		k.add(path+".max_ttl", "%s is less than min_ttl, which is %s", s.MaxTTL, s.MinTTL)
@@ -250,14 +253,13 @@ func (k *check) kubernetes(s *Kubernetes) {
 			k.add("kubernetes.server", "%s: want a URL such as https://10.0.0.1:6443", show(s.Server))
 		}
 	}
-	for _, f := range []struct{ key, value string }{
-		{"server", s.Server}, {"token_file", s.TokenFile}, {"ca_file", s.CAFile}, {"kubeconfig", s.Kubeconfig},
-	} {
-		k.text("kubernetes."+f.key, f.value)
-		if f.key != "kubeconfig" && f.value != "" && s.Kubeconfig != "" {
-			k.add("kubernetes."+f.key, "kubeconfig says that already: want one of them")
-		}
+	if strings.HasPrefix(s.Server, "http:") && s.TokenFile != "" {
+		k.add("kubernetes.server", "%s: the token would go over the network as it is, want https", show(s.Server))
 	}
+	k.text("kubernetes.server", s.Server)
+	k.text("kubernetes.token_file", s.TokenFile)
+	k.text("kubernetes.ca_file", s.CAFile)
+	k.text("kubernetes.kubeconfig", s.Kubeconfig)
 	if s.Idle <= 0 {
 		k.add("kubernetes.idle", "%s: want more than 0", s.Idle)
 	}
