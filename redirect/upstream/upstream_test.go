@@ -420,10 +420,16 @@ func TestRaceWithReloads(t *testing.T) {
 		if i%2 == 0 {
 			policy = byKey
 		}
-		current.Store(build(t, current.Load(), o, spec("a", policy, 4), spec(fmt.Sprint("other", i), policy, 2)))
-		for _, e := range current.Load().Cluster("a").Endpoints {
+		a := spec("a", policy, 4)
+		a.Endpoints[i%4].Weight = uint32(i%3 + 1)
+		a.Zone, a.Endpoints[i%4].Zone = "here", "here"
+		current.Store(build(t, current.Load(), o, a, spec(fmt.Sprint("other", i), policy, 2)))
+		c := current.Load().Cluster("a")
+		c.Endpoints[0].SetDown(i%5 == 0)
+		for _, e := range c.Endpoints {
 			e.State()
 		}
+		c.Set(true)
 	}
 	workers.Wait()
 
