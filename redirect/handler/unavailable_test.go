@@ -101,9 +101,11 @@ func TestUnavailableUntilReload(t *testing.T) {
 	h.unavailable = func(service netip.AddrPort, wait time.Duration) { told[service] = wait }
 	first := table(map[byte]int{1: 0, 2: 0, 3: 0, 4: 1})
 	h.SetTable(first)
+	var targets []l4.Target
 	for _, s := range first.Services() {
 		target := l4.Target{Cluster: s.Cluster}
 		target.Downstream.OrigDst.AddrPort = s.Addr
+		targets = append(targets, target)
 		h.dialed(&target)
 	}
 	if len(told) != 3 || told[addr(1)] <= 0 || told[addr(2)] <= 0 || told[addr(3)] <= 0 {
@@ -116,6 +118,16 @@ func TestUnavailableUntilReload(t *testing.T) {
 	}
 	if !h.any.Load() || len(h.without) != 1 || !h.without[addr(3)] {
 		t.Errorf("left: %v, want the one that has none still", h.without)
+	}
+	// The last dials by the old table end.
+	clear(told)
+	for i := range targets {
+		h.dialed(&targets[i])
+	}
+	for service, wait := range told {
+		if (wait > 0) != (service == addr(3)) {
+			t.Errorf("told %v behind the reload", told)
+		}
 	}
 	clear(told)
 	h.SetTable(nil)

@@ -141,12 +141,13 @@ func TestRoundRobinIsSpread(t *testing.T) {
 // Workers that share the counter get the same exact shares.
 func TestRoundRobinIsExactForAll(t *testing.T) {
 	c := find(t, "round_robin/4:6:8:2/first out")
-	const workers, cycles = 8, 200
+	const workers, cycles = 8, 5000
 	var turns balance.Turns
 	counts := make([][]int, workers)
+	seeds := c.Seeds(cycles * c.Cycle)
 	var all sync.WaitGroup
 	for w := range workers {
-		all.Go(func() { counts[w] = pick(t, c, &turns, c.Seeds(cycles*c.Cycle)) })
+		all.Go(func() { counts[w] = pick(t, c, &turns, seeds) })
 	}
 	all.Wait()
 	got := make([]int, 4)
