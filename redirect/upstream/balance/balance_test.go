@@ -141,7 +141,7 @@ func TestRoundRobinIsSpread(t *testing.T) {
 // Workers that share the counter get the same exact shares.
 func TestRoundRobinIsExactForAll(t *testing.T) {
 	c := find(t, "round_robin/4:6:8:2/first out")
-	const workers, cycles = 8, 5000
+	const workers, cycles = 8, 1500
 	var turns balance.Turns
 	counts := make([][]int, workers)
 	seeds := c.Seeds(cycles * c.Cycle)
