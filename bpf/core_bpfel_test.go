@@ -35,6 +35,15 @@ type coreAttempt struct {
 	SlotListener uint8
 }
 
+type coreEnd struct {
+	_        structs.HostLayout
+	State    uint32
+	SegsIn   uint32
+	Expired  uint8
+	Released uint8
+	_        [2]byte
+}
+
 type coreFacts struct {
 	_           structs.HostLayout
 	Denied      uint8
@@ -97,10 +106,29 @@ type coreRunByRules struct {
 }
 
 type coreRunEndingOf struct {
-	_      structs.HostLayout
-	State  uint32
-	SegsIn uint32
-	Out    uint32
+	_           structs.HostLayout
+	In          coreEnd
+	Zero        [2]uint8
+	_           [2]byte
+	Retransmits uint32
+	Out         uint32
+	Failure     uint32
+}
+
+type coreRunHealth struct {
+	_       structs.HostLayout
+	Until   uint64
+	Now     uint64
+	Random  uint64
+	Well    uint64
+	Up      uint64
+	Wait    uint64
+	Base    uint32
+	Max     uint32
+	Round   uint32
+	Percent uint32
+	Ejected uint32
+	Panics  uint32
 }
 
 type coreRunHolds struct {
@@ -109,6 +137,15 @@ type coreRunHolds struct {
 	Answered uint64
 	Mode     uint32
 	Out      uint32
+}
+
+type coreRunIsLess struct {
+	_           structs.HostLayout
+	Live        uint32
+	Weight      uint32
+	OtherLive   uint32
+	OtherWeight uint32
+	Out         uint32
 }
 
 type coreRunLeaveAlone struct {
@@ -129,6 +166,8 @@ type coreRunPathOf struct {
 	_         structs.HostLayout
 	Why       uint32
 	OnFailure uint32
+	Asked     uint32
+	Set       uint32
 	Out       uint32
 }
 
@@ -141,6 +180,19 @@ type coreRunSlotAddr struct {
 	Out   coreIpAddr
 }
 
+type coreRunWords struct {
+	_      structs.HostLayout
+	Addr   coreIpAddr
+	Port   uint32
+	Seed   uint32
+	N      uint32
+	Share  uint32
+	Hash   uint32
+	Word   uint32
+	Below  uint32
+	Chance uint32
+}
+
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
@@ -149,11 +201,14 @@ const (
 	coreProgPlAdmit      = "pl_admit"
 	coreProgPlByRules    = "pl_by_rules"
 	coreProgPlEndingOf   = "pl_ending_of"
+	coreProgPlHealth     = "pl_health"
 	coreProgPlHolds      = "pl_holds"
+	coreProgPlIsLess     = "pl_is_less"
 	coreProgPlLeaveAlone = "pl_leave_alone"
 	coreProgPlObstacle   = "pl_obstacle"
 	coreProgPlPathOf     = "pl_path_of"
 	coreProgPlSlotAddr   = "pl_slot_addr"
+	coreProgPlWords      = "pl_words"
 )
 
 // loadCore returns the embedded CollectionSpec for core.
@@ -202,11 +257,14 @@ type coreProgramSpecs struct {
 	PlAdmit      *ebpf.ProgramSpec `ebpf:"pl_admit"`
 	PlByRules    *ebpf.ProgramSpec `ebpf:"pl_by_rules"`
 	PlEndingOf   *ebpf.ProgramSpec `ebpf:"pl_ending_of"`
+	PlHealth     *ebpf.ProgramSpec `ebpf:"pl_health"`
 	PlHolds      *ebpf.ProgramSpec `ebpf:"pl_holds"`
+	PlIsLess     *ebpf.ProgramSpec `ebpf:"pl_is_less"`
 	PlLeaveAlone *ebpf.ProgramSpec `ebpf:"pl_leave_alone"`
 	PlObstacle   *ebpf.ProgramSpec `ebpf:"pl_obstacle"`
 	PlPathOf     *ebpf.ProgramSpec `ebpf:"pl_path_of"`
 	PlSlotAddr   *ebpf.ProgramSpec `ebpf:"pl_slot_addr"`
+	PlWords      *ebpf.ProgramSpec `ebpf:"pl_words"`
 }
 
 // coreMapSpecs contains maps before they are loaded into the kernel.
@@ -261,11 +319,14 @@ type corePrograms struct {
 	PlAdmit      *ebpf.Program `ebpf:"pl_admit"`
 	PlByRules    *ebpf.Program `ebpf:"pl_by_rules"`
 	PlEndingOf   *ebpf.Program `ebpf:"pl_ending_of"`
+	PlHealth     *ebpf.Program `ebpf:"pl_health"`
 	PlHolds      *ebpf.Program `ebpf:"pl_holds"`
+	PlIsLess     *ebpf.Program `ebpf:"pl_is_less"`
 	PlLeaveAlone *ebpf.Program `ebpf:"pl_leave_alone"`
 	PlObstacle   *ebpf.Program `ebpf:"pl_obstacle"`
 	PlPathOf     *ebpf.Program `ebpf:"pl_path_of"`
 	PlSlotAddr   *ebpf.Program `ebpf:"pl_slot_addr"`
+	PlWords      *ebpf.Program `ebpf:"pl_words"`
 }
 
 func (p *corePrograms) Close() error {
@@ -274,11 +335,14 @@ func (p *corePrograms) Close() error {
 		p.PlAdmit,
 		p.PlByRules,
 		p.PlEndingOf,
+		p.PlHealth,
 		p.PlHolds,
+		p.PlIsLess,
 		p.PlLeaveAlone,
 		p.PlObstacle,
 		p.PlPathOf,
 		p.PlSlotAddr,
+		p.PlWords,
 	)
 }
 

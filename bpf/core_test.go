@@ -274,8 +274,9 @@ func TestObstacle(t *testing.T) {
 // one has to be given a path here.
 func TestPathOf(t *testing.T) {
 	const relay, deny, pass, byOnFailure = "relay", "deny", "pass", "by on_failure"
+	const asAsked = "as asked"
 	want := map[flow.Reason]string{
-		flow.ReasonService: relay,
+		flow.ReasonService: asAsked,
 		flow.ReasonDefault: relay,
 
 		flow.ReasonDenied:      deny,
@@ -328,21 +329,31 @@ func TestPathOf(t *testing.T) {
 	all := reached{}
 	for _, why := range flow.Reasons()[:flow.KernelReasons] {
 		for _, onFailure := range []uint32{OnFailureOpen, OnFailureClosed, OnFailureClosed + 1} {
-			expect := want[why]
-			switch {
-			case expect == "":
-				t.Errorf("reason %v has no path in this table", why)
-			case expect == byOnFailure && onFailure == OnFailureClosed:
-				expect = deny
-			case expect == byOnFailure:
-				expect = pass
-			}
-			io := coreRunPathOf{Why: uint32(why), OnFailure: onFailure}
-			run(t, progs.PlPathOf, &io)
-			got := flow.Path(io.Out).String()
-			all[got] = true
-			if got != expect {
-				t.Errorf("path_of(%v, %d): %v, want %v", why, onFailure, got, expect)
+			for _, asked := range flow.Paths() {
+				for _, set := range []uint32{0, 1} {
+					expect := want[why]
+					switch {
+					case expect == "":
+						t.Errorf("reason %v has no path in this table", why)
+					case expect == asAsked && (asked == flow.PathPass || asked == flow.PathDirect):
+						expect = asked.String()
+					case expect == asAsked:
+						expect = relay
+					case expect == byOnFailure && onFailure == OnFailureClosed:
+						expect = deny
+					case expect == byOnFailure && set == 1:
+						expect = "direct"
+					case expect == byOnFailure:
+						expect = pass
+					}
+					io := coreRunPathOf{Why: uint32(why), OnFailure: onFailure, Asked: uint32(asked), Set: set}
+					run(t, progs.PlPathOf, &io)
+					got := flow.Path(io.Out).String()
+					all[got] = true
+					if got != expect {
+						t.Errorf("path_of(%v, %d, %v, %d): %v, want %v", why, onFailure, asked, set, got, expect)
+					}
+				}
 			}
 		}
 	}
@@ -391,39 +402,55 @@ func TestEndingOf(t *testing.T) {
 		closing
 		newSynRecv
 	)
-	names := []string{"closed", "reset", "refused", "timeout"}
+	names := []string{"closed", "reset", "refused", "timeout", "unreachable", "abandoned"}
 	progs := loadCoreProgs(t)
 	all := reached{}
 	for _, tt := range []struct {
-		state, segs uint32
-		want        uint8
+		state, segs       uint32
+		expired, released uint8
+		want              uint8
+		failure           []uint32 // by retransmits
 	}{
-		{synSent, 0, EndingTimeout},
-		{synSent, 1, EndingRefused},
-		{synSent, 1 << 31, EndingRefused},
-		{established, 0, EndingReset}, // fast open, or repair: no segment yet
-		{established, 5, EndingReset},
-		{finWait1, 5, EndingReset},
-		{closeWait, 5, EndingReset},
-		{finWait2, 5, EndingClosed}, // to TIME_WAIT, which is another object
-		{timeWait, 5, EndingClosed},
-		{lastAck, 5, EndingClosed},
-		{closing, 5, EndingClosed},
-		{closed, 0, EndingClosed},
-		{listen, 0, EndingClosed},
-		{synRecv, 1, EndingClosed},
-		{newSynRecv, 1, EndingClosed},
-		{0, 0, EndingClosed},
-		{newSynRecv + 1, 0, EndingClosed},
+		{synSent, 0, 0, 0, EndingUnreachable, []uint32{1, 1}},
+		{synSent, 0, 0, 1, EndingAbandoned, []uint32{0, 1}},
+		{synSent, 0, 1, 0, EndingTimeout, []uint32{1, 1}},
+		{synSent, 0, 1, 1, EndingTimeout, []uint32{1, 1}}, // it had closed it as well
+		{synSent, 1, 0, 0, EndingRefused, []uint32{1, 1}},
+		{synSent, 1, 1, 1, EndingRefused, []uint32{1, 1}},
+		{synSent, 1 << 31, 0, 0, EndingRefused, []uint32{1, 1}},
+		{established, 0, 0, 0, EndingReset, nil}, // fast open, or repair: no segment yet
+		{established, 5, 0, 0, EndingReset, nil},
+		{established, 5, 1, 1, EndingReset, nil},
+		{finWait1, 5, 0, 1, EndingReset, nil},
+		{closeWait, 5, 0, 0, EndingReset, nil},
+		{finWait2, 5, 0, 1, EndingClosed, nil}, // to TIME_WAIT, which is another object
+		{timeWait, 5, 0, 0, EndingClosed, nil},
+		{lastAck, 5, 0, 1, EndingClosed, nil},
+		{closing, 5, 0, 0, EndingClosed, nil},
+		{closed, 0, 0, 0, EndingClosed, nil},
+		{listen, 0, 0, 0, EndingClosed, nil},
+		{synRecv, 1, 0, 0, EndingClosed, nil},
+		{newSynRecv, 1, 0, 0, EndingClosed, nil},
+		{0, 0, 0, 0, EndingClosed, nil},
+		{newSynRecv + 1, 0, 0, 0, EndingClosed, nil},
 	} {
-		io := coreRunEndingOf{State: tt.state, SegsIn: tt.segs}
-		run(t, progs.PlEndingOf, &io)
-		if int(io.Out) >= len(names) {
-			t.Fatalf("ending_of(%d, %d): %d, which is no ending", tt.state, tt.segs, io.Out)
-		}
-		all[names[io.Out]] = true
-		if io.Out != uint32(tt.want) {
-			t.Errorf("ending_of(%d, %d): %s, want %s", tt.state, tt.segs, names[io.Out], names[tt.want])
+		for retransmits := range uint32(3) {
+			io := coreRunEndingOf{In: coreEnd{State: tt.state, SegsIn: tt.segs, Expired: tt.expired, Released: tt.released}, Retransmits: retransmits}
+			run(t, progs.PlEndingOf, &io)
+			if int(io.Out) >= len(names) {
+				t.Fatalf("ending_of(%+v): %d, which is no ending", io.In, io.Out)
+			}
+			all[names[io.Out]] = true
+			if io.Out != uint32(tt.want) {
+				t.Errorf("ending_of(%+v): %s, want %s", io.In, names[io.Out], names[tt.want])
+			}
+			var failure uint32
+			if tt.failure != nil {
+				failure = tt.failure[min(retransmits, 1)]
+			}
+			if io.Failure != failure {
+				t.Errorf("%+v with %d retransmits: failure %d, want %d", io.In, retransmits, io.Failure, failure)
+			}
 		}
 	}
 	all.equal(t, "ending_of", "ENDING_")

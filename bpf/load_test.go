@@ -33,6 +33,7 @@ var programs = map[string]kind{
 	ProgLookup:       {ebpf.SkLookup, ebpf.AttachSkLookup},
 	ProgHold:         {ebpf.SchedCLS, ebpf.AttachNone},
 	ProgInject:       {ebpf.SchedCLS, ebpf.AttachNone},
+	ProgExplain:      {ebpf.SchedCLS, ebpf.AttachNone},
 }
 
 // rodata is the map behind the knobs of one object.

@@ -29,14 +29,107 @@ static __always_inline struct slot *orig_of(const struct ip_addr *a)
 	return s;
 }
 
+/* What a socket that was sent straight to an endpoint was asked for. */
+struct asked {
+	struct ip_addr addr;
+	__u64 port; /* 0: not known, or not such a socket */
+};
+
+/* recall fills what from a decision, if that is about this peer: a socket that
+ * has been disconnected, and connected to another, tells of that one.
+ */
+static __always_inline void recall(const struct decision *d,
+				   const struct ip_addr *peer, __u16 port,
+				   struct asked *what)
+{
+	const struct ip_addr *to = &d->key.slot;
+
+	if (d->path != PATH_DIRECT || d->key.slot_port != port ||
+	    to->w[0] != peer->w[0] || to->w[1] != peer->w[1] ||
+	    to->w[2] != peer->w[2] || to->w[3] != peer->w[3])
+		return;
+	what->addr = LOAD_IP6(d->orig.w);
+	what->port = d->orig_port;
+}
+
+/* recall_subflow asks the first subflow of an application's MPTCP socket: that
+ * is the one that connected, and it has the same addresses. A map by those was
+ * rejected: a full one would either forget a live socket or refuse a new one.
+ */
+static __always_inline void recall_subflow(struct bpf_sock_addr *ctx,
+					   const struct ip_addr *own,
+					   const struct ip_addr *peer,
+					   __u16 port, struct asked *what)
+{
+	__u64 ports =
+		PAIR(bpf_htons(port) | bpf_htons(ctx->sk->src_port) << 16, 0);
+	union {
+		__u64 d[5];
+		struct bpf_sock_tuple t;
+	} u = {};
+	struct decision *d;
+	struct bpf_sock *sk;
+
+	if (is_mapped(peer)) {
+		u.d[0] = PAIR(peer->w[3], own->w[3]);
+		u.d[1] = ports >> 32;
+		sk = bpf_sk_lookup_tcp(ctx, &u.t, sizeof(u.t.ipv4),
+				       BPF_F_CURRENT_NETNS, 0);
+	} else {
+		u.d[0] = PAIR(peer->w[0], peer->w[1]);
+		u.d[1] = PAIR(peer->w[2], peer->w[3]);
+		u.d[2] = PAIR(own->w[0], own->w[1]);
+		u.d[3] = PAIR(own->w[2], own->w[3]);
+		u.d[4] = ports >> 32;
+		sk = bpf_sk_lookup_tcp(ctx, &u.t, sizeof(u.t.ipv6),
+				       BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!sk)
+		return;
+	d = bpf_sk_storage_get(&decisions, sk, NULL, 0);
+	if (d)
+		recall(d, peer, port, what);
+	bpf_sk_release(sk);
+}
+
+/* asked_for gives what the socket's application asked for, if that is not where
+ * it is connected to.
+ */
+static __always_inline struct asked asked_for(struct bpf_sock_addr *ctx,
+					      const struct ip_addr *own,
+					      const struct ip_addr *peer)
+{
+	__u16 port = bpf_ntohs((__u16)ctx->user_port);
+	struct decision *d;
+	struct asked what = {};
+
+	if (ctx->protocol == IPPROTO_MPTCP) {
+		recall_subflow(ctx, own, peer, port, &what);
+		return what;
+	}
+	d = bpf_sk_storage_get(&decisions, ctx->sk, NULL, 0);
+	if (d)
+		recall(d, peer, port, &what);
+	return what;
+}
+
 SEC("cgroup/getpeername4")
 int pl_getpeername4(struct bpf_sock_addr *ctx)
 {
 	struct ip_addr a = mapped(ctx->user_ip4);
+	struct ip_addr own = mapped(ctx->sk->src_ip4);
 	struct slot *s = orig_of(&a);
+	struct asked what;
 
-	if (s)
+	if (s) {
 		ctx->user_ip4 = s->orig.w[3];
+		return PROCEED;
+	}
+	what = asked_for(ctx, &own, &a);
+	if (what.port) {
+		ctx->user_ip4 = what.addr.w[3];
+		ctx->user_port = bpf_htons(what.port);
+	}
 	return PROCEED;
 }
 
@@ -44,11 +137,19 @@ SEC("cgroup/getpeername6")
 int pl_getpeername6(struct bpf_sock_addr *ctx)
 {
 	struct ip_addr a = LOAD_IP6(ctx->user_ip6);
+	struct ip_addr own = LOAD_IP6(ctx->sk->src_ip6);
 	struct slot *s = orig_of(&a);
+	struct asked what;
 
-	if (!s)
+	if (s) {
+		STORE_IP6(ctx->user_ip6, s->orig);
 		return PROCEED;
-	STORE_IP6(ctx->user_ip6, s->orig);
+	}
+	what = asked_for(ctx, &own, &a);
+	if (what.port) {
+		STORE_IP6(ctx->user_ip6, what.addr);
+		ctx->user_port = bpf_htons(what.port);
+	}
 	return PROCEED;
 }
 

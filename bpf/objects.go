@@ -21,6 +21,7 @@ const (
 	ProgLookup       = "pl_lookup"
 	ProgHold         = "pl_hold"
 	ProgInject       = "pl_inject"
+	ProgExplain      = "pl_explain"
 )
 
 // Maps are the maps that all programs share. Whoever loaded them closes them.
@@ -31,7 +32,7 @@ type Maps = connectMaps
 // each object's own.
 func Specs() ([]*ebpf.CollectionSpec, error) {
 	var all []*ebpf.CollectionSpec
-	for _, load := range []func() (*ebpf.CollectionSpec, error){loadConnect, loadNames, loadLookup, loadSockops, loadMirror} {
+	for _, load := range []func() (*ebpf.CollectionSpec, error){loadConnect, loadNames, loadLookup, loadSockops, loadMirror, loadExplain} {
 		spec, err := load()
 		if err != nil {
 			return nil, fmt.Errorf("parse a built-in BPF object: %w", err)

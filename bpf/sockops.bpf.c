@@ -4,8 +4,7 @@
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 #include "include/config.h"
-#include "include/count.h"
-#include "include/decide.h"
+#include "include/eject.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -143,13 +142,24 @@ static __always_inline void on_open(struct bpf_sock_ops *ctx,
 		break;
 	case PATH_DIRECT:
 		tally(TALLY_SENT_DIRECT);
+		count_live(d, true);
 		break;
 	default:
 		tally(TALLY_SENT_PASS);
 	}
 	/* One set of flags for every program on the socket: add, never set. */
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags |
-					       BPF_SOCK_OPS_STATE_CB_FLAG);
+					       BPF_SOCK_OPS_STATE_CB_FLAG |
+					       BPF_SOCK_OPS_RTO_CB_FLAG);
+}
+
+static __always_inline void on_established(struct decision *d)
+{
+	if (!d || !d->followed || d->established)
+		return;
+	d->established = bpf_ktime_get_ns();
+	if (d->path == PATH_DIRECT)
+		answered_by(d);
 }
 
 /* tell_gone cancels the dial of an application that gave up. If the ring is
@@ -200,11 +210,24 @@ static __always_inline void keep_departed(struct bpf_sock_ops *ctx,
 static __always_inline void on_close(struct bpf_sock_ops *ctx,
 				     struct decision *d, __u32 from)
 {
+	struct end how = {};
 	struct conn_event *e;
+	enum ending ending;
 
 	if (!d || !d->followed)
 		return;
 	d->followed = false;
+	how.state = from;
+	how.segs_in = ctx->segs_in;
+	how.expired = d->expired;
+	how.released = d->released;
+	ending = ending_of(&how);
+	if (d->path == PATH_DIRECT) {
+		count_live(d, false);
+		if (from == BPF_TCP_SYN_SENT &&
+		    is_failure(ending, ctx->total_retrans))
+			failed(d, ending);
+	}
 	if (d->open) {
 		d->open = false;
 		if (d->hold && from == BPF_TCP_SYN_SENT)
@@ -239,7 +262,16 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 	e->kind = EVENT_END;
 	e->path = d->path;
 	e->reason = d->reason;
-	e->ending = ending_of(from, ctx->segs_in);
+	e->ending = ending;
+	e->connect = d->established ? d->established - d->opened : 0;
+	if (d->path == PATH_DIRECT) {
+		e->endpoint = d->key.slot;
+		e->endpoint_port = d->key.slot_port;
+	} else {
+		__builtin_memset(&e->endpoint, 0, sizeof(e->endpoint));
+		e->endpoint_port = 0;
+	}
+	__builtin_memset(e->zero, 0, sizeof(e->zero));
 	bpf_ringbuf_submit(e, event_flags());
 }
 
@@ -248,18 +280,27 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 {
 	__u32 op = ctx->op, from = ctx->args[0], to = ctx->args[1];
 	struct bpf_sock *sk = ctx->sk;
+	struct decision *d;
 
-	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_STATE_CB) {
+	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_STATE_CB &&
+	    op != BPF_SOCK_OPS_RTO_CB) {
 		/* TIMEOUT_INIT, RWND_INIT and the like: -1 is "no opinion". */
 		ctx->reply = -1;
 		return 1;
 	}
 	if (!sk)
 		return 1;
-	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB)
-		on_open(ctx, bpf_sk_storage_get(&decisions, sk, NULL, 0));
-	else if (to == BPF_TCP_CLOSE)
-		on_close(ctx, bpf_sk_storage_get(&decisions, sk, NULL, 0),
-			 from);
+	d = bpf_sk_storage_get(&decisions, sk, NULL, 0);
+	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
+		on_open(ctx, d);
+	} else if (op == BPF_SOCK_OPS_RTO_CB) {
+		/* The kernel is about to give up. */
+		if (d && ctx->args[2])
+			d->expired = true;
+	} else if (to == BPF_TCP_ESTABLISHED) {
+		on_established(d);
+	} else if (to == BPF_TCP_CLOSE) {
+		on_close(ctx, d, from);
+	}
 	return 1;
 }

@@ -168,13 +168,20 @@ static __always_inline enum reason obstacle(const struct health *h)
 	return REASON_NONE;
 }
 
-/* path_of maps each reason of a connect hook to the path it means. Those that
- * stand for a failure follow on_failure.
+/* path_of maps each reason of a connect hook to the path it means. asked is
+ * that of the service. Reasons that stand for a failure follow on_failure; set
+ * tells whether there are endpoints to fall back to.
  */
-static __always_inline enum conn_path path_of(enum reason why, __u32 on_failure)
+static __always_inline enum conn_path path_of(enum reason why, __u32 on_failure,
+					      __u32 asked, bool set)
 {
 	switch (why) {
 	case REASON_SERVICE:
+		if (asked == PATH_PASS)
+			return PATH_PASS;
+		if (asked == PATH_DIRECT)
+			return PATH_DIRECT;
+		return PATH_RELAY;
 	case REASON_DEFAULT:
 		return PATH_RELAY;
 	case REASON_DENIED:
@@ -190,7 +197,9 @@ static __always_inline enum conn_path path_of(enum reason why, __u32 on_failure)
 	case REASON_CONN_QUOTA:
 	case REASON_NO_FAMILY:
 	case REASON_NO_MEMORY:
-		return on_failure == ON_FAILURE_CLOSED ? PATH_DENY : PATH_PASS;
+		if (on_failure == ON_FAILURE_CLOSED)
+			return PATH_DENY;
+		return set ? PATH_DIRECT : PATH_PASS;
 	default:
 		return PATH_PASS;
 	}
@@ -234,14 +243,26 @@ static __always_inline enum reason admit(const struct arrival *p)
 	return p->probe ? REASON_PROBE : REASON_ADMITTED;
 }
 
-/* ending_of tells how a socket ended from the TCP state it left for CLOSE
- * (BPF_TCP_*), and whether any segment ever came in.
+/* How a socket came to CLOSE. */
+struct end {
+	__u32 state; /* BPF_TCP_*, that it left */
+	__u32 segs_in;
+	__u8 expired; /* the kernel waited as long as it does */
+	__u8 released; /* the application had closed it */
+};
+
+/* ending_of tells how a socket ended. A connect that nobody answered, nobody
+ * gave up, and that had time left was ended by an ICMP error.
  */
-static __always_inline enum ending ending_of(__u32 state, __u32 segs_in)
+static __always_inline enum ending ending_of(const struct end *e)
 {
-	switch (state) {
+	switch (e->state) {
 	case BPF_TCP_SYN_SENT:
-		return segs_in ? ENDING_REFUSED : ENDING_TIMEOUT;
+		if (e->segs_in)
+			return ENDING_REFUSED;
+		if (e->expired)
+			return ENDING_TIMEOUT;
+		return e->released ? ENDING_ABANDONED : ENDING_UNREACHABLE;
 	case BPF_TCP_ESTABLISHED:
 	case BPF_TCP_FIN_WAIT1:
 	case BPF_TCP_CLOSE_WAIT:
@@ -249,4 +270,63 @@ static __always_inline enum ending ending_of(__u32 state, __u32 segs_in)
 	default:
 		return ENDING_CLOSED;
 	}
+}
+
+/* is_failure tells whether an endpoint is to blame for a connect that ended in
+ * SYN_SENT. Who gives up early knows nothing of it: a happy-eyeballs client
+ * does so as soon as another address has answered.
+ */
+static __always_inline bool is_failure(enum ending how, __u32 retransmits)
+{
+	return how == ENDING_REFUSED || how == ENDING_TIMEOUT ||
+	       how == ENDING_UNREACHABLE ||
+	       (how == ENDING_ABANDONED && retransmits);
+}
+
+#define NS_PER_S 1000000000ULL
+#define NS_PER_MS 1000000ULL
+
+/* is_ejected is false for an endpoint on trial: until is then in the past. */
+static __always_inline bool is_ejected(__u64 until, __u64 now)
+{
+	return now < until;
+}
+
+/* panics_at tells whether so few of the endpoints that are not down (up) are
+ * not ejected (well) that ejections are not to count.
+ */
+static __always_inline bool panics_at(__u64 well, __u64 up, __u64 percent)
+{
+	return well * 100 < up * percent;
+}
+
+/* wait_of gives how long (ns) a round of an ejection lasts, from 1: base (ms),
+ * doubled every round up to max (ms), less a random part of a quarter at most.
+ */
+static __always_inline __u64 wait_of(__u32 base, __u32 max, __u32 round,
+				     __u64 random)
+{
+	__u64 ms = base;
+	__u64 ns;
+
+	/* Up to 2^32 ms: what is doubled 32 times is past that. */
+	if (round > 1) {
+		ms <<= round > 32 ? 32 : round - 1;
+		if (ms > max)
+			ms = max;
+	}
+	ns = ms * NS_PER_MS;
+	return ns - random % (ns / 4 + 1);
+}
+
+/* is_less tells whether the first of two has the fewer connections for its
+ * weight. A count below 0 is one that was corrected at the wrong moment.
+ */
+static __always_inline bool is_less(__u32 live, __u64 weight, __u32 other_live,
+				    __u64 other_weight)
+{
+	__u64 a = (__s32)live < 0 ? 0 : live;
+	__u64 b = (__s32)other_live < 0 ? 0 : other_live;
+
+	return a * other_weight < b * weight;
 }

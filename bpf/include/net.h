@@ -11,6 +11,7 @@
 #define IPPROTO_IP 0
 #define IPPROTO_TCP 6
 #define IPPROTO_IPV6 41
+#define IPPROTO_MPTCP 262
 #define SOL_SOCKET 1 /* on the architectures that Pillion builds for */
 #define SO_KEEPALIVE 9
 #define TCP_KEEPIDLE 4

@@ -6,6 +6,7 @@
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 #include "../include/decide.h"
+#include "../include/hash.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -57,13 +58,15 @@ int pl_obstacle(struct run_obstacle *ctx)
 struct run_path_of {
 	__u32 why; /* enum reason */
 	__u32 on_failure; /* enum on_failure */
+	__u32 asked; /* enum conn_path */
+	__u32 set;
 	__u32 out; /* enum conn_path */
 };
 
 SEC("syscall")
 int pl_path_of(struct run_path_of *ctx)
 {
-	ctx->out = path_of(ctx->why, ctx->on_failure);
+	ctx->out = path_of(ctx->why, ctx->on_failure, ctx->asked, ctx->set);
 	return 0;
 }
 
@@ -82,15 +85,86 @@ int pl_admit(struct run_admit *ctx)
 }
 
 struct run_ending_of {
-	__u32 state; /* BPF_TCP_* */
-	__u32 segs_in;
+	struct end in;
+	__u8 zero[2];
+	__u32 retransmits;
 	__u32 out; /* enum ending */
+	__u32 failure;
 };
 
 SEC("syscall")
 int pl_ending_of(struct run_ending_of *ctx)
 {
-	ctx->out = ending_of(ctx->state, ctx->segs_in);
+	struct end in = ctx->in;
+
+	ctx->out = ending_of(&in);
+	ctx->failure = is_failure(ctx->out, ctx->retransmits);
+	return 0;
+}
+
+/* The words of a pick, one of each kind. */
+struct run_words {
+	struct ip_addr addr;
+	__u32 port;
+	__u32 seed;
+	__u32 n;
+	__u32 share;
+	__u32 hash;
+	__u32 word;
+	__u32 below;
+	__u32 chance;
+};
+
+SEC("syscall")
+int pl_words(struct run_words *ctx)
+{
+	struct ip_addr addr = ctx->addr;
+	__u64 words = ctx->seed;
+
+	ctx->hash = hash_of(&addr, ctx->port);
+	ctx->word = next_word(&words);
+	ctx->below = below(&words, ctx->n);
+	ctx->chance = chance(&words, ctx->share);
+	return 0;
+}
+
+struct run_health {
+	__u64 until;
+	__u64 now;
+	__u64 random;
+	__u64 well;
+	__u64 up;
+	__u64 wait;
+	__u32 base;
+	__u32 max;
+	__u32 round;
+	__u32 percent;
+	__u32 ejected;
+	__u32 panics;
+};
+
+SEC("syscall")
+int pl_health(struct run_health *ctx)
+{
+	ctx->ejected = is_ejected(ctx->until, ctx->now);
+	ctx->panics = panics_at(ctx->well, ctx->up, ctx->percent);
+	ctx->wait = wait_of(ctx->base, ctx->max, ctx->round, ctx->random);
+	return 0;
+}
+
+struct run_is_less {
+	__u32 live;
+	__u32 weight;
+	__u32 other_live;
+	__u32 other_weight;
+	__u32 out;
+};
+
+SEC("syscall")
+int pl_is_less(struct run_is_less *ctx)
+{
+	ctx->out = is_less(ctx->live, ctx->weight, ctx->other_live,
+			   ctx->other_weight);
 	return 0;
 }
 

@@ -1,0 +1,457 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/* What becomes of a connect(2): shared by the connect hook and by its dry run,
+ * so that they cannot disagree.
+ */
+#pragma once
+#include "config.h"
+#include "pick.h"
+
+/* What the entry knows, and what it is told. One read of ctx each: the verifier
+ * refuses pointers into ctx that clang has moved ("dereference of modified ctx
+ * ptr").
+ */
+struct gathered {
+	struct ip_addr dst;
+	struct ip_addr bound;
+	__u64 now;
+	__u64 group; /* 0: no quotas, in a dry run */
+	__u64 port;
+	__u64 why; /* REASON_NONE: the rules are asked; out: enum reason */
+	/* Out. */
+	struct ip_addr source; /* that of the route */
+	struct ip_addr to; /* PATH_DIRECT, PATH_RELAY: what to dial instead */
+	__u64 to_port; /* PATH_DIRECT */
+	__u64 hold; /* 1: the handshake waits for the dial */
+	__u64 err; /* what a refused connect returns */
+	__u64 set; /* service.id */
+	__u64 endpoint; /* PATH_DIRECT: index in endpoints */
+};
+
+/* What only a dry run asks and tells. */
+struct details {
+	__u64 seed; /* in: of the pick; 0: a random one */
+	__u64 flags; /* DETAIL_* */
+	__u64 rule; /* the value of the one that decided */
+	__u64 index; /* of the endpoint, in the set */
+	__u64 draws;
+};
+
+#define DETAIL_RULED 1 /* rule is valid */
+#define DETAIL_NAMED 2 /* a service has the address */
+#define DETAIL_PICKED 4 /* there is an endpoint */
+#define DETAIL_FAR 8 /* it is of the second tier */
+#define DETAIL_PANICS 16 /* ejections do not count */
+
+/* rule_names gives the rule that names the destination, or NULL. */
+static __always_inline __u32 *rule_names(void *trie, const struct gathered *g)
+{
+	union {
+		__u64 d[3];
+		struct rule_key k;
+	} u = { .d = { PAIR(PL_RULE_PORT_BITS + 128,
+			    g->port | (is_mapped(&g->dst) ? 4 : 6) << 16),
+		       PAIR(g->dst.w[0], g->dst.w[1]),
+		       PAIR(g->dst.w[2], g->dst.w[3]) } };
+	__u32 *rule = bpf_map_lookup_elem(trie, &u.k);
+
+	if (rule)
+		return rule;
+	u.d[0] &= ~(0xffffULL << 32); /* any port */
+	return bpf_map_lookup_elem(trie, &u.k);
+}
+
+/* has_route also notes the route's source, which is what a socket without an
+ * address of its own would get.
+ */
+static __always_inline bool has_route(struct gathered *g)
+{
+	union {
+		__u64 d[3];
+		struct prefix_key k;
+	} u = { .d = { PAIR(128, g->dst.w[0]), PAIR(g->dst.w[1], g->dst.w[2]),
+		       g->dst.w[3] } };
+	struct route *way = bpf_map_lookup_elem(&routes, &u.k);
+
+	if (!way)
+		return false;
+	g->source = LOAD_IP6(way->source.w);
+	return way->kind == ROUTE_UNICAST;
+}
+
+/* slot_answers runs the sk_lookup programs of the socket's namespace for a slot
+ * address. Only a handler can be found there with a slot as its own address: an
+ * application cannot bind one.
+ */
+static __noinline bool slot_answers(void *ctx, const struct ip_addr *to,
+				    __u16 port)
+{
+	union {
+		__u64 d[5];
+		struct bpf_sock_tuple t;
+	} u = {};
+	struct bpf_sock *sk;
+	struct ip_addr at;
+
+	if (is_mapped(to)) {
+		u.d[0] = PAIR(0, to->w[3]);
+		u.d[1] = PAIR(bpf_htons(port) << 16, 0);
+		sk = bpf_sk_lookup_tcp(ctx, &u.t, sizeof(u.t.ipv4),
+				       BPF_F_CURRENT_NETNS, 0);
+		if (!sk)
+			return false;
+		at = mapped(sk->src_ip4);
+	} else {
+		u.d[2] = PAIR(to->w[0], to->w[1]);
+		u.d[3] = PAIR(to->w[2], to->w[3]);
+		u.d[4] = PAIR(bpf_htons(port) << 16, 0);
+		sk = bpf_sk_lookup_tcp(ctx, &u.t, sizeof(u.t.ipv6),
+				       BPF_F_CURRENT_NETNS, 0);
+		if (!sk)
+			return false;
+		at = LOAD_IP6(sk->src_ip6);
+	}
+	bpf_sk_release(sk);
+	return in_supernet(&at);
+}
+
+/* account is a container's, opened if need be, but not by a dry run. */
+static __always_inline struct usage *account(__u64 group, const bool dry)
+{
+	if (dry)
+		return bpf_map_lookup_elem(&usage_by_group, &group);
+	return usage_of(group);
+}
+
+/* take_slot finds or names the slot of an address. A dry run tells only whether
+ * it could.
+ */
+static __always_inline enum reason take_slot(const struct gathered *g,
+					     struct state *st, __u32 quota,
+					     __u64 *index, const bool dry)
+{
+	__u32 *have = bpf_map_lookup_elem(&slot_by_orig, &g->dst);
+	struct usage *use;
+	struct slot *s;
+	__u64 n = 0;
+
+	if (have) {
+		*index = *have;
+		s = bpf_map_lookup_elem(&slots, index);
+		/* To the second: a store per connect would bounce the line
+		 * between CPUs.
+		 */
+		if (!dry && s && g->now - s->used > NS_PER_S)
+			s->used = g->now;
+		return REASON_NONE;
+	}
+	use = account(g->group, dry);
+	if (use && quota && use->slots >= quota)
+		return REASON_SLOT_QUOTA;
+	if (dry)
+		return bpf_map_peek_elem(&free_slots, &n) &&
+				       st->next_slot > PL_SLOT_LAST ?
+			       REASON_NO_SLOT :
+			       REASON_NONE;
+	if (bpf_map_pop_elem(&free_slots, &n)) {
+		if (st->next_slot > PL_SLOT_LAST)
+			return REASON_NO_SLOT;
+		n = fetch_add(&st->next_slot, 1);
+		if (n > PL_SLOT_LAST)
+			return REASON_NO_SLOT;
+	}
+	s = bpf_map_lookup_elem(&slots, &n);
+	if (!s)
+		return REASON_NO_SLOT;
+	/* The way back first: who finds a slot must be able to resolve it. */
+	s->orig = g->dst;
+	s->used = g->now;
+	s->group = g->group;
+	s->state = SLOT_NAMED;
+	if (!bpf_map_update_elem(&slot_by_orig, &g->dst, &n, BPF_NOEXIST)) {
+		/* Once more: on a pointer that it already knows to be NULL, the
+		 * verifier of 6.1 follows what the processor may speculate,
+		 * and refuses the store.
+		 */
+		use = bpf_map_lookup_elem(&usage_by_group, &g->group);
+		if (use)
+			__sync_fetch_and_add(&use->slots, 1);
+		*index = n;
+		return REASON_NONE;
+	}
+	/* Another CPU named the same address first, or there is no memory. */
+	s->state = SLOT_FREE;
+	s->group = 0;
+	bpf_map_push_elem(&free_slots, &n, BPF_ANY);
+	have = bpf_map_lookup_elem(&slot_by_orig, &g->dst);
+	if (!have)
+		return REASON_NO_MEMORY;
+	*index = *have;
+	return REASON_NONE;
+}
+
+/* redirect gives the destination's slot, or the reason why there is none. */
+static __noinline enum reason redirect(void *ctx, struct gathered *g,
+				       const struct settings *set,
+				       const bool dry)
+{
+	__u64 zero = 0, index = 0;
+	struct beat *b = bpf_map_lookup_elem(&beat, &zero);
+	struct state *st = bpf_map_lookup_elem(&state, &zero);
+	struct usage *use;
+	struct health h = {};
+	enum reason why;
+
+	if (!b || !st)
+		return REASON_NO_MEMORY;
+	h.now = g->now;
+	h.stamp = b->stamp;
+	h.max_age = b->max_age;
+	h.busy = b->busy;
+	h.live = st->live;
+	h.live_max = set->live_max;
+	h.draining = set->draining;
+	h.family = (set->families >> !is_mapped(&g->dst)) & 1;
+	h.listener = true;
+	h.conn_quota = set->conn_quota;
+	if (h.conn_quota) {
+		use = account(g->group, dry);
+		h.conns = use ? use->conns : 0;
+	}
+	why = obstacle(&h);
+	if (why != REASON_NONE)
+		return why;
+
+	/* The listener slot stands for all: the same program answers. */
+	g->to = slot_addr(&g->dst, PL_SLOT_LISTENER, cfg_slot4, cfg_slot6);
+	h.listener = slot_answers(ctx, &g->to, g->port);
+	why = obstacle(&h);
+	if (why != REASON_NONE)
+		return why;
+
+	why = take_slot(g, st, set->slot_quota, &index, dry);
+	if (why == REASON_NONE)
+		g->to = slot_addr(&g->dst, index, cfg_slot4, cfg_slot6);
+	return why;
+}
+
+/* is_bound is false for the unspecified addresses of both families. */
+static __always_inline bool is_bound(const struct ip_addr *a)
+{
+	return a->w[0] || a->w[1] || a->w[3];
+}
+
+/* answered_until is until when an earlier answer of a destination counts. */
+static __always_inline __u64 answered_until(const void *key)
+{
+	__u64 *until = bpf_map_lookup_elem(&answered, key);
+
+	return until ? *until : 0;
+}
+
+/* dialing begins the trial of an endpoint whose wait is over: others wait for
+ * its outcome, or for the next and longer wait to end.
+ */
+static __noinline void dialing(__u64 service, __u64 endpoint, __u64 now)
+{
+	struct endpoint *e = health_of(endpoint);
+	struct set_config *c;
+	__u64 until, round;
+	void *set;
+
+	if (!e)
+		return;
+	until = e->until;
+	if (!until || now < until)
+		return;
+	set = set_of(service);
+	c = set ? row(set, ROW_CONFIG) : NULL;
+	if (!c || !c->failures)
+		return;
+	round = e->round;
+	if (round < 0xffff)
+		round++;
+	if (!swap(&e->until, until, end_of_wait(c, now, round)))
+		return;
+	e->round = round;
+	changed(set);
+}
+
+/* hash_on gives what POLICY_MAGLEV goes by. */
+static __noinline __u32 hash_on(struct gathered *g, __u64 on)
+{
+	if (on == HASH_DESTINATION)
+		return hash_of(&g->dst, g->port);
+	if (is_bound(&g->bound))
+		return hash_of(&g->bound, 0);
+	has_route(g);
+	return hash_of(&g->source, 0);
+}
+
+/* choose picks an endpoint of the service, and puts it in g; 0: there is none.
+ * It is no static function, so that the verifier walks it once and not once for
+ * each way to it. A dry run has more.
+ */
+__noinline int choose(struct gathered *g, struct details *more)
+{
+	struct set_config *config;
+	struct set_tiers *tiers;
+	__u64 policy, spill, counts, key;
+	struct pick p = {};
+	void *set;
+
+	if (!g)
+		return 0; /* for the verifier: it knows no caller */
+	set = at(&sets, &key, g->set);
+	if (!set)
+		return 0;
+	config = at(set, &key, ROW_CONFIG);
+	tiers = at(set, &key, ROW_TIERS);
+	if (!config || !tiers)
+		return 0;
+	policy = config->policy;
+	spill = config->spill;
+	counts = PAIR(tiers->tier[0].count, tiers->tier[1].count);
+	p.id = g->set;
+	p.now = g->now;
+	p.dry = more != NULL;
+	p.seed = more && more->seed ? more->seed : bpf_get_prandom_u32();
+	if (policy == POLICY_MAGLEV)
+		p.seed = hash_on(g, config->hash);
+	if (!pick(&p, policy, spill, counts))
+		return 0;
+	g->to = p.addr;
+	g->to_port = p.port;
+	g->endpoint = p.endpoint;
+	if (more) {
+		more->flags |= DETAIL_PICKED;
+		if (p.tier)
+			more->flags |= DETAIL_FAR;
+		more->index = p.at;
+		more->draws = p.draws;
+		return 1;
+	}
+	dialing(p.id, p.endpoint, p.now);
+	return 1;
+}
+
+/* What by_maps knows of how to go on. */
+struct plan {
+	__u64 on_failure;
+	__u64 asked; /* path of the service */
+	__u64 mode; /* enum connect_mode */
+};
+
+/* by_maps decides by what the maps say, but not who carries it. */
+static __noinline enum conn_path by_maps(struct gathered *g,
+					 const struct settings *set,
+					 struct plan *then,
+					 struct details *more, const bool dry)
+{
+	union {
+		__u64 d[3];
+		struct endpoint_key k;
+	} key = { .d = { PAIR(g->dst.w[0], g->dst.w[1]),
+			 PAIR(g->dst.w[2], g->dst.w[3]), g->port } };
+	__u64 unavailable = 0, asked = 0;
+	struct service *service;
+	struct facts f = {};
+	__u32 *rule = NULL;
+	enum reason why;
+
+	if (set->deny_rules)
+		rule = rule_names(&deny, g);
+	if (rule) {
+		f.denied = true;
+	} else if (set->exclude_rules) {
+		rule = rule_names(&exclude, g);
+		f.excluded = rule != NULL;
+	}
+	if (dry && rule) {
+		more->rule = *rule;
+		more->flags |= DETAIL_RULED;
+	}
+	service = bpf_map_lookup_elem(&services, &key.k);
+	if (service) {
+		f.service = true;
+		unavailable = service->unavailable;
+		asked = service->path;
+		then->on_failure = service->on_failure;
+		then->mode = service->connect;
+		if (service->no_endpoint)
+			g->err = service->no_endpoint;
+		g->set = service->id;
+		if (dry)
+			more->flags |= DETAIL_NAMED;
+	}
+	f.default_pass = set->default_path == PATH_PASS;
+	f.foreign = is_bound(&g->bound) &&
+		    !bpf_map_lookup_elem(&own_addrs, &g->bound);
+	/* The dearest look-up: not where nobody asks. */
+	if (f.service ? asked != PATH_PASS && asked != PATH_DIRECT :
+			!f.default_pass)
+		f.routed = has_route(g);
+	why = by_rules(&f);
+	then->asked = asked;
+	if (why == REASON_SERVICE && g->now < unavailable &&
+	    path_of(why, 0, asked, false) == PATH_RELAY)
+		why = REASON_NO_ENDPOINT;
+	else if (why != REASON_SERVICE)
+		g->err = ECONNREFUSED;
+	g->why = why;
+	return path_of(why, then->on_failure, asked, false);
+}
+/* waits tells whether the handshake of a redirected connection waits for its
+ * dial.
+ */
+static __noinline bool waits(const struct gathered *g, __u64 mode)
+{
+	union {
+		__u64 d[3];
+		struct endpoint_key k;
+	} key = { .d = { PAIR(g->dst.w[0], g->dst.w[1]),
+			 PAIR(g->dst.w[2], g->dst.w[3]), g->port } };
+
+	return holds(mode, g->now,
+		     mode == CONNECT_ADAPTIVE ? answered_until(&key.k) : 0);
+}
+
+/* judge decides on one connect(2) that g->why does not decide yet. ctx is for
+ * the look-up of sockets; kept tells whether the decision can be kept with the
+ * socket. A dry run changes nothing but g and more.
+ */
+static __always_inline enum conn_path judge(void *ctx, struct gathered *g,
+					    bool kept, struct details *more,
+					    const bool dry)
+{
+	__u64 zero = 0;
+	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
+	struct plan then = {};
+	enum conn_path path;
+	enum reason no;
+
+	g->err = ECONNREFUSED;
+	if (!set)
+		return PATH_PASS; /* cannot be: array maps have every entry */
+	if (g->why != REASON_NONE)
+		return path_of(g->why, ON_FAILURE_OPEN, 0, false);
+	then.on_failure = set->on_failure;
+	then.mode = set->connect;
+	path = by_maps(g, set, &then, more, dry);
+	if (path == PATH_RELAY || (path == PATH_DIRECT && !kept)) {
+		no = kept ? redirect(ctx, g, set, dry) : REASON_NO_MEMORY;
+		if (no == REASON_NONE) {
+			g->hold = waits(g, then.mode);
+			return path;
+		}
+		/* Only a service has a set. */
+		path = path_of(no, then.on_failure, then.asked,
+			       g->why == REASON_SERVICE && set_of(g->set));
+		g->why = no;
+		if (path == PATH_DENY)
+			g->err = ECONNREFUSED;
+	}
+	if (path != PATH_DIRECT || choose(g, more))
+		return path;
+	g->why = REASON_NO_ENDPOINT;
+	return PATH_DENY;
+}
