@@ -160,6 +160,7 @@ func (c *control) reload() admin.ReloadResult {
 	}
 	changes := next.Diff(before)
 	next = withoutRestart(next, before)
+	other := !next.Diff(before).Empty()
 	if err := c.apply(next); err != nil {
 		return c.refuse(fmt.Errorf("put the configuration in force: %w", err))
 	}
@@ -167,7 +168,7 @@ func (c *control) reload() admin.ReloadResult {
 	defer c.mu.Unlock()
 	c.config = next
 	c.reloads++
-	if !changes.Empty() {
+	if other {
 		c.state.Generation++
 		c.state.Loaded = time.Now()
 	}
