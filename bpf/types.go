@@ -136,7 +136,7 @@ const (
 	WorkersMax   = 32
 	// Sets is how many services may have endpoint sets, Endpoints how many
 	// endpoints there may be of all, SetEndpoints how many of one.
-	Sets         = 4096
+	Sets         = 16384
 	Endpoints    = 131072
 	SetEndpoints = 16384
 	// SetHead is how many rows stand before the endpoints of a set, SetTableRow

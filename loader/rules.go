@@ -57,7 +57,7 @@ type Rule struct {
 
 // ErrTooManyServices means that the services have more addresses than slots are
 // reserved for them.
-var ErrTooManyServices = fmt.Errorf("services have more than %d addresses", reservedSlots)
+var ErrTooManyServices = fmt.Errorf("services on relay have more than %d addresses", reservedSlots)
 
 // SetRules makes the kernel side go by rules. New ones are in force before old
 // ones go, so that a connect meets either. On an error some may be in force
@@ -250,12 +250,14 @@ func replace[K comparable, V comparable](m *ebpf.Map, want map[K]V) error {
 	return nil
 }
 
-// reserveSlots gives every service's address a slot that no scan can take from
-// it. Addresses that no service has any more become like others.
+// reserveSlots gives the address of every service on relay a slot that no scan can
+// take from it. Addresses that none has any more become like others.
 func (d *Datapath) reserveSlots(services []Service) error {
 	want := map[bpf.IPAddr]bool{}
 	for _, s := range services {
-		want[bpf.FromAddr(s.Addr.Addr())] = true
+		if s.Path != flow.PathDirect && s.Path != flow.PathPass {
+			want[bpf.FromAddr(s.Addr.Addr())] = true
+		}
 	}
 	if len(want) > reservedSlots {
 		return ErrTooManyServices

@@ -45,10 +45,10 @@
  */
 #define PL_FRAME_MAX 120
 
-/* Services that may have endpoint sets, and endpoints of all of them. 1,000
- * services of 100 endpoints and one of 10,000 fit, twice over is not needed.
+/* Services that may have endpoint sets, and endpoints of all of them: 10,000
+ * services fit, and 1,000 of 100 endpoints beside one of 10,000.
  */
-#define PL_SETS 4096
+#define PL_SETS 16384
 #define PL_ENDPOINTS 131072
 
 /* The rows of a set: three of head, then its endpoints, then its tables. */
