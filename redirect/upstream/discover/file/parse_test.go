@@ -322,3 +322,25 @@ func checkPlace(t *testing.T, name string, data []byte, text string) {
 
 func FuzzYAML(f *testing.F) { fuzz(f, "yaml") }
 func FuzzJSON(f *testing.F) { fuzz(f, "json") }
+
+// The files that the documentation shows are files.
+func TestDocs(t *testing.T) {
+	b, err := os.ReadFile("../../../../docs/discovery.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for i, block := range strings.Split(string(b), "```") {
+		kind, text, _ := strings.Cut(block, "\n")
+		if i%2 == 0 || kind != "json" && (kind != "yaml" || strings.HasPrefix(text, "services:")) {
+			continue
+		}
+		n++
+		if got, err := Parse("discovery."+kind, []byte(text)); err != nil || len(got) == 0 {
+			t.Errorf("%d endpoints, %v in\n%s", len(got), err, text)
+		}
+	}
+	if n < 2 {
+		t.Errorf("%d files in the documentation", n)
+	}
+}
