@@ -20,6 +20,7 @@ import (
 // client asks servers. It is safe for concurrent use.
 type client struct {
 	exempt func(fd int) error
+	limit  chan struct{} // as in [Options]
 	turn   atomic.Uint32 // whose turn it is to be asked first, with rotate
 }
 
@@ -91,6 +92,14 @@ func (c *client) askServer(ctx context.Context, r *resolver, server netip.AddrPo
 
 // exchange sends one question and waits for its answer.
 func (c *client) exchange(ctx context.Context, server netip.AddrPort, q question, edns, tcp bool, timeout time.Duration) (*answer, error) {
+	if c.limit != nil {
+		select {
+		case c.limit <- struct{}{}:
+			defer func() { <-c.limit }()
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
 	// A new socket has a port that nobody else knows, and the kernel lets
 	// nobody but the server answer to it.
 	d := net.Dialer{Timeout: timeout, Control: c.control}

@@ -401,6 +401,46 @@ func TestExempt(t *testing.T) {
 	wantText(t, err, "no such map")
 }
 
+// Questions beyond the limit wait for those before them.
+func TestLimit(t *testing.T) {
+	t.Parallel()
+	var open, most atomic.Int32
+	f := newFake(t, good(t))
+	c := &client{limit: make(chan struct{}, 2), exempt: func(int) error {
+		// The socket is open, and its question is not answered.
+		n := open.Add(1)
+		defer open.Add(-1)
+		for {
+			m := most.Load()
+			if n <= m || most.CompareAndSwap(m, n) {
+				break
+			}
+		}
+		time.Sleep(time.Millisecond)
+		return nil
+	}}
+	r := conf(limit, f)
+	var all sync.WaitGroup
+	for range 20 {
+		all.Go(func() {
+			if _, err := c.ask(t.Context(), r, web); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if n := most.Load(); n > 2 || len(c.limit) != 0 {
+		t.Errorf("%d at once, want 2 at most; %d places are still taken", n, len(c.limit))
+	}
+	c.limit <- struct{}{}
+	c.limit <- struct{}{}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := c.ask(ctx, r, web); !errors.Is(err, context.Canceled) {
+		t.Errorf("without room, and cancelled: %v", err)
+	}
+}
+
 // The end of the context ends a wait at once.
 func TestCancel(t *testing.T) {
 	t.Parallel()

@@ -57,6 +57,9 @@ type Options struct {
 	// Exempt is called with every socket before it is used, so that it can be
 	// tagged as the handler's own. Nil is nobody.
 	Exempt func(fd int) error
+	// Limit, where several sources share one, bounds their questions: as many
+	// are open at once as it has room for. Nil is no bound.
+	Limit chan struct{}
 }
 
 // withDefaults returns o with every value filled in.

@@ -33,7 +33,7 @@ func New(o Options) (*Source, error) {
 		return nil, err
 	}
 	o = o.withDefaults()
-	c := &client{exempt: o.Exempt}
+	c := &client{exempt: o.Exempt, limit: o.Limit}
 	return &Source{options: o, lookup: newLookup(o, c.ask), chance: rand.N[time.Duration]}, nil
 }
 

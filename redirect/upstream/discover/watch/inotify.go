@@ -21,7 +21,9 @@ const (
 	// endEvents say that a watch, or what was queued for it, is gone.
 	endEvents = unix.IN_IGNORED | unix.IN_UNMOUNT | unix.IN_Q_OVERFLOW | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF
 
-	mask = entryEvents | fileEvents | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF | unix.IN_ONLYDIR
+	// dirEvents are those of a directory that is only passed through: what is
+	// written to the files in it, as in /tmp, would wake us for nothing.
+	dirEvents = entryEvents | unix.IN_DELETE_SELF | unix.IN_MOVE_SELF | unix.IN_ONLYDIR
 )
 
 // event is one that the kernel told.
@@ -80,10 +82,18 @@ func (n *notifier) watch(entries []entry) bool {
 
 func (n *notifier) update(fd int, entries []entry) bool {
 	all := true
+	masks := make(map[string]uint32)
+	for _, e := range entries {
+		masks[e.dir] |= dirEvents
+		if e.file {
+			masks[e.dir] |= fileEvents
+		}
+	}
 	dirs := make(map[int32][]string)
 	for _, e := range entries {
-		// A directory that is watched already gives the same number again.
-		wd, err := unix.InotifyAddWatch(fd, e.dir, mask)
+		// A directory that is watched already gives the same number again, and
+		// has the new mask.
+		wd, err := unix.InotifyAddWatch(fd, e.dir, masks[e.dir])
 		if err != nil {
 			all = false
 			continue

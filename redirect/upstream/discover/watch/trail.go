@@ -13,7 +13,12 @@ import (
 const maxLinks = 40
 
 // entry is a name that is looked up in a directory on the way to a file.
-type entry struct{ dir, name string }
+type entry struct {
+	dir, name string
+	// file tells whether the name is, or would be, the file's own: what is
+	// written there matters too.
+	file bool
+}
 
 // trail is the way to a file: every name that is looked up for it.
 type trail struct {
@@ -37,11 +42,12 @@ func walk(path string) trail {
 			dir = filepath.Dir(dir)
 			continue
 		}
-		if e := (entry{dir, name}); !slices.Contains(t.entries, e) {
-			t.entries = append(t.entries, e)
-		}
 		full := filepath.Join(dir, name)
 		info, err := os.Lstat(full)
+		last := len(rest) == 0 && (err != nil || !info.IsDir() && info.Mode()&os.ModeSymlink == 0)
+		if e := (entry{dir, name, last}); !slices.Contains(t.entries, e) {
+			t.entries = append(t.entries, e)
+		}
 		if err != nil {
 			fmt.Fprintf(&id, "%v;", err)
 			break

@@ -365,7 +365,7 @@ func TestPoll(t *testing.T) {
 	dir := t.TempDir()
 	w := newWatcher(filepath.Join(dir, "f"), usualPace())
 	w.pace.blind = 5 * time.Millisecond
-	if w.in.watch([]entry{{"/", "etc"}}) {
+	if w.in.watch([]entry{{dir: "/", name: "etc"}}) {
 		t.Error("no notifier, and it watches")
 	}
 	w.look()
@@ -427,6 +427,38 @@ func TestNoise(t *testing.T) {
 	// The first call is about b: the others' files are none.
 	if got := <-s.calls; got != "b" {
 		t.Errorf("called with %q", got)
+	}
+}
+
+// What is written in the directories above is not even told.
+func TestQuietAbove(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := filepath.Join(dir, "sub", "f")
+	tree(t, filepath.Dir(path), "a")
+	write(t, dir+"/noise", "a")
+	n, err := openNotifier()
+	do(t, err)
+	defer n.close()
+	w := newWatcher(path, onlyEvents())
+	w.in = n
+	w.look()
+	for range 10 {
+		f, err := os.OpenFile(dir+"/noise", os.O_WRONLY|os.O_APPEND, 0)
+		do(t, err)
+		_, err = f.WriteString("b")
+		do(t, err, f.Close())
+	}
+	write(t, path, "b")
+	events, err := n.read(time.Now().Add(limit))
+	do(t, err)
+	if len(events) == 0 {
+		t.Fatal("no event")
+	}
+	for _, e := range events {
+		if e.name != "f" {
+			t.Errorf("event %+v", e)
+		}
 	}
 }
 
