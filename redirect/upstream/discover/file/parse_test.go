@@ -220,7 +220,7 @@ func TestTooLarge(t *testing.T) {
 // What is too much is refused before it costs anything.
 func TestTooMuch(t *testing.T) {
 	for name, text := range map[string]string{
-		"f.yaml": "[" + strings.Repeat("[],", maxValues/2) + "]",
+		"f.yaml": "[" + strings.Repeat("[],", maxValues/3+1) + "]",
 		"g.yaml": "- " + strings.Repeat("x", maxYAML),
 		"f.json": "[" + strings.Repeat("[],", maxValues) + "[]]",
 		"g.json": strings.Repeat(" ", maxSize+1),
