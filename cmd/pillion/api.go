@@ -128,6 +128,7 @@ func (i *instance) sources() metrics.Sources {
 		Configuration: i.control,
 		Discovery:     i.control,
 		Checks:        i.control,
+		Sets:          i.control,
 		Losses:        i.losses,
 		Version:       buildVersion(),
 	}
@@ -151,6 +152,7 @@ func (i *instance) Kernel() (metrics.KernelStats, error) {
 		Slots:       map[string]int{"free": s.Free, "named": s.Named, "reserved": s.Reserved, "retiring": s.Retiring},
 		SlotsMax:    s.SlotsMax,
 		Live:        s.Live,
+		Mended:      s.Mended,
 		BeatAge:     s.BeatAge,
 	}, nil
 }

@@ -228,7 +228,7 @@ func (i *instance) setRules(r loader.Rules) error {
 	bare, last := r, i.lastRules
 	bare.Services, last.Services = withoutSets(r.Services), withoutSets(i.lastRules.Services)
 	if !reflect.DeepEqual(bare, last) {
-		return i.datapath.SetRules(r)
+		return i.sets.publish(func() error { return i.datapath.SetRules(r) })
 	}
 	changed := map[netip.AddrPort]*flow.Set{}
 	for n := range r.Services {
@@ -239,7 +239,7 @@ func (i *instance) setRules(r loader.Rules) error {
 	if len(changed) == 0 {
 		return nil
 	}
-	return i.datapath.SetEndpoints(changed)
+	return i.sets.publish(func() error { return i.datapath.SetEndpoints(changed) })
 }
 
 func withoutSets(services []loader.Service) []loader.Service {
@@ -440,6 +440,7 @@ func (i *instance) endConnections(g gone) {
 	if err != nil {
 		i.log.Error("cannot end the connections to an endpoint that is gone", "service", g.service, "endpoint", g.endpoint, "error", err)
 	}
+	i.sets.ended.Add(uint64(n + direct))
 	if n+direct > 0 {
 		i.log.Info("ended connections to an endpoint that is gone", "service", g.service, "endpoint", g.endpoint, "connections", n+direct)
 	}

@@ -74,6 +74,7 @@ type instance struct {
 	ready     atomic.Bool
 	draining  atomic.Bool
 	existing  atomic.Int64
+	sets      setStats
 }
 
 // Descriptors that are not for connections: maps, programs, sockets, pipes, and

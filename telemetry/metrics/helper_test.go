@@ -37,7 +37,7 @@ func full() *sources {
 	return &sources{
 		kernel: KernelStats{
 			Reasons: reasons, Connects: 10, Decided: 9, Denied: 2, Unsent: 1, Escaped: 3, EventsLost: 4, Unaccounted: -1,
-			Slots: map[string]int{"free": 100, "named": 7}, SlotsMax: 65000, Live: 6, BeatAge: 1500 * time.Millisecond,
+			Slots: map[string]int{"free": 100, "named": 7}, SlotsMax: 65000, Live: 6, Mended: 6, BeatAge: 1500 * time.Millisecond,
 		},
 		endpoints: []EndpointStats{{
 			Cluster: "web", Addr: "127.0.0.1:8081", Weight: 2, Zone: "a", Path: flow.PathDirect, Ejected: true, Down: true, Live: 3,
@@ -53,7 +53,7 @@ func full() *sources {
 		discovery: []DiscoveryStats{{Service: "web", Source: "dns", Age: 2 * time.Second, Stale: true, Changes: 6, Errors: 7, Endpoints: 8}},
 		sets: SetStats{
 			Sets: 2, SetEndpoints: 3, Publishes: 4, Failures: 5, PublishTime: 9 * time.Millisecond,
-			Corrections: 6, Reconciles: 7, Ended: 8,
+			Ended: 8,
 		},
 		checks: []CheckStats{{Cluster: "web", Up: 20, Unknown: 2, Down: 1, Failing: 3}},
 	}

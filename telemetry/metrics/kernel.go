@@ -12,6 +12,7 @@ type kernel struct {
 	readable, reasons                                             series
 	connects, decisions, denials, unsent, escapes                 series
 	unaccounted, slots, slotsLimit, liveConnections, heartbeatAge series
+	mended                                                        series
 }
 
 func newKernel(source Kernel) *kernel {
@@ -31,13 +32,15 @@ func newKernel(source Kernel) *kernel {
 		slots:           gauge("pillion_slots", "Slots by state.", "state"),
 		slotsLimit:      gauge("pillion_slots_limit", "Slots that may be used."),
 		liveConnections: gauge("pillion_live_connections", "Connections that the kernel side has let in to the handler and that are open."),
-		heartbeatAge:    gauge("pillion_heartbeat_age_seconds", "Age of the sign of life that the hooks look at."),
+		mended: counter("pillion_reconcile_corrections_total",
+			"Endpoints whose live count was off when it was compared with the sockets that there are."),
+		heartbeatAge: gauge("pillion_heartbeat_age_seconds", "Age of the sign of life that the hooks look at."),
 	}
 }
 
 func (k *kernel) all() []series {
 	return []series{k.readable, k.reasons, k.connects, k.decisions, k.denials, k.unsent, k.escapes,
-		k.unaccounted, k.slots, k.slotsLimit, k.liveConnections, k.heartbeatAge}
+		k.unaccounted, k.slots, k.slotsLimit, k.liveConnections, k.mended, k.heartbeatAge}
 }
 
 // collect reads the source. Lost records go to lost.
@@ -60,6 +63,7 @@ func (k *kernel) collect(ch chan<- prometheus.Metric, lost map[string]uint64) {
 	}
 	k.slotsLimit.emit(ch, float64(s.SlotsMax))
 	k.liveConnections.emit(ch, float64(s.Live))
+	k.mended.emit(ch, float64(s.Mended))
 	k.heartbeatAge.emit(ch, s.BeatAge.Seconds())
 }
 

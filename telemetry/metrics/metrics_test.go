@@ -64,7 +64,6 @@ func TestScrape(t *testing.T) {
 		`pillion_kernel_readable 1`,
 		`pillion_live_connections 6`,
 		`pillion_reconcile_corrections_total 6`,
-		`pillion_reconciles_total 7`,
 		`pillion_records_lost_total{where="flowlog"} 13`,
 		`pillion_records_lost_total{where="handler"} 12`,
 		`pillion_records_lost_total{where="ring"} 4`,

@@ -7,7 +7,7 @@ type sets struct {
 	source                           Sets
 	count, endpoints                 series
 	publishes, failures, publishTime series
-	reconciles, corrections, ended   series
+	ended                            series
 }
 
 func newSets(source Sets) *sets {
@@ -18,15 +18,12 @@ func newSets(source Sets) *sets {
 		publishes:   counter("pillion_set_publishes_total", "Batches of endpoint sets that were written to the kernel side."),
 		failures:    counter("pillion_set_publish_failures_total", "Batches that could not be written: the sets before them stay."),
 		publishTime: gauge("pillion_set_publish_seconds", "How long the last batch took."),
-		reconciles:  counter("pillion_reconciles_total", "Comparisons of live counts with the sockets that there are."),
-		corrections: counter("pillion_reconcile_corrections_total",
-			"Connections by which live counts were off in these comparisons."),
-		ended: counter("pillion_endpoint_removed_connections_total", "Connections that were ended since their endpoint had been removed."),
+		ended:       counter("pillion_endpoint_removed_connections_total", "Connections that were ended since their endpoint had been removed."),
 	}
 }
 
 func (s *sets) all() []series {
-	return []series{s.count, s.endpoints, s.publishes, s.failures, s.publishTime, s.reconciles, s.corrections, s.ended}
+	return []series{s.count, s.endpoints, s.publishes, s.failures, s.publishTime, s.ended}
 }
 
 // collect reads the source.
@@ -37,8 +34,6 @@ func (s *sets) collect(ch chan<- prometheus.Metric) {
 	s.publishes.emit(ch, float64(v.Publishes))
 	s.failures.emit(ch, float64(v.Failures))
 	s.publishTime.emit(ch, v.PublishTime.Seconds())
-	s.reconciles.emit(ch, float64(v.Reconciles))
-	s.corrections.emit(ch, float64(v.Corrections))
 	s.ended.emit(ch, float64(v.Ended))
 }
 

@@ -31,6 +31,9 @@ type KernelStats struct {
 	SlotsMax int
 	// Live is how many connections are open on relay.
 	Live int
+	// Mended counts live counts of endpoints that were off when they were
+	// compared with the sockets that there are.
+	Mended uint64
 	// BeatAge is the age of the last sign of life.
 	BeatAge time.Duration
 }
@@ -145,9 +148,6 @@ type SetStats struct {
 	Publishes, Failures uint64
 	// PublishTime is how long the last one took.
 	PublishTime time.Duration
-	// Corrections counts connections by which a live count was off when it was
-	// compared with the sockets, Reconciles the comparisons.
-	Corrections, Reconciles uint64
 	// Ended counts connections that were ended since their endpoint was
 	// removed.
 	Ended uint64
