@@ -214,6 +214,7 @@ func (c *Collector) Live(ctx context.Context) ([]flow.Record, error) {
 		if r.Path == flow.PathRelay || r.Reason == flow.ReasonSelf {
 			continue
 		}
+		settle(&r)
 		c.name(&r)
 		all = append(all, r)
 	}

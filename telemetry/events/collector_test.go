@@ -246,9 +246,9 @@ func TestNames(t *testing.T) {
 func TestLive(t *testing.T) {
 	t.Parallel()
 	k := &fakeKernel{open: []flow.Record{
-		{Cookie: 1, Path: flow.PathDirect, OrigDst: service, Open: true},
+		{Cookie: 1, Path: flow.PathDirect, OrigDst: service, Endpoint: backend, Open: true},
 		{Cookie: 2, Path: flow.PathRelay, OrigDst: service, Open: true},
-		{Cookie: 3, Path: flow.PathPass, Reason: flow.ReasonExcluded, Open: true},
+		{Cookie: 3, Path: flow.PathPass, Reason: flow.ReasonExcluded, OrigDst: backend, Endpoint: backend, Open: true},
 		{Cookie: 4, Path: flow.PathPass, Reason: flow.ReasonSelf, Open: true},
 	}}
 	b := newBench(Options{Kernel: k, Names: names})
@@ -258,6 +258,9 @@ func TestLive(t *testing.T) {
 	}
 	if live[1].Service != "web" || live[1].Cluster != "web-cluster" || live[2].Service != "" {
 		t.Errorf("named %+v", live)
+	}
+	if live[1].Endpoint != backend || live[1].Attempts != 1 || live[2].Endpoint.IsValid() {
+		t.Errorf("endpoints %+v", live)
 	}
 	k.err = errors.New("no such map")
 	live, err = b.Live(t.Context())

@@ -52,8 +52,19 @@ func (c clock) record(e *bpf.ConnEvent, r *flow.Record) {
 		return
 	}
 	r.Connect = time.Duration(min(e.Connect, math.MaxInt64))
-	if r.Path == flow.PathDirect {
-		r.Endpoint, r.Attempts = endpoint(e), 1
+	r.Endpoint = endpoint(e)
+	settle(r)
+}
+
+// settle makes what the kernel side says of a kernel path fit a record: on pass the
+// endpoint is what was asked for, and not worth telling, unless another agent's
+// program rewrote it.
+func settle(r *flow.Record) {
+	switch {
+	case r.Path == flow.PathDirect:
+		r.Attempts = 1
+	case r.Endpoint == r.OrigDst:
+		r.Endpoint = netip.AddrPort{}
 	}
 }
 

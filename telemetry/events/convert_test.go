@@ -41,12 +41,19 @@ func TestRecordOfKernel(t *testing.T) {
 		t.Error(diff)
 	}
 
-	// On pass nothing was picked, and a handler's is the handler's to tell.
+	// On pass nothing is picked: what was dialed is only told if somebody else
+	// rewrote it.
 	e.Path = uint8(flow.PathPass)
-	want.Path, want.Endpoint, want.Attempts = flow.PathPass, netip.AddrPort{}, 0
+	want.Path, want.Attempts = flow.PathPass, 0
 	if diff := cmp.Diff(want, *kernelRecord(c, e), comparable); diff != "" {
 		t.Error(diff)
 	}
+	e.Endpoint, e.EndpointPort = e.Orig, e.OrigPort
+	want.Endpoint = netip.AddrPort{}
+	if diff := cmp.Diff(want, *kernelRecord(c, e), comparable); diff != "" {
+		t.Error(diff)
+	}
+	// A handler's is the handler's to tell.
 	e.Path = uint8(flow.PathRelay)
 	want.Path, want.Connect, want.End = flow.PathRelay, 0, flow.ReasonHandlerLost
 	if diff := cmp.Diff(want, *kernelRecord(c, e), comparable); diff != "" {
