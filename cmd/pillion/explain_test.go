@@ -188,6 +188,35 @@ func TestExplain(t *testing.T) {
 	}
 }
 
+// A service in force is told as the user said it: what it takes from elsewhere is no
+// reason for its path.
+func TestWhyAsSaid(t *testing.T) {
+	c := config.Default()
+	c.Path = config.PathAuto
+	web := config.NewService("web", netip.MustParseAddrPort("10.96.0.12:80"))
+	web.Endpoints = []config.Endpoint{{Addr: endpoint1, Weight: 1}}
+	c.Services = []config.Service{web}
+	found := config.NewService("shop/web", netip.MustParseAddrPort("10.96.0.13:80"))
+	found.Discover = &config.Discover{Kubernetes: &config.KubernetesService{Namespace: "shop", Name: "web"}}
+	for _, s := range []config.Service{web, found} {
+		for path, want := range map[config.PathChoice][]string{
+			config.PathAuto:  {"pass: "},
+			config.PathRelay: {"pass: ", "direct: path: relay is the default"},
+		} {
+			c.Path = path
+			inForce := c.Effective(&s)
+			got := why(&c, &inForce)
+			ok := len(got) == len(want)
+			for i := range want {
+				ok = ok && strings.HasPrefix(got[i], want[i])
+			}
+			if !ok || askedPath(&c, s.Name) != path {
+				t.Errorf("%s, path: %s: %q, asked %s", s.Name, path, got, askedPath(&c, s.Name))
+			}
+		}
+	}
+}
+
 func TestExplainErrors(t *testing.T) {
 	e, k, _ := newExplainer(t)
 	four := netip.MustParseAddr("192.0.2.1")

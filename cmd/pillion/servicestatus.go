@@ -54,9 +54,15 @@ func askedPath(cfg *config.Config, name string) config.PathChoice {
 // why says, for each path that is cheaper than a service's own, why it is not on
 // that, and where that stands.
 func why(cfg *config.Config, s *config.Service) []string {
+	// In force, a service has all that it takes from elsewhere, and so seems to
+	// ask for what nobody asked for.
 	i := slices.IndexFunc(cfg.Services, func(o config.Service) bool { return o.Name == s.Name })
 	if i >= 0 {
 		s = &cfg.Services[i]
+	} else {
+		found := config.NewService(s.Name, s.Addr)
+		found.Discover, found.Policy, found.Hash = s.Discover, s.Policy, s.Hash
+		s = &found
 	}
 	var all []string
 	for _, o := range cfg.Why(s) {
