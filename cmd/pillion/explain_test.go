@@ -143,8 +143,8 @@ func TestExplain(t *testing.T) {
 		{"10.9.1.1:22", []answer{{"10.9.1.1:22", "deny", "denied", "ECONNREFUSED", "deny", "deny 10.9.0.0/16", "p.yaml:4:5", "", "open"}}},
 		// The rules have changed meanwhile.
 		{"10.9.1.2:22", []answer{{"10.9.1.2:22", "deny", "denied", "ECONNREFUSED", "deny", "a rule that is being replaced", "", "", "open"}}},
-		{"127.0.0.1:80", []answer{{"127.0.0.1:80", "pass", "loopback", "", "builtin", "this is never redirected", "", "", "open"}}},
-		{"240.0.0.9:80", []answer{{"240.0.0.9:80", "deny", "slot_address", "ECONNREFUSED", "builtin", "nobody dials slots", "", "", "open"}}},
+		{"127.0.0.1:80", []answer{{"127.0.0.1:80", "pass", "loopback", "", "builtin", "built in: never redirected", "", "", "open"}}},
+		{"240.0.0.9:80", []answer{{"240.0.0.9:80", "deny", "slot_address", "ECONNREFUSED", "builtin", "built in: nobody dials slots", "", "", "open"}}},
 		{"both.example:80", []answer{
 			{"10.96.0.12:80", "direct", "service", "", "service", "service web", "p.yaml:9:5", "web", "open"},
 			{"[2001:db8:1::9]:80", "relay", "default", "", "default", "default: relay", "p.yaml:1:10", "", "open"},

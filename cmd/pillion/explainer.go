@@ -209,9 +209,9 @@ func ruleOf(c *config.Config, v *loader.Verdict, s *admin.ServiceStatus) admin.R
 	case v.Reason == flow.ReasonExcluded:
 		return listed(c, admin.RuleExclude, c.Exclude, v.Rule)
 	case builtin(v.Reason):
-		return admin.Rule{Kind: admin.RuleBuiltin, Text: "this is never redirected"}
+		return admin.Rule{Kind: admin.RuleBuiltin, Text: "built in: never redirected"}
 	case v.Reason == flow.ReasonSlotAddress:
-		return admin.Rule{Kind: admin.RuleBuiltin, Text: "nobody dials slots"}
+		return admin.Rule{Kind: admin.RuleBuiltin, Text: "built in: nobody dials slots"}
 	case v.Service.IsValid() && s != nil:
 		return admin.Rule{Kind: admin.RuleService, Text: "service " + s.Name, Where: s.Where}
 	case v.Service.IsValid():
