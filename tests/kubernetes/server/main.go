@@ -5,6 +5,7 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"net/url"
 	"os"
 
@@ -19,6 +20,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, "usage: server kube-apiserver|etcd FLAGS")
 		os.Exit(2)
 	}
+	go endWithStdin()
 	name := os.Args[1]
 	os.Args = os.Args[1:]
 	switch name {
@@ -30,6 +32,14 @@ func main() {
 		fmt.Fprintf(os.Stderr, "server: %s: not built in\n", name)
 		os.Exit(2)
 	}
+}
+
+// endWithStdin ends the process when whoever started it is gone, whatever way.
+func endWithStdin() {
+	if _, err := io.Copy(io.Discard, os.Stdin); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+	os.Exit(0)
 }
 
 // etcdCommand keeps its data without fsync: a test's data need not outlive it.

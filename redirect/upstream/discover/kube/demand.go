@@ -182,6 +182,7 @@ func (d *Demand) Run(ctx context.Context, out chan<- []Service) error {
 		answers: make(chan answer, lookupsMax+2),
 		wakeups: make(chan struct{}, 1),
 		ranges:  d.options.Within,
+		primary: d.client.primary,
 		budget:  lookupsBurst,
 	}
 	s.run(ctx, out)

@@ -226,7 +226,8 @@ func TestDemandSecond(t *testing.T) {
 // else is looked up.
 func TestDemandRanges(t *testing.T) {
 	t.Parallel()
-	k, c := clusterKube(t)
+	k := startKube(t)
+	c := k.client(t)
 	k.web("10.0.0.1")
 	k.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
 		if !strings.HasSuffix(r.URL.Path, "/servicecidrs") {
@@ -240,6 +241,11 @@ func TestDemandRanges(t *testing.T) {
 	d.waitFor("default/web:80=10.96.0.10:80")
 	if n := k.count(isLookup); n != 1 {
 		t.Errorf("%d look-ups of one address in the range", n)
+	}
+	// They say too that services are IPv4 first: this one is looked for no longer.
+	d.ask(2, "10.96.0.99:80")
+	if s := d.Stats(); s.NotFound != 1 || s.Lookups != 2 {
+		t.Errorf("stats are %+v", s)
 	}
 	narrow := k.client(t)
 	narrow.primary = FamilyIPv4

@@ -18,7 +18,7 @@ const (
 	// first burst: an application that talks to the whole Internet must not make a
 	// load of it.
 	lookupsMax    = 4
-	lookupsRate   = 10
+	lookupsRate   = 20
 	lookupsBurst  = 100
 	rangesEvery   = 10 * time.Minute
 	scanEvery     = 30 * time.Second
@@ -55,6 +55,7 @@ type answer struct {
 	scan    bool
 
 	ranges   []netip.Prefix // if it was about these
+	primary  Family         // and which family is the first
 	isRanges bool
 }
 
@@ -76,6 +77,7 @@ type seeker struct {
 	budgetFrom time.Time
 
 	ranges     []netip.Prefix
+	primary    Family    // of the addresses that services have first, if it is known
 	rangesNext time.Time // when to ask for them again
 	rangesBusy bool
 
@@ -225,6 +227,9 @@ func (s *seeker) answer(a answer) {
 		s.rangesBusy = false
 		if a.err == nil {
 			s.ranges = a.ranges
+			if a.primary != FamilyAny {
+				s.primary = a.primary
+			}
 		} else {
 			s.rangesNext = time.Now().Add(scanEvery)
 		}
@@ -243,7 +248,7 @@ func (s *seeker) answer(a answer) {
 		s.inFlight--
 		// The server finds services by their first address only. The others are
 		// those of the other family, unless somebody wants it otherwise.
-		if other := a.subject.addr; a.err == nil && a.service == nil && other.IsValid() && familyOf(other) != s.client.primary {
+		if other := a.subject.addr; a.err == nil && a.service == nil && other.IsValid() && familyOf(other) != s.primary {
 			s.toScan[other] = true
 			return
 		}
@@ -485,7 +490,8 @@ func (c *Client) serviceRanges(ctx context.Context) answer {
 	a := answer{isRanges: true}
 	_, a.err = c.list(ctx, "/apis/networking.k8s.io/v1/servicecidrs", url.Values{"resourceVersion": {"0"}}, func(read func(any) error) error {
 		var w struct {
-			Spec struct {
+			Metadata metadata `json:"metadata"`
+			Spec     struct {
 				CIDRs []string `json:"cidrs"`
 			} `json:"spec"`
 		}
@@ -498,6 +504,10 @@ func (c *Client) serviceRanges(ctx context.Context) answer {
 				return err
 			}
 			a.ranges = append(a.ranges, p)
+		}
+		// The one that the API server makes of its own settings, in their order.
+		if w.Metadata.Name == "kubernetes" && len(w.Spec.CIDRs) > 0 {
+			a.primary = familyOf(a.ranges[len(a.ranges)-len(w.Spec.CIDRs)].Addr())
 		}
 		return nil
 	})
