@@ -22,7 +22,7 @@ var budget = map[string]uint32{
 	ProgBind6:        90,
 	ProgRelease:      400,
 	ProgSockops:      2000, // the options that the upstream leg is to have
-	ProgLookup:       1000,
+	ProgLookup:       1600, // twice: a dry run may look too
 	ProgHold:         1500,
 	ProgInject:       20,
 	ProgExplain:      30000,

@@ -21,6 +21,7 @@ const (
 	connectMapDecisions     = "decisions"
 	connectMapDeny          = "deny"
 	connectMapDeparted      = "departed"
+	connectMapDryRuns       = "dry_runs"
 	connectMapEndpointNames = "endpoint_names"
 	connectMapEndpoints     = "endpoints"
 	connectMapEvents        = "events"
@@ -111,6 +112,7 @@ type connectMapSpecs struct {
 	Decisions     *ebpf.MapSpec `ebpf:"decisions"`
 	Deny          *ebpf.MapSpec `ebpf:"deny"`
 	Departed      *ebpf.MapSpec `ebpf:"departed"`
+	DryRuns       *ebpf.MapSpec `ebpf:"dry_runs"`
 	EndpointNames *ebpf.MapSpec `ebpf:"endpoint_names"`
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
@@ -169,6 +171,7 @@ type connectMaps struct {
 	Decisions     *ebpf.Map `ebpf:"decisions"`
 	Deny          *ebpf.Map `ebpf:"deny"`
 	Departed      *ebpf.Map `ebpf:"departed"`
+	DryRuns       *ebpf.Map `ebpf:"dry_runs"`
 	EndpointNames *ebpf.Map `ebpf:"endpoint_names"`
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Events        *ebpf.Map `ebpf:"events"`
@@ -198,6 +201,7 @@ func (m *connectMaps) Close() error {
 		m.Decisions,
 		m.Deny,
 		m.Departed,
+		m.DryRuns,
 		m.EndpointNames,
 		m.Endpoints,
 		m.Events,

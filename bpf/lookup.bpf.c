@@ -31,6 +31,18 @@ static __always_inline __u32 worker_of(const struct live_key *key, __u32 hold,
 	return (worker - 1) % workers;
 }
 
+/* in_dry_run tells whether it is the dry run of a connect that looks: that has
+ * an interface, unlike the hook. It runs with softirqs off, so no packet can
+ * come in between.
+ */
+static __always_inline bool in_dry_run(void)
+{
+	__u64 zero = 0;
+	__u64 *runs = bpf_map_lookup_elem(&dry_runs, &zero);
+
+	return runs && *runs;
+}
+
 SEC("sk_lookup")
 int pl_lookup(struct bpf_sk_lookup *ctx)
 {
@@ -48,7 +60,7 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 	__u64 index = 0, zero = 0;
 	__u32 workers;
 	enum reason why;
-	bool v6 = ctx->family != AF_INET;
+	bool v6 = ctx->family != AF_INET, dry = false;
 	int n;
 
 	if (!v6) {
@@ -69,7 +81,10 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 	u.d[3] = PAIR(slot.w[2], slot.w[3]);
 	u.d[4] = port | ctx->local_port << 16;
 	p.tcp = ctx->protocol == IPPROTO_TCP;
-	p.probe = !ctx->ingress_ifindex && !port;
+	if (!port) {
+		dry = in_dry_run();
+		p.probe = dry || !ctx->ingress_ifindex;
+	}
 	if (p.tcp && !p.probe) {
 		l = bpf_map_lookup_elem(&live, &u.k);
 		if (l) {
@@ -98,7 +113,8 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 		}
 		why = admit(&p);
 	}
-	count(why);
+	if (!dry)
+		count(why);
 	return why == REASON_ADMITTED || why == REASON_PROBE ? SK_PASS :
 							       SK_DROP;
 }

@@ -21,6 +21,7 @@ const (
 	mirrorMapDecisions     = "decisions"
 	mirrorMapDeny          = "deny"
 	mirrorMapDeparted      = "departed"
+	mirrorMapDryRuns       = "dry_runs"
 	mirrorMapEndpointNames = "endpoint_names"
 	mirrorMapEndpoints     = "endpoints"
 	mirrorMapEvents        = "events"
@@ -105,6 +106,7 @@ type mirrorMapSpecs struct {
 	Decisions     *ebpf.MapSpec `ebpf:"decisions"`
 	Deny          *ebpf.MapSpec `ebpf:"deny"`
 	Departed      *ebpf.MapSpec `ebpf:"departed"`
+	DryRuns       *ebpf.MapSpec `ebpf:"dry_runs"`
 	EndpointNames *ebpf.MapSpec `ebpf:"endpoint_names"`
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
@@ -163,6 +165,7 @@ type mirrorMaps struct {
 	Decisions     *ebpf.Map `ebpf:"decisions"`
 	Deny          *ebpf.Map `ebpf:"deny"`
 	Departed      *ebpf.Map `ebpf:"departed"`
+	DryRuns       *ebpf.Map `ebpf:"dry_runs"`
 	EndpointNames *ebpf.Map `ebpf:"endpoint_names"`
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Events        *ebpf.Map `ebpf:"events"`
@@ -192,6 +195,7 @@ func (m *mirrorMaps) Close() error {
 		m.Decisions,
 		m.Deny,
 		m.Departed,
+		m.DryRuns,
 		m.EndpointNames,
 		m.Endpoints,
 		m.Events,

@@ -21,6 +21,7 @@ const (
 	namesMapDecisions       = "decisions"
 	namesMapDeny            = "deny"
 	namesMapDeparted        = "departed"
+	namesMapDryRuns         = "dry_runs"
 	namesMapEndpointNames   = "endpoint_names"
 	namesMapEndpoints       = "endpoints"
 	namesMapEvents          = "events"
@@ -109,6 +110,7 @@ type namesMapSpecs struct {
 	Decisions     *ebpf.MapSpec `ebpf:"decisions"`
 	Deny          *ebpf.MapSpec `ebpf:"deny"`
 	Departed      *ebpf.MapSpec `ebpf:"departed"`
+	DryRuns       *ebpf.MapSpec `ebpf:"dry_runs"`
 	EndpointNames *ebpf.MapSpec `ebpf:"endpoint_names"`
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
@@ -167,6 +169,7 @@ type namesMaps struct {
 	Decisions     *ebpf.Map `ebpf:"decisions"`
 	Deny          *ebpf.Map `ebpf:"deny"`
 	Departed      *ebpf.Map `ebpf:"departed"`
+	DryRuns       *ebpf.Map `ebpf:"dry_runs"`
 	EndpointNames *ebpf.Map `ebpf:"endpoint_names"`
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Events        *ebpf.Map `ebpf:"events"`
@@ -196,6 +199,7 @@ func (m *namesMaps) Close() error {
 		m.Decisions,
 		m.Deny,
 		m.Departed,
+		m.DryRuns,
 		m.EndpointNames,
 		m.Endpoints,
 		m.Events,

@@ -21,6 +21,7 @@ const (
 	sockopsMapDecisions     = "decisions"
 	sockopsMapDeny          = "deny"
 	sockopsMapDeparted      = "departed"
+	sockopsMapDryRuns       = "dry_runs"
 	sockopsMapEndpointNames = "endpoint_names"
 	sockopsMapEndpoints     = "endpoints"
 	sockopsMapEvents        = "events"
@@ -103,6 +104,7 @@ type sockopsMapSpecs struct {
 	Decisions     *ebpf.MapSpec `ebpf:"decisions"`
 	Deny          *ebpf.MapSpec `ebpf:"deny"`
 	Departed      *ebpf.MapSpec `ebpf:"departed"`
+	DryRuns       *ebpf.MapSpec `ebpf:"dry_runs"`
 	EndpointNames *ebpf.MapSpec `ebpf:"endpoint_names"`
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
@@ -161,6 +163,7 @@ type sockopsMaps struct {
 	Decisions     *ebpf.Map `ebpf:"decisions"`
 	Deny          *ebpf.Map `ebpf:"deny"`
 	Departed      *ebpf.Map `ebpf:"departed"`
+	DryRuns       *ebpf.Map `ebpf:"dry_runs"`
 	EndpointNames *ebpf.Map `ebpf:"endpoint_names"`
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Events        *ebpf.Map `ebpf:"events"`
@@ -190,6 +193,7 @@ func (m *sockopsMaps) Close() error {
 		m.Decisions,
 		m.Deny,
 		m.Departed,
+		m.DryRuns,
 		m.EndpointNames,
 		m.Endpoints,
 		m.Events,

@@ -240,6 +240,17 @@ struct {
 	__type(value, struct decision);
 } decisions SEC(".maps");
 
+/* 1 while a dry run looks for the handler's listener on this CPU: the look-up
+ * program is to answer it as it answers the connect hook. writer: explain;
+ * reader: lookup.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} dry_runs SEC(".maps");
+
 /* writer: every hook; reader: telemetry. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
