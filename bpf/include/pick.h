@@ -47,6 +47,18 @@ static __always_inline void *at(void *map, __u64 *key, __u64 number)
 	return bpf_map_lookup_elem(map, key);
 }
 
+/* TIMES runs step n times, or until it returns 1. The bpf_loop that the
+ * verifier puts in line looks at 64 bits of the number, and clang leaves the
+ * upper half of a __u32 as it comes: with something there nothing would run.
+ */
+#define TIMES(n, step, ctx)                      \
+	({                                       \
+		__u64 times = (__u32)(n);        \
+                                                 \
+		asm volatile("" : "+r"(times));  \
+		bpf_loop(times, step, (ctx), 0); \
+	})
+
 /* The members of a set, for its verdict. */
 struct census {
 	void *set;
@@ -112,8 +124,7 @@ static __always_inline bool panicking(struct census *c, __u64 service)
 		return st->panics;
 	c->next = c->now + NS_PER_S;
 	c->up = 0;
-	bpf_loop(tiers->tier[0].count + tiers->tier[1].count, take_census, c,
-		 0);
+	TIMES(tiers->tier[0].count + tiers->tier[1].count, take_census, c);
 	panics = panics_at(c->up >> 32, (__u32)c->up, config->panic);
 	st = at(c->set, &c->up, ROW_STATE);
 	if (!st)
@@ -285,20 +296,20 @@ static __always_inline bool in_tier(struct pick *p, __u64 policy, __u32 count)
 		return false;
 	p->policy = policy;
 	if (policy == POLICY_ROUND_ROBIN) {
-		bpf_loop(PICK_TURNS, look_again, p, 0);
+		TIMES(PICK_TURNS, look_again, p);
 		if (p->index != NOBODY)
 			return true;
 		p->policy = POLICY_RANDOM;
 	}
 	if (policy != POLICY_LEAST_CONNECTIONS || count > 1)
-		bpf_loop(PICK_DRAWS, look_again, p, 0);
+		TIMES(PICK_DRAWS, look_again, p);
 	if (p->index != NOBODY)
 		return true;
 	/* What Maglev's last miss would have gone on with. */
 	if (policy == POLICY_MAGLEV)
 		next_word(&p->words);
 	p->weight = 0;
-	bpf_loop(count, search_one, p, 0);
+	TIMES(count, search_one, p);
 	return p->index != NOBODY;
 }
 
