@@ -165,6 +165,9 @@ const downShift = 8 * (unsafe.Offsetof(bpf.Endpoint{}.Down) - unsafe.Offsetof(bp
 // that others write to is not atomic everywhere.
 func (e *endpoint) setDown(down bool) {
 	word := (*uint32)(unsafe.Pointer(&e.Round))
+	if (atomic.LoadUint32(word)>>downShift&0xff != 0) == down {
+		return
+	}
 	if down {
 		atomic.OrUint32(word, 1<<downShift)
 	} else {

@@ -38,6 +38,8 @@ func (c *change) rows() int {
 type publishing struct {
 	*setTable
 	changes []change
+	// What differs only in what is written in place.
+	rewrites []change
 	// What has an index now that had none.
 	added []uint32
 	names []bpf.EndpointName
@@ -78,13 +80,8 @@ func (p *publishing) prepare(service netip.AddrPort, set *flow.Set) error {
 		return nil
 	}
 	if sameRows(own.set, set) {
-		for n, e := range set.Endpoints {
-			if own.set.Endpoints[n].Down != e.Down {
-				p.table.at(own.endpoints[unmapped(e.Addr)]).setDown(e.Down)
-			}
-		}
-		own.set = set
-		return p.setSpill(own, set.Spill)
+		p.rewrites = append(p.rewrites, change{own: own, set: set})
+		return nil
 	}
 	if len(own.endpoints) == 0 {
 		own.endpoints = make(map[netip.AddrPort]uint32, len(set.Endpoints))
@@ -110,11 +107,12 @@ func (p *publishing) index(own *serviceSet, addr netip.AddrPort) (uint32, error)
 		}
 		own.endpoints[addr] = i
 		p.names, p.added = append(p.names, nameOf(own.id, addr)), append(p.added, i)
-		for len(p.inSet) <= int(i) {
-			p.inSet = append(p.inSet, 0)
+		for len(p.members) <= int(i) {
+			p.members = append(p.members, member{})
 		}
+		p.members[i].told = false
 	}
-	p.inSet[i] = p.round
+	p.members[i].round = p.round
 	return i, nil
 }
 
@@ -128,6 +126,11 @@ func (p *publishing) takeBack() {
 
 // commit carries the plan out. What fails is tried again with the next set.
 func (p *publishing) commit() error {
+	for n := range p.rewrites {
+		if err := p.rewrite(&p.rewrites[n]); err != nil {
+			return err
+		}
+	}
 	if len(p.changes) == 0 {
 		return nil
 	}
@@ -143,6 +146,15 @@ func (p *publishing) commit() error {
 		p.published(c)
 	}
 	return err
+}
+
+// rewrite writes in place what differs.
+func (p *publishing) rewrite(c *change) error {
+	for _, e := range c.set.Endpoints {
+		p.tellDown(c.own.endpoints[unmapped(e.Addr)], e.Down)
+	}
+	c.own.set = c.set
+	return p.setSpill(c.own, c.set.Spill)
 }
 
 // replace builds the maps and puts them in place.
@@ -198,11 +210,21 @@ func (p *publishing) build(part []change) {
 	for n := range part {
 		c := &part[n]
 		for i, e := range c.set.Endpoints {
-			p.table.at(c.ids[i]).setDown(e.Down)
+			p.tellDown(c.ids[i], e.Down)
 		}
 		rows = setRows(slices.Grow(rows[:0], c.rows()), c.set, c.ids, c.own.turn())
 		c.inner, c.err = p.make(rows)
 	}
+}
+
+// tellDown writes what a set says of an endpoint's health, if it is not what the
+// last one said: SetDown may have spoken since.
+func (s *setTable) tellDown(i uint32, down bool) {
+	m := &s.members[i]
+	if !m.told || m.down != down {
+		s.table.at(i).setDown(down)
+	}
+	m.told, m.down = true, down
 }
 
 // published notes that the kernel has a set.
@@ -220,7 +242,7 @@ func (p *publishing) published(c *change) {
 		return
 	}
 	for addr, i := range own.endpoints {
-		if p.inSet[i] == p.round {
+		if p.members[i].round == p.round {
 			delete(p.out, i)
 		} else {
 			p.remove(own, addr, i, now)
@@ -272,9 +294,9 @@ func (d *Datapath) SetSpill(service netip.AddrPort, spill uint32) error {
 // SetEndpoints replaces the sets of some services, all in one step of the kernel:
 // a pick finds the old set of a service or its new one. A nil set takes a
 // service's away. What is published already is not published again. Down of an
-// endpoint is written with the set, unless it is the very set (pointer) that the
-// service has. On [ErrNoService], [ErrBadSet], [ErrTooManySets] or
-// [ErrTooManyEndpoints] nothing was changed.
+// endpoint is written where the set says otherwise than the last one, so that a set
+// that was made before a SetDown takes nothing back. On [ErrNoService],
+// [ErrBadSet], [ErrTooManySets] or [ErrTooManyEndpoints] nothing was changed.
 func (d *Datapath) SetEndpoints(sets map[netip.AddrPort]*flow.Set) error {
 	s := &d.sets
 	s.mu.Lock()

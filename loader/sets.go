@@ -55,6 +55,12 @@ type serviceSet struct {
 	gone time.Time
 }
 
+// member is what is remembered of an endpoint.
+type member struct {
+	round      uint32 // of publishing, in which it was in a set the last time
+	told, down bool   // what that set said of it
+}
+
 // removedEndpoint is one that is in no set.
 type removedEndpoint struct {
 	of   *serviceSet
@@ -77,8 +83,8 @@ type setTable struct {
 	nextID   uint32 // never used below
 	freeIDs  []uint32
 	out      map[uint32]removedEndpoint // by index
-	inSet    []uint64                   // by index: the round of the last set it was in
-	round    uint64                     // of publishing
+	members  []member                   // by index
+	round    uint32                     // of publishing
 	grace    time.Duration              // forgetAfter
 }
 
@@ -151,7 +157,7 @@ func (s *setTable) recover(services *ebpf.Map) error {
 			s.freeIDs = append(s.freeIDs, id)
 		}
 	}
-	s.inSet = make([]uint64, s.table.next)
+	s.members = make([]member, s.table.next)
 	return nil
 }
 
@@ -258,6 +264,7 @@ func (s *setTable) drop(all []*serviceSet) error {
 }
 
 func (s *setTable) remove(own *serviceSet, addr netip.AddrPort, i uint32, now time.Time) {
+	s.members[i].told = false
 	if _, ok := s.out[i]; !ok {
 		s.out[i] = removedEndpoint{of: own, addr: addr, idle: now}
 	}

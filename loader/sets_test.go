@@ -233,7 +233,7 @@ func TestUnchanged(t *testing.T) {
 		}
 		return down
 	}
-	// The very same set says nothing new about anybody's health.
+	// A set that says what the last one said takes nothing back.
 	if err := d.SetDown(shop, set.Endpoints[0].Addr, true); err != nil {
 		t.Fatal(err)
 	}
