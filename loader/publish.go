@@ -187,7 +187,7 @@ func (p *publishing) replace() error {
 		}
 		ids[n], fds[n] = c.own.id, uint32(c.inner.FD())
 	}
-	if _, err := p.outer.BatchUpdate(ids, fds, nil); err != nil {
+	if err := p.put(ids, fds); err != nil {
 		return fmt.Errorf("publish %d endpoint sets: %w", len(ids), err)
 	}
 	return nil

@@ -70,11 +70,13 @@ type removedEndpoint struct {
 
 // setTable is the maps sets, endpoints and endpoint_names.
 type setTable struct {
-	mu    sync.Mutex // orders changes of sets; taken after Datapath.mu, before servicesMu
-	outer *ebpf.Map
-	spec  *ebpf.MapSpec // of a set
-	empty *ebpf.Map     // stands where a set was that nobody is to pick from
-	keys  []uint32      // 0, 1, 2 ... as many as the longest set has rows
+	mu                  sync.Mutex // orders changes of sets; taken after Datapath.mu, before servicesMu
+	outer               *ebpf.Map
+	spec                *ebpf.MapSpec // of a set
+	measured, waitsEach bool          // see put
+
+	empty *ebpf.Map // stands where a set was that nobody is to pick from
+	keys  []uint32  // 0, 1, 2 ... as many as the longest set has rows
 	table endpointTable
 
 	services map[netip.AddrPort]bool // of the rules, with a set or without
@@ -122,7 +124,9 @@ func (s *setTable) recover(services *ebpf.Map) error {
 	if err := it.Err(); err != nil {
 		return fmt.Errorf("read map services: %w", err)
 	}
-	// What no service points to is dropped when the first rules come.
+	// What no service points to is dropped when the first rules come. A set without
+	// endpoints is not seen here; but to look into sets waits for RCU, each time,
+	// before Linux 6.8.
 	known := func(id uint32) *serviceSet {
 		if own := s.byID[id]; own != nil {
 			return own
@@ -142,15 +146,6 @@ func (s *setTable) recover(services *ebpf.Map) error {
 	})
 	if err != nil {
 		return err
-	}
-	var cursor ebpf.MapBatchCursor
-	ids, inner := make([]uint32, bpf.Sets), make([]uint32, bpf.Sets)
-	n, err := s.outer.BatchLookup(&cursor, ids, inner, nil)
-	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("read map sets: %w", err)
-	}
-	for _, id := range ids[:n] {
-		known(id)
 	}
 	for id := range s.nextID {
 		if s.byID[id] == nil {
@@ -247,8 +242,8 @@ func (s *setTable) drop(all []*serviceSet) error {
 	for n, own := range all {
 		ids[n], fds[n] = own.id, uint32(s.empty.FD())
 	}
-	// In one step: to delete each takes as long.
-	if _, err := s.outer.BatchUpdate(ids, fds, nil); err != nil {
+	// Not deleted: that takes as long, each.
+	if err := s.put(ids, fds); err != nil {
 		return fmt.Errorf("take %d endpoint sets away: %w", len(all), err)
 	}
 	now := time.Now()
@@ -302,6 +297,43 @@ func (s *setTable) forget() error {
 		s.freeIDs = append(s.freeIDs, id)
 	}
 	return nil
+}
+
+const (
+	// putTogether is how many sets are put in place to find out what it costs, and
+	// putTime is what it takes at most where the kernel waits once.
+	putTogether = 16
+	putTime     = 60 * time.Millisecond
+	// putWorkers is how many threads wait at once where it waits each time.
+	putWorkers = 32
+)
+
+// put makes maps the sets of services. The kernel waits for RCU, so that no hook
+// has the old ones any more: once for all, or before Linux 6.8 for each. There many
+// threads wait at the same time.
+func (s *setTable) put(ids, fds []uint32) error {
+	if len(ids) > putTogether && !s.measured {
+		start := time.Now()
+		if _, err := s.outer.BatchUpdate(ids[:putTogether], fds[:putTogether], nil); err != nil {
+			return err
+		}
+		s.measured, s.waitsEach = true, time.Since(start) > putTime
+		ids, fds = ids[putTogether:], fds[putTogether:]
+	}
+	share := len(ids)
+	if s.waitsEach {
+		share = (len(ids) + putWorkers - 1) / putWorkers
+	}
+	errs := make([]error, 0, putWorkers)
+	var waiting sync.WaitGroup
+	for from := 0; from < len(ids); from += share {
+		to := min(from+share, len(ids))
+		errs = append(errs, nil)
+		failed := &errs[len(errs)-1]
+		waiting.Go(func() { _, *failed = s.outer.BatchUpdate(ids[from:to], fds[from:to], nil) })
+	}
+	waiting.Wait()
+	return errors.Join(errs...)
 }
 
 // make creates the map of one set, of no more rows than there are keys.
