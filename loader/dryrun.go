@@ -53,7 +53,7 @@ func (d *Datapath) dryRun(q bpf.DryRun) (bpf.DryRun, error) {
 	frame := make([]byte, dryRunAt+size)
 	copy(frame[dryRunAt:], (*[size]byte)(unsafe.Pointer(&q))[:])
 	o := ebpf.RunOptions{Data: frame, DataOut: make([]byte, len(frame))}
-	if _, err := d.programs["pl_explain"].Run(&o); err != nil {
+	if _, err := d.programs[bpf.ProgExplain].Run(&o); err != nil {
 		return q, err
 	}
 	if len(o.DataOut) != len(frame) {
