@@ -79,7 +79,7 @@ func TestKilledPublishing(t *testing.T) {
 	d := p.create(t, "one")
 	defer func() { p.unload(t, d) }()
 	setRules(t, d, withServices(roundSets(0)))
-	turns := 12
+	turns := 8
 	if testutil.InVM() {
 		turns = 3
 	}
