@@ -43,9 +43,9 @@ func (r *removals) add(g gone, how config.OnRemove, after time.Duration) {
 	}
 }
 
-// back forgets an endpoint that is in its service again.
-func (r *removals) back(g gone) {
-	r.pending = slices.DeleteFunc(r.pending, func(p removal) bool { return p.gone == g })
+// spare forgets endpoints that are back.
+func (r *removals) spare(back func(gone) bool) {
+	r.pending = slices.DeleteFunc(r.pending, func(p removal) bool { return back(p.gone) })
 	r.arm()
 }
 

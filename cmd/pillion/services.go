@@ -393,11 +393,14 @@ func (c *control) overflow() {
 }
 
 // removed does what services want to become of connections to endpoints that are
-// gone.
+// gone. A service is still there under its name or its address: to rename it or to
+// move it ends nothing.
 func (c *control) removed(before, now []service) {
-	is := make(map[string]map[netip.AddrPort]bool, len(now))
+	byName := make(map[string]map[netip.AddrPort]bool, len(now))
+	byAddr := make(map[netip.AddrPort]map[netip.AddrPort]bool, len(now))
 	for i := range now {
-		is[now[i].Name] = addrsOf(&now[i])
+		all := addrsOf(&now[i])
+		byName[now[i].Name], byAddr[now[i].Addr] = all, all
 	}
 	for i := range before {
 		s := &before[i]
@@ -405,19 +408,12 @@ func (c *control) removed(before, now []service) {
 			continue
 		}
 		for _, e := range s.endpoints {
-			if !is[s.Name][e.Addr] {
+			if !byName[s.Name][e.Addr] && !byAddr[s.Addr][e.Addr] {
 				c.removals.add(gone{s.Name, s.Addr, e.Addr}, s.OnRemove, s.RemoveAfter)
 			}
 		}
 	}
-	if len(c.removals.pending) == 0 {
-		return
-	}
-	for i := range now {
-		for a := range is[now[i].Name] {
-			c.removals.back(gone{now[i].Name, now[i].Addr, a})
-		}
-	}
+	c.removals.spare(func(g gone) bool { return byName[g.service][g.endpoint] || byAddr[g.addr][g.endpoint] })
 }
 
 func addrsOf(s *service) map[netip.AddrPort]bool {

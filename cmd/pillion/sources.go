@@ -19,7 +19,8 @@ import (
 // control changes which there are.
 type sources struct {
 	i       *instance
-	changed func() // somebody has news
+	changed func()        // somebody has news
+	asking  chan struct{} // bounds how many ask name servers at once
 
 	kube   *kube.Client // nil: nobody needs it, or it cannot be had
 	demand *kube.Demand // nil: services are not looked up that nobody lists
@@ -39,8 +40,11 @@ type source struct {
 	stop       context.CancelFunc // nil: not started yet
 }
 
+// askAtOnce is how many names are looked up at once: each takes a socket or two.
+const askAtOnce = 32
+
 func newSources(i *instance, changed func()) *sources {
-	return &sources{i: i, changed: changed, byName: map[string]*source{}}
+	return &sources{i: i, changed: changed, asking: make(chan struct{}, askAtOnce), byName: map[string]*source{}}
 }
 
 // open makes what the configuration needs of the API server.
@@ -201,7 +205,7 @@ func (s *sources) wantOf(v *config.Service) (want, bool) {
 		}}, true
 	case d.DNS != nil:
 		o := dnsOptions(d.DNS, v.Addr.Addr())
-		o.Exempt = s.i.exempt()
+		o.Exempt, o.Limit = s.i.exempt(), s.asking
 		return want{kind: admin.SourceDNS, name: d.DNS.Name, of: *d.DNS, open: func() (discover.Source, error) {
 			return dns.New(o)
 		}}, true
