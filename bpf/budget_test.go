@@ -14,14 +14,14 @@ import (
 var budget = map[string]uint32{
 	ProgConnect4:     36000,
 	ProgConnect6:     40000,
-	ProgGetpeername4: 210,
+	ProgGetpeername4: 270,
 	ProgGetpeername6: 480,
 	ProgGetsockname4: 110,
 	ProgGetsockname6: 165,
 	ProgBind4:        65,
 	ProgBind6:        90,
 	ProgRelease:      400,
-	ProgSockops:      2000, // the options that the upstream leg is to have
+	ProgSockops:      3100, // the options that the upstream leg is to have
 	ProgLookup:       1600, // twice: a dry run may look too
 	ProgHold:         1500,
 	ProgInject:       20,

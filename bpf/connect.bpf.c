@@ -43,6 +43,13 @@ static __always_inline void tell_denied(const struct gathered *g, __u64 cookie)
 	bpf_ringbuf_submit(e, event_flags());
 }
 
+__noinline int choose(struct gathered *g, struct details *more)
+{
+	/* Or clang would see that more is not used, and pass anything. */
+	asm volatile("" : : "r"(more));
+	return g ? choose_one(g, NULL, false) : 0;
+}
+
 /* remember keeps the decision with the socket, for sockops. It looks the
  * socket's entry up again: where a pointer is known to be NULL, the verifier
  * of 6.1 follows what the processor may speculate, and refuses to use it there.

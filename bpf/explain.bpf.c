@@ -8,6 +8,11 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
+__noinline int choose(struct gathered *g, struct details *more)
+{
+	return g && more ? choose_one(g, more, true) : 0;
+}
+
 /* looking tells the look-up program that it is us. */
 static __noinline void looking(__u64 now)
 {

@@ -287,11 +287,11 @@ static __noinline __u32 hash_on(struct gathered *g, __u64 on)
 	return hash_of(&g->source, 0);
 }
 
-/* choose picks an endpoint of the service, and puts it in g; 0: there is none.
- * It is no static function, so that the verifier walks it once and not once for
- * each way to it. A dry run has more.
+/* choose_one picks an endpoint of the service, and puts it in g; 0: there is
+ * none.
  */
-__noinline int choose(struct gathered *g, struct details *more)
+static __always_inline int choose_one(struct gathered *g, struct details *more,
+				      const bool dry)
 {
 	struct set_config *config;
 	struct set_tiers *tiers;
@@ -299,8 +299,6 @@ __noinline int choose(struct gathered *g, struct details *more)
 	struct pick p = {};
 	void *set;
 
-	if (!g)
-		return 0; /* for the verifier: it knows no caller */
 	set = at(&sets, &key, g->set);
 	if (!set)
 		return 0;
@@ -313,8 +311,8 @@ __noinline int choose(struct gathered *g, struct details *more)
 	counts = PAIR(tiers->tier[0].count, tiers->tier[1].count);
 	p.id = g->set;
 	p.now = g->now;
-	p.dry = more != NULL;
-	p.seed = more && more->seed ? more->seed : bpf_get_prandom_u32();
+	p.dry = dry;
+	p.seed = dry && more->seed ? more->seed : bpf_get_prandom_u32();
 	if (policy == POLICY_MAGLEV)
 		p.seed = hash_on(g, config->hash);
 	if (!pick(&p, policy, spill, counts))
@@ -322,7 +320,7 @@ __noinline int choose(struct gathered *g, struct details *more)
 	g->to = p.addr;
 	g->to_port = p.port;
 	g->endpoint = p.endpoint;
-	if (more) {
+	if (dry) {
 		more->flags |= DETAIL_PICKED;
 		if (p.tier)
 			more->flags |= DETAIL_FAR;
@@ -333,6 +331,13 @@ __noinline int choose(struct gathered *g, struct details *more)
 	dialing(p.id, p.endpoint, p.now);
 	return 1;
 }
+
+/* choose is choose_one, as an entry has it. It is no static function, so that
+ * the verifier walks it once and not once for each way to it. Only that of a
+ * dry run minds more: on a pointer that it knows to be NULL, the verifier
+ * of 6.1 follows what the processor may speculate.
+ */
+int choose(struct gathered *g, struct details *more);
 
 /* What by_maps knows of how to go on. */
 struct plan {
