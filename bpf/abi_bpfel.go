@@ -111,13 +111,11 @@ type abiDryRun struct {
 	Set          uint32
 	Index        uint32
 	Id           uint32
-	Draws        uint32
 	Rule         uint32
 	Ruled        uint8
 	Tier         uint8
 	Panics       uint8
 	Hold         uint8
-	Zero         uint32
 }
 
 type abiEnding uint32

@@ -2,14 +2,21 @@ package bpf
 
 import (
 	"encoding/binary"
+	"io"
+	"math"
 	"net"
 	"net/netip"
+	"strings"
+	"sync"
 	"testing"
+	"time"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
 
+	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
@@ -89,8 +96,9 @@ func (h *hooks) endpoint(t *testing.T, id uint32) Endpoint {
 	return e
 }
 
-// listenAt puts a listener where an endpoint is to be.
-func (h *hooks) listenAt(t *testing.T, addr string) *net.TCPListener {
+// listenAt puts a listener where an endpoint is to be. It ends each connection when
+// the application has.
+func (h *hooks) listenAt(t *testing.T, addr string) {
 	t.Helper()
 	var l net.Listener
 	h.ns.Do(t, func() error {
@@ -100,8 +108,25 @@ func (h *hooks) listenAt(t *testing.T, addr string) *net.TCPListener {
 		l, err = config.Listen(t.Context(), "tcp", addr)
 		return err
 	})
-	t.Cleanup(func() { l.Close() })
-	return l.(*net.TCPListener)
+	var open sync.WaitGroup
+	open.Go(func() { acceptAll(l, &open) })
+	t.Cleanup(func() {
+		l.Close()
+		open.Wait()
+	})
+}
+
+func acceptAll(l net.Listener, open *sync.WaitGroup) {
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		open.Go(func() {
+			io.Copy(io.Discard, conn)
+			conn.Close()
+		})
+	}
 }
 
 // ask is a dry run.
@@ -166,5 +191,305 @@ func TestDirect(t *testing.T) {
 		TallyConnects: 2, TallyDecided: 3, TallyDenied: 1, TallyUnsent: 1, TallySentDirect: 2,
 	}, h.counts(t, "tallies")); diff != "" {
 		t.Errorf("tallies (-want +got):\n%s", diff)
+	}
+}
+
+// healthy is a configuration whose waits do not end while a test runs.
+var healthy = SetConfig{Failures: 2, Base: 1 << 24, Max: 1 << 30, Panic: 0, Policy: PolicyRoundRobin}
+
+// idle waits until nobody is counted at an endpoint, and returns it without what
+// differs from run to run.
+func (h *hooks) idle(t *testing.T, id uint32) Endpoint {
+	t.Helper()
+	var e Endpoint
+	testutil.Eventually(t, 10*time.Second, func() bool {
+		e = h.endpoint(t, id)
+		return e.Live == 0
+	}, "endpoint %d is idle", id)
+	if e.Until != 0 {
+		e.Until = 1
+	}
+	return e
+}
+
+func (h *hooks) same(t *testing.T, want map[uint32]Endpoint) {
+	t.Helper()
+	got := map[uint32]Endpoint{}
+	for id := range want {
+		got[id] = h.idle(t, id)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("endpoints (-want +got):\n%s", diff)
+	}
+}
+
+// TestDirectPeers: whatever the socket, its peer is what the application asked for,
+// and only while it is connected there.
+func TestDirectPeers(t *testing.T) {
+	testutil.CheckLeaks(t)
+	h := newHooks(t)
+	h.serve(t)
+	const four, six = "10.96.0.12:80", "[2001:db8::12]:443"
+	h.service(t, four, Service{Id: 1, Path: uint8(PathDirect)})
+	h.service(t, six, Service{Id: 2, Path: uint8(PathDirect)})
+	h.publish(t, 1, healthy, 0, 10, []endpointOf{{"127.0.0.1:8001", 1}}, []uint32{0})
+	h.publish(t, 2, healthy, 0, 20, []endpointOf{{"[::1]:8002", 1}}, []uint32{0})
+	h.listenAt(t, "127.0.0.1:8001")
+	h.listenAt(t, "[::1]:8002")
+	a := h.start(t, "tcp="+four, "tcp="+six, "mapped=[::ffff:10.96.0.12]:80", "mptcp="+four, "mptcp="+six,
+		"tcp=127.0.0.1:8001", "leave", "again="+four, "tcp="+four, "leave", "again=127.0.0.1:8001", "wait")
+	want := []string{
+		"tcp=" + four + " " + four, "tcp=" + six + " " + six,
+		"mapped=[::ffff:10.96.0.12]:80 [::ffff:10.96.0.12]:80",
+		"mptcp=" + four + " " + four, "mptcp=" + six + " " + six,
+		"tcp=127.0.0.1:8001 127.0.0.1:8001", "leave no peer", "again=" + four + " " + four,
+		"tcp=" + four + " " + four, "leave no peer", "again=127.0.0.1:8001 127.0.0.1:8001",
+	}
+	if diff := cmp.Diff(want, a.said(t, len(want))); diff != "" {
+		t.Errorf("peers (-want +got):\n%s", diff)
+	}
+	for id, live := range map[uint32]uint32{10: 4, 20: 2} {
+		if e := h.endpoint(t, id); e.Live != live {
+			t.Errorf("endpoint %d has %d connections, want %d", id, e.Live, live)
+		}
+	}
+	a.write("\n")
+	h.same(t, map[uint32]Endpoint{10: {Connects: 5}, 20: {Connects: 2}})
+	if tallies := h.counts(t, "tallies"); tallies[TallySentDirect] != 7 || tallies[TallyConnects] != 9 || tallies[TallyEscaped] != 0 {
+		t.Errorf("tallies: %v", tallies)
+	}
+}
+
+// TestDirectEvents: a record says what was asked for, what was dialed, and how long
+// the answer took.
+func TestDirectEvents(t *testing.T) {
+	testutil.CheckLeaks(t)
+	h := newHooks(t)
+	h.serve(t)
+	h.service(t, "10.96.0.12:80", Service{Id: 1, Path: uint8(PathDirect)})
+	h.publish(t, 1, healthy, 0, 10, []endpointOf{{"127.0.0.1:8001", 1}, {"127.0.0.1:1", 1}}, []uint32{0, 1})
+	h.listenAt(t, "127.0.0.1:8001")
+	h.steps(t, "tcp=10.96.0.12:80", "tcp=10.96.0.12:80", "tcp=127.0.0.1:8001", "tcp=127.0.0.1:2")
+	endings := []string{"closed", "reset", "refused", "timeout", "unreachable", "abandoned"}
+	want := []string{
+		"direct 10.96.0.12:80 to 127.0.0.1:1: refused, answered false",
+		"direct 10.96.0.12:80 to 127.0.0.1:8001: closed, answered true",
+		"pass 127.0.0.1:2 to invalid AddrPort: refused, answered false",
+		"pass 127.0.0.1:8001 to invalid AddrPort: closed, answered true",
+	}
+	got := h.records(t, len(want), func(raw []byte) string {
+		e, _ := ParseEvent(raw)
+		if e.Connect > e.Ended-e.Opened {
+			t.Errorf("answered after %d of %d ns", e.Connect, e.Ended-e.Opened)
+		}
+		to := netip.AddrPortFrom(ToAddr(e.Endpoint), e.EndpointPort)
+		return flow.Path(e.Path).String() + " " + netip.AddrPortFrom(ToAddr(e.Orig), e.OrigPort).String() + " to " + to.String() +
+			": " + endings[e.Ending] + ", answered " + map[bool]string{true: "true", false: "false"}[e.Connect > 0]
+	})
+	// The application was killed with its connections open: who closed first is
+	// who lost a race.
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("events (-want +got):\n%s", diff)
+	}
+}
+
+// TestEjection: an endpoint that refuses is avoided by the next connect, whatever
+// the policy, and a trial brings it back.
+func TestEjection(t *testing.T) {
+	testutil.CheckLeaks(t)
+	h := newHooks(t)
+	h.serve(t)
+	const asked = "10.96.0.12:80"
+	h.service(t, asked, Service{Id: 1, Path: uint8(PathDirect), NoEndpoint: 113})
+	members := []endpointOf{{"127.0.0.1:8001", 1}, {"127.0.0.1:8003", 1}}
+	h.publish(t, 1, healthy, 0, 10, members, []uint32{0, 1})
+	h.listenAt(t, "127.0.0.1:8001")
+	connect := func(n int, want string) {
+		t.Helper()
+		var steps, all []string
+		for i := range n {
+			steps = append(steps, "tcp="+asked)
+			end := asked
+			if want[i%len(want)] == 'x' {
+				end = "ECONNREFUSED"
+			}
+			all = append(all, "tcp="+asked+" "+end)
+		}
+		if diff := cmp.Diff(all, h.steps(t, steps...)); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+	}
+	connect(4, ".x.x")
+	h.same(t, map[uint32]Endpoint{10: {Connects: 2}, 11: {Failed: 2, Ejections: 1, Round: 1, Until: 1, Last: EndingRefused}})
+	connect(6, ".")
+	for _, policy := range []uint8{PolicyLeastConnections, PolicyRandom, PolicyMaglev} {
+		config := healthy
+		config.Policy = policy
+		h.publish(t, 1, config, 0, 10, members, []uint32{1, 1, 1, 1, 1, 1, 1, 1, 1})
+		connect(6, ".")
+	}
+	// Its wait is over: one connect is the trial, and begins the next wait.
+	h.publish(t, 1, healthy, 0, 10, members, []uint32{1})
+	e := h.endpoint(t, 11)
+	e.Until = 1
+	h.put(t, "endpoints", uint32(11), e)
+	connect(3, "x..")
+	h.same(t, map[uint32]Endpoint{10: {Connects: 28}, 11: {Failed: 3, Ejections: 1, Round: 2, Until: 1, Last: EndingRefused}})
+	if e := h.endpoint(t, 11); e.Until < uint64(1<<25)*uint64(time.Millisecond)*3/4 {
+		t.Errorf("the second wait is no longer than the first: until %d", e.Until)
+	}
+	// In a panic its ejection does not count, and an answer ends it.
+	config := healthy
+	config.Panic = 60
+	h.publish(t, 1, config, 0, 10, members, []uint32{1})
+	h.listenAt(t, "127.0.0.1:8003")
+	connect(1, ".")
+	h.same(t, map[uint32]Endpoint{11: {Connects: 1, Failed: 3, Ejections: 1, Round: 2, Last: EndingRefused}})
+	// Down is down, also in a panic.
+	e = h.endpoint(t, 11)
+	e.Down = 1
+	h.put(t, "endpoints", uint32(11), e)
+	connect(3, ".")
+	e = h.endpoint(t, 10)
+	e.Down = 1
+	h.put(t, "endpoints", uint32(10), e)
+	if got := h.steps(t, "tcp="+asked); got[0] != "tcp="+asked+" EHOSTUNREACH" {
+		t.Errorf("all are down: %v", got)
+	}
+}
+
+// network gives the namespace a subnet in which nobody answers: 192.0.2.66 is
+// silent, and nobody has 192.0.2.77.
+func (h *hooks) network(t *testing.T) {
+	t.Helper()
+	h.ns.Do(t, func() error {
+		pair := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "near"}, PeerName: "far"}
+		if err := netlink.LinkAdd(pair); err != nil {
+			return err
+		}
+		for _, name := range []string{"near", "far"} {
+			l, err := netlink.LinkByName(name)
+			if err != nil {
+				return err
+			}
+			if err := netlink.LinkSetUp(l); err != nil {
+				return err
+			}
+		}
+		near, err := netlink.LinkByName("near")
+		if err != nil {
+			return err
+		}
+		addr, err := netlink.ParseAddr("192.0.2.1/24")
+		if err != nil {
+			return err
+		}
+		if err := netlink.AddrAdd(near, addr); err != nil {
+			return err
+		}
+		return netlink.NeighAdd(&netlink.Neigh{
+			LinkIndex: near.Attrs().Index, State: netlink.NUD_PERMANENT, IP: net.ParseIP("192.0.2.66"),
+			HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, 66},
+		})
+	})
+	h.ns.Sysctl(t, "net/ipv4/neigh/near/mcast_solicit", "1")
+	h.ns.Sysctl(t, "net/ipv4/neigh/near/retrans_time_ms", "50")
+}
+
+// TestFailedConnects: who is to blame for a connect that was not answered.
+func TestFailedConnects(t *testing.T) {
+	testutil.CheckLeaks(t)
+	h := newHooks(t)
+	h.serve(t)
+	h.network(t)
+	const asked = "10.96.0.12:80"
+	h.service(t, asked, Service{Id: 1, Path: uint8(PathDirect)})
+	h.put(t, "routes", PrefixKey{Prefixlen: 96 + 24, Addr: abiIpAddr(FromAddr(netip.MustParseAddr("203.0.113.0")))}, Route{Kind: RouteNone})
+	config := healthy
+	config.Failures = 0
+	for i, tt := range []struct {
+		name, endpoint, step, said string
+		want                       Endpoint
+	}{
+		{"refused", "127.0.0.1:1", "tcp", "ECONNREFUSED", Endpoint{Failed: 1, Last: EndingRefused}},
+		{"refused again on one socket", "127.0.0.1:1", "tcp=" + asked + " again", "ECONNREFUSED", Endpoint{Failed: 2, Last: EndingRefused}},
+		{"timed out", "192.0.2.66:80", "brief", "ETIMEDOUT", Endpoint{Failed: 1, Last: EndingTimeout}},
+		{"unreachable", "192.0.2.77:80", "tcp", "EHOSTUNREACH", Endpoint{Failed: 1, Last: EndingUnreachable}},
+		{"given up", "192.0.2.66:80", "quit", "EINPROGRESS", Endpoint{}},
+		{"no route to it", "203.0.113.7:80", "tcp", "ENETUNREACH", Endpoint{Failed: 1, Last: EndingUnreachable}},
+		{"refused by the kernel", "198.51.100.7:80", "tcp", "ENETUNREACH", Endpoint{}},
+		{"a source that does not go with it", "192.0.2.66:80", "bound=127.0.0.1,", "EINVAL", Endpoint{}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			id := uint32(100 + i)
+			h.put(t, "own_addrs", FromAddr(netip.MustParseAddr("127.0.0.1")), uint32(1))
+			h.publish(t, 1, config, 0, id, []endpointOf{{tt.endpoint, 1}}, []uint32{0})
+			steps := tt.step + "=" + asked
+			if strings.HasSuffix(tt.step, ",") {
+				steps = tt.step + asked
+			}
+			said := h.steps(t, strings.Fields(steps)...)
+			if last := said[len(said)-1]; !strings.HasSuffix(last, " "+tt.said) {
+				t.Errorf("the application saw %q, want %s", last, tt.said)
+			}
+			h.same(t, map[uint32]Endpoint{id: tt.want})
+		})
+	}
+	tallies := h.counts(t, "tallies")
+	if tallies[TallyConnects] != tallies[TallySentDirect] || tallies[TallyDecided] != tallies[TallySentDirect]+tallies[TallyUnsent] {
+		t.Errorf("not all are accounted for: %v", tallies)
+	}
+}
+
+// TestFallback: with the handler gone a service that has endpoints is balanced
+// still, if it is not closed.
+func TestFallback(t *testing.T) {
+	testutil.CheckLeaks(t)
+	h := newHooks(t)
+	h.serve(t)
+	h.put(t, "beat", uint32(0), Beat{Stamp: 1, MaxAge: 1})
+	for i, s := range []Service{
+		{Path: uint8(PathRelay)},
+		{Path: uint8(PathRelay), OnFailure: uint8(OnFailureClosed)},
+		{Path: uint8(PathRelay)}, // without a set
+		{Path: uint8(PathRelay), NoEndpoint: 113},
+		{Path: uint8(PathDirect), OnFailure: uint8(OnFailureClosed)},
+		{Path: uint8(PathRelay), Unavailable: math.MaxUint64, NoEndpoint: 110},
+		{Path: uint8(PathDirect), Unavailable: math.MaxUint64},
+		{}, // as if it were relay
+	} {
+		s.Id = uint32(i)
+		h.service(t, netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 96, 0, byte(i)}), 80).String(), s)
+		if i == 2 {
+			continue
+		}
+		members := []endpointOf{{"127.0.0.1:8001", 1}}
+		if i == 3 {
+			members = nil
+		}
+		h.publish(t, s.Id, healthy, 0, 10, members, []uint32{0})
+	}
+	h.listenAt(t, "127.0.0.1:8001")
+	want := []string{
+		"tcp=10.96.0.0:80 10.96.0.0:80", "tcp=10.96.0.1:80 ECONNREFUSED", "tcp=10.96.0.2:80 ENETUNREACH", "tcp=10.96.0.3:80 EHOSTUNREACH",
+		"tcp=10.96.0.4:80 10.96.0.4:80", "tcp=10.96.0.5:80 ETIMEDOUT", "tcp=10.96.0.6:80 10.96.0.6:80", "tcp=10.96.0.7:80 10.96.0.7:80",
+	}
+	var steps []string
+	for _, w := range want {
+		step, _, _ := strings.Cut(w, " ")
+		steps = append(steps, step)
+	}
+	if diff := cmp.Diff(want, h.steps(t, steps...)); diff != "" {
+		t.Errorf("what the application saw (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(map[string]uint64{"handler_stale": 4, "service": 2, "no_endpoint": 2, "unsent": 1}, h.reasons(t)); diff != "" {
+		t.Errorf("reasons (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{
+		"denied deny handler_stale 10.96.0.1:80", "denied deny no_endpoint 10.96.0.3:80", "denied deny no_endpoint 10.96.0.5:80",
+		"end direct handler_stale 10.96.0.0:80", "end direct handler_stale 10.96.0.7:80",
+		"end direct service 10.96.0.4:80", "end direct service 10.96.0.6:80",
+	}, h.events(t, 7)); diff != "" {
+		t.Errorf("events (-want +got):\n%s", diff)
 	}
 }

@@ -80,9 +80,8 @@ int pl_explain(struct __sk_buff *ctx)
 	r->ruled = !!(more.flags & DETAIL_RULED);
 	r->hold = g.hold;
 	r->panics = !!(more.flags & DETAIL_PANICS);
-	r->draws = more.draws;
 	r->tier = !!(more.flags & DETAIL_FAR);
-	r->index = more.index;
+	r->index = more.rule >> 32;
 	if (more.flags & DETAIL_PICKED) {
 		r->id = g.endpoint;
 		r->endpoint_port = g.to_port;

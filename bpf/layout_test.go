@@ -39,7 +39,7 @@ var layouts = map[string]struct{ goSize, pinned uintptr }{
 	"set_table":     {unsafe.Sizeof(SetTable{}), 32},
 	"endpoint":      {unsafe.Sizeof(Endpoint{}), 40},
 	"endpoint_name": {unsafe.Sizeof(EndpointName{}), 24},
-	"dry_run":       {unsafe.Sizeof(DryRun{}), 96},
+	"dry_run":       {unsafe.Sizeof(DryRun{}), 88},
 }
 
 func TestLayouts(t *testing.T) {

@@ -17,6 +17,10 @@ func TestMain(m *testing.M) {
 		hold(source, addr)
 		return
 	}
+	if steps := os.Getenv(envSteps); steps != "" {
+		takeSteps(steps)
+		return
+	}
 	if to := strings.Fields(os.Getenv(envNames)); len(to) == 3 {
 		askNames(to[0], to[1], to[2])
 		return

@@ -72,7 +72,7 @@ static __always_inline void recall_subflow(struct bpf_sock_addr *ctx,
 
 	if (is_mapped(peer)) {
 		u.d[0] = PAIR(peer->w[3], own->w[3]);
-		u.d[1] = ports >> 32;
+		u.d[1] = ports;
 		sk = bpf_sk_lookup_tcp(ctx, &u.t, sizeof(u.t.ipv4),
 				       BPF_F_CURRENT_NETNS, 0);
 	} else {
@@ -80,7 +80,7 @@ static __always_inline void recall_subflow(struct bpf_sock_addr *ctx,
 		u.d[1] = PAIR(peer->w[2], peer->w[3]);
 		u.d[2] = PAIR(own->w[0], own->w[1]);
 		u.d[3] = PAIR(own->w[2], own->w[3]);
-		u.d[4] = ports >> 32;
+		u.d[4] = ports;
 		sk = bpf_sk_lookup_tcp(ctx, &u.t, sizeof(u.t.ipv6),
 				       BPF_F_CURRENT_NETNS, 0);
 	}

@@ -67,16 +67,17 @@ func (a *asker) bind(what, at string) {
 	a.say(what, unix.Bind(a.fd, a.sockaddr(netip.MustParseAddrPort(at))))
 }
 
-// disconnect connects to nothing.
-func (a *asker) disconnect(what string) {
+// leave connects to nothing.
+func (a *asker) leave() error {
 	unspec := unix.RawSockaddr{} // the library knows no such address
 	_, _, e := unix.Syscall(unix.SYS_CONNECT, uintptr(a.fd), uintptr(unsafe.Pointer(&unspec)), unsafe.Sizeof(unspec))
-	var err error
 	if e != 0 {
-		err = e
+		return e
 	}
-	a.say(what, err)
+	return nil
 }
+
+func (a *asker) disconnect(what string) { a.say(what, a.leave()) }
 
 // askNames is the application of envNames.
 func askNames(four, six, plain string) {

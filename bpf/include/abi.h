@@ -491,13 +491,11 @@ struct dry_run {
 	__u32 set; /* service.id */
 	__u32 index; /* of the endpoint in its set, from 0 */
 	__u32 id; /* of the endpoint in endpoints */
-	__u32 draws; /* until it was found; look at all: not counted */
 	__u32 rule; /* the value of the rule that decided, */
 	__u8 ruled; /* 1: one did; reason says of which kind */
 	__u8 tier; /* of the endpoint */
 	__u8 panics; /* 1: ejections do not count */
 	__u8 hold; /* 1: the handshake would wait for the dial */
-	__u32 zero;
 };
 
 /* Written once, when the instance is created: what a later process needs to

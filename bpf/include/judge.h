@@ -31,9 +31,8 @@ struct gathered {
 struct details {
 	__u64 seed; /* in: of the pick; 0: a random one */
 	__u64 flags; /* DETAIL_* */
-	__u64 rule; /* the value of the one that decided */
-	__u64 index; /* of the endpoint, in the set */
-	__u64 draws;
+	__u64 rule; /* the value of the one that decided, */
+	/* and above it the index of the endpoint in the set. */
 };
 
 #define DETAIL_RULED 1 /* rule is valid */
@@ -324,8 +323,7 @@ static __always_inline int choose_one(struct gathered *g, struct details *more,
 		more->flags |= DETAIL_PICKED;
 		if (p.tier)
 			more->flags |= DETAIL_FAR;
-		more->index = p.at;
-		more->draws = p.draws;
+		more->rule = PAIR(more->rule, p.at);
 		return 1;
 	}
 	dialing(p.id, p.endpoint, p.now);
@@ -339,18 +337,21 @@ static __always_inline int choose_one(struct gathered *g, struct details *more,
  */
 int choose(struct gathered *g, struct details *more);
 
-/* What by_maps knows of how to go on. */
-struct plan {
-	__u64 on_failure;
-	__u64 asked; /* path of the service */
-	__u64 mode; /* enum connect_mode */
-};
+/* What by_maps knows of how to go on, in one word: on_failure, the path that
+ * the service asks for, and enum connect_mode. Bytes of a struct would not do,
+ * see PAIR.
+ */
+#define THEN(on_failure, asked, mode) \
+	((__u64)(on_failure) | (__u64)(asked) << 8 | (__u64)(mode) << 16)
+#define THEN_ON_FAILURE(then) ((then) & 0xff)
+#define THEN_ASKED(then) ((then) >> 8 & 0xff)
+#define THEN_MODE(then) ((then) >> 16)
 
 /* by_maps decides by what the maps say, but not who carries it. */
 static __noinline enum conn_path by_maps(struct gathered *g,
 					 const struct settings *set,
-					 struct plan *then,
-					 struct details *more, const bool dry)
+					 __u64 *then, struct details *more,
+					 const bool dry)
 {
 	union {
 		__u64 d[3];
@@ -358,6 +359,7 @@ static __noinline enum conn_path by_maps(struct gathered *g,
 	} key = { .d = { PAIR(g->dst.w[0], g->dst.w[1]),
 			 PAIR(g->dst.w[2], g->dst.w[3]), g->port } };
 	__u64 unavailable = 0, asked = 0;
+	__u64 on_failure = set->on_failure, mode = set->connect;
 	struct service *service;
 	struct facts f = {};
 	__u32 *rule = NULL;
@@ -380,8 +382,8 @@ static __noinline enum conn_path by_maps(struct gathered *g,
 		f.service = true;
 		unavailable = service->unavailable;
 		asked = service->path;
-		then->on_failure = service->on_failure;
-		then->mode = service->connect;
+		on_failure = service->on_failure;
+		mode = service->connect;
 		if (service->no_endpoint)
 			g->err = service->no_endpoint;
 		g->set = service->id;
@@ -396,14 +398,14 @@ static __noinline enum conn_path by_maps(struct gathered *g,
 			!f.default_pass)
 		f.routed = has_route(g);
 	why = by_rules(&f);
-	then->asked = asked;
+	*then = THEN(on_failure, asked, mode);
 	if (why == REASON_SERVICE && g->now < unavailable &&
 	    path_of(why, 0, asked, false) == PATH_RELAY)
 		why = REASON_NO_ENDPOINT;
 	else if (why != REASON_SERVICE)
 		g->err = ECONNREFUSED;
 	g->why = why;
-	return path_of(why, then->on_failure, asked, false);
+	return path_of(why, on_failure, asked, false);
 }
 /* waits tells whether the handshake of a redirected connection waits for its
  * dial.
@@ -428,9 +430,9 @@ static __always_inline enum conn_path judge(void *ctx, struct gathered *g,
 					    bool kept, struct details *more,
 					    const bool dry)
 {
-	__u64 zero = 0;
-	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
-	struct plan then = {};
+	/* Also the key of the settings: the stack is small. */
+	__u64 then = 0;
+	struct settings *set = bpf_map_lookup_elem(&settings, &then);
 	enum conn_path path;
 	enum reason no;
 
@@ -439,17 +441,15 @@ static __always_inline enum conn_path judge(void *ctx, struct gathered *g,
 		return PATH_PASS; /* cannot be: array maps have every entry */
 	if (g->why != REASON_NONE)
 		return path_of(g->why, ON_FAILURE_OPEN, 0, false);
-	then.on_failure = set->on_failure;
-	then.mode = set->connect;
 	path = by_maps(g, set, &then, more, dry);
 	if (path == PATH_RELAY || (path == PATH_DIRECT && !kept)) {
 		no = kept ? redirect(ctx, g, set, dry) : REASON_NO_MEMORY;
 		if (no == REASON_NONE) {
-			g->hold = waits(g, then.mode);
+			g->hold = waits(g, THEN_MODE(then));
 			return path;
 		}
 		/* Only a service has a set. */
-		path = path_of(no, then.on_failure, then.asked,
+		path = path_of(no, THEN_ON_FAILURE(then), THEN_ASKED(then),
 			       g->why == REASON_SERVICE && set_of(g->set));
 		g->why = no;
 		if (path == PATH_DENY)

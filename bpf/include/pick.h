@@ -27,7 +27,6 @@ struct pick {
 	__u64 policy; /* enum policy, as the present looks are made */
 	__u64 dry; /* 1: no turn is used up */
 	__u64 tier; /* 0 or 1 */
-	__u64 draws;
 	/* What was found. */
 	__u64 index; /* in the tier, or NOBODY */
 	__u64 live;
@@ -223,7 +222,6 @@ __noinline int look(struct pick *p, __u32 n)
 		if (m && !chance(&p->words, m->cut))
 			i = m->alias;
 	}
-	p->draws++;
 	m = at(set, &key, PL_SET_HEAD + first + i);
 	if (!m || !may_pick(p->id, m->id, p->now))
 		return 0;
