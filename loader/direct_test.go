@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -455,18 +456,113 @@ func TestDryRun(t *testing.T) {
 	}
 }
 
-// picks are the endpoints that dry runs of the pick give, with their indices.
-func picks(t testing.TB, d *Datapath, service netip.AddrPort, runs int) map[netip.AddrPort]uint32 {
-	t.Helper()
-	all := map[netip.AddrPort]uint32{}
-	for range runs {
-		v, err := d.dryRun(bpf.DryRun{Dst: bpf.FromAddr(service.Addr()), Port: service.Port()})
+// TestAdoptDirect: while no process is there, and when another has come, connections
+// stay open, picks go on, and counts are right.
+func TestAdoptDirect(t *testing.T) {
+	p := newPlace(t)
+	one, two := netip.AddrPortFrom(testutil.WorldV4.Addr(), 8001), netip.AddrPortFrom(testutil.WorldV4.Addr(), 8002)
+	d := p.create(t, "one")
+	defer func() { p.unload(t, d) }()
+	sets := map[netip.AddrPort]*flow.Set{shop: setOf(one)}
+	setRules(t, d, withServices(sets))
+	p.attach(t, d)
+	conns := serve(t, p.World, one)
+	var open []net.Conn
+	dial := func() {
+		t.Helper()
+		c, err := p.open(t, shop)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if a := bpf.ToAddr(v.Endpoint); a.IsValid() {
-			all[netip.AddrPortFrom(a, v.EndpointPort)] = v.Id
+		t.Cleanup(func() { c.Close() })
+		open = append(open, c, <-conns)
+	}
+	live := func(when string, addr netip.AddrPort, want int) {
+		t.Helper()
+		testutil.Eventually(t, patience, func() bool { return stateOf(t, d, shop, addr).Live == want },
+			fmt.Sprintf("%s: %d are counted", when, want))
+	}
+	dial()
+	dial()
+	before := stateOf(t, d, shop, one)
+	index := publishedOf(t, d, shop)[one]
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// Nobody is there: one comes, one goes.
+	dial()
+	open[0].Close()
+	if err := p.do(t, "one", func(o Options) (err error) { d, err = Open(o); return err }); err != nil {
+		t.Fatal(err)
+	}
+	dial()
+	live("opened", one, 3)
+	if s := stateOf(t, d, shop, one); s.Connects != before.Connects+2 || !s.InSet {
+		t.Errorf("%+v, before %+v", s, before)
+	}
+	// The endpoint is no more in the configuration that the new process has.
+	setRules(t, d, withServices(map[netip.AddrPort]*flow.Set{shop: setOf(two)}))
+	p.attach(t, d)
+	for range 3 {
+		if err := d.recount(); err != nil {
+			t.Fatal(err)
 		}
 	}
-	return all
+	live("published", one, 3)
+	for i := 2; i < len(open); i += 2 {
+		exchange(t, open[i], open[i+1], 10, 10)
+	}
+	if all := connections(t, d); len(all) != 3 {
+		t.Errorf("connections: %+v", all)
+	}
+	d.sets.grace = 0
+	forget(t, d)
+	if n, err := d.End(shop, one); err != nil || n != 3 {
+		t.Errorf("ended %d: %v", n, err)
+	}
+	live("ended", one, 0)
+	forget(t, d)
+	if len(d.sets.table.free) != 1 || d.sets.table.free[0] != index {
+		t.Errorf("free: %v, want %d", d.sets.table.free, index)
+	}
+	if n := stats(t, d).Mended; n != 0 {
+		t.Errorf("mended %d", n)
+	}
+}
+
+// TestConnectionsMPTCP: an MPTCP socket is known by its first subflow, and ended by
+// it.
+func TestConnectionsMPTCP(t *testing.T) {
+	p := newPlace(t)
+	at := netip.AddrPortFrom(testutil.WorldV4.Addr(), 8001)
+	d, conns := p.direct(t, shop, at)
+	c, err := p.open(t, shop, func(d *net.Dialer) { d.SetMultipathTCP(true) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	peer := <-conns[0]
+	defer peer.Close()
+	exchange(t, c, peer, 10, 10)
+	all := connections(t, d)
+	if len(all) != 1 || all[0].Endpoint != at || all[0].OrigDst != shop {
+		t.Fatalf("connections: %+v", all)
+	}
+	if n, err := d.End(shop, at); err != nil || n != 1 {
+		t.Errorf("ended %d: %v", n, err)
+	}
+	c.SetReadDeadline(time.Now().Add(patience))
+	if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the application sees %v", err)
+	}
+}
+
+// dryPick is what a dry run of the connect hook picks for a service.
+func dryPick(t testing.TB, d *Datapath, service netip.AddrPort) (netip.AddrPort, uint32) {
+	t.Helper()
+	v, err := d.dryRun(bpf.DryRun{Dst: bpf.FromAddr(service.Addr()), Port: service.Port()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return netip.AddrPortFrom(bpf.ToAddr(v.Endpoint), v.EndpointPort), v.Id
 }

@@ -457,6 +457,13 @@ func TestPublishMany(t *testing.T) {
 			ids[i] = true
 		}
 	}
+	for a, set := range sets {
+		addr, id := dryPick(t, d, a)
+		known := slices.ContainsFunc(set.Endpoints, func(e flow.SetEndpoint) bool { return e.Addr == addr })
+		if !known || id != d.sets.byAddr[a].endpoints[addr] {
+			t.Errorf("service %s: picked %s, index %d", a, addr, id)
+		}
+	}
 	if len(ids) != 100*len(look) {
 		t.Errorf("%d endpoints", len(ids))
 	}
@@ -476,7 +483,11 @@ func TestPublishLarge(t *testing.T) {
 	start := time.Now()
 	setRules(t, d, withServices(map[netip.AddrPort]*flow.Set{shop: set}))
 	t.Logf("%s", time.Since(start))
-	if got := publishedOf(t, d, shop); len(got) != 10_000 {
+	got := publishedOf(t, d, shop)
+	if len(got) != 10_000 {
 		t.Errorf("%d endpoints", len(got))
+	}
+	if addr, id := dryPick(t, d, shop); !addr.IsValid() || got[addr] != id {
+		t.Errorf("picked %s, index %d", addr, id)
 	}
 }
