@@ -21,6 +21,9 @@ type change struct {
 	set   *flow.Set
 	ids   []uint32 // of its endpoints
 	fresh bool     // the service had no endpoint before
+	from  int      // its new indices in added, and up to:
+	to    int
+	spare []uint32 // indices for endpoints that the set has twice
 	inner *ebpf.Map
 	err   error
 }
@@ -83,44 +86,59 @@ func (p *publishing) prepare(service netip.AddrPort, set *flow.Set) error {
 		p.rewrites = append(p.rewrites, change{own: own, set: set})
 		return nil
 	}
-	if len(own.endpoints) == 0 {
-		own.endpoints = make(map[netip.AddrPort]uint32, len(set.Endpoints))
-		p.names = slices.Grow(p.names, len(set.Endpoints))
+	c := change{
+		own: own, set: set, ids: make([]uint32, len(set.Endpoints)), fresh: len(own.endpoints) == 0, from: len(p.added),
 	}
-	c := change{own: own, set: set, ids: make([]uint32, len(set.Endpoints)), fresh: len(own.endpoints) == 0}
 	for n, e := range set.Endpoints {
-		if c.ids[n], err = p.index(own, unmapped(e.Addr)); err != nil {
+		if c.fresh {
+			// Who is who is for build to note: that takes long.
+			c.ids[n], err = p.add(bpf.EndpointName{})
+		} else {
+			c.ids[n], err = p.index(own, unmapped(e.Addr))
+		}
+		if err != nil {
 			return err
 		}
 	}
+	c.to = len(p.added)
 	p.changes = append(p.changes, c)
 	return nil
 }
 
 // index returns the index of an endpoint, and gives it one if it has none.
-func (p *publishing) index(own *serviceSet, addr netip.AddrPort) (uint32, error) {
+func (p *publishing) index(own *serviceSet, addr netip.AddrPort) (i uint32, err error) {
 	i, ok := own.endpoints[addr]
 	if !ok {
-		var err error
-		if i, err = p.table.alloc(); err != nil {
+		if i, err = p.add(nameOf(own.id, addr)); err != nil {
 			return 0, err
 		}
 		own.endpoints[addr] = i
-		p.names, p.added = append(p.names, nameOf(own.id, addr)), append(p.added, i)
-		for len(p.members) <= int(i) {
-			p.members = append(p.members, member{})
-		}
-		p.members[i].told = false
 	}
 	p.members[i].round = p.round
+	return i, nil
+}
+
+// add gives an index to an endpoint of that name.
+func (p *publishing) add(name bpf.EndpointName) (uint32, error) {
+	i, err := p.table.alloc()
+	if err != nil {
+		return 0, err
+	}
+	p.names, p.added = append(p.names, name), append(p.added, i)
+	for len(p.members) <= int(i) {
+		p.members = append(p.members, member{})
+	}
+	p.members[i] = member{round: p.round}
 	return i, nil
 }
 
 // takeBack undoes what prepare did.
 func (p *publishing) takeBack() {
 	for n, name := range p.names {
-		delete(p.byID[name.Set].endpoints, netip.AddrPortFrom(bpf.ToAddr(name.Addr), name.Port))
 		p.table.free = append(p.table.free, p.added[n])
+		if name.Port != 0 {
+			delete(p.byID[name.Set].endpoints, netip.AddrPortFrom(bpf.ToAddr(name.Addr), name.Port))
+		}
 	}
 }
 
@@ -172,20 +190,20 @@ func (p *publishing) replace() error {
 	for part := range slices.Chunk(p.changes, share) {
 		builders.Go(func() { p.build(part) })
 	}
-	// Named before they are used: who takes over must find every count.
-	err := p.name()
 	builders.Wait()
-	if err != nil {
-		p.takeBack()
-		return err
-	}
 	ids, fds := make([]uint32, len(p.changes)), make([]uint32, len(p.changes))
 	for n := range p.changes {
 		c := &p.changes[n]
 		if c.err != nil {
+			p.takeBack()
+			// What is named is not used. If that fails too, it is named anew.
+			_, _ = p.table.names.BatchUpdate(p.added, make([]bpf.EndpointName, len(p.added)), nil)
 			return c.err
 		}
 		ids[n], fds[n] = c.own.id, uint32(c.inner.FD())
+	}
+	for n := range p.changes {
+		p.table.free = append(p.table.free, p.changes[n].spare...)
 	}
 	if err := p.put(ids, fds); err != nil {
 		return fmt.Errorf("publish %d endpoint sets: %w", len(ids), err)
@@ -193,28 +211,53 @@ func (p *publishing) replace() error {
 	return nil
 }
 
-// name writes whose the new indices are.
-func (p *publishing) name() error {
-	if len(p.added) == 0 {
-		return nil
-	}
-	if _, err := p.table.names.BatchUpdate(p.added, p.names, nil); err != nil {
-		return fmt.Errorf("name %d endpoints: %w", len(p.names), err)
-	}
-	return nil
-}
-
-// build makes the maps of some of the changes. It writes to nothing else.
+// build names the endpoints and makes the maps of some of the changes. It writes
+// only to what is theirs.
 func (p *publishing) build(part []change) {
+	for n := range part {
+		if part[n].fresh {
+			p.enter(&part[n])
+		}
+	}
+	// Named before they are used: who takes over must find every count.
+	err := p.name(part[0].from, part[len(part)-1].to)
 	var rows []bpf.SetRow
 	for n := range part {
 		c := &part[n]
+		if c.err = err; err != nil {
+			continue
+		}
 		for i, e := range c.set.Endpoints {
 			p.tellDown(c.ids[i], e.Down)
 		}
 		rows = setRows(slices.Grow(rows[:0], c.rows()), c.set, c.ids, c.own.turn())
 		c.inner, c.err = p.make(rows)
 	}
+}
+
+// enter notes who has which of the indices of a service that had no endpoint.
+func (p *publishing) enter(c *change) {
+	c.own.endpoints = make(map[netip.AddrPort]uint32, len(c.ids))
+	for n, e := range c.set.Endpoints {
+		addr := unmapped(e.Addr)
+		if i, twice := c.own.endpoints[addr]; twice {
+			c.spare, c.ids[n] = append(c.spare, c.ids[n]), i
+			continue
+		}
+		c.own.endpoints[addr] = c.ids[n]
+		p.names[c.from+n] = nameOf(c.own.id, addr)
+	}
+}
+
+// name writes whose some of the new indices are.
+func (p *publishing) name(from, to int) error {
+	if from == to {
+		return nil
+	}
+	if _, err := p.table.names.BatchUpdate(p.added[from:to], p.names[from:to], nil); err != nil {
+		return fmt.Errorf("name %d endpoints: %w", to-from, err)
+	}
+	return nil
 }
 
 // tellDown writes what a set says of an endpoint's health, if it is not what the

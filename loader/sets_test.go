@@ -353,6 +353,48 @@ func forget(t testing.TB, d *Datapath) {
 	}
 }
 
+// TestTwice: an endpoint that a set has twice has one index.
+func TestTwice(t *testing.T) {
+	p := newPlace(t)
+	d := p.create(t, "one")
+	defer p.unload(t, d)
+	a := addrPorts("10.0.0.1:80", "10.0.0.2:80", "10.0.0.1:80", "[::ffff:10.0.0.2]:80")
+	setRules(t, d, withServices(map[netip.AddrPort]*flow.Set{shop: setOf(a...)}))
+	first := publishedOf(t, d, shop)
+	if len(first) != 2 || first[a[0]] == first[a[1]] || len(d.sets.table.free) != 2 {
+		t.Errorf("endpoints %v, free %v", first, d.sets.table.free)
+	}
+	setEndpoints(t, d, map[netip.AddrPort]*flow.Set{shop: setOf(append(a, far, far)...)})
+	if got := publishedOf(t, d, shop); len(got) != 3 || got[a[0]] != first[a[0]] || got[a[1]] != first[a[1]] {
+		t.Errorf("endpoints %v, before %v", got, first)
+	}
+}
+
+// TestNotNamed: what could not be published is taken back.
+func TestNotNamed(t *testing.T) {
+	p := newPlace(t)
+	d := p.create(t, "one")
+	defer p.unload(t, d)
+	setRules(t, d, withServices(map[netip.AddrPort]*flow.Set{shop: setOf(far), shop6: nil}))
+	names := d.sets.table.names
+	d.sets.table.names = d.maps.Beat // of another size
+	sets := map[netip.AddrPort]*flow.Set{shop: setOf(many(1, 5)...), shop6: setOf(shop6)}
+	if err := d.SetEndpoints(sets); err == nil {
+		t.Error("no error")
+	}
+	d.sets.table.names = names
+	if got := publishedOf(t, d, shop); len(got) != 1 || len(d.sets.table.free) != 6 || entry(t, d, shop6).Id != noSet {
+		t.Errorf("endpoints %v, free %v", got, d.sets.table.free)
+	}
+	setEndpoints(t, d, sets)
+	if got := publishedOf(t, d, shop); len(got) != 5 || len(publishedOf(t, d, shop6)) != 1 {
+		t.Errorf("endpoints %v", got)
+	}
+	if len(d.sets.table.free) != 0 {
+		t.Errorf("free %v", d.sets.table.free)
+	}
+}
+
 // TestForgetWaits: what was in use a moment ago is kept.
 func TestForgetWaits(t *testing.T) {
 	p := newPlace(t)
