@@ -20,10 +20,10 @@ KERNEL_PKGS := ./bpf/... ./loader/... ./cmd/pillion
 BLACKBOX    := ./tests/...
 
 .DEFAULT_GOAL := build
-.PHONY: help build generate check format test test-unit test-kernel test-vm stress traps suites bench demo install clean
+.PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes stress traps suites bench demo install clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## compile build/pillion (needs Go alone)
 	$(GOBUILD) -o $(PILLION) ./cmd/pillion
@@ -56,6 +56,9 @@ test-kernel: build ## the tests that use the kernel and real programs (as root)
 test-vm: ## the attach tests on Debian's 6.1, the oldest supported kernel, in qemu
 	@scripts/setup.sh vm
 	scripts/vm-test.sh $(VM_PKGS)
+
+test-kubernetes: ## discovery against a real kube-apiserver and etcd (built once, some minutes)
+	bin=$$(scripts/kube-build.sh) && PILLION_KUBE_BIN=$$bin $(GO) test -count=1 -v -timeout 10m ./tests/kubernetes
 
 stress: build ## 5,000 connections for two minutes while endpoints come and go (as root)
 	PILLION=$(abspath $(PILLION)) $(GO) test -count=1 -v -timeout 15m ./tests/model -run TestStress -stress 2m

@@ -29,11 +29,14 @@ type Client struct {
 	lists chan struct{}
 	// retry is the first pause after a failure, retryMax the longest.
 	retry, retryMax time.Duration
+	// settle is how far the watch of a namespace may be behind a look-up.
+	settle time.Duration
 	// eventMax bounds the memory that one event takes, in bytes.
 	eventMax int64
 
-	mu       sync.Mutex // orders watchers and their refs
+	mu       sync.Mutex // orders the rest, and refs; taken before no other
 	watchers map[key]*watcher
+	spaces   map[string]*space // by namespace
 }
 
 // key names a service.
@@ -42,9 +45,10 @@ type key struct{ namespace, name string }
 func (k key) String() string { return k.namespace + "/" + k.name }
 
 const (
-	listsMax    = 4
+	listsMax    = 2
 	retryMin    = 500 * time.Millisecond
 	retryMax    = 30 * time.Second
+	settleTime  = 5 * time.Second
 	listTimeout = time.Minute
 	eventMax    = 16 << 20 // what etcd stores is smaller
 )
@@ -66,7 +70,9 @@ func New(o Options) (*Client, error) {
 		retry:    retryMin,
 		retryMax: retryMax,
 		eventMax: eventMax,
+		settle:   settleTime,
 		watchers: make(map[key]*watcher),
+		spaces:   make(map[string]*space),
 	}
 	if own, err := netip.ParseAddr(o.ownHost); err == nil {
 		c.primary = familyOf(own.Unmap())

@@ -325,6 +325,7 @@ func TestDemandIdle(t *testing.T) {
 func TestDemandChanges(t *testing.T) {
 	t.Parallel()
 	k, c := clusterKube(t)
+	c.settle = 200 * time.Millisecond
 	k.web("10.0.0.1")
 	var now atomic.Int64
 	d := demand(t, c, DemandOptions{Now: func() time.Time { return time.Unix(now.Load(), 0) }})
@@ -365,6 +366,63 @@ func TestDemandChanges(t *testing.T) {
 		defer d.mu.Unlock()
 		return d.last[0].Affinity && d.n == n+1
 	})
+}
+
+// TestDemandBehind: the watch of a namespace may know less than a look-up. What
+// was found stays.
+func TestDemandBehind(t *testing.T) {
+	k, c := clusterKube(t)
+	k.put("services", "default", "old", "", strings.ReplaceAll(webSpec, "10.96.0.10", "10.96.0.11"))
+	k.mu.Lock()
+	version := k.version
+	k.mu.Unlock()
+	k.web("10.0.0.1")
+	hold := make(chan struct{})
+	k.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path != "/api/v1/namespaces/default/services" {
+			return false
+		}
+		if !isWatch(r) {
+			fmt.Fprintf(w, `{"kind":"List","metadata":{"resourceVersion":"%d"},"items":[]}`, version)
+			return true
+		}
+		<-hold
+		return false
+	})
+	d := demand(t, c, DemandOptions{Idle: 40 * time.Millisecond, Used: func(netip.AddrPort) (uint64, int) { return 0, 1 }})
+	d.Asked(netip.MustParseAddrPort("10.96.0.10:80"))
+	d.waitFor("default/web:80=10.96.0.10:80")
+	eventually(t, "the watch", func() bool {
+		return k.count(func(r *http.Request) bool { return isWatch(r) && !isSlices(r) }) > 0
+	})
+	close(hold)
+	listen(t, d.at(0).Source).waitFor("10.0.0.1")
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.n != 1 {
+		t.Errorf("%d lists", d.n)
+	}
+}
+
+// TestDemandVanished: what is gone before its watch knew it leaves all the same.
+func TestDemandVanished(t *testing.T) {
+	k, c := clusterKube(t)
+	c.settle = 50 * time.Millisecond
+	k.web("10.0.0.1")
+	k.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path != "/api/v1/namespaces/default/services" || isWatch(r) {
+			return false
+		}
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		fmt.Fprintf(w, `{"kind":"List","metadata":{"resourceVersion":"%d"},"items":[]}`, k.version)
+		return true
+	})
+	d := demand(t, c, DemandOptions{})
+	d.Asked(netip.MustParseAddrPort("10.96.0.10:80"))
+	eventually(t, "found", func() bool { return d.Stats().Found == 1 })
+	d.waitFor()
+	eventually(t, "dropped", func() bool { return d.Stats().Services == 0 })
 }
 
 // TestDemandOutage: a server that is away leaves what is in use, and what was

@@ -31,11 +31,10 @@ var errGone = errors.New("the version to watch from is gone")
 // Its functions are called by run alone, and must not block: the connection is
 // shared.
 type feed[C any] struct {
-	client *Client
-	path   string
-	// selector is labelSelector or fieldSelector, and selection its value.
-	selector, selection string
-	decode              func(read func(any) error) (object[C], error)
+	client   *Client
+	path     string
+	selector string // of labels; empty: all
+	decode   func(read func(any) error) (object[C], error)
 
 	replace func(all map[string]C)     // the whole list
 	change  func(name string, value C) // added or changed
@@ -121,7 +120,10 @@ func (f *feed[C]) list(ctx context.Context, from string) (string, error) {
 }
 
 func (f *feed[C]) query(version string) url.Values {
-	q := url.Values{f.selector: {f.selection}}
+	q := make(url.Values)
+	if f.selector != "" {
+		q.Set("labelSelector", f.selector)
+	}
 	if version != "" {
 		q.Set("resourceVersion", version)
 	}

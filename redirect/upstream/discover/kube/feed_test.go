@@ -190,21 +190,28 @@ func TestOutage(t *testing.T) {
 	}
 }
 
-// TestRefused: a service account without the right says so, with the server's
-// words.
+// TestRefused: a service account without one of the rights says so, with the
+// server's words.
 func TestRefused(t *testing.T) {
-	k := startKube(t)
-	k.web("10.0.0.1")
-	k.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
-		if isSlices(r) {
-			status(w, http.StatusForbidden, `endpointslices.discovery.k8s.io is forbidden`)
-		}
-		return isSlices(r)
-	})
-	h := listen(t, k.client(t).Source(Ref{Name: "web", Port: "80"}))
-	h.waitErr("403: endpointslices.discovery.k8s.io is forbidden")
-	k.setIntercept(nil)
-	h.waitFor("10.0.0.1")
+	for _, resource := range []string{"services", "endpointslices"} {
+		k := startKube(t)
+		k.web("10.0.0.1")
+		k.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+			if !strings.HasSuffix(r.URL.Path, "/"+resource) {
+				return false
+			}
+			status(w, http.StatusForbidden, resource+" is forbidden")
+			return true
+		})
+		c := k.client(t)
+		h := listen(t, c.Source(Ref{Name: "web", Port: "80"}))
+		h.waitErr("403: " + resource + " is forbidden")
+		late := listen(t, c.Source(Ref{Name: "other", Port: "80"})) // in the same namespace
+		late.waitErr("403: " + resource + " is forbidden")
+		k.setIntercept(nil)
+		h.waitFor("10.0.0.1")
+		late.waitErr("not found")
+	}
 }
 
 // TestSlow: a server that does not answer holds up nobody who leaves, and one

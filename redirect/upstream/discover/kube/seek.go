@@ -19,7 +19,7 @@ const (
 	// load of it.
 	lookupsMax    = 4
 	lookupsRate   = 20
-	lookupsBurst  = 100
+	lookupsBurst  = 200
 	rangesEvery   = 10 * time.Minute
 	scanEvery     = 30 * time.Second
 	scanEveryMost = 10 * time.Minute
@@ -88,6 +88,8 @@ type seeker struct {
 	scanBusy  bool
 
 	wakeups chan struct{}
+	// settled fires when the watches know what was found last.
+	settled <-chan time.Time
 	changed bool
 }
 
@@ -112,6 +114,8 @@ func (s *seeker) run(ctx context.Context, out chan<- []Service) {
 		case a := <-s.answers:
 			s.answer(a)
 		case <-s.wakeups:
+			s.review()
+		case <-s.settled:
 			s.review()
 		case <-tick.C:
 			s.expire()
@@ -291,6 +295,7 @@ func (s *seeker) settle(sub subject, svc *service, err error) {
 		f.watcher = s.client.acquire(svc.key)
 		f.watcher.subscribe(s.wakeups, true)
 		s.index(f)
+		s.settled = time.After(s.client.settle)
 		s.review() // the watcher may be somebody else's, and know more
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"hash/maphash"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -30,7 +31,8 @@ func (s *source) Run(ctx context.Context, out chan<- discover.Snapshot) error {
 	defer w.unsubscribe(wakeups)
 	wakeups <- struct{}{} // somebody else's watches may know it all already
 	var (
-		last     discover.Snapshot
+		seed     = maphash.MakeSeed()
+		last     uint64
 		failures uint64
 		sent     bool
 	)
@@ -48,7 +50,8 @@ func (s *source) Run(ctx context.Context, out chan<- discover.Snapshot) error {
 		if next.Err == nil {
 			next.Endpoints, next.Err = s.client.endpoints(s.ref, v)
 		}
-		if sent && v.failures == failures && same(last, next) {
+		sum := digest(seed, next)
+		if sent && v.failures == failures && sum == last {
 			continue
 		}
 		select {
@@ -56,17 +59,24 @@ func (s *source) Run(ctx context.Context, out chan<- discover.Snapshot) error {
 		case <-ctx.Done():
 			return nil
 		}
-		// The slice is the receiver's now.
-		last, failures, sent = next, v.failures, true
-		last.Endpoints = slices.Clone(next.Endpoints)
+		last, failures, sent = sum, v.failures, true
 	}
 }
 
-func same(a, b discover.Snapshot) bool {
-	if (a.Err == nil) != (b.Err == nil) || a.Err != nil && a.Err.Error() != b.Err.Error() {
-		return false
+// digest stands for a snapshot that was sent: the snapshot itself is the
+// receiver's, and a copy would double what a service takes. Of two that differ,
+// one in 2^64 goes unnoticed until the next change.
+func digest(seed maphash.Seed, s discover.Snapshot) uint64 {
+	var h maphash.Hash
+	h.SetSeed(seed)
+	maphash.WriteComparable(&h, s.Err == nil)
+	if s.Err != nil {
+		h.WriteString(s.Err.Error())
 	}
-	return slices.Equal(a.Endpoints, b.Endpoints)
+	for _, e := range s.Endpoints {
+		maphash.WriteComparable(&h, e)
+	}
+	return h.Sum64()
 }
 
 // check says why a service cannot be served, or nil. kube-proxy would drop what

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 )
 
 // watcher keeps one service up to date: its Service and its EndpointSlices.
@@ -14,6 +15,7 @@ type watcher struct {
 	refs   int // ordered by client.mu
 	cancel context.CancelFunc
 	done   chan struct{} // closed when run has ended
+	began  time.Time
 
 	mu sync.Mutex // orders the rest
 	// service is the last one that was seen, also after it was deleted.
@@ -38,30 +40,19 @@ func newWatcher(c *Client, k key, cancel context.CancelFunc) *watcher {
 	return &watcher{
 		client: c, key: k, cancel: cancel,
 		done:        make(chan struct{}),
+		began:       time.Now(),
 		subscribers: make(map[chan<- struct{}]bool),
 	}
 }
 
-// run follows both resources until ctx is done.
+// run follows the EndpointSlices until ctx is done, and has the Service followed.
 func (w *watcher) run(ctx context.Context) {
 	defer close(w.done)
-	services := &feed[*service]{
-		client:    w.client,
-		path:      "/api/v1/namespaces/" + w.key.namespace + "/services",
-		selector:  "fieldSelector",
-		selection: "metadata.name=" + w.key.name,
-		decode:    decodeService,
-		replace:   w.replaceService,
-		change:    func(_ string, s *service) { w.setService(s) },
-		remove:    func(string) { w.setService(nil) },
-		fresh:     func() { w.told(&w.serviceFeed, nil) },
-		failed:    func(err error) { w.told(&w.serviceFeed, err) },
-	}
+	defer w.client.enter(w)()
 	slices := &feed[*slice]{
-		client:    w.client,
-		path:      "/apis/discovery.k8s.io/v1/namespaces/" + w.key.namespace + "/endpointslices",
-		selector:  "labelSelector",
-		selection: "kubernetes.io/service-name=" + w.key.name,
+		client:   w.client,
+		path:     "/apis/discovery.k8s.io/v1/namespaces/" + w.key.namespace + "/endpointslices",
+		selector: "kubernetes.io/service-name=" + w.key.name,
 		decode: func(read func(any) error) (object[*slice], error) {
 			return decodeSlice(read, w.client.node, w.client.zone)
 		},
@@ -71,17 +62,15 @@ func (w *watcher) run(ctx context.Context) {
 		fresh:   func() { w.told(&w.sliceFeed, nil) },
 		failed:  func(err error) { w.told(&w.sliceFeed, err) },
 	}
-	var both sync.WaitGroup
-	both.Go(func() { services.run(ctx) })
 	slices.run(ctx)
-	both.Wait()
 }
 
-func (w *watcher) replaceService(all map[string]*service) {
+// replaceService is setService for what a list says.
+func (w *watcher) replaceService(s *service) {
 	w.mu.Lock()
 	w.serviceFeed = feedState{listed: true}
 	w.mu.Unlock()
-	w.setService(all[w.key.name])
+	w.setService(s)
 }
 
 // setService takes nil for a service that is not there.
@@ -156,12 +145,12 @@ func (w *watcher) unsubscribe(wakeups chan<- struct{}) {
 }
 
 // current returns the Service as the server has it: nil if it is not there, and
-// false if that is not known yet.
+// false if that is not known yet, nor for sure.
 func (w *watcher) current() (*service, bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	switch {
-	case !w.serviceFeed.listed:
+	case !w.serviceFeed.listed, w.service == nil && time.Since(w.began) < w.client.settle:
 		return nil, false
 	case w.deleted:
 		return nil, true
