@@ -21,6 +21,7 @@ type Client struct {
 	http *http.Client
 	base string // the server's URL, without a slash at the end
 	auth auth
+	gate *gate
 	// primary is the family of the API server's own ClusterIP, and so the first
 	// one of dual-stack services; FamilyAny if that is not known.
 	primary Family
@@ -66,6 +67,7 @@ func New(o Options) (*Client, error) {
 		base:     strings.TrimRight(o.Server, "/"),
 		http:     newHTTP(creds, o.Exempt),
 		auth:     auth{token: creds.token, file: o.TokenFile},
+		gate:     newGate(),
 		lists:    make(chan struct{}, listsMax),
 		retry:    retryMin,
 		retryMax: retryMax,

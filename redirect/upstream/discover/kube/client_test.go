@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -19,6 +20,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -203,6 +205,111 @@ func TestHTTP2(t *testing.T) {
 	})
 	if len(addrs) != 1 {
 		t.Errorf("%d connections", len(addrs))
+	}
+}
+
+// TestFewDials: however many wait for the server, few of them connect, at the
+// start and after an outage.
+func TestFewDials(t *testing.T) {
+	const n = 40
+	k := startKube(t)
+	var dials atomic.Int32
+	c := k.client(t, func(o *Options) { o.Exempt = func(int) error { dials.Add(1); return nil } })
+	var all []*heard
+	for i := range n {
+		name := fmt.Sprintf("web%d", i)
+		k.put("services", "default", name, "", webSpec)
+		k.put("endpointslices", "default", name+"-1", name, sliceOf("IPv4", httpPort, ep("10.0.0.1")))
+		all = append(all, listen(t, c.Source(Ref{Name: name, Port: "80"})))
+	}
+	for _, h := range all {
+		h.waitFor("10.0.0.1")
+	}
+	if n := dials.Load(); n > startsMax {
+		t.Errorf("%d connections at the start", n)
+	}
+	dials.Store(0)
+	k.CloseClientConnections()
+	for i := range n {
+		name := fmt.Sprintf("web%d", i)
+		k.put("endpointslices", "default", name+"-1", name, sliceOf("IPv4", httpPort, ep("10.0.0.2")))
+	}
+	for _, h := range all {
+		h.waitFor("10.0.0.2")
+	}
+	if n := dials.Load(); n > startsMax {
+		t.Errorf("%d connections after the outage", n)
+	}
+}
+
+// TestFullConnection: a server that takes few requests on a connection has more
+// connections, and not one for each watch.
+func TestFullConnection(t *testing.T) {
+	const n, each = 40, 10
+	k := newKube(t)
+	k.Server = httptest.NewUnstartedServer(k)
+	k.EnableHTTP2 = true
+	k.Config.HTTP2 = &http.HTTP2Config{MaxConcurrentStreams: each}
+	k.StartTLS()
+	t.Cleanup(func() {
+		k.CloseClientConnections()
+		k.Server.Close()
+	})
+	var dials atomic.Int32
+	c := k.client(t, func(o *Options) { o.Exempt = func(int) error { dials.Add(1); return nil } })
+	for i := range n {
+		name := fmt.Sprintf("web%d", i)
+		k.put("services", "default", name, "", webSpec)
+		k.put("endpointslices", "default", name+"-1", name, sliceOf("IPv4", httpPort, ep("10.0.0.1")))
+		listen(t, c.Source(Ref{Name: name, Port: "80"})).waitFor("10.0.0.1")
+	}
+	if d := dials.Load(); d < n/each || d > n/each+startsMax {
+		t.Errorf("%d connections for %d watches, of which one takes %d", d, n, each)
+	}
+}
+
+// TestTrial: those that wait for a trial share its end, and one that is given up
+// is taken over.
+func TestTrial(t *testing.T) {
+	g := newGate()
+	if trial, err := g.enter(t.Context()); !trial || err != nil {
+		t.Fatalf("the first is no trial: %v", err)
+	}
+	type entered struct {
+		trial bool
+		err   error
+	}
+	waiting := make(chan entered, 2)
+	enter := func() {
+		trial, err := g.enter(t.Context())
+		waiting <- entered{trial, err}
+	}
+	go enter()
+	go enter()
+	g.leave(true, context.Canceled, true)
+	first := <-waiting
+	if !first.trial || first.err != nil {
+		t.Errorf("after a trial that was given up: %+v", first)
+	}
+	g.leave(true, os.ErrDeadlineExceeded, false)
+	// It waited for the second trial, or came late and is the third.
+	if second := <-waiting; !second.trial && second.err != os.ErrDeadlineExceeded {
+		t.Errorf("after one that failed: %+v", second)
+	} else if second.trial {
+		g.leave(true, nil, false)
+	}
+	cancelled, cancel := context.WithCancel(t.Context())
+	cancel()
+	g = newGate()
+	if _, err := g.enter(cancelled); err != nil {
+		t.Error(err)
+	}
+	if _, err := g.enter(cancelled); err != context.Canceled {
+		t.Errorf("a cancelled one waits for a trial: %v", err)
+	}
+	g.leave(true, nil, false)
+	if trial, err := g.enter(cancelled); trial || err != nil {
+		t.Errorf("the server is up, and this is a trial: %v, %v", trial, err)
 	}
 }
 

@@ -179,6 +179,7 @@ func (f *feed[C]) events(body io.Reader, version string) (string, error) {
 		case isMalformed(err), limited.N == 0:
 			return "", fmt.Errorf("read an event: %w", err)
 		case err != nil:
+			f.client.gate.broke()
 			return version, fmt.Errorf("%w: %w", errBroken, err)
 		}
 		if version, err = f.event(e.Type, e.Object, version); err != nil {

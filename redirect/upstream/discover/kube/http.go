@@ -199,7 +199,7 @@ func (c *Client) get(ctx context.Context, path string, query url.Values) (*http.
 		if token != "" {
 			req.Header.Set("Authorization", "Bearer "+token)
 		}
-		resp, err := c.http.Do(req)
+		resp, err := c.gate.do(c.http, req)
 		if err != nil {
 			return nil, err
 		}

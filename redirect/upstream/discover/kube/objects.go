@@ -207,17 +207,25 @@ func decodeSlice(read func(any) error, node, zone string) (object[*slice], error
 	s.members = make([]member, 0, len(w.Endpoints))
 	for i := range w.Endpoints {
 		e := &w.Endpoints[i]
-		if len(e.Addresses) == 0 {
-			return object[*slice]{}, fmt.Errorf("slice %s: an endpoint without an address", w.Metadata.Name)
-		}
 		// All of its addresses are the same endpoint; everybody takes the first.
-		addr, err := netip.ParseAddr(e.Addresses[0])
-		if err != nil || addr.Zone() != "" || addr.Unmap().Is4() != (w.AddressType == "IPv4") {
-			return object[*slice]{}, fmt.Errorf("slice %s: %q is not an %s address", w.Metadata.Name, e.Addresses[0], w.AddressType)
+		// One that is no address is left out, as kube-proxy does it.
+		addr, ok := e.addr()
+		if ok && addr.Is4() == (w.AddressType == "IPv4") {
+			s.members = append(s.members, member{addr, intern(e.Zone), e.state(node, zone)})
 		}
-		s.members = append(s.members, member{addr.Unmap(), intern(e.Zone), e.state(node, zone)})
+	}
+	if len(s.members) == 0 && len(w.Endpoints) > 0 {
+		return object[*slice]{}, fmt.Errorf("slice %s: none of its %d endpoints has an %s address", w.Metadata.Name, len(w.Endpoints), w.AddressType)
 	}
 	return object[*slice]{w.Metadata.Name, w.Metadata.ResourceVersion, s}, nil
+}
+
+func (e *wireEndpoint) addr() (netip.Addr, bool) {
+	if len(e.Addresses) == 0 {
+		return netip.Addr{}, false
+	}
+	addr, err := netip.ParseAddr(e.Addresses[0])
+	return addr.Unmap(), err == nil && addr.Zone() == ""
 }
 
 // state reads the conditions as kube-proxy does: what is not said is ready,

@@ -48,6 +48,7 @@ func TestEndpoints(t *testing.T) {
 		{name: "no slice", want: ""},
 		{name: "two slices", slices: []string{v4(ep("10.0.0.2")), v4(ep("10.0.0.1"))}, want: "10.0.0.1:8080 10.0.0.2:8080"},
 		{name: "on its way from one slice to another", slices: []string{v4(ep("10.0.0.1", notReady)), v4(ep("10.0.0.1"))}, want: "10.0.0.1:8080"},
+		{name: "one is no address", slices: []string{v4(ep("10.0.0.1"), ep("010.0.0.2"), ep("fd00::1"), `{"addresses":[]}`)}, want: "10.0.0.1:8080"},
 		{name: "more addresses of one", slices: []string{v4(`{"addresses":["10.0.0.1","10.0.0.9"]}`)}, want: "10.0.0.1:8080"},
 
 		{name: "port by name", port: "http", slices: []string{v4(ep("10.0.0.1"))}, want: "10.0.0.1:8080"},
