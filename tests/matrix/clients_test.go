@@ -46,6 +46,7 @@ func (s *sight) client(t *testing.T, c client, mode string, before, after []seen
 	if want == "" {
 		want = relay
 	}
+	want = s.arm(want)
 	for n, a := range after {
 		b := without[to[n].title]
 		if a.alike() != b.alike() {

@@ -16,11 +16,14 @@ const golden = "../../docs/matrix.md"
 const preface = `# Every way to connect
 
 Written by ` + "`tests/matrix`" + `; do not edit. A cell is what becomes of a connection that is made that way, in the modes adaptive,
-mirror and early (the same in all, unless it says so). Each was made without Pillion first, and then the application saw the same:
+mirror and early (the same in all, unless it says so), and on path direct, where every destination is a service whose endpoint has
+another address and another port. Each was made without Pillion first, and then the application saw the same:
 the result of every call, the peer, its own address (and port, if bound), the options, and the bytes, exactly, both ways. The flow
 record has the destination that it asked for, its cgroup and the bytes; every decision is counted, and nothing is unaccounted for.
 
 - relay: captured.
+- direct: captured, and sent to the endpoint, which the record names. The peer that the application is shown is what it asked for, its
+  own address is what the endpoint saw, and at the end the endpoint's count of open connections is 0.
 - pass: left alone, and on record, for this [reason](reasons.md).
 - existing: left alone, and reported when Pillion starts, since it is older.
 - not seen: the kernel runs no hook of ours, since the socket was not made in the scope. It is no connection of the scope's.
@@ -36,10 +39,18 @@ const (
 One program in C, with glibc and with musl.
 
 `
+	directSection = `## Sockets, on direct
+
+`
 	runtimeSection = `## Runtimes
 
 A name has an address of IPv6 and one of IPv4. With the first one refused or silent, in the mode early a connect to it succeeds all
 the same, so that column is of adaptive and mirror.
+
+`
+	directRuntimeSection = `## Runtimes, on direct
+
+With IPv6 without a route, refused or silent, so is the service's endpoint.
 
 `
 )
@@ -84,7 +95,8 @@ func (found table) compare(t *testing.T, section string, rows, columns []string)
 		t.Fatal(err)
 	}
 	all := map[string]string{section: text}
-	for _, s := range []string{waySection, runtimeSection} {
+	sections := []string{waySection, directSection, runtimeSection, directRuntimeSection}
+	for _, s := range sections {
 		heading, _, _ := strings.Cut(s, "\n")
 		_, rest, _ := strings.Cut(string(b), heading+"\n")
 		rest, _, _ = strings.Cut(rest, "\n## ")
@@ -92,7 +104,13 @@ func (found table) compare(t *testing.T, section string, rows, columns []string)
 			all[s] = heading + "\n" + strings.TrimRight(rest, "\n") + "\n"
 		}
 	}
-	want := preface + all[waySection] + "\n" + all[runtimeSection]
+	want := preface
+	for n, s := range sections {
+		if n > 0 {
+			want += "\n"
+		}
+		want += all[s]
+	}
 	if *update {
 		if err := os.WriteFile(golden, []byte(want), 0o644); err != nil {
 			t.Fatal(err)

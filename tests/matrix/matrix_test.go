@@ -2,6 +2,7 @@ package matrix
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 	"testing"
 )
@@ -12,7 +13,7 @@ var modes = []string{"adaptive", "mirror", "early"}
 // TestMatrix makes every connection without Pillion, and then with it.
 func TestMatrix(t *testing.T) {
 	w := newWorld(t)
-	found := w.compare(t)
+	found, directly := w.compare(t)
 	var rows, columns []string
 	for _, f := range families() {
 		columns = append(columns, f.title)
@@ -21,20 +22,23 @@ func TestMatrix(t *testing.T) {
 		rows = append(rows, way.title)
 	}
 	found.compare(t, waySection, rows, columns)
+	directly.compare(t, directSection, rows, columns)
 }
 
-// compare makes connections without Pillion, and then with it in every mode.
-func (w *world) compare(t *testing.T) table {
+// compare makes connections without Pillion, and then with it in every mode, and
+// by direct.
+func (w *world) compare(t *testing.T) (found, directly table) {
 	t.Helper()
 	before := map[string][]seen{}
 	for _, c := range w.cells() {
 		before[c.String()] = w.baseline(t, c)
 	}
-	found := table{}
+	found, directly = table{}, table{}
 	for _, mode := range modes {
 		t.Run(mode, func(t *testing.T) { w.with(t, mode, w.cells(), before, found) })
 	}
-	return found
+	t.Run(direct, func(t *testing.T) { w.with(t, direct, w.cells(), before, directly) })
+	return found, directly
 }
 
 // baseline makes the connections of a cell without Pillion.
@@ -61,9 +65,7 @@ func (w *world) with(t *testing.T, mode string, cells []cell, before map[string]
 		}
 	}
 	w.tune(t, true)
-	i := w.Run(t, "connect: "+mode)
-	i.Prefer(t)
-	s := &sight{world: w, instance: i, found: found}
+	s := w.instance(t, mode, found, port)
 	for _, c := range cells {
 		if a, ok := early[c.String()]; ok {
 			s.add(t, c, before[c.String()], a.end(t))
@@ -76,6 +78,23 @@ func (w *world) with(t *testing.T, mode string, cells []cell, before map[string]
 	}
 	s.check(t)
 	s.held(t, mode)
+	if s.direct {
+		s.settled(t, true)
+	}
+}
+
+// instance starts one in a mode, or one that has services at the ports for the
+// arm direct.
+func (w *world) instance(t *testing.T, mode string, found table, ports ...string) *sight {
+	t.Helper()
+	s := &sight{world: w, found: found, direct: mode == direct, picked: map[netip.AddrPort]int{}}
+	config := "connect: " + mode
+	if s.direct {
+		config = directly(ports...)
+	}
+	s.instance = w.Run(t, config)
+	s.instance.Prefer(t)
+	return s
 }
 
 // sound checks what can be said of a connection by itself.

@@ -28,7 +28,7 @@ const (
 	silent    = "2001:db8:7::dead"
 	nameAddr  = "198.51.100.9:53"
 	byName    = ".test"
-	lateModes = "adaptive mirror" // in which a connect may fail as the network's does
+	lateModes = "adaptive mirror direct" // in which a connect may fail as the network's does
 )
 
 // target is a column: where to go, and whom to reach.
@@ -120,16 +120,21 @@ func TestRuntimes(t *testing.T) {
 		before[c.title] = all
 		c.sound(t, all, targetsOf(c, ""), "without Pillion")
 	}
-	found := table{}
-	for _, mode := range modes {
+	found, directly := table{}, table{}
+	for _, mode := range append(slices.Clone(modes), direct) {
 		t.Run(mode, func(t *testing.T) {
-			i := w.Run(t, "connect: "+mode)
-			i.Prefer(t)
-			s := &sight{world: w, instance: i, found: found}
+			into := found
+			if mode == direct {
+				into = directly
+			}
+			s := w.instance(t, mode, into, port, port4, webPort, webPort4)
 			for n, all := range w.converse(t, clients, mode) {
 				s.client(t, clients[n], mode, before[clients[n].title], all)
 			}
 			s.checkClients(t)
+			if s.direct {
+				s.settled(t, false)
+			}
 		})
 	}
 	var columns, rows []string
@@ -140,6 +145,7 @@ func TestRuntimes(t *testing.T) {
 		rows = append(rows, c.title)
 	}
 	found.compare(t, runtimeSection, rows, columns)
+	directly.compare(t, directRuntimeSection, rows, columns)
 }
 
 // prepare makes what the runtimes need more than the C application.
@@ -153,6 +159,12 @@ func (w *world) prepare(t *testing.T) {
 	w.Serve(t, netip.MustParseAddrPort(rig.Far4.String()+":"+port4), echo)
 	w.ServeHTTP(t, netip.MustParseAddrPort("[::]:"+webPort), http.HandlerFunc(post))
 	w.ServeHTTP(t, netip.MustParseAddrPort(rig.Far4.String()+":"+webPort4), http.HandlerFunc(post))
+	far := func(port string) netip.AddrPort {
+		return endpointOf(netip.MustParseAddrPort(rig.Far4.String() + ":" + port))
+	}
+	w.Serve(t, far(port4), w.witnessed)
+	w.ServeHTTP(t, netip.AddrPortFrom(netip.IPv6Unspecified(), far(webPort).Port()), http.HandlerFunc(w.witnessedPost))
+	w.ServeHTTP(t, far(webPort4), http.HandlerFunc(w.witnessedPost))
 	zone := map[string][]netip.Addr{}
 	for _, to := range targets() {
 		for _, a := range to.addrs {
@@ -160,7 +172,9 @@ func (w *world) prepare(t *testing.T) {
 		}
 	}
 	w.NameServer(t, netip.MustParseAddrPort(nameAddr), zone)
-	run(t, w.App, "ip", "-6", "route", "add", "unreachable", unrouted)
+	for _, a := range []string{unrouted, ownEndpoints()[unrouted]} {
+		run(t, w.App, "ip", "-6", "route", "add", "unreachable", a)
+	}
 }
 
 // targetsOf are those that a client knows, in a mode, or without Pillion.

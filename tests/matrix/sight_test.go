@@ -22,6 +22,9 @@ type sight struct {
 	records  int               // that are wanted
 	existing int               // connections that are older than the instance
 	counters map[string]uint64 // that are wanted
+	direct   bool              // the arm
+	// picked counts the connections by direct, by their endpoint.
+	picked map[netip.AddrPort]int
 }
 
 // conn is one connection, and what is wanted of it.
@@ -63,11 +66,14 @@ func (s *sight) add(t *testing.T, c cell, before, after []seen) {
 	}
 	for n, a := range after {
 		c.sound(t, a, wanted[n], "with Pillion")
-		if b := before[n]; a.alike() != b.alike() {
+		if b := before[n]; a.alike() != b.alike() || s.direct && a.SynData != b.SynData {
 			t.Errorf("%v:\n   with: %+v\nwithout: %+v", c, a, b)
 		}
-		s.conns = append(s.conns, conn{c, a, wanted[n], false})
+		s.conns = append(s.conns, conn{c, a, s.arm(wanted[n]), false})
 		counter := c.counter(c.family, n)
+		if s.direct && counter == flow.ReasonDefault.String() {
+			counter = flow.ReasonService.String()
+		}
 		if counter != "" {
 			s.counters[counter]++
 		}
@@ -148,8 +154,11 @@ func (s *sight) reported(e ends) bool {
 // Two with the same ends may differ in it: one goes by a slot, which is another
 // destination to the kernel.
 func outcome(r flow.Record) string {
-	if r.Path == flow.PathRelay {
+	switch r.Path {
+	case flow.PathRelay:
 		return relay
+	case flow.PathDirect:
+		return direct
 	}
 	return r.Path.String() + ", " + r.Reason.String()
 }
@@ -166,6 +175,9 @@ func (s *sight) compare(t *testing.T, c conn, r flow.Record) {
 	}
 	if r.Path == flow.PathRelay && (r.Reason != flow.ReasonDefault || r.Endpoint != r.OrigDst || r.Attempts != 1) {
 		t.Errorf("%v: %+v", c.cell, r)
+	}
+	if got == direct {
+		s.checkDirect(t, c, r)
 	}
 }
 
@@ -220,7 +232,7 @@ func (s *sight) held(t *testing.T, mode string) {
 		least = len(known)
 	}
 	have := int(s.instance.Reasons(t)[flow.ReasonHeld.String()])
-	if have < least || mode == "early" && have > 0 || mode == "adaptive" && have >= relayed {
+	if have < least || (mode == "early" || s.direct) && have > 0 || mode == "adaptive" && have >= relayed {
 		t.Errorf("%d of %d handshakes were held back, want %d at least", have, relayed, least)
 	}
 }

@@ -56,6 +56,7 @@ type world struct {
 	classes string           // of the Java application
 	tuned   bool             // listeners of the application take data with a SYN
 	limit   string           // of the C application, in seconds
+	saw     *witnesses       // of the endpoints of direct
 	// lastPort is the source port that was bound last.
 	lastPort int
 	ways     map[string]string
@@ -90,6 +91,7 @@ func newWorld(t *testing.T) *world {
 	w.World.Sysctl(t, "net/ipv4/tcp_fastopen", fastOpenServer)
 	w.App.Sysctl(t, "net/ipv4/tcp_fastopen", fastOpenClient)
 	w.Serve(t, netip.MustParseAddrPort("[::]:"+port), echo)
+	w.serveDirect(t)
 	return w
 }
 
