@@ -294,6 +294,7 @@ func TestSame(t *testing.T) {
 			redirected(t, i, len(attempts)/2)
 		})
 	}
+	t.Run("direct", func(t *testing.T) { g.sameByDirect(t, all, without) })
 }
 
 // redirected waits until at least so many connections have ended, and fails the

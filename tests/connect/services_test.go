@@ -115,10 +115,10 @@ func TestAllDead(t *testing.T) {
 func TestNoEndpoint(t *testing.T) {
 	g := newGround(t)
 	errnos := []string{"", "ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH"}
-	for _, mode := range []string{"mirror", "adaptive", "early"} {
+	for _, mode := range []string{"connect: mirror", "connect: adaptive", "connect: early", "path: direct"} {
 		t.Run(mode, func(t *testing.T) {
 			var b strings.Builder
-			fmt.Fprintf(&b, "connect: %s\nno_endpoint: EHOSTUNREACH\nhealth: {failures: 1, panic: 0, base: 10m, max: 10m}\nservices:\n", mode)
+			fmt.Fprintf(&b, "%s\nno_endpoint: EHOSTUNREACH\nhealth: {failures: 1, panic: 0, base: 10m, max: 10m}\nservices:\n", mode)
 			for _, f := range families {
 				for n, errno := range errnos {
 					more := ""

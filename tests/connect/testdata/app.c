@@ -320,6 +320,8 @@ static int prepare(const char *s, const char *value)
 		to.addr.ss_family == AF_INET ?
 			set(IPPROTO_IP, IP_RECVERR, 1) :
 			set(IPPROTO_IPV6, IPV6_RECVERR, 1);
+	else if (!strcmp(s, "v6only"))
+		set(IPPROTO_IPV6, IPV6_V6ONLY, 1);
 	else if (!strcmp(s, "bind"))
 		do_bind(value);
 	else if (!strcmp(s, "to"))
