@@ -42,7 +42,7 @@ func TestOneDead(t *testing.T) {
 	for _, mode := range modes {
 		t.Run(mode, func(t *testing.T) {
 			var b strings.Builder
-			fmt.Fprintf(&b, "connect: %s\nhealth: {failures: 1000000}\nservices:\n", mode)
+			fmt.Fprintf(&b, "connect: %s\nhealth: {failures: 65535}\nservices:\n", mode)
 			var vips []netip.AddrPort
 			for _, f := range families {
 				for _, port := range dead {

@@ -53,7 +53,7 @@ func (d *decoder) config(c *Config, n ast.Node) {
 		{"relay", func(path string, n ast.Node) { d.relay(&c.Relay, path, n) }},
 		{"health", func(path string, n ast.Node) {
 			d.mapping(path, n, []field{
-				{"failures", d.number(&c.Health.Failures, 0, 1<<20)},
+				{"failures", d.number(&c.Health.Failures, 0, maxFailures)},
 				{"base", d.duration(&c.Health.Base)},
 				{"max", d.duration(&c.Health.Max)},
 				{"panic", d.number(&c.Health.Panic, 0, 100)},

@@ -212,7 +212,7 @@ func TestLoadPartialNothing(t *testing.T) {
 		"services: [":                         "r.yaml:1:11: not YAML: ",
 		"servces: []":                         "r.yaml:1:1: servces: unknown key, did you mean services?",
 		"services: 5":                         "r.yaml:1:11: services: this is a number: want a list",
-		"relay: {attempts: 0}\nservices: [x]": "r.yaml:1:19: relay.attempts: \"0\": want a number from 1 to 100\nr.yaml:2:12: services[0]: this is text",
+		"relay: {attempts: 0}\nservices: [x]": "r.yaml:1:19: relay.attempts: \"0\": want a number from 1 to 8\nr.yaml:2:12: services[0]: this is text",
 		"deny: [x]":                           "r.yaml:1:8: deny[0]: ",
 	} {
 		c, refused, err := parsePartial("r.yaml", []byte(text), parsed(t, before))

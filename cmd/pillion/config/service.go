@@ -207,7 +207,7 @@ func (d *decoder) serviceHealth(h *Health, path string, n ast.Node) {
 		return func(into *int) func(string, ast.Node) { return d.number(into, 0, high) }
 	}
 	d.mapping(path, n, []field{
-		{"failures", func(path string, n ast.Node) { h.Failures = given(number(1<<20), path, n) }},
+		{"failures", func(path string, n ast.Node) { h.Failures = given(number(maxFailures), path, n) }},
 		{"base", func(path string, n ast.Node) { h.Base = given(d.duration, path, n) }},
 		{"max", func(path string, n ast.Node) { h.Max = given(d.duration, path, n) }},
 		{"panic", func(path string, n ast.Node) { h.Panic = given(number(100), path, n) }},

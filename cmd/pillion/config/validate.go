@@ -23,9 +23,10 @@ const (
 const (
 	maxWeight    = 65535
 	maxName      = 253 // bytes: as long as a name in DNS
-	maxAttempts  = 100
+	maxAttempts  = 8
 	maxPort      = 65535
 	maxThreshold = 1000
+	maxFailures  = 65535 // the kernel side keeps 16 bits
 )
 
 // wantLimit is said of a time-out that is negative.
