@@ -264,12 +264,12 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 	e->reason = d->reason;
 	e->ending = ending;
 	e->connect = d->established ? d->established - d->opened : 0;
-	if (d->path == PATH_DIRECT) {
-		e->endpoint = d->key.slot;
-		e->endpoint_port = d->key.slot_port;
-	} else {
+	if (d->path == PATH_RELAY) {
 		__builtin_memset(&e->endpoint, 0, sizeof(e->endpoint));
 		e->endpoint_port = 0;
+	} else {
+		e->endpoint = d->key.slot;
+		e->endpoint_port = d->key.slot_port;
 	}
 	__builtin_memset(e->zero, 0, sizeof(e->zero));
 	bpf_ringbuf_submit(e, event_flags());

@@ -457,7 +457,7 @@ struct conn_event {
 	__u64 connect; /* ns until it was answered; 0: it was not */
 	struct ip_addr source;
 	struct ip_addr orig;
-	struct ip_addr endpoint; /* what was dialed; zero: nothing */
+	struct ip_addr endpoint; /* what was dialed; zero: a slot, or nothing */
 	__u32 srtt_us;
 	__u32 retransmits;
 	__u16 source_port;

@@ -236,7 +236,7 @@ __noinline int look(struct pick *p, __u32 n)
 	p->at = first + i;
 	p->endpoint = m->id;
 	p->port = m->port;
-	p->addr = m->addr;
+	p->addr = LOAD_IP6(m->addr.w);
 	if (p->index != NOBODY)
 		return 1;
 	p->index = i;
@@ -282,7 +282,7 @@ static long search_one(__u64 n, struct pick *p)
 		p->at = first + (__u32)n;
 		p->endpoint = m->id;
 		p->port = m->port;
-		p->addr = m->addr;
+		p->addr = LOAD_IP6(m->addr.w);
 	}
 	return 0;
 }
