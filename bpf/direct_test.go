@@ -6,6 +6,7 @@ import (
 	"math"
 	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -260,6 +261,13 @@ func TestDirectPeers(t *testing.T) {
 	}
 }
 
+// dialed is the path of a record, what was asked for, and what was dialed.
+func dialed(raw []byte) string {
+	e, _ := ParseEvent(raw)
+	orig, to := netip.AddrPortFrom(ToAddr(e.Orig), e.OrigPort), netip.AddrPortFrom(ToAddr(e.Endpoint), e.EndpointPort)
+	return flow.Path(e.Path).String() + " " + orig.String() + " to " + to.String()
+}
+
 // TestDirectEvents: a record says what was asked for, what was dialed, and how long
 // the answer took.
 func TestDirectEvents(t *testing.T) {
@@ -282,9 +290,7 @@ func TestDirectEvents(t *testing.T) {
 		if e.Connect > e.Ended-e.Opened {
 			t.Errorf("answered after %d of %d ns", e.Connect, e.Ended-e.Opened)
 		}
-		to := netip.AddrPortFrom(ToAddr(e.Endpoint), e.EndpointPort)
-		return flow.Path(e.Path).String() + " " + netip.AddrPortFrom(ToAddr(e.Orig), e.OrigPort).String() + " to " + to.String() +
-			": " + endings[e.Ending] + ", answered " + map[bool]string{true: "true", false: "false"}[e.Connect > 0]
+		return dialed(raw) + ": " + endings[e.Ending] + ", answered " + strconv.FormatBool(e.Connect > 0)
 	})
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("events (-want +got):\n%s", diff)
