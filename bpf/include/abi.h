@@ -252,7 +252,9 @@ struct set_row {
 };
 
 /* What is known of an endpoint; it outlives sets. down is the process's to
- * write, the rest the hooks'; live is corrected by the process.
+ * write, the rest the hooks'; live is corrected by the process. Who is down is
+ * never picked; who is ejected is in a panic: while, of those that are not
+ * down, less than set_config.panic percent are not ejected.
  */
 struct endpoint {
 	__u32 live; /* open connections, and those that connect */
