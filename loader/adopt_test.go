@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/tests/testutil"
+	"golang.org/x/sys/unix"
 )
 
 // envPublish makes this test binary one that opens an instance and publishes one
@@ -59,12 +61,27 @@ func publishForever() {
 				return err
 			}
 			if round == 0 {
+				if err := tryAll(d); err != nil {
+					return err
+				}
 				fmt.Println("go")
 			}
 		}
 	}()
 	fmt.Fprintln(os.Stderr, err)
 	os.Exit(1)
+}
+
+// tryAll does what else there is to do with a set.
+func tryAll(d *Datapath) error {
+	service, endpoint := netip.AddrPortFrom(shop.Addr(), 100), roundEndpoint(0)
+	if v, err := d.DryRun(netip.Addr{}, service); err != nil || !v.Endpoint.IsValid() {
+		return fmt.Errorf("dry run: %+v, %w", v, err)
+	}
+	_, listed := d.Connections()
+	_, ended := d.End(service, endpoint)
+	_, states := d.EndpointStates(service)
+	return errors.Join(listed, ended, states, d.SetDown(service, endpoint, false), d.recount())
 }
 
 // TestKilledPublishing kills a process while it publishes. Every service has one
@@ -95,7 +112,8 @@ func TestKilledPublishing(t *testing.T) {
 		}
 		errs := &strings.Builder{}
 		cmd.Stderr = errs
-		if err := p.App.Start(cmd); err != nil {
+		// No more than always-on programs may ask for.
+		if err := (testutil.Place{NS: p.App}).With(unix.CAP_BPF, unix.CAP_NET_ADMIN).Start(cmd); err != nil {
 			t.Fatal(err)
 		}
 		_, err = out.Read(make([]byte, 3))

@@ -49,6 +49,9 @@ func (c *counts) due(now time.Time) bool {
 // wrong. Called with d.mu.
 func (d *Datapath) recount() error {
 	before := d.sets.activity()
+	if len(before) == 0 {
+		return nil // nobody ever had endpoints
+	}
 	found := map[uint32]map[uint64]bool{}
 	err := d.decided(func(s *socket, v *bpf.Decision) {
 		if v.Counted == 0 || flow.Path(v.Path) != flow.PathDirect {
