@@ -51,6 +51,7 @@ test-unit: ## the tests that need no kernel, under the race detector
 
 test-kernel: build ## the tests that use the kernel and real programs (as root)
 	$(GO) test -race -p 1 -count=1 -timeout 10m $$($(GO) list $(KERNEL_PKGS))
+	@[ -n "$$PILLION_KUBE_BIN" ] || echo 'tests/kubernetes: skipped, it needs an API server: make test-kubernetes'
 	PILLION=$(abspath $(PILLION)) $(GO) test -p 1 -count=1 -timeout 15m $(BLACKBOX)
 
 test-vm: ## the attach tests on Debian's 6.1, the oldest supported kernel, in qemu
@@ -58,7 +59,7 @@ test-vm: ## the attach tests on Debian's 6.1, the oldest supported kernel, in qe
 	scripts/vm-test.sh $(VM_PKGS)
 
 test-kubernetes: ## discovery against a real kube-apiserver and etcd (built once, some minutes)
-	bin=$$(scripts/kube-build.sh) && PILLION_KUBE_BIN=$$bin $(GO) test -count=1 -v -timeout 10m ./tests/kubernetes
+	bin=$$(scripts/kubernetes.sh) && PILLION_KUBE_BIN=$$bin $(GO) test -count=1 -v -timeout 10m ./tests/kubernetes
 
 stress: build ## 5,000 connections for two minutes while endpoints come and go (as root)
 	PILLION=$(abspath $(PILLION)) $(GO) test -count=1 -v -timeout 15m ./tests/model -run TestStress -stress 2m

@@ -65,7 +65,7 @@ func New(o Options) (*Client, error) {
 		node: o.Node, zone: o.Zone, namespace: o.Namespace,
 		domain:   "." + strings.Trim(o.ClusterDomain, "."),
 		base:     strings.TrimRight(o.Server, "/"),
-		http:     newHTTP(creds, o.Exempt),
+		http:     newHTTP(creds, o),
 		auth:     auth{token: creds.token, file: o.TokenFile},
 		gate:     newGate(),
 		lists:    make(chan struct{}, listsMax),

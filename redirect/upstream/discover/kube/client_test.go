@@ -20,6 +20,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -313,6 +314,94 @@ func TestTrial(t *testing.T) {
 	}
 }
 
+// TestVanished: a server that is gone without a word is noticed, though nothing
+// is sent to it, and another one at its address is found.
+func TestVanished(t *testing.T) {
+	k := startKube(t)
+	k.web("10.0.0.1")
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	between := &middle{ln: ln, to: k.Listener.Addr().String()}
+	between.run.Go(between.accept)
+	t.Cleanup(func() {
+		ln.Close()
+		between.closeAll()
+		between.run.Wait()
+	})
+	c := k.client(t, func(o *Options) {
+		o.Server = "https://" + ln.Addr().String()
+		o.pingAfter, o.pingTimeout = 50*time.Millisecond, 50*time.Millisecond
+	})
+	h := listen(t, c.Source(Ref{Name: "web", Port: "80"}))
+	h.waitFor("10.0.0.1")
+	between.freeze()
+	k.webSlice("10.0.0.2")
+	h.waitFor("10.0.0.2")
+	if _, empty := h.counts(); empty > 0 {
+		t.Errorf("%d empty sets", empty)
+	}
+}
+
+// middle passes bytes between client and server. Once frozen, the connections
+// that there are stay open and carry nothing.
+type middle struct {
+	ln  net.Listener
+	to  string
+	run sync.WaitGroup
+
+	mu    sync.Mutex // orders conns
+	conns []net.Conn
+	epoch atomic.Int32
+}
+
+func (m *middle) freeze() { m.epoch.Add(1) }
+
+func (m *middle) closeAll() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, c := range m.conns {
+		c.Close()
+	}
+}
+
+func (m *middle) accept() {
+	for {
+		client, err := m.ln.Accept()
+		if err != nil {
+			return
+		}
+		server, err := net.Dial("tcp", m.to)
+		if err != nil {
+			client.Close()
+			continue
+		}
+		m.mu.Lock()
+		m.conns = append(m.conns, client, server)
+		m.mu.Unlock()
+		epoch := m.epoch.Load()
+		m.run.Go(func() { m.copy(client, server, epoch) })
+		m.run.Go(func() { m.copy(server, client, epoch) })
+	}
+}
+
+func (m *middle) copy(to, from net.Conn, epoch int32) {
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := from.Read(buf)
+		if err != nil {
+			return
+		}
+		if m.epoch.Load() != epoch {
+			continue
+		}
+		if _, err := to.Write(buf[:n]); err != nil {
+			return
+		}
+	}
+}
+
 // TestNoRedirect: a token does not follow a redirect.
 func TestNoRedirect(t *testing.T) {
 	other := startKube(t)
@@ -419,11 +508,12 @@ func TestNewRefuses(t *testing.T) {
 func TestInCluster(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "fd00::1")
 	t.Setenv("KUBERNETES_SERVICE_PORT", "443")
+	t.Setenv("NODE_NAME", "n1")
 	c, err := New(Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if c.base != "https://[fd00::1]:443" || c.primary != FamilyIPv6 || c.auth.file != accountDir+"/token" {
+	if c.node != "n1" || c.base != "https://[fd00::1]:443" || c.primary != FamilyIPv6 || c.auth.file != accountDir+"/token" {
 		t.Errorf("server %s, family %d, token %s", c.base, c.primary, c.auth.file)
 	}
 }

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"cmp"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -92,6 +93,8 @@ func resolve(o Options) (Options, credentials, error) {
 		}
 	default:
 	}
+	o.pingAfter, o.pingTimeout = cmp.Or(o.pingAfter, pingAfter), cmp.Or(o.pingTimeout, pingTimeout)
+	o.Node = or(o.Node, os.Getenv("NODE_NAME"))
 	o.Namespace = or(o.Namespace, "default")
 	o.ClusterDomain = or(o.ClusterDomain, "cluster.local")
 	creds.caFile, creds.certFile, creds.keyFile = o.CAFile, o.CertFile, o.KeyFile

@@ -9,9 +9,9 @@
 // names that the application connects to.
 //
 // It is not client-go, which would double the binary and the memory: an object
-// is decoded into the few fields that matter, and one service costs two watches,
-// multiplexed by HTTP/2.
+// is decoded into the few fields that matter. A service costs a watch of its
+// slices, and each namespace one of its Services; HTTP/2 multiplexes them.
 //
 // The service account needs get, list and watch on services and on
-// endpointslices.discovery.k8s.io; docs/kubernetes.md has the manifest.
+// endpointslices.discovery.k8s.io; docs/discovery-kubernetes.md has the manifest.
 package kube

@@ -34,10 +34,10 @@ const (
 
 // newHTTP returns the HTTP client. It knows no proxy and follows no redirect: a
 // token is for the server alone.
-func newHTTP(creds credentials, exempt func(fd int) error) *http.Client {
+func newHTTP(creds credentials, o Options) *http.Client {
 	d := &net.Dialer{Timeout: dialTimeout}
 	d.SetMultipathTCP(false) // an exempt socket has to be the one that connects
-	if exempt != nil {
+	if exempt := o.Exempt; exempt != nil {
 		d.Control = func(_, _ string, raw syscall.RawConn) error {
 			var err error
 			return errors.Join(raw.Control(func(fd uintptr) { err = exempt(int(fd)) }), err)
@@ -60,7 +60,7 @@ func newHTTP(creds credentials, exempt func(fd int) error) *http.Client {
 		MaxIdleConnsPerHost:   2,
 		DisableCompression:    true, // events are small, and lists are read once
 		// A watch that is not read holds up to its window of memory.
-		HTTP2: &http.HTTP2Config{SendPingTimeout: pingAfter, PingTimeout: pingTimeout, MaxReceiveBufferPerStream: 64 << 10},
+		HTTP2: &http.HTTP2Config{SendPingTimeout: o.pingAfter, PingTimeout: o.pingTimeout, MaxReceiveBufferPerStream: 64 << 10},
 	}
 	return &http.Client{
 		Transport:     t,

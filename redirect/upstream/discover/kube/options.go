@@ -1,6 +1,9 @@
 package kube
 
-import "net/netip"
+import (
+	"net/netip"
+	"time"
+)
 
 // Options says how the API server is reached, and where the application is. The
 // zero value is that of a container in a cluster: the server from
@@ -23,7 +26,8 @@ type Options struct {
 	// or the service account's, or "default".
 	Namespace string
 	// Node and Zone are where the application runs, for hints and for
-	// internalTrafficPolicy: Local; empty is unknown.
+	// internalTrafficPolicy: Local. An empty Node is NODE_NAME of the environment,
+	// by which pods commonly know it; empty is unknown.
 	Node, Zone string
 	// ClusterDomain is what the names of services end in; empty is cluster.local.
 	ClusterDomain string
@@ -33,6 +37,9 @@ type Options struct {
 
 	// ownHost is the ClusterIP of the API server, if it is known.
 	ownHost string
+	// pingAfter and pingTimeout are when a silent connection is asked whether it
+	// is there, and how long it has to answer.
+	pingAfter, pingTimeout time.Duration
 }
 
 // Family limits a [Ref] to endpoints of one IP family.
