@@ -127,9 +127,9 @@ func TestKubernetes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, manifest, _ := strings.Cut(string(doc), "```yaml\n")
+	_, manifest, _ := strings.Cut(string(doc), "```yaml\napiVersion: v1\n")
 	manifest, _, _ = strings.Cut(manifest, "```")
-	c.apply(strings.TrimSpace(manifest))
+	c.apply("apiVersion: v1\n" + strings.TrimSpace(manifest))
 	c.newToken()
 	for _, tt := range []struct {
 		name string

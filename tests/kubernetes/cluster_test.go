@@ -30,7 +30,7 @@ const envBin = "PILLION_KUBE_BIN"
 
 const (
 	adminToken = "admin-token"
-	limit      = time.Minute // for whatever is waited for
+	limit      = 2 * time.Minute // for whatever is waited for
 )
 
 func TestMain(m *testing.M) {
