@@ -28,8 +28,6 @@ type Client struct {
 
 	// lists bounds how many lists are read at once, and with them the memory.
 	lists chan struct{}
-	// retry is the first pause after a failure, retryMax the longest.
-	retry, retryMax time.Duration
 	// settle is how far the watch of a namespace may be behind a look-up.
 	settle time.Duration
 	// eventMax bounds the memory that one event takes, in bytes.
@@ -47,8 +45,8 @@ func (k key) String() string { return k.namespace + "/" + k.name }
 
 const (
 	listsMax    = 2
-	retryMin    = 500 * time.Millisecond
-	retryMax    = 30 * time.Second
+	retryMin    = 500 * time.Millisecond // the first pause after a failure
+	retryMax    = 30 * time.Second       // and the longest
 	settleTime  = 5 * time.Second
 	listTimeout = time.Minute
 	eventMax    = 16 << 20 // what etcd stores is smaller
@@ -67,10 +65,8 @@ func New(o Options) (*Client, error) {
 		base:     strings.TrimRight(o.Server, "/"),
 		http:     newHTTP(creds, o),
 		auth:     auth{token: creds.token, file: o.TokenFile},
-		gate:     newGate(),
+		gate:     newGate(retryMin, retryMax),
 		lists:    make(chan struct{}, listsMax),
-		retry:    retryMin,
-		retryMax: retryMax,
 		eventMax: eventMax,
 		settle:   settleTime,
 		watchers: make(map[key]*watcher),

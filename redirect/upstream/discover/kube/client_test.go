@@ -243,6 +243,57 @@ func TestFewDials(t *testing.T) {
 	}
 }
 
+// TestOutageTrials: while the server is away, those that wait for it try together
+// and ever more seldom, and all of them are back when one of them finds it.
+func TestOutageTrials(t *testing.T) {
+	const n = 40
+	k := startKube(t)
+	var dials atomic.Int32
+	var away atomic.Bool
+	c := k.client(t, func(o *Options) {
+		o.Exempt = func(int) error {
+			dials.Add(1)
+			if away.Load() {
+				return os.ErrPermission
+			}
+			return nil
+		}
+	})
+	c.gate.first, c.gate.longest = 20*time.Millisecond, time.Hour
+	var all []*heard
+	for i := range n {
+		name := fmt.Sprintf("web%d", i)
+		k.put("services", "default", name, "", webSpec)
+		k.put("endpointslices", "default", name+"-1", name, sliceOf("IPv4", httpPort, ep("10.0.0.1")))
+		all = append(all, listen(t, c.Source(Ref{Name: name, Port: "80"})))
+	}
+	for _, h := range all {
+		h.waitFor("10.0.0.1")
+	}
+	away.Store(true)
+	dials.Store(0)
+	k.CloseClientConnections()
+	for _, h := range all {
+		h.waitErr("permission denied")
+	}
+	eventually(t, "five trials", func() bool { return dials.Load() >= 5 })
+	c.gate.mu.Lock()
+	pause := c.gate.pause
+	c.gate.mu.Unlock()
+	if pause < 80*time.Millisecond {
+		t.Errorf("the pause is %v after five trials", pause)
+	}
+	away.Store(false)
+	for _, h := range all {
+		h.waitFor("10.0.0.1")
+	}
+	// Some may have tried together at the beginning. 40 on their own, at least
+	// three times each, would be 120.
+	if d := dials.Load(); d > 40 {
+		t.Errorf("%d dials", d)
+	}
+}
+
 // TestFullConnection: a server that takes few requests on a connection has more
 // connections, and not one for each watch.
 func TestFullConnection(t *testing.T) {
@@ -272,7 +323,7 @@ func TestFullConnection(t *testing.T) {
 // TestTrial: those that wait for a trial share its end, and one that is given up
 // is taken over.
 func TestTrial(t *testing.T) {
-	g := newGate()
+	g := newGate(time.Millisecond, time.Millisecond)
 	if trial, err := g.enter(t.Context()); !trial || err != nil {
 		t.Fatalf("the first is no trial: %v", err)
 	}
@@ -301,7 +352,7 @@ func TestTrial(t *testing.T) {
 	}
 	cancelled, cancel := context.WithCancel(t.Context())
 	cancel()
-	g = newGate()
+	g = newGate(time.Millisecond, time.Millisecond)
 	if _, err := g.enter(cancelled); err != nil {
 		t.Error(err)
 	}
@@ -473,7 +524,7 @@ users: [{name: a, user: %s}]
 				t.Fatal(err)
 			}
 			t.Cleanup(c.Close)
-			c.retry, c.retryMax = time.Millisecond, 10*time.Millisecond
+			c.gate.first, c.gate.longest = time.Millisecond, 10*time.Millisecond
 			listen(t, c.Source(Ref{Name: "web", Port: "80"})).waitFor("10.0.0.7")
 		})
 	}

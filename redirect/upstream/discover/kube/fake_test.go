@@ -91,7 +91,7 @@ func (k *kube) client(t *testing.T, options ...func(*Options)) *Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.retry, c.retryMax = 2*time.Millisecond, 20*time.Millisecond
+	c.gate.first, c.gate.longest = 2*time.Millisecond, 20*time.Millisecond
 	t.Cleanup(c.Close)
 	return c
 }

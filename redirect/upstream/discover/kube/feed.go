@@ -49,7 +49,7 @@ func (f *feed[C]) run(ctx context.Context) {
 	var (
 		version string // to watch from; none: list first
 		last    = "0"  // to list from: not older than that
-		pause   = pauser{first: f.client.retry, longest: f.client.retryMax}
+		pause   = pauser{gate: f.client.gate}
 	)
 	for ctx.Err() == nil {
 		var err error
@@ -327,18 +327,18 @@ func unexpected(err error) error {
 // pauser waits between attempts: twice as long after each failure, and always by
 // chance, so that the sidecars of a cluster do not come back all at once.
 type pauser struct {
-	first, longest time.Duration
-	next           time.Duration
-	worked         bool // the last watch lasted for a while
+	gate   *gate
+	next   time.Duration
+	worked bool // the last watch lasted for a while
 }
 
 func (p *pauser) wait(ctx context.Context, err error) {
 	if p.worked {
 		p.next = 0
 	}
-	p.next = max(p.next, p.first)
+	p.next = max(p.next, p.gate.first)
 	d := p.next/2 + rand.N(p.next)
-	p.next = min(2*p.next, p.longest)
+	p.next = min(2*p.next, p.gate.longest)
 	if s, ok := errors.AsType[*statusError](err); ok {
 		d = max(d, s.after)
 	}
@@ -346,10 +346,5 @@ func (p *pauser) wait(ctx context.Context, err error) {
 		d /= 4
 	}
 	p.worked = false
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-	case <-ctx.Done():
-	}
+	p.gate.wait(ctx, d)
 }

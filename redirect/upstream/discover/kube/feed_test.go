@@ -255,7 +255,8 @@ func TestSlow(t *testing.T) {
 func TestPauses(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel() // nobody waits
-	p := pauser{first: time.Second, longest: 8 * time.Second}
+	p := pauser{gate: newGate(time.Second, 8*time.Second)}
+	p.gate.up = true
 	for _, want := range []time.Duration{2, 4, 8, 8} {
 		p.wait(ctx, nil)
 		if p.next != want*time.Second {
