@@ -1,0 +1,86 @@
+package live
+
+import (
+	"context"
+	"fmt"
+	"testing"
+
+	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
+	"golang.org/x/sys/unix"
+)
+
+// TestReloads reloads a thousand times under load, in all the ways there are. No
+// connection to an endpoint that stays is closed, and no new one fails.
+func TestReloads(t *testing.T) {
+	t.Parallel()
+	const reloads = 1000
+	r := rig.New(t)
+	serve(t, r, 1, 2, 3, 4, 5)
+	// What stays, in two families of change: what is in it, and what is beside it.
+	config := func(n int) string {
+		text := "services:\n"
+		for i, path := range []string{"relay", "direct"} {
+			more := "path: " + path
+			switch n % 5 {
+			case 1:
+				more += ", policy: round_robin"
+			case 2:
+				more += ", health: {failures: 7}"
+			case 3:
+				more += ", no_endpoint: EHOSTUNREACH"
+			default:
+			}
+			text += service(1+i, more, 1, 2, 3+n%3)
+		}
+		text += service(3+n%4, "path: relay", 1) + service(7+n%3, "path: direct", 2)
+		if n%2 == 1 {
+			text += "deny: [203.0.113.0/24]\nno_endpoint: ENETUNREACH\n"
+		}
+		return text
+	}
+	s := newStage(t, r, config(0))
+	s.NoLeaks(t)
+	// Connections that are open go to 1 and 2 only: those stay.
+	s.reload(t, "services:\n"+service(1, "path: relay", 1, 2)+service(2, "path: direct", 1, 2))
+	s.load(t, 2, 20, vip(1), vip(2))
+	for n := 1; n <= reloads; n++ {
+		want := uint64(2 + n)
+		put(t, s.file, config(n))
+		switch {
+		case n%50 == 1: // the file alone
+		case n%10 == 2:
+			s.Signal(t, unix.SIGHUP)
+		case n%100 == 3:
+			out, err := s.Pillion(t, "reload", "--instance", s.Name)
+			if err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+		default:
+			result, err := s.Instance.Reload(context.Background())
+			if err != nil || len(result.Refused) > 0 || result.Generation != want {
+				t.Fatalf("reload %d: %v, %+v", n, err, result)
+			}
+			continue
+		}
+		testutil.Eventually(t, rig.Limit, func() bool { return s.status(t).Configuration.Generation == want }, "generation ", want)
+	}
+	l := s.unload(t)
+	if l.Rounds < 1000 || len(l.Connects) != 5 {
+		t.Errorf("the load was none: %d rounds, connects %v", l.Rounds, l.Connects)
+	}
+	status := s.status(t)
+	if g := status.Configuration.Generation; g != reloads+2 || len(status.Configuration.Refused) != 0 {
+		t.Errorf("generation %d, want %d; refused %v", g, reloads+2, status.Configuration.Refused)
+	}
+	s.has(t, "s1", "1", "2", fmt.Sprint(3+reloads%3))
+	for name, want := range map[string]string{
+		"pillion_config_generation":             fmt.Sprint(reloads + 2),
+		"pillion_config_last_reload_successful": "1",
+		"pillion_config_reload_failures_total":  "0",
+	} {
+		if got := s.metric(t, name); got != want {
+			t.Errorf("%s is %s, want %s", name, got, want)
+		}
+	}
+}
