@@ -55,6 +55,7 @@ type draft struct {
 	*decoder
 	config   Config
 	problems []problem
+	empty    bool // the file has nothing in it
 }
 
 // parseDraft reads what it can. An error means that data is not YAML, or more
@@ -66,7 +67,7 @@ func parseDraft(name string, data []byte, most int) (*draft, error) {
 		return nil, err
 	}
 	d := &draft{config: Default(), decoder: &decoder{places: w, bad: make(map[string]bool)}}
-	if body != nil {
+	if d.empty = body == nil; !d.empty {
 		d.decoder.config(&d.config, body)
 	}
 	// What was not understood has its default or nothing, which says nothing

@@ -29,8 +29,8 @@ type Refused struct {
 // LoadPartial reads the configuration in the file at path for a process that has
 // one, last. Each service and each source is taken or refused by itself, and one
 // that is refused is in the configuration as it was in last. An error, as of
-// [Load], means that nothing was taken: it is not YAML, or there are problems
-// outside the services and the section kubernetes.
+// [Load], means that nothing was taken: it is not YAML, there are problems outside
+// the services and the section kubernetes, or it is empty and last is not.
 //
 // A service is the one of the same name in last, or else the one of the same
 // address; those of flags are nobody's here, and the caller adds them again. What
@@ -50,7 +50,13 @@ func parsePartial(name string, data []byte, last *Config) (*Config, []Refused, e
 	if err != nil {
 		return nil, nil, err
 	}
-	m := &merge{draft: d, last: last.ofFile(), problems: make([][]problem, len(d.config.Services))}
+	last = last.ofFile()
+	if d.empty && len(last.Services)+len(last.Deny)+len(last.Exclude) > 0 {
+		// That is what a file looks like that somebody is about to write.
+		return nil, nil, d.error(position{line: 1, column: 1},
+			"the file is empty: want services: [] if everything is to go")
+	}
+	m := &merge{draft: d, last: last, problems: make([][]problem, len(d.config.Services))}
 	if !m.assign() {
 		return nil, nil, d.join(d.problems)
 	}

@@ -54,14 +54,25 @@ func (c *Config) Said(path, flag string) {
 	p.sort()
 }
 
-// ofFile returns the configuration without the services that flags said.
+// ofFile returns the configuration without the services and rules that flags said.
 func (c *Config) ofFile() *Config {
 	file := *c
 	file.Services = slices.DeleteFunc(slices.Clone(c.Services), func(s Service) bool {
 		at, ok := s.at.find("")
 		return ok && at.flag != ""
 	})
+	file.Deny, file.Exclude = c.rulesOfFile("deny", c.Deny), c.rulesOfFile("exclude", c.Exclude)
 	return &file
+}
+
+func (c *Config) rulesOfFile(key string, rules []Rule) []Rule {
+	var all []Rule
+	for i, r := range rules {
+		if at, ok := c.at.find(index(key, i)); !ok || at.flag == "" {
+			all = append(all, r)
+		}
+	}
+	return all
 }
 
 func (p *positions) where(key string) string {
