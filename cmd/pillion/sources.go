@@ -206,7 +206,11 @@ func (s *sources) wantOf(v *config.Service) (want, bool) {
 	case d.DNS != nil:
 		o := dnsOptions(d.DNS, v.Addr.Addr())
 		o.Exempt, o.Limit = s.i.exempt(), s.asking
-		return want{kind: admin.SourceDNS, name: d.DNS.Name, of: *d.DNS, open: func() (discover.Source, error) {
+		of := struct {
+			config.DNS
+			dns.Families // may be those of the service
+		}{*d.DNS, o.Families}
+		return want{kind: admin.SourceDNS, name: d.DNS.Name, of: of, open: func() (discover.Source, error) {
 			return dns.New(o)
 		}}, true
 	default:
