@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -20,6 +22,7 @@ type control struct {
 	sources  *sources
 	checker  *check.Checker
 	removals removals
+	closed   map[netip.AddrPort]bool // what close said of services; run's own
 
 	requests chan chan<- admin.ReloadResult
 	settled  chan chan struct{}
@@ -126,6 +129,7 @@ func (c *control) run(ctx context.Context) error {
 			c.update()
 		case <-overflow.C:
 			c.overflow()
+			c.close(c.list())
 		case <-c.removals.due():
 			c.removals.endDue()
 		}
@@ -162,7 +166,8 @@ func (c *control) reload() admin.ReloadResult {
 	next = withoutRestart(next, before)
 	other := !next.Diff(before).Empty()
 	if err := c.apply(next); err != nil {
-		return c.refuse(fmt.Errorf("put the configuration in force: %w", err))
+		// Sources may be other ones already.
+		return c.refuse(errors.Join(fmt.Errorf("put the configuration in force: %w", err), c.apply(before)))
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -126,12 +126,35 @@ func (c *control) serviceOf(next *config.Config, v *config.Service) service {
 	s.path, _ = next.PathOf(v)
 	if one, state := c.sources.of(v.Name); one != nil {
 		s.endpoints, s.known = state.Endpoints, state.Generation > 0
+		if s.known {
+			return s
+		}
+		// A source that is new has not told yet: what the service had holds.
+		if was := same(c.list(), &s); was != nil && was.known && len(was.endpoints) > 0 {
+			s.endpoints, s.known = was.endpoints, true
+		}
 		return s
 	}
 	for _, e := range v.Endpoints {
 		s.endpoints = append(s.endpoints, discover.Endpoint{Addr: e.Addr, Weight: e.Weight, Zone: e.Zone})
 	}
 	return s
+}
+
+// same returns the one of services that is s: of its name, or else of its address;
+// nil: there is none.
+func same(services []service, s *service) *service {
+	for i := range services {
+		if services[i].Name == s.Name {
+			return &services[i]
+		}
+	}
+	for i := range services {
+		if services[i].Addr == s.Addr {
+			return &services[i]
+		}
+	}
+	return nil
 }
 
 // publish makes clusters and sets of what is known, and hands them out: to the
@@ -169,7 +192,41 @@ func (c *control) publish(next *config.Config) error {
 		return fmt.Errorf("check endpoints: %w", err)
 	}
 	c.unchecked(services)
+	if old != nil {
+		c.close(services)
+	}
 	return nil
+}
+
+// closedFor is how long the connect hook refuses a service after it was last told
+// to: this process may die.
+const closedFor = 3 * overflowEvery
+
+// close has the connect hook refuse, on relay, services that have no endpoint but
+// such as health checks found down. The handler would say so too, but only once a
+// connection is with it whose connect has succeeded. It is called more often than
+// every closedFor. On direct the hook sees for itself.
+func (c *control) close(services []service) {
+	closed := make(map[netip.AddrPort]bool)
+	tell := func(addr netip.AddrPort, wait time.Duration) {
+		if err := c.i.datapath.Unavailable(addr, wait); err != nil {
+			c.i.log.Error("cannot tell the connect hook which services are unavailable", "error", err)
+		}
+	}
+	for i := range services {
+		s := &services[i]
+		up := func(e *upstream.Endpoint) bool { return !e.Down() }
+		switch {
+		case s.path != flow.PathRelay || !s.known:
+		case !slices.ContainsFunc(s.cluster.Endpoints, up):
+			closed[s.Addr] = true
+			tell(s.Addr, closedFor)
+		case c.closed[s.Addr]:
+			tell(s.Addr, 0)
+		default:
+		}
+	}
+	c.closed = closed
 }
 
 // unchecked forgets what health checks found that there are no more.
@@ -188,21 +245,24 @@ func (c *control) unchecked(services []service) {
 }
 
 // arrange gives each service its cluster, and its set: the one that it had, if the
-// cluster is the same.
+// cluster and the address are the same. At another address it is a new set to the
+// kernel side, which then takes from it what is down: that has to be of now.
 func (c *control) arrange(services []service, snapshot *upstream.Snapshot) {
-	c.mu.Lock()
-	had := make(map[*upstream.Cluster]*flow.Set, len(c.services))
-	for i := range c.services {
-		had[c.services[i].cluster] = c.services[i].set
+	type place struct {
+		cluster *upstream.Cluster
+		addr    netip.AddrPort
 	}
-	c.mu.Unlock()
+	had := make(map[place]*flow.Set)
+	for _, s := range c.list() {
+		had[place{s.cluster, s.Addr}] = s.set
+	}
 	for i := range services {
 		s := &services[i]
 		s.cluster = snapshot.Cluster(s.Name)
 		if s.path == flow.PathPass || !s.known {
 			continue
 		}
-		if s.set = had[s.cluster]; s.set == nil {
+		if s.set = had[place{s.cluster, s.Addr}]; s.set == nil {
 			set := s.cluster.Set(s.Addr.Addr().Is4())
 			s.set = &set
 		}
@@ -217,7 +277,8 @@ func (c *control) hand(next *config.Config, services []service, table *route.Tab
 	err := c.i.setRules(rules)
 	if err != nil {
 		c.i.handler.SetTable(last)
-		return errors.Join(err, c.i.setRules(c.i.lastRules))
+		// Some of it may be in force: the comparison of setRules would not see it.
+		return errors.Join(err, c.i.datapath.SetRules(c.i.lastRules))
 	}
 	c.i.lastRules = rules
 	return nil
@@ -333,8 +394,8 @@ func checkSpec(h *config.HealthCheck) check.Spec {
 func (c *control) setDown(change check.Change) {
 	down := change.State == check.StateDown
 	s := c.service(change.Cluster)
-	if s == nil {
-		return // it is gone
+	if s == nil || down && s.Check == nil {
+		return // it, or its check, is gone meanwhile
 	}
 	for _, e := range s.cluster.Endpoints {
 		if e.Addr != change.Addr || e.Down() == down {
@@ -394,7 +455,7 @@ func (c *control) overflow() {
 
 // removed does what services want to become of connections to endpoints that are
 // gone. A service is still there under its name or its address: to rename it or to
-// move it ends nothing.
+// move it ends nothing. One that is gone itself says what it last said.
 func (c *control) removed(before, now []service) {
 	byName := make(map[string]map[netip.AddrPort]bool, len(now))
 	byAddr := make(map[netip.AddrPort]map[netip.AddrPort]bool, len(now))
@@ -404,12 +465,16 @@ func (c *control) removed(before, now []service) {
 	}
 	for i := range before {
 		s := &before[i]
-		if s.OnRemove == config.OnRemoveKeep || s.OnRemove == "" {
+		by := s
+		if is := same(now, s); is != nil {
+			by = is
+		}
+		if by.OnRemove == config.OnRemoveKeep || by.OnRemove == "" {
 			continue
 		}
 		for _, e := range s.endpoints {
 			if !byName[s.Name][e.Addr] && !byAddr[s.Addr][e.Addr] {
-				c.removals.add(gone{s.Name, s.Addr, e.Addr}, s.OnRemove, s.RemoveAfter)
+				c.removals.add(gone{s.Name, s.Addr, e.Addr}, by.OnRemove, by.RemoveAfter)
 			}
 		}
 	}
