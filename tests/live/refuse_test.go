@@ -214,7 +214,7 @@ func TestRestartOnly(t *testing.T) {
 		t.Errorf("generation %d, want 1: nothing holds that did not before", g)
 	}
 	put(t, s.file, "relay: {workers: 1}\nservices:\n"+service(1, "", 1))
-	if out, code := s.cli(t); code != 0 || !strings.Contains(out, "restart") {
-		t.Errorf("exit code %d, want 0 and that it takes a restart:\n%s", code, out)
+	if out, code := s.cli(t); code != 0 || !strings.Contains(out, "at the next start") {
+		t.Errorf("exit code %d, want 0 and when it holds:\n%s", code, out)
 	}
 }
