@@ -39,6 +39,7 @@ type coreEnd struct {
 	_        structs.HostLayout
 	State    uint32
 	SegsIn   uint32
+	Unacked  uint32
 	Expired  uint8
 	Released uint8
 	_        [2]byte

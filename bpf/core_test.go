@@ -407,35 +407,38 @@ func TestEndingOf(t *testing.T) {
 	all := reached{}
 	for _, tt := range []struct {
 		state, segs       uint32
+		unacked           uint32
 		expired, released uint8
 		want              uint8
 		failure           []uint32 // by retransmits
 	}{
-		{synSent, 0, 0, 0, EndingUnreachable, []uint32{1, 1}},
-		{synSent, 0, 0, 1, EndingAbandoned, []uint32{0, 1}},
-		{synSent, 0, 1, 0, EndingTimeout, []uint32{1, 1}},
-		{synSent, 0, 1, 1, EndingTimeout, []uint32{1, 1}}, // it had closed it as well
-		{synSent, 1, 0, 0, EndingRefused, []uint32{1, 1}},
-		{synSent, 1, 1, 1, EndingRefused, []uint32{1, 1}},
-		{synSent, 1 << 31, 0, 0, EndingRefused, []uint32{1, 1}},
-		{established, 0, 0, 0, EndingReset, nil}, // fast open, or repair: no segment yet
-		{established, 5, 0, 0, EndingReset, nil},
-		{established, 5, 1, 1, EndingReset, nil},
-		{finWait1, 5, 0, 1, EndingReset, nil},
-		{closeWait, 5, 0, 0, EndingReset, nil},
-		{finWait2, 5, 0, 1, EndingClosed, nil}, // to TIME_WAIT, which is another object
-		{timeWait, 5, 0, 0, EndingClosed, nil},
-		{lastAck, 5, 0, 1, EndingClosed, nil},
-		{closing, 5, 0, 0, EndingClosed, nil},
-		{closed, 0, 0, 0, EndingClosed, nil},
-		{listen, 0, 0, 0, EndingClosed, nil},
-		{synRecv, 1, 0, 0, EndingClosed, nil},
-		{newSynRecv, 1, 0, 0, EndingClosed, nil},
-		{0, 0, 0, 0, EndingClosed, nil},
-		{newSynRecv + 1, 0, 0, 0, EndingClosed, nil},
+		{synSent, 0, 0, 0, 0, EndingUnreachable, []uint32{1, 1}},
+		{synSent, 0, 0, 0, 1, EndingAbandoned, []uint32{0, 1}},
+		{synSent, 0, 1, 0, 0, EndingAbandoned, []uint32{0, 1}}, // by shutdown, or AF_UNSPEC
+		{synSent, 0, 1, 1, 0, EndingTimeout, []uint32{1, 1}},
+		{synSent, 0, 0, 1, 0, EndingTimeout, []uint32{1, 1}},
+		{synSent, 0, 0, 1, 1, EndingTimeout, []uint32{1, 1}}, // it had closed it as well
+		{synSent, 1, 0, 0, 0, EndingRefused, []uint32{1, 1}},
+		{synSent, 1, 0, 1, 1, EndingRefused, []uint32{1, 1}},
+		{synSent, 1 << 31, 0, 0, 0, EndingRefused, []uint32{1, 1}},
+		{established, 0, 0, 0, 0, EndingReset, nil}, // fast open, or repair: no segment yet
+		{established, 5, 0, 0, 0, EndingReset, nil},
+		{established, 5, 0, 1, 1, EndingReset, nil},
+		{finWait1, 5, 0, 0, 1, EndingReset, nil},
+		{closeWait, 5, 0, 0, 0, EndingReset, nil},
+		{finWait2, 5, 0, 0, 1, EndingClosed, nil}, // to TIME_WAIT, which is another object
+		{timeWait, 5, 0, 0, 0, EndingClosed, nil},
+		{lastAck, 5, 0, 0, 1, EndingClosed, nil},
+		{closing, 5, 0, 0, 0, EndingClosed, nil},
+		{closed, 0, 0, 0, 0, EndingClosed, nil},
+		{listen, 0, 0, 0, 0, EndingClosed, nil},
+		{synRecv, 1, 0, 0, 0, EndingClosed, nil},
+		{newSynRecv, 1, 0, 0, 0, EndingClosed, nil},
+		{0, 0, 0, 0, 0, EndingClosed, nil},
+		{newSynRecv + 1, 0, 0, 0, 0, EndingClosed, nil},
 	} {
 		for retransmits := range uint32(3) {
-			io := coreRunEndingOf{In: coreEnd{State: tt.state, SegsIn: tt.segs, Expired: tt.expired, Released: tt.released}, Retransmits: retransmits}
+			io := coreRunEndingOf{In: coreEnd{State: tt.state, SegsIn: tt.segs, Unacked: tt.unacked, Expired: tt.expired, Released: tt.released}, Retransmits: retransmits}
 			run(t, progs.PlEndingOf, &io)
 			if int(io.Out) >= len(names) {
 				t.Fatalf("ending_of(%+v): %d, which is no ending", io.In, io.Out)

@@ -219,6 +219,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 	d->followed = false;
 	how.state = from;
 	how.segs_in = ctx->segs_in;
+	how.unacked = ctx->packets_out;
 	how.expired = d->expired;
 	how.released = d->released;
 	ending = ending_of(&how);

@@ -247,12 +247,16 @@ static __always_inline enum reason admit(const struct arrival *p)
 struct end {
 	__u32 state; /* BPF_TCP_*, that it left */
 	__u32 segs_in;
+	__u32 unacked; /* segments that wait for an answer */
 	__u8 expired; /* the kernel waited as long as it does */
 	__u8 released; /* the application had closed it */
 };
 
 /* ending_of tells how a socket ended. A connect that nobody answered, nobody
- * gave up, and that had time left was ended by an ICMP error.
+ * gave up, and that had time left was ended by an ICMP error. Who gives up need
+ * not close: shutdown and a connect to AF_UNSPEC do it too. Then the SYN is
+ * still queued, which the kernel drops first where an error ends a socket
+ * (since 6.10, and in what is left of 6.1 and 6.6).
  */
 static __always_inline enum ending ending_of(const struct end *e)
 {
@@ -262,7 +266,8 @@ static __always_inline enum ending ending_of(const struct end *e)
 			return ENDING_REFUSED;
 		if (e->expired)
 			return ENDING_TIMEOUT;
-		return e->released ? ENDING_ABANDONED : ENDING_UNREACHABLE;
+		return e->released || e->unacked ? ENDING_ABANDONED :
+						   ENDING_UNREACHABLE;
 	case BPF_TCP_ESTABLISHED:
 	case BPF_TCP_FIN_WAIT1:
 	case BPF_TCP_CLOSE_WAIT:
