@@ -25,7 +25,7 @@ tests=("${demo[@]}" "${check[@]}" node=nodejs strace=strace musl-gcc=musl-tools 
 	mosquitto_sub=mosquitto-clients make=make perl=perl stunnel4=stunnel4
 	/usr/include/openssl/ssl.h=libssl-dev /usr/include/zlib.h=zlib1g-dev
 	dnsmasq=dnsmasq-base unbound=unbound)
-bench=(haproxy=haproxy nginx=nginx-light
+bench=(haproxy=haproxy nginx=nginx-light nft=nftables iptables-legacy=iptables
 	/usr/lib/nginx/modules/ngx_stream_module.so=libnginx-mod-stream)
 traps=("${tests[@]}" "${bench[@]}" python3=python3
 	/usr/lib/python3/dist-packages/pip/__init__.py=python3-pip)

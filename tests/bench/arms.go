@@ -9,10 +9,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/peers"
 )
@@ -35,21 +37,25 @@ const workers = 2
 // arm is one way to the server.
 type arm struct {
 	name string
-	// addr is what the client dials, from the cgroup.
-	addr   netip.AddrPort
+	// addrs is what the client dials in turn, from the cgroup and the network
+	// namespace, nil for the bench's own.
+	addrs  []netip.AddrPort
 	cgroup *os.File
+	netns  *os.File
 	// process is the proxy, nil for none.
 	process *process
-	// only is the one work that the arm does, or empty.
-	only string
+	// programs are those that the work workHook times.
+	programs programs
+	// only are the works that the arm does; none: all.
+	only []string
 	// opened counts the connections of all clients.
 	opened int
 }
 
 // arms starts the proxies and waits until they serve.
 func (w *world) arms(ctx context.Context) ([]*arm, error) {
-	direct := &arm{name: armDirect, addr: server, cgroup: w.beside}
-	relay, err := w.startPillion(ctx)
+	direct := &arm{name: armDirect, addrs: []netip.AddrPort{server}, cgroup: w.beside}
+	relay, err := w.startRelay(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("start pillion: %w", err)
 	}
@@ -62,7 +68,7 @@ func (w *world) arms(ctx context.Context) ([]*arm, error) {
 		return nil, err
 	}
 	// The same process, and another service.
-	mirror := &arm{name: armMirror, addr: mirrorAddr, cgroup: relay.cgroup, process: relay.process, only: workConnection}
+	mirror := &arm{name: armMirror, addrs: []netip.AddrPort{mirrorAddr}, cgroup: relay.cgroup, process: relay.process, only: []string{workConnection}}
 	w.pill.mirror = mirror
 	return []*arm{direct, relay, mirror, haproxy, nginx}, nil
 }
@@ -78,7 +84,7 @@ func (w *world) startPeer(name string, listen netip.AddrPort) (*arm, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &arm{name: name, addr: listen, cgroup: w.beside, process: p}
+	a := &arm{name: name, addrs: []netip.AddrPort{listen}, cgroup: w.beside, process: p}
 	if err := answers(listen.String(), startLimit); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
@@ -89,7 +95,14 @@ func (w *world) startPeer(name string, listen netip.AddrPort) (*arm, error) {
 type pillion struct {
 	*arm
 	mirror *arm
-	client *admin.Client
+	instance
+}
+
+// instance is a running pillion.
+type instance struct {
+	name    string
+	process *process
+	client  *admin.Client
 }
 
 const pillionConfig = `
@@ -101,34 +114,48 @@ relay: {workers: %d}
 on_failure: closed
 `
 
-// startPillion runs pillion over the scope and waits until it serves.
-func (w *world) startPillion(ctx context.Context) (*arm, error) {
-	path, err := w.binary()
-	if err != nil {
-		return nil, err
-	}
-	config := filepath.Join(w.dir, "pillion.yaml")
-	text := fmt.Sprintf(pillionConfig, serviceAddr, server, mirrorAddr, server, workers)
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-		return nil, err
-	}
-	name, runtime := fmt.Sprintf("bench-%d", os.Getpid()), filepath.Join(w.dir, "run")
-	w.later(func() error { return unload(path, name, runtime) })
-	ready, err := newReadiness(filepath.Join(w.dir, "notify.sock"))
-	if err != nil {
-		return nil, err
-	}
-	defer ready.close()
-	p, err := w.start(path, "run", "--name", name, "--runtime-dir", runtime,
-		"--cgroup", w.scope.Name(), "--config", config, "--drain-timeout", "1s")
+// startRelay runs the pillion that relays.
+func (w *world) startRelay(ctx context.Context) (*arm, error) {
+	i, err := w.startPillion(ctx, nil, w.scope, "", fmt.Sprintf(pillionConfig, serviceAddr, server, mirrorAddr, server, workers))
 	if err != nil {
 		return nil, err
 	}
 	w.pill = &pillion{
-		arm:    &arm{name: armRelay, addr: serviceAddr, cgroup: w.scope, process: p},
-		client: admin.Dial(filepath.Join(runtime, name+".sock")),
+		arm:      &arm{name: armRelay, addrs: []netip.AddrPort{serviceAddr}, cgroup: w.scope, process: i.process},
+		instance: i,
 	}
-	return w.pill.arm, ready.wait(ctx, p)
+	return w.pill.arm, nil
+}
+
+// startPillion runs pillion over a scope in a network namespace, nil for the
+// bench's own, and waits until it serves. suffix tells it from others.
+func (w *world) startPillion(ctx context.Context, ns, scope *os.File, suffix, config string) (instance, error) {
+	path, err := w.binary()
+	if err != nil {
+		return instance{}, err
+	}
+	file := filepath.Join(w.dir, "pillion"+suffix+".yaml")
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		return instance{}, err
+	}
+	i := instance{name: fmt.Sprintf("bench-%d%s", os.Getpid(), suffix)}
+	runtime := filepath.Join(w.dir, "run")
+	w.later(func() error { return unload(path, i.name, runtime) })
+	ready, err := newReadiness(filepath.Join(w.dir, "notify"+suffix+".sock"))
+	if err != nil {
+		return i, err
+	}
+	defer ready.close()
+	err = within(ns, func() (err error) {
+		i.process, err = w.start(path, "run", "--name", i.name, "--runtime-dir", runtime,
+			"--cgroup", scope.Name(), "--config", file, "--drain-timeout", "1s")
+		return err
+	})
+	if err != nil {
+		return i, err
+	}
+	i.client = admin.Dial(filepath.Join(runtime, i.name+".sock"))
+	return i, ready.wait(ctx, i.process)
 }
 
 // unload removes what a killed pillion leaves.
@@ -160,27 +187,31 @@ func (w *world) binary() (string, error) {
 
 // relayed fails unless every connection of the relay arm went by relay.
 func (w *world) relayed(ctx context.Context) error {
+	return w.pill.carried(ctx, flow.PathRelay, w.pill.opened+w.pill.mirror.opened)
+}
+
+// carried fails unless at least n connections went by a path.
+func (i *instance) carried(ctx context.Context, path flow.Path, n int) error {
 	ctx, stop := context.WithTimeout(ctx, startLimit)
 	defer stop()
 	for {
-		got, err := w.pill.count(ctx)
+		got, err := i.count(ctx, path)
 		if err != nil {
 			return err
 		}
-		if got >= w.pill.opened+w.pill.mirror.opened {
+		if got >= n {
 			return nil
 		}
 		// Records come five times a second.
 		if pause(ctx, 100*time.Millisecond) != nil {
-			return fmt.Errorf("%d of the %d connections of arm %s and its like went by relay: the figures are not Pillion's",
-				got, w.pill.opened+w.pill.mirror.opened, armRelay)
+			return fmt.Errorf("%d of the %d connections that were to go by %s did: the figures are not Pillion's", got, n, path)
 		}
 	}
 }
 
-// count reads from the metrics how many connections went by relay.
-func (p *pillion) count(ctx context.Context) (int, error) {
-	body, err := p.client.Metrics(ctx)
+// count reads from the metrics how many connections went by a path.
+func (i *instance) count(ctx context.Context, path flow.Path) (int, error) {
+	body, err := i.client.Metrics(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -188,7 +219,7 @@ func (p *pillion) count(ctx context.Context) (int, error) {
 	sum := 0
 	for lines := bufio.NewScanner(body); lines.Scan(); {
 		series, value, _ := strings.Cut(lines.Text(), "} ")
-		if !strings.HasPrefix(series, "pillion_connections_total{") || !strings.Contains(series, `path="relay"`) {
+		if !strings.HasPrefix(series, "pillion_connections_total{") || !strings.Contains(series, fmt.Sprintf("path=%q", path)) {
 			continue
 		}
 		n, err := strconv.ParseFloat(value, 64)
@@ -199,3 +230,6 @@ func (p *pillion) count(ctx context.Context) (int, error) {
 	}
 	return sum, nil
 }
+
+// does tells whether the arm does a work.
+func (a *arm) does(w work) bool { return len(a.only) == 0 || slices.Contains(a.only, w.Name) }

@@ -6,6 +6,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -55,7 +56,7 @@ func TestVerdict(t *testing.T) {
 	if err == nil {
 		t.Fatal("missed targets are no error")
 	}
-	for _, want := range []string{"GiB down : best peer is 1.00, want at most 0.60", "MB resident when idle is 20.00"} {
+	for _, want := range []string{"GiB down : best peer is 1.000, want at most 0.600", "MB resident when idle is 20.00"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%v: does not say %q", err, want)
 		}
@@ -93,7 +94,7 @@ func TestFlags(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if w := o.works(); len(w) != 2 || w[0].Name != workUpload || w[0].Ops != 1 || o.rounds != 3 {
+	if w := o.works(allWorks()); len(w) != 2 || w[0].Name != workUpload || w[0].Ops != 1 || o.rounds != 3 {
 		t.Errorf("works %+v, rounds %d", w, o.rounds)
 	}
 }
@@ -110,12 +111,12 @@ func TestWorks(t *testing.T) {
 		ln.Close()
 		<-done
 	}()
-	for _, w := range allWorks() {
+	for _, w := range slices.Concat(allWorks(), pathWorks()) {
 		w.Ops = w.Conns * 2
 		if w.transfer() {
 			w.Ops = 0 // what makes it warm is enough
 		}
-		spec, err := json.Marshal(job{Work: w, Addr: ln.Addr().String()})
+		spec, err := json.Marshal(job{Work: w, Addrs: []string{ln.Addr().String()}})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -11,6 +11,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -18,8 +19,9 @@ import (
 
 // job is what the client is told to do.
 type job struct {
-	Work work   `json:"work"`
-	Addr string `json:"address"`
+	Work work `json:"work"`
+	// Addrs are dialed in turn.
+	Addrs []string `json:"addresses"`
 }
 
 // result is what the client found.
@@ -50,6 +52,9 @@ func client(args []string, in io.Reader, out io.Writer) error {
 	if err := json.Unmarshal([]byte(args[0]), &j); err != nil {
 		return fmt.Errorf("client: read the job: %w", err)
 	}
+	if len(j.Addrs) == 0 {
+		return errors.New("client: the job has no address")
+	}
 	l := &load{job: j}
 	defer l.close()
 	if err := l.prepare(); err != nil {
@@ -73,6 +78,7 @@ func client(args []string, in io.Reader, out io.Writer) error {
 type load struct {
 	job
 	conns  []net.Conn
+	dials  atomic.Int64
 	mu     sync.Mutex // guards what follows
 	times  []int64
 	opened int
@@ -87,7 +93,8 @@ func (l *load) close() {
 func (l *load) dial() (net.Conn, error) {
 	var d net.Dialer
 	d.SetMultipathTCP(false)
-	c, err := d.DialContext(context.Background(), "tcp", l.Addr)
+	turn := int(l.dials.Add(1)-1) % len(l.Addrs)
+	c, err := d.DialContext(context.Background(), "tcp", l.Addrs[turn])
 	if err == nil {
 		l.mu.Lock()
 		l.opened++
@@ -97,7 +104,7 @@ func (l *load) dial() (net.Conn, error) {
 }
 
 func (l *load) prepare() error {
-	if l.Work.Name == workConnection {
+	if l.Work.connects() {
 		return l.connect(warmConns)
 	}
 	for range l.Work.Conns {
@@ -118,7 +125,7 @@ func (l *load) work() error {
 	switch {
 	case l.Work.transfer():
 		return l.move(int64(l.Work.Ops) * gib)
-	case l.Work.Name == workConnection:
+	case l.Work.connects():
 		return l.connect(l.Work.Ops)
 	default:
 		return l.pingPong(l.Work.Ops / l.Work.Conns)

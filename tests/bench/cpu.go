@@ -61,6 +61,18 @@ func cpuOf(pid int) (int64, error) {
 	return sum, nil
 }
 
+// processClock returns the processor time of one process in ns, to the moment, also
+// of one that is running: schedstat is as old as the last tick then.
+func processClock(pid int) (int64, error) {
+	// As in <linux/posix-timers_types.h>: of the process, by the scheduler.
+	const perProcessScheduled = 2
+	var t unix.Timespec
+	if err := unix.ClockGettime(int32(^pid<<3|perProcessScheduled), &t); err != nil {
+		return 0, fmt.Errorf("read clock of process %d: %w", pid, err)
+	}
+	return t.Nano(), nil
+}
+
 func onCPU(schedstat string) (int64, error) {
 	b, err := os.ReadFile(schedstat)
 	if err != nil {

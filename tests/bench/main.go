@@ -27,11 +27,20 @@ const (
 	roleSpin   = "spinner"
 )
 
+// The parts, by name.
+const (
+	partRelay  = "relay"
+	partDirect = "direct"
+)
+
+func partNames() []string { return []string{partRelay, partDirect} }
+
 // options are the flags.
 type options struct {
 	rounds int
 	quick  bool
 	spin   bool
+	parts  []string
 	only   []string // names of works; none: all
 	output string
 }
@@ -80,6 +89,8 @@ func parse(args []string) (*options, error) {
 	f.BoolVar(&o.quick, "quick", false, "three rounds of an eighth of the work, to see it run: no target is enforced")
 	f.BoolVar(&o.spin, "spin", true, "keep each processor awake by a spinner of lowest priority")
 	only := f.String("only", "", "comma-separated works: "+strings.Join(workNames(), ", "))
+	part := f.String("part", strings.Join(partNames(), ","), "comma-separated parts: "+partRelay+" (a hop, beside proxies), "+
+		partDirect+" (no hop, beside nothing at all and address translation)")
 	f.StringVar(&o.output, "o", "table", "form of the output: table or json")
 	if err := f.Parse(args); err != nil {
 		return nil, err
@@ -93,6 +104,12 @@ func parse(args []string) (*options, error) {
 	for _, name := range o.only {
 		if !slices.Contains(workNames(), name) {
 			return nil, fmt.Errorf("--only %s: there are %s", name, strings.Join(workNames(), ", "))
+		}
+	}
+	o.parts = strings.Split(*part, ",")
+	for _, name := range o.parts {
+		if !slices.Contains(partNames(), name) {
+			return nil, fmt.Errorf("--part %s: there are %s", name, strings.Join(partNames(), ", "))
 		}
 	}
 	if o.output != "table" && o.output != "json" {
@@ -163,24 +180,42 @@ func inside(args []string) (err error) {
 	return r.verdict(o.quick)
 }
 
-// measure makes the world, runs everything in it, and takes it away.
+// measure runs the parts that are asked for, one after the other.
 func measure(ctx context.Context, o *options) (r *report, err error) {
-	w, err := newWorld(o)
+	r = newReport(o)
+	if slices.Contains(o.parts, partRelay) {
+		if err := r.measure(ctx, o); err != nil {
+			return nil, err
+		}
+	}
+	if slices.Contains(o.parts, partDirect) {
+		if r.Paths, err = measurePaths(ctx, o); err != nil {
+			return nil, err
+		}
+	}
+	return r, nil
+}
+
+// measure makes the world, runs everything in it, and takes it away.
+func (r *report) measure(ctx context.Context, o *options) (err error) {
+	w, err := newWorld()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
+	if err := w.furnish(); err != nil {
+		return err
+	}
 	arms, err := w.arms(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	r = newReport(o)
 	if err := r.rest(ctx, arms); err != nil {
-		return nil, err
+		return err
 	}
 	if o.spin {
 		if err := w.startSpinners(); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	say := progress(os.Stderr)
@@ -189,13 +224,13 @@ func measure(ctx context.Context, o *options) (r *report, err error) {
 			// Nobody always comes after the same one.
 			for i := range arms {
 				a := arms[(round+i)%len(arms)]
-				if a.only != "" && a.only != work.Name {
+				if !a.does(work) {
 					continue
 				}
 				say("round %d of %d: %s, %s", round+1, o.rounds, work.Name, a.name)
 				s, err := w.run(ctx, a, work)
 				if err != nil {
-					return nil, fmt.Errorf("%s, %s: %w", work.Name, a.name, err)
+					return fmt.Errorf("%s, %s: %w", work.Name, a.name, err)
 				}
 				r.add(work.Name, a.name, s)
 			}
@@ -203,9 +238,9 @@ func measure(ctx context.Context, o *options) (r *report, err error) {
 	}
 	say("")
 	if err := w.relayed(ctx); err != nil {
-		return nil, err
+		return err
 	}
-	return r, r.restAgain(arms)
+	return r.restAgain(arms)
 }
 
 // progress returns a printf of one line that it writes over, on a terminal;

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -26,7 +27,9 @@ type report struct {
 	Samples map[string]map[string][]sample `json:"samples"`
 	Rows    []row                          `json:"rows"`
 	Targets []target                       `json:"targets"`
-	works   []work
+	// Paths is part direct; nil: it was not asked for.
+	Paths *pathReport `json:"paths,omitempty"`
+	works []work
 }
 
 // machine is where it was measured.
@@ -58,7 +61,7 @@ const busyMost = 0.05
 const idleTime = 3 * time.Second
 
 func newReport(o *options) *report {
-	r := &report{Rounds: o.rounds, works: o.works(), Samples: map[string]map[string][]sample{}, Machine: thisMachine()}
+	r := &report{Rounds: o.rounds, works: o.works(allWorks()), Samples: map[string]map[string][]sample{}, Machine: thisMachine()}
 	for _, w := range r.works {
 		r.Samples[w.Name] = map[string][]sample{}
 	}
@@ -99,7 +102,7 @@ func (r *report) rest(ctx context.Context, arms []*arm) error {
 	}
 	before, busy := map[string]int64{}, machineClock()
 	for _, a := range arms {
-		if a.process == nil || a.only != "" {
+		if a.process == nil || len(a.only) > 0 {
 			continue
 		}
 		var err error
@@ -112,7 +115,7 @@ func (r *report) rest(ctx context.Context, arms []*arm) error {
 	}
 	r.Machine.Busy = busy.since()
 	for _, a := range arms {
-		if a.process == nil || a.only != "" {
+		if a.process == nil || len(a.only) > 0 {
 			continue
 		}
 		cpu, err := cpuOf(a.process.pid())
@@ -212,6 +215,9 @@ func (r *report) ratio(work string, arms ...string) float64 {
 // write prints the report.
 func (r *report) write(w io.Writer, format string) error {
 	r.sum()
+	if r.Paths != nil {
+		r.Paths.sum()
+	}
 	if format == "json" {
 		e := json.NewEncoder(w)
 		e.SetIndent("", "  ")
@@ -224,7 +230,19 @@ func (r *report) write(w io.Writer, format string) error {
 		fmt.Fprintf(w, "others kept %.0f%% of the processors busy: the figures are rough\n", 100*m.Busy)
 	}
 	fmt.Fprintln(w)
-	for _, t := range []table.Writer{r.works2table(), r.idle2table(), r.targets2table()} {
+	if len(r.Rows) > 0 {
+		if err := render(w, r.works2table(), r.idle2table(), targets2table(r.Targets)); err != nil {
+			return err
+		}
+	}
+	if r.Paths != nil {
+		return r.Paths.write(w)
+	}
+	return nil
+}
+
+func render(w io.Writer, tables ...table.Writer) error {
+	for _, t := range tables {
 		t.SuppressTrailingSpaces()
 		if _, err := fmt.Fprintf(w, "%s\n\n", t.Render()); err != nil {
 			return err
@@ -258,14 +276,14 @@ func (r *report) idle2table() table.Writer {
 	return t
 }
 
-func (r *report) targets2table() table.Writer {
-	t := newTable("target", "at most", "measured", "met")
-	for _, x := range r.Targets {
+func targets2table(all []target) table.Writer {
+	t := newTable("target", "want", "measured", "met")
+	for _, x := range all {
 		met := "yes"
 		if !x.Met {
 			met = "NO"
 		}
-		t.AppendRow(table.Row{x.Name, fmt.Sprintf("%.2f", x.Most), fmt.Sprintf("%.2f", x.Measured), met})
+		t.AppendRow(table.Row{x.Name, x.want(), fmt.Sprintf("%.*f", x.digits(), x.Measured), met})
 	}
 	return t
 }
@@ -298,9 +316,13 @@ func span(ns float64) string {
 // verdict is an error that names every missed target.
 func (r *report) verdict(quick bool) error {
 	var errs []error
-	for _, t := range r.Targets {
+	all := r.Targets
+	if r.Paths != nil {
+		all = slices.Concat(all, r.Paths.Targets)
+	}
+	for _, t := range all {
 		if !t.Met && !quick {
-			errs = append(errs, fmt.Errorf("target missed: %s is %.2f, want at most %.2f", t.Name, t.Measured, t.Most))
+			errs = append(errs, fmt.Errorf("target missed: %s is %.*f, want %s", t.Name, t.digits(), t.Measured, t.want()))
 		}
 	}
 	return errors.Join(errs...)

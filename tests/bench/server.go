@@ -28,18 +28,22 @@ func message(ask byte, amount uint64) []byte {
 	return m
 }
 
-// serve answers at an address until it is killed.
+// serve answers at some addresses until it is killed.
 func serve(args []string) error {
-	if len(args) != 1 {
+	if len(args) == 0 {
 		return errors.New("server: want an address")
 	}
 	lc := net.ListenConfig{}
 	lc.SetMultipathTCP(false)
-	ln, err := lc.Listen(context.Background(), "tcp", args[0])
-	if err != nil {
-		return fmt.Errorf("server: %w", err)
+	var all []net.Listener
+	for _, addr := range args {
+		ln, err := lc.Listen(context.Background(), "tcp", addr)
+		if err != nil {
+			return fmt.Errorf("server: %w", err)
+		}
+		all = append(all, ln)
 	}
-	return accept(ln)
+	return each(len(all), func(i int) error { return accept(all[i]) })
 }
 
 // accept answers until ln is closed, and when all clients have gone returns why.

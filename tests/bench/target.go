@@ -1,11 +1,33 @@
 package main
 
-// target is what relay must reach (docs/design.md, section 11).
+import "fmt"
+
+// target is what Pillion must reach (docs/design.md, section 11).
 type target struct {
-	Name     string  `json:"name"`
-	Most     float64 `json:"at_most"`
+	Name string `json:"name"`
+	// One of the two is 0.
+	Most     float64 `json:"at_most,omitempty"`
+	Least    float64 `json:"at_least,omitempty"`
 	Measured float64 `json:"measured"`
 	Met      bool    `json:"met"`
+}
+
+func (t *target) want() string {
+	if t.Least != 0 {
+		return fmt.Sprintf("at least %.*f", t.digits(), t.Least)
+	}
+	return fmt.Sprintf("at most %.*f", t.digits(), t.Most)
+}
+
+// digits are those behind the point that say something.
+func (t *target) digits() int {
+	if t.Most >= 100 {
+		return 0
+	}
+	if t.Most == idleMost {
+		return 2
+	}
+	return 3
 }
 
 // aim is a target for a work: relay's proxy time by the best one's of some arms.
@@ -44,4 +66,9 @@ func (r *report) judge() []target {
 
 func newTarget(name string, most, measured float64) target {
 	return target{Name: name, Most: most, Measured: measured, Met: measured <= most}
+}
+
+// newRate is a target for what is to be high.
+func newRate(name string, least, measured float64) target {
+	return target{Name: name, Least: least, Measured: measured, Met: measured >= least}
 }

@@ -9,6 +9,8 @@ const (
 	workDownload   = "download"
 	workUpload     = "upload"
 	workLatency    = "latency"
+	// workHook is connections while the kernel times Pillion's programs.
+	workHook = "hook"
 )
 
 // work is what a client does, the same amount for every arm.
@@ -41,21 +43,39 @@ func allWorks() []work {
 	}
 }
 
+// pathWorks are those of part direct: there are twice the rounds, each of half the
+// work, since what is to be seen is a hundredth of it.
+func pathWorks() []work {
+	return []work{
+		{Name: workRoundTrip, Unit: "round trip", Conns: 32, Ops: 32_000},
+		{Name: workConnection, Unit: "connection", Conns: 8, Ops: 4_000},
+		{Name: workDownload, Unit: "GiB", Conns: 1, Ops: 1},
+		{Name: workLatency, Unit: "round trip", Conns: 1, Ops: 8_000},
+		{Name: workHook, Unit: "connection", Conns: 8, Ops: 2_000},
+	}
+}
+
+// workNames are those of both parts.
 func workNames() []string {
 	var names []string
-	for _, w := range allWorks() {
-		names = append(names, w.Name)
+	for _, w := range slices.Concat(allWorks(), pathWorks()) {
+		if !slices.Contains(names, w.Name) {
+			names = append(names, w.Name)
+		}
 	}
 	return names
 }
 
+// connects tells whether the work is to open connections.
+func (w work) connects() bool { return w.Name == workConnection || w.Name == workHook }
+
 // transfer tells whether the work's unit is a GiB.
 func (w work) transfer() bool { return w.Unit == "GiB" }
 
-// works are those that the flags ask for.
-func (o *options) works() []work {
+// works are those of some that the flags ask for.
+func (o *options) works(some []work) []work {
 	var all []work
-	for _, w := range allWorks() {
+	for _, w := range some {
 		if len(o.only) > 0 && !slices.Contains(o.only, w.Name) {
 			continue
 		}

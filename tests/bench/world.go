@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/pillion-project/pillion/loader/probe"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -48,14 +49,17 @@ type world struct {
 	dir    string
 	server *process
 	pill   *pillion
+	// spinners have what of the processors nobody else wants, others what is
+	// no part of any work: Pillions whose turn it is not.
+	spinners, others []*process
 	// The clients' cgroups: one that Pillion captures, one beside it.
 	scope, beside *os.File
 	undo          []func() error // in the order of doing
 	repeats       int
 }
 
-// newWorld furnishes the network namespace that the process is in.
-func newWorld(o *options) (w *world, err error) {
+// newWorld is an empty one. If it fails, it leaves nothing.
+func newWorld() (w *world, err error) {
 	w = &world{}
 	defer func() {
 		if err != nil {
@@ -66,19 +70,37 @@ func newWorld(o *options) (w *world, err error) {
 		return w, err
 	}
 	w.later(func() error { return os.RemoveAll(w.dir) })
-	if err = furnish(); err != nil {
-		return w, fmt.Errorf("furnish the network namespace: %w", err)
-	}
 	if w.scope, err = w.cgroup("scope"); err != nil {
 		return w, err
 	}
-	if w.beside, err = w.cgroup("beside"); err != nil {
-		return w, err
+	w.beside, err = w.cgroup("beside")
+	return w, err
+}
+
+// furnish makes what part relay needs in the network namespace that the process
+// is in.
+func (w *world) furnish() error {
+	if err := furnish(); err != nil {
+		return fmt.Errorf("furnish the network namespace: %w", err)
 	}
-	if w.server, err = w.startSelf(roleServer, server.String()); err != nil {
-		return w, err
+	return w.serve(server)
+}
+
+// serve starts the server.
+func (w *world) serve(addrs ...netip.AddrPort) (err error) {
+	var args []string
+	for _, a := range addrs {
+		args = append(args, a.String())
 	}
-	return w, answers(server.String(), startLimit)
+	if w.server, err = w.startSelf(roleServer, args...); err != nil {
+		return err
+	}
+	for _, a := range args {
+		if err := answers(a, startLimit); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (w *world) later(f func() error) { w.undo = append(w.undo, f) }
@@ -225,9 +247,11 @@ func (w *world) startSpinners() error {
 		return err
 	}
 	for _, cpu := range cpus {
-		if _, err := w.startSelf(roleSpin, strconv.Itoa(cpu)); err != nil {
+		p, err := w.startSelf(roleSpin, strconv.Itoa(cpu))
+		if err != nil {
 			return err
 		}
+		w.spinners = append(w.spinners, p)
 	}
 	return nil
 }
@@ -241,6 +265,12 @@ type sample struct {
 	// Wall is the time on the wall, P50 the median of what the client timed.
 	Wall float64 `json:"wall_ns"`
 	P50  float64 `json:"p50_ns,omitempty"`
+	// Machine is the processor time that the spinners did not get, less that of
+	// Pillions whose turn it was not; 0 without spinners. It has also what the
+	// kernel does for the work in nobody's name.
+	Machine float64 `json:"machine_ns,omitempty"`
+	// Programs is what Pillion's cost, of work workHook.
+	Programs map[string]programCost `json:"programs,omitempty"`
 }
 
 // run is once with an arm. A few may fail: on a machine that is kept from
@@ -260,7 +290,11 @@ func (w *world) run(ctx context.Context, a *arm, wk work) (sample, error) {
 }
 
 func (w *world) once(ctx context.Context, a *arm, wk work) (s sample, err error) {
-	spec, err := json.Marshal(job{Work: wk, Addr: a.addr.String()})
+	j := job{Work: wk}
+	for _, addr := range a.addrs {
+		j.Addrs = append(j.Addrs, addr.String())
+	}
+	spec, err := json.Marshal(j)
 	if err != nil {
 		return s, err
 	}
@@ -275,7 +309,7 @@ func (w *world) once(ctx context.Context, a *arm, wk work) (s sample, err error)
 	if err != nil {
 		return s, err
 	}
-	if err := cmd.Start(); err != nil {
+	if err := within(a.netns, cmd.Start); err != nil {
 		return s, fmt.Errorf("start client: %w", err)
 	}
 	defer func() {
@@ -285,6 +319,15 @@ func (w *world) once(ctx context.Context, a *arm, wk work) (s sample, err error)
 	lines := bufio.NewReader(out)
 	if _, err := lines.ReadString('\n'); err != nil {
 		return s, fmt.Errorf("wait for client: %w", err)
+	}
+	if wk.Name == workHook {
+		// Not by kernel.bpf_stats_enabled: with the file the kernel closes
+		// this again, however the bench ends.
+		stats, err := ebpf.EnableStats(uint32(unix.BPF_STATS_RUN_TIME))
+		if err != nil {
+			return s, fmt.Errorf("have programs timed: %w", err)
+		}
+		defer stats.Close()
 	}
 	before, err := w.clocks(a)
 	if err != nil {
@@ -303,19 +346,53 @@ func (w *world) once(ctx context.Context, a *arm, wk work) (s sample, err error)
 	after, err := w.clocks(a)
 	a.opened += r.Opened
 	n := float64(wk.Ops)
-	s.Proxy = float64(after[0]-before[0]) / n
-	s.All = s.Proxy + float64(after[1]-before[1]+r.CPU)/n
+	s.Proxy = float64(after.proxy-before.proxy) / n
+	s.All = s.Proxy + float64(after.server-before.server+r.CPU)/n
 	s.Wall, s.P50 = float64(r.Wall)/n, float64(r.P50)
+	if len(w.spinners) > 0 {
+		processors := int64(len(w.spinners))
+		s.Machine = float64(processors*(after.now-before.now)-(after.unused-before.unused)) / n
+	}
+	if wk.Name == workHook {
+		s.Programs = costs(before.programs, after.programs, n)
+	}
 	return s, err
 }
 
-// clocks reads the processor times of the proxy and of the server.
-func (w *world) clocks(a *arm) (c [2]int64, err error) {
+// clocks are processor times in ns, but for now.
+type clocks struct {
+	proxy, server int64
+	// unused is that of the spinners and of what is no part of the work.
+	unused int64
+	// now is read in the middle.
+	now      int64
+	programs map[string]tally
+}
+
+func (w *world) clocks(a *arm) (c clocks, err error) {
 	if a.process != nil {
-		if c[0], err = cpuOf(a.process.pid()); err != nil {
+		if c.proxy, err = cpuOf(a.process.pid()); err != nil {
 			return c, err
 		}
 	}
-	c[1], err = cpuOf(w.server.pid())
+	if c.server, err = cpuOf(w.server.pid()); err != nil {
+		return c, err
+	}
+	for _, p := range slices.Concat(w.spinners, w.others) {
+		if p == a.process {
+			continue
+		}
+		ns, err := processClock(p.pid())
+		if err != nil {
+			return c, err
+		}
+		c.unused += ns
+	}
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &t); err != nil {
+		return c, err
+	}
+	c.now = t.Nano()
+	c.programs, err = a.programs.tallies()
 	return c, err
 }

@@ -1,0 +1,229 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/vishvananda/netlink"
+)
+
+// The arms of part direct, by name.
+const (
+	armNone = "nothing"
+	// armControl is nothing, too, in Pillion's network namespace: what it is
+	// different by is what the run does not tell.
+	armControl    = "nothing, again"
+	armPass       = "pass"
+	armPathDirect = "direct"
+	// The same with manyServices.
+	armPassMany   = "pass, 10,000 services"
+	armDirectMany = "direct, 10,000 services"
+)
+
+const (
+	fewServices  = 1
+	manyServices = 10_000
+)
+
+// endpoints are the server's addresses in part direct, which clients dial in turn
+// or by the service.
+var endpoints = []netip.AddrPort{
+	netip.MustParseAddrPort("198.51.100.11:9000"),
+	netip.MustParseAddrPort("198.51.100.12:9000"),
+	netip.MustParseAddrPort("198.51.100.13:9000"),
+}
+
+// pathWorld is what part direct measures in.
+type pathWorld struct {
+	*world
+	arms []*arm
+	// pills are Pillions, with what is to go by each path.
+	pills []pathPillion
+	// missing says what is not beside them, and why.
+	missing []string
+}
+
+// pathPillion is a Pillion with its arms.
+type pathPillion struct {
+	instance
+	pass, direct *arm
+}
+
+// measurePaths measures what pass and direct cost, beside nothing at all and
+// address translation.
+func measurePaths(ctx context.Context, o *options) (r *pathReport, err error) {
+	base, err := newWorld()
+	if err != nil {
+		return nil, err
+	}
+	w := &pathWorld{world: base}
+	defer func() { err = errors.Join(err, w.close()) }()
+	if err := w.furnish(ctx); err != nil {
+		return nil, err
+	}
+	if o.spin {
+		if err := w.startSpinners(); err != nil {
+			return nil, err
+		}
+	}
+	r = newPathReport(o, w)
+	busy := machineClock()
+	if err := pause(ctx, idleTime); err != nil {
+		return nil, err
+	}
+	r.Busy = busy.since()
+	say := progress(os.Stderr)
+	for round := range r.Rounds {
+		for _, work := range r.works {
+			for _, i := range rand.Perm(len(w.arms)) {
+				a := w.arms[i]
+				if !a.does(work) {
+					continue
+				}
+				say("round %d of %d: %s, %s", round+1, r.Rounds, work.Name, a.name)
+				s, err := w.run(ctx, a, work)
+				if err != nil {
+					return nil, fmt.Errorf("%s, %s: %w", work.Name, a.name, err)
+				}
+				r.add(work.Name, a.name, s)
+			}
+		}
+	}
+	say("")
+	return r, w.carried(ctx)
+}
+
+// furnish starts the server, and gives each way to it a network namespace of its
+// own: what one has in the kernel burdens no other.
+func (w *pathWorld) furnish(ctx context.Context) error {
+	if err := addEndpoints(); err != nil {
+		return fmt.Errorf("give the server addresses: %w", err)
+	}
+	if err := w.serve(endpoints...); err != nil {
+		return err
+	}
+	plain, err := w.namespace(1)
+	if err != nil {
+		return err
+	}
+	works := []string{workRoundTrip, workConnection, workDownload, workLatency}
+	w.arms = []*arm{{name: armNone, addrs: endpoints, cgroup: w.beside, netns: plain, only: works}}
+	few, err := w.pillion(ctx, 2, fewServices, w.scope)
+	if err != nil {
+		return err
+	}
+	few.pass.name, few.direct.name = armPass, armPathDirect
+	control := &arm{name: armControl, addrs: endpoints, cgroup: w.beside, netns: few.pass.netns, only: works}
+	w.arms = append(w.arms, control, few.pass, few.direct)
+	scope, err := w.cgroup("many")
+	if err != nil {
+		return err
+	}
+	many, err := w.pillion(ctx, 3, manyServices, scope)
+	if err != nil {
+		return err
+	}
+	many.pass.name, many.pass.only = armPassMany, []string{workHook}
+	many.direct.name, many.direct.only = armDirectMany, []string{workConnection, workHook}
+	w.arms = append(w.arms, many.pass, many.direct)
+	return w.peers(4, works)
+}
+
+// addEndpoints gives the bench's own network namespace the server's addresses.
+func addEndpoints() error {
+	own := &netlink.Handle{}
+	for _, e := range endpoints {
+		if err := up(own, "lo", netip.PrefixFrom(e.Addr(), 32)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// pillion runs one in a network namespace of its own, the n-th.
+func (w *pathWorld) pillion(ctx context.Context, n, services int, scope *os.File) (p pathPillion, err error) {
+	ns, err := w.namespace(n)
+	if err != nil {
+		return p, err
+	}
+	p.instance, err = w.startPillion(ctx, ns, scope, fmt.Sprint("-", services), pathConfig(services))
+	if err != nil {
+		return p, fmt.Errorf("start pillion with %d services: %w", services, err)
+	}
+	w.others = append(w.others, p.process)
+	programs, err := openPrograms(p.name)
+	if err != nil {
+		return p, err
+	}
+	w.later(func() error {
+		programs.close()
+		return nil
+	})
+	p.pass = &arm{addrs: endpoints, cgroup: scope, netns: ns, process: p.process, programs: programs}
+	p.direct = &arm{addrs: []netip.AddrPort{serviceAddr}, cgroup: scope, netns: ns, process: p.process, programs: programs}
+	w.pills = append(w.pills, p)
+	return p, nil
+}
+
+// pathConfig has so many services, of which serviceAddr is one, with all endpoints
+// each. The endpoints themselves are passed.
+func pathConfig(services int) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "default: pass\npath: direct\nrelay: {workers: %d}\non_failure: closed\nservices:\n", workers)
+	var to []string
+	for _, e := range endpoints {
+		to = append(to, fmt.Sprintf("%q", e))
+	}
+	list, addr := strings.Join(to, ", "), serviceAddr.Addr()
+	for range services {
+		fmt.Fprintf(&b, "  - {address: %q, endpoints: [%s]}\n", netip.AddrPortFrom(addr, serviceAddr.Port()), list)
+		addr = addr.Next()
+	}
+	return b.String()
+}
+
+// peers adds what translates addresses, from the n-th network namespace on.
+func (w *pathWorld) peers(n int, works []string) error {
+	for i, p := range nats {
+		ns, err := w.namespace(n + i)
+		if err != nil {
+			return err
+		}
+		if err := p.install(ns, serviceAddr, endpoints); err != nil {
+			w.missing = append(w.missing, fmt.Sprintf("%s: %v", p.name, err))
+			continue
+		}
+		w.arms = append(w.arms, &arm{name: p.name, addrs: []netip.AddrPort{serviceAddr}, cgroup: w.beside, netns: ns, only: works})
+	}
+	return nil
+}
+
+// carried fails unless all connections went by the paths that they were to.
+func (w *pathWorld) carried(ctx context.Context) error {
+	for _, p := range w.pills {
+		if err := p.instance.carried(ctx, flow.PathPass, p.pass.opened); err != nil {
+			return err
+		}
+		if err := p.instance.carried(ctx, flow.PathDirect, p.direct.opened); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// versionOf returns what a program says of itself, or nothing.
+func versionOf(name string, args ...string) string {
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		return ""
+	}
+	line, _, _ := strings.Cut(string(out), "\n")
+	return line
+}
