@@ -27,6 +27,10 @@
 #include <sys/time.h>
 #include <unistd.h>
 
+#ifndef IPPROTO_MPTCP
+#define IPPROTO_MPTCP 262
+#endif
+
 #define PATIENCE_MS 60000
 
 struct dest {
@@ -296,9 +300,9 @@ static void alarm_in(int ms, int flags)
 		die("alarm");
 }
 
-static void open_socket(void)
+static void open_socket(int protocol)
 {
-	fd = socket(to.addr.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	fd = socket(to.addr.ss_family, SOCK_STREAM | SOCK_CLOEXEC, protocol);
 	if (fd < 0)
 		die("socket");
 }
@@ -320,6 +324,8 @@ static int prepare(const char *s, const char *value)
 		to.addr.ss_family == AF_INET ?
 			set(IPPROTO_IP, IP_RECVERR, 1) :
 			set(IPPROTO_IPV6, IPV6_RECVERR, 1);
+	else if (!strcmp(s, "mptcp"))
+		close(fd), open_socket(IPPROTO_MPTCP);
 	else if (!strcmp(s, "v6only"))
 		set(IPPROTO_IPV6, IPV6_V6ONLY, 1);
 	else if (!strcmp(s, "bind"))
@@ -333,7 +339,7 @@ static int prepare(const char *s, const char *value)
 	else if (!strcmp(s, "restart"))
 		alarm_in(atoi(value), SA_RESTART);
 	else if (!strcmp(s, "reopen"))
-		close(fd), open_socket();
+		close(fd), open_socket(0);
 	else
 		return 0;
 	return 1;
@@ -416,7 +422,7 @@ static int many(int n)
 
 	all_descriptors();
 	for (i = 0; i < n; i++) {
-		open_socket();
+		open_socket(0);
 		fcntl(fd, F_SETFL, O_NONBLOCK);
 		if (connect(fd, (struct sockaddr *)&to.addr, to.len) < 0 &&
 		    errno == EINPROGRESS)
@@ -523,7 +529,7 @@ int main(int argc, char **argv)
 	if (argc < 4)
 		return 64;
 	to = parse(argv[1], argv[2]);
-	open_socket();
+	open_socket(0);
 	for (i = 3; i < argc; i++)
 		step(argv[i]);
 	return 0;
