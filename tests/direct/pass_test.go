@@ -19,7 +19,7 @@ import (
 // Ports of the world, and what becomes of a connection there.
 const (
 	portEcho   = 7000
-	portClosed = 7001
+	portRefused = 7001
 	portReset  = 7002
 	portSilent = 7003
 )
@@ -63,7 +63,7 @@ func passing(t *testing.T) (*world, *rig.Instance) {
 		case flow.ReasonExcluded:
 			exclude = append(exclude, fmt.Sprintf("%q", p.far), fmt.Sprintf("%q", p.void))
 		case flow.ReasonService:
-			for _, port := range []uint16{portEcho, portClosed, portReset} {
+			for _, port := range []uint16{portEcho, portRefused, portReset} {
 				services += service(netip.AddrPortFrom(p.far, port), ", path: pass")
 			}
 			services += service(netip.AddrPortFrom(p.void, portSilent), ", path: pass")
@@ -100,7 +100,7 @@ func endings() []ended {
 	return []ended{
 		{portEcho, "connect send=hello recv shutdown recv", talked + ", shutdown=0, recv=0", flow.ReasonClosed, 5, 5},
 		{portReset, "connect send=hello recv", "connect=0, send=5, recv=-1 ECONNRESET", flow.ReasonReset, 5, 0},
-		{portClosed, "connect", refused, flow.ReasonDialRefused, 0, 0},
+		{portRefused, "connect", refused, flow.ReasonDialRefused, 0, 0},
 		{portSilent, "syncnt=1 connect", "connect=-1 ETIMEDOUT", flow.ReasonDialTimeout, 0, 0},
 	}
 }
