@@ -137,7 +137,11 @@ func service(at netip.AddrPort, more string, endpoints ...netip.AddrPort) string
 	for n, e := range endpoints {
 		quoted[n] = fmt.Sprintf("%q", e)
 	}
-	return fmt.Sprintf("  - {name: %q, address: %q, endpoints: [%s]%s}\n", at, at, strings.Join(quoted, ", "), more)
+	of := ""
+	if len(endpoints) > 0 {
+		of = ", endpoints: [" + strings.Join(quoted, ", ") + "]"
+	}
+	return fmt.Sprintf("  - {name: %q, address: %q%s%s}\n", at, at, of, more)
 }
 
 // liveEverywhere is how many connections are open by status, by metrics and by the

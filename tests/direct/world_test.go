@@ -114,19 +114,6 @@ func (w *world) wants(t testing.TB, to netip.AddrPort, steps, want string) {
 	}
 }
 
-// service is one in YAML, with the keys of more.
-func service(at netip.AddrPort, more string, endpoints ...netip.AddrPort) string {
-	quoted := make([]string, len(endpoints))
-	for n, e := range endpoints {
-		quoted[n] = fmt.Sprintf("%q", e)
-	}
-	of := ""
-	if len(endpoints) > 0 {
-		of = ", endpoints: [" + strings.Join(quoted, ", ") + "]"
-	}
-	return fmt.Sprintf("  - {address: %q%s%s}\n", at, of, more)
-}
-
 // settled waits until no endpoint has an open connection.
 func settled(t testing.TB, i *rig.Instance) {
 	t.Helper()
