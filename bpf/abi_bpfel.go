@@ -93,6 +93,8 @@ type abiDecision struct {
 	Set         uint32
 	Endpoint    uint32
 	Established uint64
+	Half        uint64
+	ClosedFirst uint64
 }
 
 type abiDryRun struct {

@@ -76,6 +76,16 @@ type coreIpAddr struct {
 	W [4]uint32
 }
 
+type corePeerEnd struct {
+	_           structs.HostLayout
+	Received    uint64
+	Half        uint64
+	State       uint32
+	Released    uint8
+	ClosedFirst uint8
+	_           [2]byte
+}
+
 type coreRunAddress struct {
 	_          structs.HostLayout
 	In         coreIpAddr
@@ -172,6 +182,16 @@ type coreRunPathOf struct {
 	Out       uint32
 }
 
+type coreRunPeerEnded struct {
+	_       structs.HostLayout
+	In      corePeerEnd
+	Zero    [2]uint8
+	_       [2]byte
+	Out     uint32
+	Padding uint32
+	_       [4]byte
+}
+
 type coreRunSlotAddr struct {
 	_     structs.HostLayout
 	Like  coreIpAddr
@@ -208,6 +228,7 @@ const (
 	coreProgPlLeaveAlone = "pl_leave_alone"
 	coreProgPlObstacle   = "pl_obstacle"
 	coreProgPlPathOf     = "pl_path_of"
+	coreProgPlPeerEnded  = "pl_peer_ended"
 	coreProgPlSlotAddr   = "pl_slot_addr"
 	coreProgPlWords      = "pl_words"
 )
@@ -264,6 +285,7 @@ type coreProgramSpecs struct {
 	PlLeaveAlone *ebpf.ProgramSpec `ebpf:"pl_leave_alone"`
 	PlObstacle   *ebpf.ProgramSpec `ebpf:"pl_obstacle"`
 	PlPathOf     *ebpf.ProgramSpec `ebpf:"pl_path_of"`
+	PlPeerEnded  *ebpf.ProgramSpec `ebpf:"pl_peer_ended"`
 	PlSlotAddr   *ebpf.ProgramSpec `ebpf:"pl_slot_addr"`
 	PlWords      *ebpf.ProgramSpec `ebpf:"pl_words"`
 }
@@ -326,6 +348,7 @@ type corePrograms struct {
 	PlLeaveAlone *ebpf.Program `ebpf:"pl_leave_alone"`
 	PlObstacle   *ebpf.Program `ebpf:"pl_obstacle"`
 	PlPathOf     *ebpf.Program `ebpf:"pl_path_of"`
+	PlPeerEnded  *ebpf.Program `ebpf:"pl_peer_ended"`
 	PlSlotAddr   *ebpf.Program `ebpf:"pl_slot_addr"`
 	PlWords      *ebpf.Program `ebpf:"pl_words"`
 }
@@ -342,6 +365,7 @@ func (p *corePrograms) Close() error {
 		p.PlLeaveAlone,
 		p.PlObstacle,
 		p.PlPathOf,
+		p.PlPeerEnded,
 		p.PlSlotAddr,
 		p.PlWords,
 	)

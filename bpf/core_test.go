@@ -486,3 +486,36 @@ func TestHolds(t *testing.T) {
 		}
 	}
 }
+
+// TestPeerEnded goes through the ends of a socket: whether a FIN is among the bytes
+// that the kernel counted.
+func TestPeerEnded(t *testing.T) {
+	progs := loadCoreProgs(t)
+	// enum of the kernel's linux/bpf.h: BPF_TCP_*.
+	const established, synSent, finWait1, finWait2, timeWait, closeWait, lastAck, closing = 1, 2, 4, 5, 6, 8, 9, 11
+	for _, tt := range []struct {
+		in   corePeerEnd
+		want uint32
+	}{
+		{corePeerEnd{State: synSent}, 0},
+		{corePeerEnd{State: established, Received: 9}, 0},
+		{corePeerEnd{State: finWait1, Received: 9, Released: 1}, 0},
+		{corePeerEnd{State: closeWait, Received: 9}, 1},
+		{corePeerEnd{State: lastAck, Received: 9, Released: 1}, 1},
+		{corePeerEnd{State: closing, Received: 9}, 1},
+		{corePeerEnd{State: timeWait, Received: 9}, 1},
+		// It has shut, and the peer then did.
+		{corePeerEnd{State: finWait2, Received: 9, Half: 3}, 1},
+		// It has shut, read, and closed before the peer did.
+		{corePeerEnd{State: finWait2, Received: 9, Half: 3, Released: 1}, 0},
+		// It has closed, and the peer's FIN came with the acknowledgement, or later.
+		{corePeerEnd{State: finWait2, Received: 10, Half: 9, Released: 1, ClosedFirst: 1}, 1},
+		{corePeerEnd{State: finWait2, Received: 9, Half: 9, Released: 1, ClosedFirst: 1}, 0},
+	} {
+		io := coreRunPeerEnded{In: tt.in}
+		run(t, progs.PlPeerEnded, &io)
+		if io.Out != tt.want {
+			t.Errorf("%+v: %d, want %d", tt.in, io.Out, tt.want)
+		}
+	}
+}

@@ -18,7 +18,7 @@ var layouts = map[string]struct{ goSize, pinned uintptr }{
 	"beat":         {unsafe.Sizeof(Beat{}), 24},
 	"live_key":     {unsafe.Sizeof(LiveKey{}), 36},
 	"live":         {unsafe.Sizeof(Live{}), 120},
-	"decision":     {unsafe.Sizeof(Decision{}), 144},
+	"decision":     {unsafe.Sizeof(Decision{}), 160},
 	"slot":         {unsafe.Sizeof(Slot{}), 40},
 	"usage":        {unsafe.Sizeof(Usage{}), 24},
 	"service":      {unsafe.Sizeof(Service{}), 16},

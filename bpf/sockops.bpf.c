@@ -162,6 +162,15 @@ static __always_inline void on_established(struct decision *d)
 		answered_by(d);
 }
 
+static __always_inline void on_half_closed(struct bpf_sock_ops *ctx,
+					   struct decision *d)
+{
+	if (!d || !d->followed)
+		return;
+	d->half = ctx->bytes_received;
+	d->closed_first = d->released;
+}
+
 /* tell_gone cancels the dial of an application that gave up. If the ring is
  * full, the worker finds out when it looks whether the application still waits.
  */
@@ -211,6 +220,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 				     struct decision *d, __u32 from)
 {
 	struct end how = {};
+	struct peer_end peer = {};
 	struct conn_event *e;
 	enum ending ending;
 
@@ -240,6 +250,11 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 		if (!bpf_map_delete_elem(&live, &d->key))
 			add(d, -1);
 	}
+	peer.state = from;
+	peer.released = d->released;
+	peer.closed_first = d->closed_first;
+	peer.half = d->half;
+	peer.received = ctx->bytes_received;
 	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	if (!e) {
 		lost(d->group);
@@ -251,7 +266,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 	e->opened = d->opened;
 	e->ended = bpf_ktime_get_ns();
 	e->sent = ctx->bytes_acked;
-	e->received = ctx->bytes_received;
+	e->received = ctx->bytes_received - peer_ended(&peer);
 	e->source = d->key.source;
 	if (d->path == PATH_RELAY && !is_zero(&d->seen))
 		e->source = d->seen;
@@ -300,6 +315,8 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 			d->expired = true;
 	} else if (to == BPF_TCP_ESTABLISHED) {
 		on_established(d);
+	} else if (to == BPF_TCP_FIN_WAIT2) {
+		on_half_closed(ctx, d);
 	} else if (to == BPF_TCP_CLOSE) {
 		on_close(ctx, d, from);
 	}

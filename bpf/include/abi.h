@@ -423,6 +423,8 @@ struct decision {
 	__u32 set; /* PATH_DIRECT: the service's id, */
 	__u32 endpoint; /* and the endpoint's index */
 	__u64 established; /* 0: not yet */
+	__u64 half; /* bytes received when its own end was acknowledged, */
+	__u64 closed_first; /* 1: after the application had closed it */
 };
 
 enum held_kind {
@@ -455,7 +457,7 @@ struct conn_event {
 	__u64 opened;
 	__u64 ended;
 	__u64 sent; /* bytes acknowledged by the peer */
-	__u64 received;
+	__u64 received; /* without the peer's FIN */
 	__u64 connect; /* ns until it was answered; 0: it was not */
 	struct ip_addr source;
 	struct ip_addr orig;

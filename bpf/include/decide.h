@@ -277,6 +277,36 @@ static __always_inline enum ending ending_of(const struct end *e)
 	}
 }
 
+/* What is known of the peer's end. */
+struct peer_end {
+	__u64 received; /* bytes_received, at CLOSE, */
+	__u64 half; /* and when its own end was acknowledged */
+	__u32 state; /* BPF_TCP_*, before CLOSE */
+	__u8 released; /* the application has closed it, */
+	__u8 closed_first; /* and had when its own end was acknowledged */
+};
+
+/* peer_ended tells whether a FIN came, which the kernel counts as a byte. What is
+ * left of a socket that its application has closed waits for it in a TIME_WAIT
+ * object, and its last state looks the same; but nothing other than a FIN is
+ * taken in for it.
+ */
+static __always_inline bool peer_ended(const struct peer_end *e)
+{
+	switch (e->state) {
+	case BPF_TCP_CLOSE_WAIT:
+	case BPF_TCP_LAST_ACK:
+	case BPF_TCP_CLOSING:
+	case BPF_TCP_TIME_WAIT:
+		return true;
+	case BPF_TCP_FIN_WAIT2:
+		return !e->released ||
+		       (e->closed_first && e->received > e->half);
+	default:
+		return false;
+	}
+}
+
 /* is_failure tells whether an endpoint is to blame for a connect that ended in
  * SYN_SENT. Who gives up early knows nothing of it: a happy-eyeballs client
  * does so as soon as another address has answered.

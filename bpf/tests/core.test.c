@@ -84,6 +84,22 @@ int pl_admit(struct run_admit *ctx)
 	return 0;
 }
 
+struct run_peer_ended {
+	struct peer_end in;
+	__u8 zero[2];
+	__u32 out;
+	__u32 padding;
+};
+
+SEC("syscall")
+int pl_peer_ended(struct run_peer_ended *ctx)
+{
+	struct peer_end in = ctx->in;
+
+	ctx->out = peer_ended(&in);
+	return 0;
+}
+
 struct run_ending_of {
 	struct end in;
 	__u8 zero[2];

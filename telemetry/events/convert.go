@@ -106,12 +106,12 @@ func endOf(e *bpf.ConnEvent) flow.Reason {
 }
 
 // payload is how many bytes the application sent and received. The kernel
-// counts sequence numbers, and SYN and FIN take one each: an acknowledged SYN is
-// in sent, an acknowledged FIN in sent, the peer's FIN in received.
+// counts sequence numbers, and SYN and FIN take one each, which are in sent when
+// they were acknowledged.
 func payload(e *bpf.ConnEvent) (sent, received uint64) {
 	switch e.Ending {
 	case bpf.EndingClosed:
-		return e.Sent - min(e.Sent, 2), e.Received - min(e.Received, 1)
+		return e.Sent - min(e.Sent, 2), e.Received
 	case bpf.EndingReset:
 		return e.Sent - min(e.Sent, 1), e.Received
 	default:

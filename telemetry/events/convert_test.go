@@ -110,7 +110,7 @@ func TestPayload(t *testing.T) {
 		sent, received         uint64
 		wantSent, wantReceived uint64
 	}{
-		{bpf.EndingClosed, 102, 51, 100, 50},
+		{bpf.EndingClosed, 102, 50, 100, 50},
 		{bpf.EndingClosed, 1, 0, 0, 0},
 		{bpf.EndingReset, 101, 50, 100, 50},
 		{bpf.EndingReset, 0, 0, 0, 0},

@@ -27,7 +27,7 @@ func event(cookie uint64, path flow.Path, ending uint8) bpf.ConnEvent {
 		Opened:       uint64(time.Minute),
 		Ended:        uint64(time.Minute + time.Second),
 		Sent:         102,
-		Received:     51,
+		Received:     50,
 		Source:       bpf.FromAddr(app.Addr()),
 		SourcePort:   app.Port(),
 		Orig:         bpf.FromAddr(service.Addr()),

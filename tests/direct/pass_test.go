@@ -18,10 +18,10 @@ import (
 
 // Ports of the world, and what becomes of a connection there.
 const (
-	portEcho   = 7000
+	portEcho    = 7000
 	portRefused = 7001
-	portReset  = 7002
-	portSilent = 7003
+	portReset   = 7002
+	portSilent  = 7003
 )
 
 // resets reads a word, and ends the connection by a reset.
