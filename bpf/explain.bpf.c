@@ -8,6 +8,11 @@
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
+__noinline __u32 by_maps(struct gathered *g, struct details *more)
+{
+	return g && more ? plan_for(g, more, true) : PATH_PASS;
+}
+
 __noinline int choose(struct gathered *g, struct details *more)
 {
 	return g && more ? choose_one(g, more, true) : 0;

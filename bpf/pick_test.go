@@ -195,7 +195,7 @@ func TestPickIsTheHandlers(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	const far = math.MaxUint64 >> 1
 	picked := map[int]int{}
-	for round := range 160 {
+	for round := range 100 {
 		policy := flow.Policies()[round%4]
 		n := 1 + random.IntN(40)
 		var list []balance.Endpoint
@@ -225,7 +225,7 @@ func TestPickIsTheHandlers(t *testing.T) {
 		}
 		turns := [2]uint32{random.Uint32(), random.Uint32()}
 		h.write(t, 7, 100, &s, turns)
-		for range 40 {
+		for range 20 {
 			seed := 1 + random.Uint32N(math.MaxUint32)
 			source := netip.AddrFrom4([4]byte{127, 0, 0, byte(random.IntN(256))})
 			h.put(t, "own_addrs", FromAddr(source), uint32(1))

@@ -190,17 +190,17 @@ static __always_inline enum reason take_slot(const struct gathered *g,
 
 /* redirect gives the destination's slot, or the reason why there is none. */
 static __noinline enum reason redirect(void *ctx, struct gathered *g,
-				       const struct settings *set,
 				       const bool dry)
 {
 	__u64 zero = 0, index = 0;
 	struct beat *b = bpf_map_lookup_elem(&beat, &zero);
 	struct state *st = bpf_map_lookup_elem(&state, &zero);
+	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
 	struct usage *use;
 	struct health h = {};
 	enum reason why;
 
-	if (!b || !st)
+	if (!b || !st || !set)
 		return REASON_NO_MEMORY;
 	h.now = g->now;
 	h.stamp = b->stamp;
@@ -337,34 +337,42 @@ static __always_inline int choose_one(struct gathered *g, struct details *more,
  */
 int choose(struct gathered *g, struct details *more);
 
-/* What by_maps knows of how to go on, in one word: on_failure, the path that
- * the service asks for, and enum connect_mode. Bytes of a struct would not do,
- * see PAIR.
+/* What by_maps says, in one word: the path, on_failure, the path that the
+ * service asks for, and enum connect_mode.
  */
-#define THEN(on_failure, asked, mode) \
-	((__u64)(on_failure) | (__u64)(asked) << 8 | (__u64)(mode) << 16)
-#define THEN_ON_FAILURE(then) ((then) & 0xff)
-#define THEN_ASKED(then) ((then) >> 8 & 0xff)
-#define THEN_MODE(then) ((then) >> 16)
+#define PLAN(path, on_failure, asked, mode) \
+	((path) | (on_failure) << 8 | (asked) << 16 | (mode) << 24)
+#define PLAN_PATH(plan) ((plan) & 0xff)
+#define PLAN_ON_FAILURE(plan) ((plan) >> 8 & 0xff)
+#define PLAN_ASKED(plan) ((plan) >> 16 & 0xff)
+#define PLAN_MODE(plan) ((plan) >> 24)
 
-/* by_maps decides by what the maps say, but not who carries it. */
-static __noinline enum conn_path by_maps(struct gathered *g,
-					 const struct settings *set,
-					 __u64 *then, struct details *more,
-					 const bool dry)
+/* plan_for says how to go on with what g->why does not decide yet, and g->why
+ * is the reason then.
+ */
+static __always_inline __u32 plan_for(struct gathered *g, struct details *more,
+				      const bool dry)
 {
 	union {
 		__u64 d[3];
 		struct endpoint_key k;
 	} key = { .d = { PAIR(g->dst.w[0], g->dst.w[1]),
 			 PAIR(g->dst.w[2], g->dst.w[3]), g->port } };
-	__u64 unavailable = 0, asked = 0;
-	__u64 on_failure = set->on_failure, mode = set->connect;
+	__u64 unavailable = 0, asked = 0, zero = 0;
+	__u64 on_failure, mode;
+	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
 	struct service *service;
 	struct facts f = {};
 	__u32 *rule = NULL;
-	enum reason why;
+	enum reason why = g->why;
 
+	g->err = ECONNREFUSED;
+	if (!set)
+		return PATH_PASS; /* cannot be: array maps have every entry */
+	if (why != REASON_NONE)
+		return path_of(why, ON_FAILURE_OPEN, 0, false);
+	on_failure = set->on_failure;
+	mode = set->connect;
 	if (set->deny_rules)
 		rule = rule_names(&deny, g);
 	if (rule) {
@@ -398,15 +406,36 @@ static __noinline enum conn_path by_maps(struct gathered *g,
 			!f.default_pass)
 		f.routed = has_route(g);
 	why = by_rules(&f);
-	*then = THEN(on_failure, asked, mode);
 	if (why == REASON_SERVICE && g->now < unavailable &&
 	    path_of(why, 0, asked, false) == PATH_RELAY)
 		why = REASON_NO_ENDPOINT;
 	else if (why != REASON_SERVICE)
 		g->err = ECONNREFUSED;
 	g->why = why;
-	return path_of(why, on_failure, asked, false);
+	return PLAN(path_of(why, on_failure, asked, false), on_failure, asked,
+		    mode);
 }
+
+/* by_maps is plan_for, as an entry has it: see choose. */
+__u32 by_maps(struct gathered *g, struct details *more);
+
+/* fall_back gives the path of what cannot be redirected. Only a service has a
+ * set.
+ */
+__noinline int fall_back(struct gathered *g, __u32 plan, __u32 why)
+{
+	enum conn_path path;
+
+	if (!g)
+		return PATH_PASS;
+	path = path_of(why, PLAN_ON_FAILURE(plan), PLAN_ASKED(plan),
+		       g->why == REASON_SERVICE && set_of(g->set));
+	g->why = why;
+	if (path == PATH_DENY)
+		g->err = ECONNREFUSED;
+	return path;
+}
+
 /* waits tells whether the handshake of a redirected connection waits for its
  * dial.
  */
@@ -430,30 +459,17 @@ static __always_inline enum conn_path judge(void *ctx, struct gathered *g,
 					    bool kept, struct details *more,
 					    const bool dry)
 {
-	/* Also the key of the settings: the stack is small. */
-	__u64 then = 0;
-	struct settings *set = bpf_map_lookup_elem(&settings, &then);
-	enum conn_path path;
+	__u32 plan = by_maps(g, more);
+	enum conn_path path = PLAN_PATH(plan);
 	enum reason no;
 
-	g->err = ECONNREFUSED;
-	if (!set)
-		return PATH_PASS; /* cannot be: array maps have every entry */
-	if (g->why != REASON_NONE)
-		return path_of(g->why, ON_FAILURE_OPEN, 0, false);
-	path = by_maps(g, set, &then, more, dry);
 	if (path == PATH_RELAY || (path == PATH_DIRECT && !kept)) {
-		no = kept ? redirect(ctx, g, set, dry) : REASON_NO_MEMORY;
+		no = kept ? redirect(ctx, g, dry) : REASON_NO_MEMORY;
 		if (no == REASON_NONE) {
-			g->hold = waits(g, THEN_MODE(then));
+			g->hold = waits(g, PLAN_MODE(plan));
 			return path;
 		}
-		/* Only a service has a set. */
-		path = path_of(no, THEN_ON_FAILURE(then), THEN_ASKED(then),
-			       g->why == REASON_SERVICE && set_of(g->set));
-		g->why = no;
-		if (path == PATH_DENY)
-			g->err = ECONNREFUSED;
+		path = fall_back(g, plan, no);
 	}
 	if (path != PATH_DIRECT || choose(g, more))
 		return path;
