@@ -337,6 +337,17 @@ static __always_inline int choose_one(struct gathered *g, struct details *more,
  */
 int choose(struct gathered *g, struct details *more);
 
+/* is_foreign is true for a source that is bound, and not an address of the
+ * namespace's.
+ */
+static __always_inline bool is_foreign(const struct gathered *g)
+{
+	/* On 6.1 a key may not be in the memory of a caller. */
+	struct ip_addr bound = LOAD_IP6(g->bound.w);
+
+	return is_bound(&bound) && !bpf_map_lookup_elem(&own_addrs, &bound);
+}
+
 /* What by_maps says, in one word: the path, on_failure, the path that the
  * service asks for, and enum connect_mode.
  */
@@ -399,8 +410,7 @@ static __always_inline __u32 plan_for(struct gathered *g, struct details *more,
 			more->flags |= DETAIL_NAMED;
 	}
 	f.default_pass = set->default_path == PATH_PASS;
-	f.foreign = is_bound(&g->bound) &&
-		    !bpf_map_lookup_elem(&own_addrs, &g->bound);
+	f.foreign = is_foreign(g);
 	/* The dearest look-up: not where nobody asks. */
 	if (f.service ? asked != PATH_PASS && asked != PATH_DIRECT :
 			!f.default_pass)
