@@ -374,7 +374,7 @@ static __always_inline __u32 plan_for(struct gathered *g, struct details *more,
 	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
 	struct service *service;
 	struct facts f = {};
-	__u32 *rule = NULL;
+	__u32 *rule;
 	enum reason why = g->why;
 
 	g->err = ECONNREFUSED;
@@ -384,18 +384,25 @@ static __always_inline __u32 plan_for(struct gathered *g, struct details *more,
 		return path_of(why, ON_FAILURE_OPEN, 0, false);
 	on_failure = set->on_failure;
 	mode = set->connect;
-	if (set->deny_rules)
+	/* Each pointer is looked at once: see choose. */
+	if (set->deny_rules) {
 		rule = rule_names(&deny, g);
-	if (rule) {
-		f.denied = true;
-	} else if (set->exclude_rules) {
+		if (rule) {
+			f.denied = true;
+			if (dry)
+				more->rule = *rule;
+		}
+	}
+	if (!f.denied && set->exclude_rules) {
 		rule = rule_names(&exclude, g);
-		f.excluded = rule != NULL;
+		if (rule) {
+			f.excluded = true;
+			if (dry)
+				more->rule = *rule;
+		}
 	}
-	if (dry && rule) {
-		more->rule = *rule;
+	if (dry && (f.denied || f.excluded))
 		more->flags |= DETAIL_RULED;
-	}
 	service = bpf_map_lookup_elem(&services, &key.k);
 	if (service) {
 		f.service = true;
