@@ -62,10 +62,12 @@ func openRecord(s *socket, v *bpf.Decision, now int64, wall time.Time) flow.Reco
 		Endpoint: s.remote,
 		Path:     flow.Path(v.Path),
 		Reason:   flow.Reason(v.Reason),
-		Attempts: 1,
 		Start:    wall.Add(-age),
 		Duration: age,
 		Open:     true,
+	}
+	if r.Path == flow.PathDirect {
+		r.Attempts = 1
 	}
 	if v.Established > v.Opened {
 		r.Connect = time.Duration(v.Established - v.Opened)

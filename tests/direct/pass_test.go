@@ -76,13 +76,7 @@ func passing(t *testing.T) (*world, *rig.Instance) {
 func silence(t *testing.T, w *world) {
 	t.Helper()
 	for version, to := range map[string]string{"-4": "203.0.113.0/24", "-6": "2001:db8:8::/48"} {
-		cmd := exec.Command("ip", version, "route", "add", "blackhole", to)
-		if err := w.World.Start(cmd); err != nil {
-			t.Fatal(err)
-		}
-		if err := cmd.Wait(); err != nil {
-			t.Fatalf("%s: %v", cmd, err)
-		}
+		w.command(t, w.World, "ip", version, "route", "add", "blackhole", to)
 	}
 }
 
@@ -206,14 +200,15 @@ func TestLive(t *testing.T) {
 		path     flow.Path
 		reason   flow.Reason
 		endpoint netip.AddrPort
+		attempts int
 		sent     uint64
 	}
 	want := map[netip.AddrPort]open{
-		direct4: {flow.PathDirect, flow.ReasonService, one, 5},
-		direct6: {flow.PathDirect, flow.ReasonService, two, 5},
-		pass4:   {flow.PathPass, flow.ReasonDefaultPass, netip.AddrPort{}, 5},
-		two:     {flow.PathPass, flow.ReasonDefaultPass, netip.AddrPort{}, 5},
-		silent:  {flow.PathPass, flow.ReasonDefaultPass, netip.AddrPort{}, 0},
+		direct4: {flow.PathDirect, flow.ReasonService, one, 1, 5},
+		direct6: {flow.PathDirect, flow.ReasonService, two, 1, 5},
+		pass4:   {flow.PathPass, flow.ReasonDefaultPass, netip.AddrPort{}, 0, 5},
+		two:     {flow.PathPass, flow.ReasonDefaultPass, netip.AddrPort{}, 0, 5},
+		silent:  {flow.PathPass, flow.ReasonDefaultPass, netip.AddrPort{}, 0, 0},
 	}
 	var ends []func()
 	for to, o := range want {
@@ -244,7 +239,7 @@ func TestLive(t *testing.T) {
 	}
 	for to, o := range want {
 		r := have[to]
-		if r.Path != o.path || r.Reason != o.reason || r.Endpoint != o.endpoint || !r.Open || r.End != flow.ReasonNone || r.Cgroup != w.Scope.ID ||
+		if r.Path != o.path || r.Reason != o.reason || r.Endpoint != o.endpoint || r.Attempts != o.attempts || !r.Open || r.End != flow.ReasonNone || r.Cgroup != w.Scope.ID ||
 			r.Sent != o.sent || r.Received != o.sent || (r.Connect > 0) != (o.sent > 0) || (r.RTT > 0) != (o.sent > 0) || r.Duration <= 0 {
 			t.Errorf("%s is open, want %+v: %+v", to, o, r)
 		}

@@ -2,6 +2,8 @@ package direct
 
 import (
 	"fmt"
+	"io"
+	"net"
 	"net/netip"
 	"strings"
 	"testing"
@@ -112,4 +114,44 @@ func (w *world) twice(t *testing.T, c *cni, path flow.Path, vips map[netip.AddrP
 	i.Idle(t)
 	settled(t, i)
 	i.Conserved(t)
+}
+
+// TestSource has a route to a service's address that names another source than
+// that to its endpoint: the application is told the address that the endpoint
+// sees, not the one that it would have had.
+func TestSource(t *testing.T) {
+	w := newWorld(t)
+	w.App.AddAddr(t, "lo", netip.MustParsePrefix("192.0.2.50/32"), netip.MustParsePrefix("2001:db8:1::50/128"))
+	config := "path: direct\nservices:\n"
+	var services []netip.AddrPort
+	for _, r := range []struct {
+		version, to, via, src string
+		service, endpoint     netip.AddrPort
+	}{
+		{"-4", "10.96.0.0/16", testutil.WorldV4.Addr().String(), "192.0.2.50", at("10.96.0.1:80"), at("198.51.100.7:7100")},
+		{"-6", "fd00:96::/32", testutil.WorldV6.Addr().String(), "2001:db8:1::50", at("[fd00:96::1]:80"), at("[2001:db8:7::7]:7100")},
+	} {
+		w.command(t, w.App, "ip", r.version, "route", "add", r.to, "via", r.via, "src", r.src)
+		w.Serve(t, r.endpoint, func(c net.Conn) {
+			fmt.Fprint(c, c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap())
+			io.Copy(io.Discard, c)
+		})
+		config += service(r.service, "", r.endpoint)
+		services = append(services, r.service)
+	}
+	i := w.with(t, config)
+	for n, own := range []string{testutil.AppV4.Addr().String(), testutil.AppV6.Addr().String()} {
+		for _, steps := range []string{"connect source recv", "mptcp connect source recv"} {
+			w.wants(t, services[n], steps, fmt.Sprintf("connect=0, source=0 %s 0, recv=%d %s", own, len(own), own))
+			if n == 0 {
+				w.wants(t, mapped(services[n]), steps, fmt.Sprintf("connect=0, source=0 ::ffff:%s 0, recv=%d %s", own, len(own), own))
+			}
+		}
+		for _, r := range records(t, i, services[n], 2*(2-n)) {
+			if r.Source.Addr().String() != own {
+				t.Errorf("want source %s: %+v", own, r)
+			}
+		}
+	}
+	settled(t, i)
 }

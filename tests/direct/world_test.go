@@ -59,6 +59,22 @@ func newWorld(t testing.TB) *world {
 // echo sends back what it gets, and ends when the client does.
 func echo(c net.Conn) { io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c}) }
 
+// command runs a program in a namespace. It must succeed.
+func (w *world) command(t testing.TB, ns *testutil.NS, name string, args ...string) {
+	t.Helper()
+	testutil.Need(t, name)
+	cmd := exec.Command(name, args...)
+	var log rig.Log
+	cmd.Stdout, cmd.Stderr = &log, &log
+	err := ns.Start(cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", cmd, err, log.String())
+	}
+}
+
 // with starts Pillion, which must end as quiet as it begins.
 func (w *world) with(t testing.TB, config string) *rig.Instance {
 	t.Helper()
