@@ -37,8 +37,11 @@ func TestSameSource(t *testing.T) {
 	g := newGround(t)
 	all := again()
 	without := perform(t, g, all)
-	g.with(t, "connect: mirror")
-	compare(t, g, all, without)
+	t.Run("mirror", func(t *testing.T) {
+		g.with(t, "connect: mirror")
+		compare(t, g, all, without)
+	})
+	t.Run("direct", func(t *testing.T) { g.sameByDirect(t, all, without) })
 }
 
 // again are the attempts that use a source, address and port, once more: what is

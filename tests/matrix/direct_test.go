@@ -134,25 +134,32 @@ func (s *sight) checkDirect(t *testing.T, c conn, r flow.Record) {
 // seen, and nobody is any more.
 func (s *sight) settled(t *testing.T, exactly bool) {
 	t.Helper()
-	status, err := s.instance.Status(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
-	found := map[netip.AddrPort]bool{}
-	for _, service := range status.Services {
-		for _, e := range service.Endpoints {
-			at := netip.MustParseAddrPort(e.Address)
-			found[at] = true
-			if e.Live != 0 {
-				t.Errorf("endpoint %s has %d connections at the end", at, e.Live)
+	found := map[netip.AddrPort]int{}
+	live := map[netip.AddrPort]int64{}
+	testutil.Eventually(t, rig.Limit, func() bool {
+		status, err := s.instance.Status(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		clear(live)
+		for _, service := range status.Services {
+			for _, e := range service.Endpoints {
+				at := netip.MustParseAddrPort(e.Address)
+				found[at] = int(e.Connects)
+				if e.Live != 0 {
+					live[at] = e.Live
+				}
 			}
-			if have := int(e.Connects); have < s.picked[at] || exactly && have != s.picked[at] {
-				t.Errorf("endpoint %s has %d connections ever, want %d", at, have, s.picked[at])
-			}
+		}
+		return len(live) == 0
+	}, "no endpoint has a connection, still: ", live)
+	for at, have := range found {
+		if have < s.picked[at] || exactly && have != s.picked[at] {
+			t.Errorf("endpoint %s has %d connections ever, want %d", at, have, s.picked[at])
 		}
 	}
 	for at := range s.picked {
-		if !found[at] {
+		if _, ok := found[at]; !ok {
 			t.Errorf("endpoint %s is not in the status", at)
 		}
 	}
