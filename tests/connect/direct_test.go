@@ -379,6 +379,8 @@ func TestNotToBlame(t *testing.T) {
 		for range 3 {
 			g.wants(t, at, "nonblock connect", "connect=-1 EINPROGRESS")
 			g.wants(t, at, "sndtimeo=50 connect", "connect=-1 EINPROGRESS")
+			g.wants(t, at, "nonblock connect unspec", "connect=-1 EINPROGRESS, unspec=0")
+			g.wants(t, at, "nonblock connect shutdown", "connect=-1 EINPROGRESS, shutdown=0")
 		}
 	}
 	settled(t, i)
