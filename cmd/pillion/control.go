@@ -22,6 +22,7 @@ type control struct {
 	sources  *sources
 	checker  *check.Checker
 	removals removals
+	former   map[string][]formerly   // of services, by name; run's own
 	closed   map[netip.AddrPort]bool // what close said of services; run's own
 
 	requests chan chan<- admin.ReloadResult

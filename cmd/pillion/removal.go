@@ -76,3 +76,34 @@ func (r *removals) arm() {
 		r.timer = time.NewTimer(time.Until(r.pending[0].at))
 	}
 }
+
+// formerly is where connections to a service were made: each side knows them by what
+// the service was then.
+type formerly struct {
+	name string
+	addr netip.AddrPort
+}
+
+// placesMax bounds the places of a service that gets a new name all the time.
+const placesMax = 16
+
+// formerPlaces returns, by name, where services were before, the last place last.
+func formerPlaces(former map[string][]formerly, before, now []service) map[string][]formerly {
+	next := make(map[string][]formerly)
+	for i := range now {
+		s := &now[i]
+		was := same(before, s)
+		if was == nil {
+			continue
+		}
+		places := former[was.Name]
+		if is := (formerly{s.Name, s.Addr}); is != (formerly{was.Name, was.Addr}) {
+			places = slices.DeleteFunc(slices.Clone(places), func(p formerly) bool { return p == is })
+			places = append(places, formerly{was.Name, was.Addr})
+		}
+		if n := len(places); n > 0 {
+			next[s.Name] = places[max(n-placesMax, 0):]
+		}
+	}
+	return next
+}

@@ -248,13 +248,13 @@ func (c *control) unchecked(services []service) {
 // cluster and the address are the same. At another address it is a new set to the
 // kernel side, which then takes from it what is down: that has to be of now.
 func (c *control) arrange(services []service, snapshot *upstream.Snapshot) {
-	type place struct {
+	type at struct {
 		cluster *upstream.Cluster
 		addr    netip.AddrPort
 	}
-	had := make(map[place]*flow.Set)
+	had := make(map[at]*flow.Set)
 	for _, s := range c.list() {
-		had[place{s.cluster, s.Addr}] = s.set
+		had[at{s.cluster, s.Addr}] = s.set
 	}
 	for i := range services {
 		s := &services[i]
@@ -262,7 +262,7 @@ func (c *control) arrange(services []service, snapshot *upstream.Snapshot) {
 		if s.path == flow.PathPass || !s.known {
 			continue
 		}
-		if s.set = had[place{s.cluster, s.Addr}]; s.set == nil {
+		if s.set = had[at{s.cluster, s.Addr}]; s.set == nil {
 			set := s.cluster.Set(s.Addr.Addr().Is4())
 			s.set = &set
 		}
@@ -463,6 +463,8 @@ func (c *control) removed(before, now []service) {
 		all := addrsOf(&now[i])
 		byName[now[i].Name], byAddr[now[i].Addr] = all, all
 	}
+	former := c.former
+	c.former = formerPlaces(former, before, now)
 	for i := range before {
 		s := &before[i]
 		by := s
@@ -475,6 +477,11 @@ func (c *control) removed(before, now []service) {
 		for _, e := range s.endpoints {
 			if !byName[s.Name][e.Addr] && !byAddr[s.Addr][e.Addr] {
 				c.removals.add(gone{s.Name, s.Addr, e.Addr}, by.OnRemove, by.RemoveAfter)
+				for _, p := range former[s.Name] {
+					if !byName[p.name][e.Addr] && !byAddr[p.addr][e.Addr] {
+						c.removals.add(gone{p.name, p.addr, e.Addr}, by.OnRemove, by.RemoveAfter)
+					}
+				}
 			}
 		}
 	}
@@ -498,7 +505,9 @@ func (i *instance) endConnections(g gone) {
 	defer cancel()
 	n := i.handler.End(ctx, g.service, g.endpoint)
 	direct, err := i.datapath.End(g.addr, g.endpoint)
-	if err != nil {
+	switch {
+	case err == nil, errors.Is(err, loader.ErrNoService), errors.Is(err, loader.ErrNoSuchEndpoint): // so nobody is connected
+	default:
 		i.log.Error("cannot end the connections to an endpoint that is gone", "service", g.service, "endpoint", g.endpoint, "error", err)
 	}
 	i.sets.ended.Add(uint64(n + direct))
