@@ -1,0 +1,242 @@
+package live
+
+import (
+	"fmt"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+// resets are what an application sees of a connection that is ended, by path: of
+// one that the handler carries, and of its own socket.
+var resets = map[string]string{"relay": "ECONNRESET", "direct": "ECONNABORTED"}
+
+// TestOnRemove removes an endpoint to which there are connections, by the file of
+// the configuration and by that of a source.
+func TestOnRemove(t *testing.T) {
+	t.Parallel()
+	for _, by := range []string{"configuration", "source"} {
+		t.Run(by, func(t *testing.T) {
+			t.Parallel()
+			onPaths(t, func(t *testing.T, path string) { onRemove(t, by, path) })
+		})
+	}
+}
+
+// fates are the services of onRemove, by number.
+var fates = map[int]string{
+	1: "on_remove: keep",
+	2: "on_remove: reset",
+	3: "on_remove: close, remove_after: 1s",
+	4: "on_remove: close, remove_after: 1h",
+}
+
+func onRemove(t *testing.T, by, path string) {
+	r := rig.New(t)
+	serve(t, r, 1, 2)
+	file := filepath.Join(t.TempDir(), "endpoints.yaml")
+	of := func(endpoints ...int) string {
+		text := "services:\n"
+		for n := 1; n <= len(fates); n++ {
+			// The load of what is open must not decide who gets what is new.
+			more := "policy: random, path: " + path + ", " + fates[n]
+			if by == "source" {
+				text += service(n, fmt.Sprintf("%s, discover: {file: %q}", more, file))
+			} else {
+				text += service(n, more, endpoints...)
+			}
+		}
+		return text
+	}
+	put(t, file, list(1))
+	s := newStage(t, r, of(1))
+	set := func(endpoints ...int) {
+		t.Helper()
+		if by == "source" {
+			put(t, file, list(endpoints...))
+		} else {
+			put(t, s.file, of(endpoints...))
+		}
+		var want []string
+		for _, n := range endpoints {
+			want = append(want, fmt.Sprint(n))
+		}
+		for n := range fates {
+			s.has(t, fmt.Sprintf("s%d", n), want...)
+		}
+	}
+	open := func(id string, want int) {
+		t.Helper()
+		for n := range fates {
+			if got := s.open(t, fmt.Sprint(id, n), vip(n)); got != far(want).String() {
+				t.Fatalf("connected to %s, want endpoint %d", got, want)
+			}
+		}
+	}
+	open("old", 1)
+	set(1, 2)
+	for n := range fates {
+		s.goes(t, n, 1, 2)
+	}
+	set(2)
+	open("new", 2)
+	for _, n := range []int{2, 3} {
+		if got := s.ended(t, fmt.Sprint("old", n)); got != resets[path] {
+			t.Errorf("%s: the connection ended by %s, want %s", fates[n], got, resets[path])
+		}
+	}
+	lives := func(id string, n int) {
+		t.Helper()
+		if got := s.talk(t, fmt.Sprint(id, n)); got != "" {
+			t.Errorf("%s: the connection %s ended: %s", fates[n], id, got)
+		}
+	}
+	lives("old", 1)
+	lives("old", 4)
+	for n := range fates {
+		lives("new", n)
+	}
+	set(1, 2)
+	set(1, 2)
+	for n := range fates {
+		lives("new", n)
+	}
+	lives("old", 4)
+}
+
+// TestBackInTime has an endpoint come back before its connections are ended, also
+// under another name of its service.
+func TestBackInTime(t *testing.T) {
+	t.Parallel()
+	onPaths(t, func(t *testing.T, path string) {
+		r := rig.New(t)
+		serve(t, r, 1, 2, 3)
+		more := "path: " + path + ", on_remove: close, remove_after: 2s"
+		s := newStage(t, r, "services:\n"+service(1, more, 1)+service(2, more, 1))
+		for n := 1; n <= 2; n++ {
+			if got := s.open(t, fmt.Sprint(n), vip(n)); got != far(1).String() {
+				t.Fatal(got)
+			}
+		}
+		s.reload(t, "services:\n"+service(1, more, 2)+service(2, more, 2))
+		renamed := fmt.Sprintf("  - {name: other, address: %q, endpoints: %s, %s}\n", vip(1), list(1, 2), more)
+		s.reload(t, "services:\n"+renamed+service(2, more, 3))
+		// When the one that did not come back is ended, the other would be too.
+		if got := s.ended(t, "2"); got != resets[path] {
+			t.Errorf("ended by %s, want %s", got, resets[path])
+		}
+		time.Sleep(100 * time.Millisecond) // it would have been ended before: by name
+		if got := s.talk(t, "1"); got != "" {
+			t.Errorf("it came back, and its connection was ended: %s", got)
+		}
+	})
+}
+
+// TestRenameKeepsConnections renames, moves and redirects a service whose
+// connections are to be reset when their endpoint goes, which it does not.
+func TestRenameKeepsConnections(t *testing.T) {
+	t.Parallel()
+	onPaths(t, func(t *testing.T, path string) {
+		r := rig.New(t)
+		serve(t, r, 1, 2)
+		more := "path: " + path + ", on_remove: reset"
+		named := func(name string, at int, more string) string {
+			return fmt.Sprintf("services:\n  - {name: %s, address: %q, %s}\n", name, vip(at), more)
+		}
+		fixed := more + ", endpoints: " + list(1)
+		s := newStage(t, r, named("a", 1, fixed))
+		if got := s.open(t, "c", vip(1)); got != far(1).String() {
+			t.Fatal(got)
+		}
+		file := filepath.Join(t.TempDir(), "endpoints.json")
+		other := filepath.Join(t.TempDir(), "other.json")
+		put(t, file, list(1))
+		found := func(file string) string { return more + fmt.Sprintf(", discover: {file: %q}", file) }
+		for _, text := range []string{
+			named("b", 1, fixed), named("b", 2, fixed), named("b", 1, fixed),
+			named("b", 1, found(file)),  // the same, found
+			named("b", 1, found(other)), // nobody knows yet: those before stay
+		} {
+			s.reload(t, text)
+			if got := s.talk(t, "c"); got != "" {
+				t.Fatalf("after %s: %s", text, got)
+			}
+		}
+		s.goes(t, 1, 1)
+		if !s.service(t, "b").Source.Stale {
+			t.Errorf("%+v", s.service(t, "b").Source)
+		}
+		put(t, other, list(2))
+		if got := s.ended(t, "c"); got != resets[path] {
+			t.Errorf("the endpoint is gone, and the connection ended by %s", got)
+		}
+		s.goes(t, 1, 2)
+	})
+}
+
+// TestSourceUnderLoad changes where the endpoints of a service come from: no
+// connect fails meanwhile.
+func TestSourceUnderLoad(t *testing.T) {
+	t.Parallel()
+	onPaths(t, func(t *testing.T, path string) {
+		r := rig.New(t)
+		serve(t, r, 1, 2, 3)
+		dir := t.TempDir()
+		a, b, never := filepath.Join(dir, "a.json"), filepath.Join(dir, "b.yaml"), filepath.Join(dir, "never.json")
+		put(t, a, list(2))
+		put(t, b, list(3))
+		of := func(more string) string { return "services:\n" + service(1, "path: "+path+", "+more) }
+		file := func(f string) string { return fmt.Sprintf("discover: {file: %q}", f) }
+		s := newStage(t, r, of("endpoints: "+list(1)))
+		s.load(t, 2, 0, vip(1))
+		for range 3 {
+			s.reload(t, of(file(a)))
+			s.has(t, "s1", "2")
+			s.reload(t, of(file(never)))
+			s.has(t, "s1", "2")
+			s.reload(t, of(file(b)))
+			s.has(t, "s1", "3")
+			s.reload(t, of("endpoints: "+list(1)))
+			s.has(t, "s1", "1")
+		}
+		if l := s.unload(t); len(l.Connects) != 3 {
+			t.Errorf("connects %v, want all three", l.Connects)
+		}
+	})
+}
+
+// TestSwap adds, removes, renames and swaps services under load: connects that
+// are to succeed do, and at an endpoint of theirs.
+func TestSwap(t *testing.T) {
+	t.Parallel()
+	onPaths(t, func(t *testing.T, path string) {
+		r := rig.New(t)
+		serve(t, r, 1, 2, 3)
+		at := func(name string, n int, endpoints ...int) string {
+			return fmt.Sprintf("  - {name: %s, address: %q, path: %s, endpoints: %s, on_remove: keep}\n", name, vip(n), path, list(endpoints...))
+		}
+		first := "services:\n" + at("a", 1, 1) + at("b", 2, 2)
+		s := newStage(t, r, first)
+		s.load(t, 2, 4, vip(1), vip(2))
+		for range 10 {
+			s.reload(t, "services:\n"+at("a", 2, 1)+at("b", 1, 2)) // swapped
+			s.goes(t, 1, 2)
+			s.goes(t, 2, 1)
+			s.reload(t, "services:\n"+at("b", 2, 1)+at("a", 1, 2)) // so are the names
+			s.goes(t, 1, 2)
+			s.reload(t, "services:\n"+at("c", 2, 1)+at("d", 1, 2)+at("e", 3, 3))
+			s.goes(t, 3, 3)
+			s.reload(t, first)
+			s.goes(t, 1, 1)
+			s.goes(t, 2, 2)
+		}
+		l := s.unload(t)
+		if len(l.Connects) != 2 || l.Rounds == 0 {
+			t.Errorf("connects %v, want at 1 and 2 only, and rounds %d", l.Connects, l.Rounds)
+		}
+		testutil.Eventually(t, rig.Limit, func() bool { return s.service(t, "e").Name == "" }, "e is gone")
+	})
+}
