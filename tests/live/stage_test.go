@@ -141,10 +141,9 @@ func (s *stage) endpoints(t testing.TB, name string) []string {
 		if e.State == admin.EndpointRemoved {
 			continue // it still has connections
 		}
-		at := netip.MustParseAddrPort(e.Address)
-		text := fmt.Sprint(at.Addr().As4()[3])
-		if at.Port() != 8080 {
-			text = e.Address
+		at, text := netip.MustParseAddrPort(e.Address), e.Address
+		if at.Addr().Is4() && at.Port() == 8080 {
+			text = fmt.Sprint(at.Addr().As4()[3])
 		}
 		if e.Weight != 1 {
 			text += fmt.Sprintf(" weight %d", e.Weight)
