@@ -22,8 +22,11 @@ type control struct {
 	sources  *sources
 	checker  *check.Checker
 	removals removals
-	former   map[string][]formerly   // of services, by name; run's own
-	closed   map[netip.AddrPort]bool // what close said of services; run's own
+	former   map[string][]formerly // of services, by name; run's own
+	// unsettled: the kernel side goes by what an earlier process left, whose
+	// endpoints may be ones that no source has told yet. run's own.
+	unsettled bool
+	closed    map[netip.AddrPort]bool // what close said of services; run's own
 
 	requests chan chan<- admin.ReloadResult
 	settled  chan chan struct{}
@@ -93,6 +96,7 @@ func (c *control) run(ctx context.Context) error {
 	defer parts.Wait()
 	ctx, end := context.WithCancel(ctx)
 	defer end()
+	c.unsettled = c.i.datapath.Adopted()
 	files := make(chan struct{}, 1)
 	if c.i.file != "" {
 		parts.Go(func() {
@@ -120,6 +124,7 @@ func (c *control) run(ctx context.Context) error {
 		case answer := <-c.requests:
 			answer <- c.reload()
 		case done := <-c.settled:
+			c.unsettled = false
 			c.update()
 			close(done)
 		case <-c.i.hangups:
@@ -130,7 +135,7 @@ func (c *control) run(ctx context.Context) error {
 			c.update()
 		case <-overflow.C:
 			c.overflow()
-			c.close(c.list())
+			c.close(c.inForce(), c.list())
 		case <-c.removals.due():
 			c.removals.endDue()
 		}

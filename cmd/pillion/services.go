@@ -193,7 +193,7 @@ func (c *control) publish(next *config.Config) error {
 	}
 	c.unchecked(services)
 	if old != nil {
-		c.close(services)
+		c.close(next, services)
 	}
 	return nil
 }
@@ -206,7 +206,10 @@ const closedFor = 3 * overflowEvery
 // such as health checks found down. The handler would say so too, but only once a
 // connection is with it whose connect has succeeded. It is called more often than
 // every closedFor. On direct the hook sees for itself.
-func (c *control) close(services []service) {
+func (c *control) close(in *config.Config, services []service) {
+	if c.unsettled {
+		return
+	}
 	closed := make(map[netip.AddrPort]bool)
 	tell := func(addr netip.AddrPort, wait time.Duration) {
 		if err := c.i.datapath.Unavailable(addr, wait); err != nil {
@@ -217,7 +220,7 @@ func (c *control) close(services []service) {
 		s := &services[i]
 		up := func(e *upstream.Endpoint) bool { return !e.Down() }
 		switch {
-		case s.path != flow.PathRelay || !s.known:
+		case s.path != flow.PathRelay || !s.known && !closes(in, s):
 		case !slices.ContainsFunc(s.cluster.Endpoints, up):
 			closed[s.Addr] = true
 			tell(s.Addr, closedFor)
@@ -274,6 +277,9 @@ func (c *control) hand(next *config.Config, services []service, table *route.Tab
 	rules := c.i.rules(next, services)
 	last := c.i.handler.Table()
 	c.i.handler.SetTable(table)
+	if c.unsettled {
+		return nil
+	}
 	err := c.i.setRules(rules)
 	if err != nil {
 		c.i.handler.SetTable(last)
@@ -334,7 +340,9 @@ func tableOf(next *config.Config, services []service) (*route.Table, error) {
 	all := make([]route.Service, 0, len(services))
 	for i := range services {
 		s := &services[i]
-		if !s.known || s.path == flow.PathPass {
+		// One that is not known and closed has a cluster without endpoints: it
+		// refuses.
+		if !s.known && !closes(next, s) || s.path == flow.PathPass {
 			continue
 		}
 		all = append(all, route.Service{Name: s.Name, Addr: s.Addr, Cluster: s.cluster, Terms: flow.Terms{Limits: limitsOf(next, s)}})

@@ -142,7 +142,7 @@ func (i *instance) assemble() error {
 	workers := i.workers()
 	// A worker that waits keeps its processor for a while; see redirect/l4.
 	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), workers+2))
-	i.lastRules = i.rules(i.plan.config, i.control.list())
+	rules := i.rules(i.plan.config, i.control.list())
 	v4, v6 := i.datapath.ListenAddrs()
 	queues, err := i.queues(workers)
 	if err != nil {
@@ -151,8 +151,8 @@ func (i *instance) assemble() error {
 	i.handler, err = handler.New(handler.Options{
 		Live: i.datapath, Table: i.table, Slots: loader.Supernets(),
 		Listen4: v4, Listen6: v6, Workers: workers,
-		Limits: limits(&i.plan.config.Relay), MaxConns: i.lastRules.MaxConns,
-		MaxPerGroup: carried(i.lastRules.ConnQuota), Exempt: i.exempt(), Unnamed: i.control.sources.asked,
+		Limits: limits(&i.plan.config.Relay), MaxConns: rules.MaxConns,
+		MaxPerGroup: carried(rules.ConnQuota), Exempt: i.exempt(), Unnamed: i.control.sources.asked,
 		Queues: queues, Answered: i.datapath.Answered, Unavailable: i.unavailable,
 	})
 	if err != nil {
@@ -161,8 +161,12 @@ func (i *instance) assemble() error {
 	if err := i.datapath.SetListeners(i.handler.Listeners()); err != nil {
 		return err
 	}
-	if err := i.datapath.SetRules(i.lastRules); err != nil {
-		return err
+	// What an earlier process left holds until the sources have told; see settle.
+	if !i.datapath.Adopted() {
+		if err := i.datapath.SetRules(rules); err != nil {
+			return err
+		}
+		i.lastRules = rules
 	}
 	c4, c6 := i.datapath.CanaryAddrs()
 	if i.beat, err = capture.New(i.datapath, i.handler, []netip.Addr{c4, c6}, i.log); err != nil {
@@ -292,10 +296,7 @@ func (i *instance) rules(c *config.Config, services []service) loader.Rules {
 	}
 	for n := range services {
 		s := &services[n]
-		closed := r.Closed
-		if s.OnFailure != "" {
-			closed = s.OnFailure == config.OnFailureClosed
-		}
+		closed := closes(c, s)
 		path := s.path
 		if !s.known && !closed {
 			path = flow.PathPass
@@ -312,6 +313,11 @@ func (i *instance) rules(c *config.Config, services []service) loader.Rules {
 		r.Exclude = append(r.Exclude, loader.Rule(e))
 	}
 	return r
+}
+
+// closes tells whether a service refuses what cannot be redirected.
+func closes(c *config.Config, s *service) bool {
+	return cmp.Or(s.OnFailure, c.OnFailure) == config.OnFailureClosed
 }
 
 // errnoOf returns the value of an errno's name, which Validate has looked at.
