@@ -84,10 +84,11 @@ func dead(t testing.TB, r *rig.Rig) {
 	r.World.Sysctl(t, "net/ipv6/icmp/ratelimit", "0")
 }
 
-// serveEnds runs the server of testdata/ends.c in the world.
-func serveEnds(t testing.TB, r *rig.Rig, program string) {
+// serveEnds runs the server of testdata/ends.c in the world, at IPv4 addresses or,
+// of ":PORT", at all.
+func serveEnds(t testing.TB, r *rig.Rig, program string, addrs ...string) {
 	t.Helper()
-	cmd := exec.Command(program, "serve", fmt.Sprint(portOne), fmt.Sprint(portTwo))
+	cmd := exec.Command(program, append([]string{"serve"}, addrs...)...)
 	stop, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -189,7 +190,7 @@ func TestCountsEnds(t *testing.T) {
 	r.App.Sysctl(t, "net/ipv4/tcp_syn_retries", "1")
 	r.Give(t, rig.Far4)
 	r.Give(t, rig.Far6)
-	serveEnds(t, r, program)
+	serveEnds(t, r, program, fmt.Sprint(":", portOne), fmt.Sprint(":", portTwo))
 	i := r.Run(t, endsServices())
 
 	var all sync.WaitGroup

@@ -1,7 +1,8 @@
 /* Connections that end in every way there is.
  *
- *   ends serve PORT...           a server of all ways; ends with stdin
+ *   ends serve [ADDR]:PORT...    a server of all ways; ends with stdin
  *   ends end FAMILY COUNT VIP    COUNT connections, that all end
+ *   ends load FAMILY PORT VIP    connections one by one, until stdin ends
  *
  * A client says with its first byte what the server is to do with the
  * connection. Ports of VIP: 80 serves, 81 refuses, 82 is silent, 83 has no
@@ -71,9 +72,15 @@ static int serve(int n, char **ports)
 		die("stdin");
 	for (int i = 0; i < n; i++) {
 		struct sockaddr_in6 a = { .sin6_family = AF_INET6,
-					  .sin6_port = htons(atoi(ports[i])) };
+					  .sin6_port = htons(atoi(strchr(ports[i], ':') + 1)) };
 		int fd = socket(AF_INET6, SOCK_STREAM | SOCK_NONBLOCK, IPPROTO_MPTCP);
 
+		if (ports[i][0] != ':') {
+			a.sin6_addr.s6_addr[10] = a.sin6_addr.s6_addr[11] = 0xff;
+			*strchr(ports[i], ':') = 0;
+			if (inet_pton(AF_INET, ports[i], &a.sin6_addr.s6_addr[12]) != 1)
+				die("address");
+		}
 		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
 		setsockopt(fd, IPPROTO_TCP, TCP_FASTOPEN, &queue, sizeof(queue));
 		if (bind(fd, (void *)&a, sizeof(a)) || listen(fd, 4096))
@@ -547,11 +554,30 @@ static int end(int count)
 	return errors != 0;
 }
 
+/* load has one connection after the other, each of which is served. */
+static int load(int port)
+{
+	struct pollfd stop = { .fd = 0, .events = POLLIN };
+	char b[8], ask = ASK_SPEAK;
+	long done = 0;
+
+	signal(SIGPIPE, SIG_IGN);
+	for (; !poll(&stop, 1, 0); done++) {
+		int fd = dial("load", port, 0, 0, 0);
+
+		if (write(fd, &ask, 1) != 1 || read(fd, b, sizeof(b)) != 5)
+			wrong("not served", errno);
+		reset(fd);
+	}
+	printf("%ld %ld\n", done, errors);
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	if (argc > 2 && !strcmp(argv[1], "serve"))
 		return serve(argc - 2, argv + 2);
-	if (argc != 5 || strcmp(argv[1], "end"))
+	if (argc != 5)
 		return 2;
 	family = strcmp(argv[2], "4") ? AF_INET6 : AF_INET;
 	vip.ss_family = family;
@@ -560,5 +586,7 @@ int main(int argc, char **argv)
 		      family == AF_INET ? (void *)&((struct sockaddr_in *)&vip)->sin_addr :
 					  (void *)&((struct sockaddr_in6 *)&vip)->sin6_addr) != 1)
 		return 2;
+	if (!strcmp(argv[1], "load"))
+		return load(atoi(argv[3]));
 	return end(atoi(argv[3]));
 }
