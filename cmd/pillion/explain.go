@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"net/netip"
 	"strings"
 	"time"
@@ -71,7 +72,11 @@ func explainTo(ctx context.Context, w io.Writer, g *global, f *explainFlags, dst
 	}
 	all, err := client.Explain(ctx, q)
 	if err != nil {
-		return fmt.Errorf("explain %s: %w", dst, err)
+		err = fmt.Errorf("explain %s: %w", dst, err)
+		if e, ok := errors.AsType[*admin.Error](err); ok && e.Code == http.StatusBadRequest {
+			return usage(err)
+		}
+		return err
 	}
 	if f.output.json() {
 		return printJSON(w, all)

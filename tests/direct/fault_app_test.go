@@ -26,12 +26,12 @@ import errno, os, socket, struct, sys
 from socket import *
 kept = {}
 
-def dial(a, port, name=None, opts=()):
+def dial(a, port, name=None, opts=(), wait=20):
     "what connect says; a connection with a name is kept"
     s = socket(AF_INET6 if ":" in a else AF_INET, SOCK_STREAM)
     for level, option, value in opts: s.setsockopt(level, option, value)
     try:
-        s.settimeout(20)
+        s.settimeout(wait)
         s.connect((a, port))
         if name is not None: kept[name] = s
         return "ok"
