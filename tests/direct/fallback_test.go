@@ -63,8 +63,8 @@ func (f *fallen) serves(t *testing.T, closed string) {
 	}
 }
 
-// load has applications connect, to services and past them, until it is ended.
-type load struct {
+// churn has applications connect, to services and past them, until it is ended.
+type churn struct {
 	stop    chan struct{}
 	running sync.WaitGroup
 	mu      sync.Mutex
@@ -72,8 +72,8 @@ type load struct {
 	failed  []string
 }
 
-func (f *fallen) load() *load {
-	l := &load{stop: make(chan struct{})}
+func (f *fallen) churn() *churn {
+	l := &churn{stop: make(chan struct{})}
 	for n := range f.open {
 		for _, to := range []netip.AddrPort{f.open[n], f.unnamed[n]} {
 			l.running.Go(func() { l.connect(f.world, to) })
@@ -82,7 +82,7 @@ func (f *fallen) load() *load {
 	return l
 }
 
-func (l *load) connect(w *world, to netip.AddrPort) {
+func (l *churn) connect(w *world, to netip.AddrPort) {
 	for {
 		select {
 		case <-l.stop:
@@ -100,7 +100,7 @@ func (l *load) connect(w *world, to netip.AddrPort) {
 }
 
 // end fails the test if a connect failed, or an echo.
-func (l *load) end(t *testing.T) {
+func (l *churn) end(t *testing.T) {
 	t.Helper()
 	close(l.stop)
 	l.running.Wait()
@@ -182,7 +182,7 @@ func TestHandlerKilled(t *testing.T) {
 	f := newFallen(t)
 	f.serves(t, talked)
 	f.Kill(t)
-	l := f.load()
+	l := f.churn()
 	f.serves(t, refused)
 	f.serves(t, refused)
 	f.Launch(t)
@@ -193,7 +193,7 @@ func TestHandlerKilled(t *testing.T) {
 	// A while later the heartbeat is old, too.
 	f.fell(t, flow.ReasonHandlerAbsent, flow.ReasonHandlerStale)
 	f.Idle(t)
-	settled(t, f.Instance)
+	nobody(t, f.Instance)
 }
 
 // TestHandlerStopped stops the handler, which is noticed a moment later.
@@ -208,7 +208,7 @@ func TestHandlerStopped(t *testing.T) {
 		saw, err := f.run(patience, f.open[0], talk)
 		return err == nil && saw == talked
 	}, "it is seen that the handler is stopped")
-	l := f.load()
+	l := f.churn()
 	f.serves(t, refused)
 	f.serves(t, refused)
 	f.Signal(t, unix.SIGCONT)
@@ -217,5 +217,5 @@ func TestHandlerStopped(t *testing.T) {
 	f.serves(t, talked)
 	f.fell(t, flow.ReasonHandlerStale, flow.ReasonHandlerBusy)
 	f.Idle(t)
-	settled(t, f.Instance)
+	nobody(t, f.Instance)
 }

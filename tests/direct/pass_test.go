@@ -151,7 +151,7 @@ func TestPass(t *testing.T) {
 	for _, p := range passes() {
 		for _, e := range endings() {
 			ways := p.ways(e.port)
-			for _, r := range records(t, i, ways[0], len(ways)) {
+			for _, r := range recordsOf(t, i, ways[0], len(ways)) {
 				e.check(t, r, p.reason)
 				made++
 				sent += int(r.Sent)
@@ -249,11 +249,11 @@ func TestLive(t *testing.T) {
 	}
 	testutil.Eventually(t, rig.Limit, func() bool { return len(live()) == 0 }, "nothing is open any more")
 	for to := range want {
-		if r := records(t, i, to, 1)[0]; r.Cookie != have[to].Cookie {
+		if r := recordsOf(t, i, to, 1)[0]; r.Cookie != have[to].Cookie {
 			t.Errorf("%s ended as %+v, and was open as %+v", to, r, have[to])
 		}
 	}
-	settled(t, i)
+	nobody(t, i)
 }
 
 // hold has an application do its steps, the last of which is to wait, and returns

@@ -91,7 +91,7 @@ func (w *world) twice(t *testing.T, c *cni, path flow.Path, vips map[netip.AddrP
 					w.wants(t, to, steps, fmt.Sprintf("connect=0, peer=0 %s %d, recv=%d %s", to.Addr(), to.Port(), len(who), who))
 				}
 			}
-			for _, rec := range records(t, i, to, n) {
+			for _, rec := range recordsOf(t, i, to, n) {
 				if rec.Path != want || rec.Endpoint != endpoint || rec.Received != uint64(len(who)) {
 					t.Errorf("%s to %s, want %s by %s: %+v", family, to, endpoint, want, rec)
 				}
@@ -112,7 +112,7 @@ func (w *world) twice(t *testing.T, c *cni, path flow.Path, vips map[netip.AddrP
 		}
 	}
 	i.Idle(t)
-	settled(t, i)
+	nobody(t, i)
 	i.Conserved(t)
 }
 
@@ -147,11 +147,11 @@ func TestSource(t *testing.T) {
 				w.wants(t, mapped(services[n]), steps, fmt.Sprintf("connect=0, source=0 ::ffff:%s 0, recv=%d %s", own, len(own), own))
 			}
 		}
-		for _, r := range records(t, i, services[n], 2*(2-n)) {
+		for _, r := range recordsOf(t, i, services[n], 2*(2-n)) {
 			if r.Source.Addr().String() != own {
 				t.Errorf("want source %s: %+v", own, r)
 			}
 		}
 	}
-	settled(t, i)
+	nobody(t, i)
 }

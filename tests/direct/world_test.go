@@ -130,8 +130,8 @@ func (w *world) wants(t testing.TB, to netip.AddrPort, steps, want string) {
 	}
 }
 
-// settled waits until no endpoint has an open connection.
-func settled(t testing.TB, i *rig.Instance) {
+// nobody waits until no endpoint has an open connection.
+func nobody(t testing.TB, i *rig.Instance) {
 	t.Helper()
 	live := map[string]int64{}
 	testutil.Eventually(t, rig.Limit, func() bool {
@@ -151,9 +151,9 @@ func settled(t testing.TB, i *rig.Instance) {
 	}, "no endpoint has a connection, still: ", live)
 }
 
-// records waits until so many connections to an address have ended, and returns
+// recordsOf waits until so many connections to an address have ended, and returns
 // their records, oldest first.
-func records(t testing.TB, i *rig.Instance, to netip.AddrPort, want int) []flow.Record {
+func recordsOf(t testing.TB, i *rig.Instance, to netip.AddrPort, want int) []flow.Record {
 	t.Helper()
 	var of []flow.Record
 	testutil.Eventually(t, rig.Limit, func() bool {
