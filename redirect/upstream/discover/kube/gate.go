@@ -13,6 +13,10 @@ import (
 // went away, all watches would at once.
 const startsMax = 4
 
+// trialMax bounds the pause between two trials: they cost a server that is away
+// one connection, and every endpoint is stale until one of them finds it.
+const trialMax = 10 * time.Second
+
 // gate lets requests pass while the server answers. When it does not, one of
 // them tries, less and less often, and the others wait for how that ends, and
 // share it.
@@ -103,7 +107,7 @@ func (g *gate) leave(trial bool, err error, givenUp bool) {
 	default:
 		g.fall()
 		if now := time.Now(); now.After(g.next) { // once, if several failed together
-			g.pause = min(max(2*g.pause, g.first), g.longest)
+			g.pause = min(max(2*g.pause, g.first), g.longest, trialMax)
 			g.next = now.Add(g.pause/2 + rand.N(g.pause))
 		}
 	}
