@@ -8,8 +8,19 @@ set -euo pipefail
 
 web=10.96.0.12:80
 cache=10.96.0.20:6379
+shop=10.96.0.30:80
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*" | if [[ -t 1 && -z ${NO_COLOR:-} ]]; then cat; else sed 's/\x1b\[[0-9;]*m//g'; fi; }
+
+# The configuration file: one service, on the cheapest path that can do it.
+shop_config() {
+	echo "services:"
+	echo "  - name: shop"
+	echo "    address: $shop"
+	echo "    path: auto"
+	echo "    endpoints:"
+	printf '      - 127.0.0.1:%s\n' "$@"
+}
 
 # What the applications do. Runs inside pillion exec, and knows the service
 # addresses only.
@@ -39,6 +50,14 @@ clients() {
 	done
 	sort "$SCRATCH/answers" | uniq -c
 	echo "  failed: $failed of 60"
+
+	say "The same servers are $shop, with path: auto. Which path is that?"
+	"$PILLION" explain shop --runtime-dir "$SCRATCH/run"
+	say "No hop: the kernel picks. Twelve times, before and after a reload with only one server:"
+	for _ in {1..12}; do curl -sS -m 5 "http://$shop/name"; done | sort | uniq -c
+	shop_config "$FIRST" >"$SCRATCH/next" && mv "$SCRATCH/next" "$SCRATCH/pillion.yaml"
+	"$PILLION" reload --runtime-dir "$SCRATCH/run"
+	for _ in {1..12}; do curl -sS -m 5 "http://$shop/name"; done | sort | uniq -c
 
 	say "pillion status"
 	"$PILLION" status --runtime-dir "$SCRATCH/run"
@@ -93,10 +112,13 @@ for port in $p1 $p2 $p3 $p4; do
 	done
 done
 
+shop_config "$p1" "$p3" >"$SCRATCH/pillion.yaml"
+FIRST=$p1
+
 say "Three HTTP servers on 127.0.0.1:$p1,$p2,$p3 are to be $web, a Redis on 127.0.0.1:$p4 is to be $cache"
-export PILLION SCRATCH NAME VICTIM
+export PILLION SCRATCH NAME VICTIM FIRST
 code=0
-"$PILLION" exec --name "$NAME" --runtime-dir "$SCRATCH/run" \
+"$PILLION" exec --name "$NAME" --runtime-dir "$SCRATCH/run" --config "$SCRATCH/pillion.yaml" \
 	--service "$web=127.0.0.1:$p1,127.0.0.1:$p2,127.0.0.1:$p3" \
 	--service "$cache=127.0.0.1:$p4" \
 	--user root \
