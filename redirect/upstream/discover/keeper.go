@@ -9,6 +9,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/pillion-project/pillion/redirect/flow"
 )
 
 // How long a source that has ended is left alone before it is run again: from
@@ -174,7 +176,12 @@ func clean(endpoints []Endpoint) ([]Endpoint, error) {
 		}
 	}
 	Sort(all)
-	return slices.CompactFunc(all, func(a, b Endpoint) bool { return a.Addr == b.Addr }), nil
+	all = slices.CompactFunc(all, func(a, b Endpoint) bool { return a.Addr == b.Addr })
+	// Who took them could take nothing of anybody else either.
+	if n := len(all); n > flow.SetEndpoints {
+		return nil, fmt.Errorf("%d endpoints: want at most %d", n, flow.SetEndpoints)
+	}
+	return all, nil
 }
 
 // sleep waits for d, and returns false if ctx is done before.

@@ -3,6 +3,7 @@ package discover
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/pillion-project/pillion/redirect/flow"
 )
 
 // scripted is a source that does what its functions say, one for each run.
@@ -173,6 +175,10 @@ func TestKeeperCleansSets(t *testing.T) {
 		{Addr: set("192.0.2.2:80")[0].Addr, Weight: 1},
 	}
 	bad := func(e Endpoint) Snapshot { return Snapshot{Endpoints: []Endpoint{e}} }
+	many := make([]Endpoint, flow.SetEndpoints+1)
+	for i := range many {
+		many[i] = Endpoint{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 80), Weight: 1}
+	}
 	s := &scripted{runs: []func(context.Context, chan<- Snapshot) error{sends(
 		Snapshot{Endpoints: mixed},
 		bad(Endpoint{Addr: set("0.0.0.0:80")[0].Addr, Weight: 1}),
@@ -180,6 +186,7 @@ func TestKeeperCleansSets(t *testing.T) {
 		bad(Endpoint{Addr: set("192.0.2.1:80")[0].Addr}),
 		bad(Endpoint{Addr: set("192.0.2.1:80")[0].Addr, Weight: MaxWeight + 1}),
 		bad(Endpoint{Weight: 1}),
+		Snapshot{Endpoints: many},
 	)}}
 	keep(t, s, func(k *Keeper, _ func() []State) {
 		after(time.Second)
@@ -187,7 +194,7 @@ func TestKeeperCleansSets(t *testing.T) {
 		if diff := cmp.Diff(want, k.State().Endpoints, equal); diff != "" {
 			t.Errorf("(-want +got)\n%s", diff)
 		}
-		for i := range 5 {
+		for i := range 6 {
 			after(time.Second)
 			if st := k.State(); st.Err == nil || st.Generation != 1 || st.Failures != uint64(i+1) {
 				t.Errorf("bad set %d: %+v", i, st)
