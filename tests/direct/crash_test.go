@@ -28,6 +28,7 @@ func liveOf(t testing.TB, i *rig.Instance, name string) (live int) {
 // TestCrash kills Pillion: connections and connects go on as before, over all
 // endpoints, and who takes over knows of all of them.
 func TestCrash(t *testing.T) {
+	t.Parallel()
 	const kept = 12
 	r, program := rig.New(t), ends(t)
 	r.Give(t, rig.Far4)
@@ -114,7 +115,7 @@ func TestCrashSwap(t *testing.T) {
 	s := newSwapped(t)
 	s.write(t, s.sets[0])
 	i := s.run(t)
-	l := startLoad(t, s.Rig, s.program, 1, s.service)
+	l := press(t, s.Rig, s.program, 1, s.service)
 	for round := range rounds {
 		swapped := make(chan int)
 		go func() {

@@ -46,6 +46,7 @@ services:
 
 // TestExplainAgrees has what explain says of a destination happen.
 func TestExplainAgrees(t *testing.T) {
+	t.Parallel()
 	r, program := rig.New(t), ends(t)
 	dead(t, r)
 	r.Give(t, rig.Far4)
@@ -183,6 +184,7 @@ func endpointOf(t testing.TB, i *rig.Instance, a *app, name any) netip.AddrPort 
 // TestExplainPick: a dry pick is one that a connect can get; in turn, it is the
 // next one; and it uses no turn up.
 func TestExplainPick(t *testing.T) {
+	t.Parallel()
 	r, program := rig.New(t), ends(t)
 	r.Give(t, rig.Far4)
 	serveEnds(t, r, program, ":8001", ":8002", ":8003")
@@ -263,6 +265,7 @@ func TestExplainPick(t *testing.T) {
 
 // TestExplainExits holds explain to its exit codes.
 func TestExplainExits(t *testing.T) {
+	t.Parallel()
 	r := rig.New(t)
 	i := r.Run(t, "services:\n"+service(netip.AddrPortFrom(vip4, 80), "", netip.AddrPortFrom(rig.Far4, 8001)))
 	for _, tt := range []struct {

@@ -131,8 +131,8 @@ func (a *app) wants(want, format string, args ...any) {
 	}
 }
 
-// load is applications that connect to a service all the time.
-type load struct {
+// crowd is applications that connect to a service all the time.
+type crowd struct {
 	t       testing.TB
 	cmds    []*exec.Cmd
 	stops   []io.Closer
@@ -140,10 +140,10 @@ type load struct {
 	errs    []*rig.Log
 }
 
-// startLoad starts n of them. The caller ends them by end.
-func startLoad(t testing.TB, r *rig.Rig, program string, n int, service netip.AddrPort) *load {
+// press starts n of them. The caller ends them by end.
+func press(t testing.TB, r *rig.Rig, program string, n int, service netip.AddrPort) *crowd {
 	t.Helper()
-	l := &load{t: t}
+	l := &crowd{t: t}
 	family := "4"
 	if service.Addr().Is6() {
 		family = "6"
@@ -166,7 +166,7 @@ func startLoad(t testing.TB, r *rig.Rig, program string, n int, service netip.Ad
 
 // end ends them, fails the test if any connection failed, and returns how many
 // there were.
-func (l *load) end() (done int) {
+func (l *crowd) end() (done int) {
 	l.t.Helper()
 	for n, cmd := range l.cmds {
 		l.stops[n].Close()
@@ -221,8 +221,8 @@ func replace(t testing.TB, path, text string) {
 	}
 }
 
-// records reads a flow log.
-func records(t testing.TB, path string) (all []flow.Record) {
+// logged reads a flow log.
+func logged(t testing.TB, path string) (all []flow.Record) {
 	t.Helper()
 	f, err := os.Open(path)
 	if err != nil {

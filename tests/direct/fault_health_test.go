@@ -23,6 +23,7 @@ func of(name string, service, endpoint netip.AddrPort) string {
 // TestFaultEjection: what the kernel side ejects is avoided at once, and everybody
 // who asks is told.
 func TestFaultEjection(t *testing.T) {
+	t.Parallel()
 	r, program := rig.New(t), ends(t)
 	r.Give(t, rig.Far4)
 	serveEnds(t, r, program, ":8001", ":8002")
@@ -94,6 +95,7 @@ func TestFaultEjection(t *testing.T) {
 // TestFaultCheck: an endpoint that a check finds down gets no connection; with all
 // of them down connect fails; and they come back.
 func TestFaultCheck(t *testing.T) {
+	t.Parallel()
 	r, program := rig.New(t), ends(t)
 	r.Give(t, rig.Far4)
 	serveEnds(t, r, program, ":8001", ":8002")
@@ -146,6 +148,7 @@ func TestFaultCheck(t *testing.T) {
 // binds an address that is not answered. Others are served all the time: while
 // most are ejected, ejections do not count.
 func TestFaultBlame(t *testing.T) {
+	t.Parallel()
 	r, program := rig.New(t), ends(t)
 	r.Give(t, rig.Far4)
 	mute := netip.MustParsePrefix("192.0.2.77/32")

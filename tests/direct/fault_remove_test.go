@@ -17,6 +17,7 @@ import (
 // TestFaultRemove takes an endpoint away, by a rule for its connections each: only
 // those end that Pillion sent there.
 func TestFaultRemove(t *testing.T) {
+	t.Parallel()
 	r, program := rig.New(t), ends(t)
 	r.Give(t, rig.Far4)
 	serveEnds(t, r, program, ":8001", ":8002")
@@ -82,6 +83,7 @@ func TestFaultRemove(t *testing.T) {
 // TestFaultTwoInstances: two scopes with the same services, on the fewest
 // capabilities, do not disturb each other.
 func TestFaultTwoInstances(t *testing.T) {
+	t.Parallel()
 	r, program := rig.New(t), ends(t)
 	r.Home = testutil.Place{}.With(unix.CAP_BPF, unix.CAP_NET_ADMIN)
 	other := r.Beside(t)

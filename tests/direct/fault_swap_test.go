@@ -76,16 +76,6 @@ func endpointsOf(t testing.TB, i *rig.Instance, name string) (all []admin.Endpoi
 	return nil, source
 }
 
-// settled waits until a service has an endpoint set, and no other.
-func settled(t testing.TB, i *rig.Instance, name string, want []netip.AddrPort) {
-	t.Helper()
-	testutil.Eventually(t, rig.Limit, func() bool {
-		all, _ := endpointsOf(t, i, name)
-		all = slices.DeleteFunc(all, func(e admin.EndpointStatus) bool { return e.State == admin.EndpointRemoved })
-		return len(all) == len(want) && all[0].Address == want[0].String()
-	}, "the endpoints are those of the file")
-}
-
 // swap replaces the set by reloads, as fast as they go and a hundred times a second
 // at most, until done, and leaves the first one.
 func (s *swapped) swap(t testing.TB, i *rig.Instance, done func(swaps int) bool) (swaps int) {
@@ -109,7 +99,7 @@ func (s *swapped) swap(t testing.TB, i *rig.Instance, done func(swaps int) bool)
 func (s *swapped) only(t testing.TB) (to map[netip.AddrPort]int) {
 	t.Helper()
 	to = map[netip.AddrPort]int{}
-	for _, r := range records(t, s.log) {
+	for _, r := range logged(t, s.log) {
 		if r.OrigDst != s.service {
 			continue
 		}
@@ -129,7 +119,7 @@ func TestFaultSwap(t *testing.T) {
 	s := newSwapped(t)
 	s.write(t, s.sets[0])
 	i := s.run(t)
-	l := startLoad(t, s.Rig, s.program, 2, s.service)
+	l := press(t, s.Rig, s.program, 2, s.service)
 	began := time.Now()
 	done := s.swap(t, i, func(n int) bool {
 		return n >= swaps && n%50 == 0 && (int(series(t, i)["pillion_connects_total"]) >= connects || time.Since(began) > 2*rig.Limit)
