@@ -156,3 +156,64 @@ func TestCrashSwap(t *testing.T) {
 	// Of who is not in the set, nothing stays.
 	testutil.Eventually(t, rig.Limit, func() bool { return liveOf(t, i, s.service.String()) == 0 }, "nobody is connected")
 }
+
+// TestCrashServices kills Pillion while services come and go: none is ever mistaken
+// for another.
+func TestCrashServices(t *testing.T) {
+	const rounds, services = 6, 8
+	s := newSwapped(t)
+	at := func(n int) netip.AddrPort { return netip.AddrPortFrom(vip4, uint16(1000+n)) }
+	write := func(has func(n int) bool) {
+		t.Helper()
+		text := "path: direct\nservices:\n" + service(s.service, "", s.sets[0]...)
+		for n := range services {
+			if has(n) {
+				text += service(at(n), "", addrs(netip.AddrFrom4([4]byte{10, 50, byte(n), 1}), 80, 81)...)
+			}
+		}
+		replace(t, s.config, text)
+	}
+	some := func(int) bool { return rand.IntN(2) == 0 }
+	write(some)
+	i := s.run(t)
+	own := func(when string) {
+		t.Helper()
+		for n := range services {
+			x := explained(t, i, at(n).String())
+			if x.Reason == flow.ReasonService && (!x.Pick.IsValid() || x.Pick.Addr().As4()[2] != byte(n)) {
+				t.Errorf("%s: service %d goes to %s", when, n, x.Pick)
+			}
+		}
+		if x := explained(t, i, s.service.String()); !slices.Contains(s.sets[0], x.Pick) {
+			t.Errorf("%s: the service that stays goes to %s", when, x.Pick)
+		}
+	}
+	l := press(t, s.Rig, s.program, 1, s.service)
+	for round := range rounds {
+		dead := make(chan struct{})
+		go func() {
+			defer close(dead)
+			for {
+				write(some)
+				if _, err := i.Reload(context.Background()); err != nil {
+					return
+				}
+			}
+		}()
+		time.Sleep(30*time.Millisecond + time.Duration(rand.IntN(30_000))*time.Microsecond)
+		own(fmt.Sprint("round ", round))
+		i.Kill(t)
+		<-dead
+		write(func(n int) bool { return n%2 == round%2 })
+		i.Launch(t)
+		own(fmt.Sprint("after round ", round))
+		for n := range services {
+			if x := explained(t, i, at(n).String()); (x.Reason == flow.ReasonService) != (n%2 == round%2) {
+				t.Errorf("after round %d: service %d is %s", round, n, x.Reason)
+			}
+		}
+	}
+	if l.end() == 0 {
+		t.Error("there was no load")
+	}
+}
