@@ -231,7 +231,7 @@ func (p *player) come(to []netip.AddrPort, n int) {
 		if c != nil {
 			c.Close()
 		}
-		time.Sleep(time.Millisecond) // the load is not what is tested
+		time.Sleep(3 * time.Millisecond) // the load is not what is tested
 	}
 }
 

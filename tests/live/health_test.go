@@ -52,6 +52,7 @@ var checks = map[string]func(t testing.TB, r *rig.Rig) patients{
 	},
 	// A file says so.
 	"command": func(t testing.TB, r *rig.Rig) patients {
+		testutil.Need(t, "sh")
 		serve(t, r, 1, 2)
 		dir := t.TempDir()
 		return patients{fmt.Sprintf(`{command: [sh, -c, 'test ! -e "%s/$PILLION_ENDPOINT_ADDRESS"'], %s}`, dir, every),
@@ -85,7 +86,7 @@ func TestChecks(t *testing.T) {
 func checked(t *testing.T, ward func(testing.TB, *rig.Rig) patients, more string) {
 	r := rig.New(t)
 	p := ward(t, r)
-	with := "services:\n" + service(1, more+", no_endpoint: EHOSTUNREACH, health_check: "+p.check, 1, 2)
+	with := "services:\n" + service(1, more+", policy: random, no_endpoint: EHOSTUNREACH, health_check: "+p.check, 1, 2)
 	s := newStage(t, r, with)
 	s.goes(t, 1, 1, 2)
 	if got := s.open(t, "old", vip(1)); got == "" {
@@ -169,6 +170,7 @@ func TestCheckRemoved(t *testing.T) {
 // time: nothing may be down that nobody checks.
 func TestCheckFlaps(t *testing.T) {
 	t.Parallel()
+	testutil.Need(t, "sh", "od")
 	r := rig.New(t)
 	serve(t, r, 1)
 	check := `, health_check: {command: [sh, -c, 'exit $(($(od -An -N1 -tu1 /dev/urandom) % 2))'], interval: 10ms, healthy: 1, unhealthy: 1}`

@@ -95,6 +95,7 @@ func TestRestart(t *testing.T) {
 // TestExec changes the file of an exec that has flags too, while its command runs.
 func TestExec(t *testing.T) {
 	t.Parallel()
+	testutil.Need(t, "sh", "python3")
 	r := rig.New(t)
 	serve(t, r, 1, 2, 3)
 	dir := t.TempDir()
