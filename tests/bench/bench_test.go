@@ -90,6 +90,9 @@ func TestFlags(t *testing.T) {
 			t.Errorf("%v is accepted", args)
 		}
 	}
+	if _, err := parse([]string{"--part", "half"}); err == nil {
+		t.Error("a part that is none is accepted")
+	}
 	o, err := parse([]string{"--quick", "--only", "latency,upload"})
 	if err != nil {
 		t.Fatal(err)

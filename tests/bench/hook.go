@@ -81,16 +81,21 @@ func (all programs) tallies() (map[string]tally, error) {
 	return now, nil
 }
 
-// costs is what was between two readings, for n connections. Programs that did
-// not run are left out.
-func costs(before, after map[string]tally, n float64) map[string]programCost {
+// runsLeast is how often, per connection, a program runs that has to do with them:
+// Pillion's own test connections run some, ten times a second.
+const runsLeast = 0.5
+
+// costs is what was between two readings, for n connections.
+func costs(before, after map[string]tally, n float64) (map[string]programCost, error) {
 	all := map[string]programCost{}
 	for name, b := range after {
 		a := before[name]
-		if b.runs == a.runs {
-			continue
+		if c := (programCost{Runs: float64(b.runs-a.runs) / n, Nanos: float64(b.time-a.time) / n}); c.Runs >= runsLeast {
+			all[name] = c
 		}
-		all[name] = programCost{Runs: float64(b.runs-a.runs) / n, Nanos: float64(b.time-a.time) / n}
 	}
-	return all
+	if _, ok := all[hookProgram]; !ok {
+		return nil, fmt.Errorf("%s ran %d times for %.0f connections", hookProgram, after[hookProgram].runs-before[hookProgram].runs, n)
+	}
+	return all, nil
 }

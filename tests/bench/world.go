@@ -344,6 +344,9 @@ func (w *world) once(ctx context.Context, a *arm, wk work) (s sample, err error)
 		return s, err
 	}
 	after, err := w.clocks(a)
+	if err != nil {
+		return s, err
+	}
 	a.opened += r.Opened
 	n := float64(wk.Ops)
 	s.Proxy = float64(after.proxy-before.proxy) / n
@@ -354,7 +357,7 @@ func (w *world) once(ctx context.Context, a *arm, wk work) (s sample, err error)
 		s.Machine = float64(processors*(after.now-before.now)-(after.unused-before.unused)) / n
 	}
 	if wk.Name == workHook {
-		s.Programs = costs(before.programs, after.programs, n)
+		s.Programs, err = costs(before.programs, after.programs, n)
 	}
 	return s, err
 }

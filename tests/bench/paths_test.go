@@ -1,0 +1,158 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/pillion-project/pillion/cmd/pillion/config"
+)
+
+// aPathReport has pass cost what nothing costs, but for one round of three in which
+// the machine was slow for it, and direct a tenth more of everything.
+func aPathReport(hookNanos float64) *pathReport {
+	flat := func(v float64) sample { return sample{Proxy: 1, All: v, Machine: 2 * v, Wall: v, P50: v} }
+	r := &pathReport{works: pathWorks(), arms: []string{armNone, armPass, armPathDirect}, Samples: map[string]map[string][]sample{}}
+	for _, w := range r.works {
+		if w.Name == workHook {
+			s := sample{Programs: map[string]programCost{hookProgram: {Runs: 1, Nanos: hookNanos}, "pl_sockops": {Runs: 9, Nanos: 900}}}
+			r.Samples[w.Name] = map[string][]sample{armPass: {s}, armPathDirect: {s}}
+			continue
+		}
+		r.Samples[w.Name] = map[string][]sample{
+			armNone:       {flat(100), flat(200), flat(100)},
+			armPass:       {flat(100), flat(900), flat(100)},
+			armPathDirect: {flat(110), flat(220), flat(110)},
+		}
+	}
+	r.sum()
+	return r
+}
+
+func TestPathVerdict(t *testing.T) {
+	const hookNanos = 300
+	r := &report{Paths: aPathReport(hookNanos)}
+	err := r.verdict(false)
+	if err == nil {
+		t.Fatal("missed targets are no error")
+	}
+	for _, want := range []string{
+		"direct: CPU per round trip : nothing is 1.100, want at most 1.020",
+		"direct: connection rate : nothing is 0.909, want at least 0.950",
+		"direct: throughput : nothing is 0.909, want at least 0.980",
+		"direct: round trip (p50, one connection) : nothing is 1.100, want at most 1.030",
+	} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%v\ndoes not say %q", err, want)
+		}
+	}
+	for _, met := range []string{"pass", "connect hook"} {
+		if strings.Contains(err.Error(), met) {
+			t.Errorf("%v\n%s has met its targets", err, met)
+		}
+	}
+	if err := r.verdict(true); err != nil {
+		t.Errorf("--quick enforces: %v", err)
+	}
+}
+
+func TestHookTarget(t *testing.T) {
+	r := aPathReport(401)
+	var missed []string
+	for _, x := range r.Targets {
+		if !x.Met && strings.Contains(x.Name, "hook") {
+			missed = append(missed, x.Name)
+		}
+	}
+	if d := cmp.Diff([]string{"pass: ns in the connect hook", "direct: ns in the connect hook"}, missed); d != "" {
+		t.Error(d)
+	}
+}
+
+// TestPathCPU has the machine's time decide, and that of the processes where there
+// were no spinners.
+func TestPathCPU(t *testing.T) {
+	r := aPathReport(1)
+	if got := r.cpu(workRoundTrip)(sample{Machine: 1, All: 2}); got != 1 {
+		t.Errorf("with spinners: %v, want the machine's", got)
+	}
+	for i := range r.Samples[workRoundTrip][armNone] {
+		r.Samples[workRoundTrip][armNone][i].Machine = 0
+	}
+	if got := r.cpu(workRoundTrip)(sample{Machine: 1, All: 2}); got != 2 {
+		t.Errorf("without spinners: %v, want that of the processes", got)
+	}
+}
+
+func TestPathReportFormats(t *testing.T) {
+	for _, format := range []string{"table", "json"} {
+		var b bytes.Buffer
+		r := &report{Paths: aPathReport(300)}
+		r.Paths.Missing = []string{"ipvs: this kernel has none"}
+		if err := r.write(&b, format); err != nil {
+			t.Fatal(err)
+		}
+		if format == "json" && !json.Valid(b.Bytes()) {
+			t.Errorf("no JSON: %s", &b)
+		}
+		for _, want := range []string{armPathDirect, "pl_sockops", "ipvs: this kernel has none", "1.1"} {
+			if !strings.Contains(b.String(), want) {
+				t.Errorf("%s does not tell %q:\n%s", format, want, &b)
+			}
+		}
+	}
+}
+
+func TestCosts(t *testing.T) {
+	before := map[string]tally{hookProgram: {10, time.Microsecond}, "pl_lookup": {5, 0}}
+	after := map[string]tally{hookProgram: {110, 31 * time.Microsecond}, "pl_lookup": {7, 9}}
+	got, err := costs(before, after, 100)
+	if d := cmp.Diff(map[string]programCost{hookProgram: {Runs: 1, Nanos: 300}}, got); err != nil || d != "" {
+		t.Error(err, d)
+	}
+	if got, err := costs(after, after, 100); err == nil {
+		t.Errorf("a hook that did not run cost %v", got)
+	}
+}
+
+// TestPathConfig holds what Pillion is told to what it would be.
+func TestPathConfig(t *testing.T) {
+	const services = 300
+	path := filepath.Join(t.TempDir(), "pillion.yaml")
+	if err := os.WriteFile(path, []byte(pathConfig(services)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := config.Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[netip.AddrPort]bool{}
+	for _, s := range c.Services {
+		seen[s.Addr] = true
+		if len(s.Endpoints) != len(endpoints) {
+			t.Errorf("%v has %d endpoints, want %d", s.Addr, len(s.Endpoints), len(endpoints))
+		}
+	}
+	if len(seen) != services || !seen[serviceAddr] {
+		t.Errorf("%d services, want %d with %v", len(seen), services, serviceAddr)
+	}
+}
+
+func TestProcessClock(t *testing.T) {
+	before, err := processClock(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := ownCPU()
+	after, err := processClock(os.Getpid())
+	if err != nil || before > own || own > after || before == 0 {
+		t.Errorf("%d, %d, %d: want the clock of this process: %v", before, own, after, err)
+	}
+}
