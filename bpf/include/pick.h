@@ -222,6 +222,11 @@ __noinline int look(struct pick *p, __u32 n)
 		if (m && !chance(&p->words, m->cut))
 			i = m->alias;
 	}
+	/* A new set since the last draw, and a smaller one: past its endpoints
+	 * there are those of the other tier, or rows that are none.
+	 */
+	if (i >= count)
+		return 1;
 	m = at(set, &key, PL_SET_HEAD + first + i);
 	if (!m || !may_pick(p->id, m->id, p->now))
 		return 0;
