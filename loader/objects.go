@@ -128,6 +128,10 @@ func (d *Datapath) open() error {
 	if err := d.load(specs, pinned); err != nil {
 		return err
 	}
+	if err := d.maps.Settings.Lookup(uint32(0), &d.settings); err != nil {
+		return fmt.Errorf("read settings: %w", err)
+	}
+	d.settings.Draining = 0 // that was the earlier process
 	return d.sets.recover(d.maps.Services)
 }
 

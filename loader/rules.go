@@ -152,6 +152,7 @@ func (d *Datapath) applySettings(r Rules) error {
 		LiveMax:      uint32(r.MaxConns),
 		Families:     d.slots.families &^ d.lost.Load(),
 		Connect:      uint32(d.connect(r.Connect)),
+		Draining:     d.settings.Draining, // for good, whatever a reload says
 	}
 	return d.putSettings()
 }

@@ -41,3 +41,44 @@ func TestUnavailable(t *testing.T) {
 		}
 	}
 }
+
+// TestDraining: rules that come while it drains do not send the handler new
+// connections, and who takes over drains with the rules that were in force, and is
+// not draining itself.
+func TestDraining(t *testing.T) {
+	p := newPlace(t)
+	d := p.create(t, "one")
+	rules := plain
+	rules.Closed = true
+	rules.Deny = []Rule{{Prefix: netip.MustParsePrefix("192.0.2.0/24")}}
+	setRules(t, d, rules)
+	settings := func() (v bpf.Settings) {
+		t.Helper()
+		if err := d.maps.Settings.Lookup(uint32(0), &v); err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	drain := func() {
+		t.Helper()
+		if err := d.Drain(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	drain()
+	setRules(t, d, rules)
+	if settings().Draining == 0 {
+		t.Error("new rules ended the drain")
+	}
+	d = p.restart(t, d)
+	defer func() { p.unload(t, d) }()
+	drain()
+	if v := settings(); v.Draining == 0 || v.DenyRules != 1 || v.OnFailure != bpf.OnFailureClosed {
+		t.Errorf("who took over drains with %+v", v)
+	}
+	d = p.restart(t, d)
+	setRules(t, d, rules)
+	if settings().Draining != 0 {
+		t.Error("who took over drains as the one before it did")
+	}
+}
