@@ -114,10 +114,11 @@ func (c *control) gather(next *config.Config) []service {
 	return all
 }
 
-// kubernetesService parts "namespace/name:port".
+// kubernetesService parts the name of a kube.Service.
 func kubernetesService(text string) *config.KubernetesService {
 	namespace, rest, _ := strings.Cut(text, "/")
 	name, port, _ := strings.Cut(rest, ":")
+	port, _, _ = strings.Cut(port, "/") // which of two addresses it is
 	return &config.KubernetesService{Namespace: namespace, Name: name, Port: port}
 }
 

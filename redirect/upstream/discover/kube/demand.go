@@ -39,7 +39,9 @@ type DemandOptions struct {
 
 // Service is a port of a service that is in use.
 type Service struct {
-	// Name is "namespace/name:port", the port by number.
+	// Name is "namespace/name:port", the port by number, and for an address that is
+	// not of the cluster's first family (IPv4 if that is not known) with "/ipv6" or
+	// "/ipv4" behind it: each address of a dual-stack service is a service here.
 	Name string
 	// Host is "name.namespace.svc.cluster.local".
 	Host string

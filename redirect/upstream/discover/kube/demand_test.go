@@ -208,10 +208,10 @@ func TestDemandSecond(t *testing.T) {
 	k.put("endpointslices", "default", "web-6", "web", sliceOf("IPv6", httpPort, ep("fd00::1")))
 	d := demand(t, c, DemandOptions{})
 	d.Asked(netip.MustParseAddrPort("[fd00:96::10]:80"))
-	d.waitFor("default/web:80=[fd00:96::10]:80")
+	d.waitFor("default/web:80/ipv6=[fd00:96::10]:80")
 	listen(t, d.at(0).Source).waitFor("[fd00::1]:8080")
 	d.Asked(netip.MustParseAddrPort("10.96.0.10:80"))
-	d.waitFor("default/web:80=10.96.0.10:80", "default/web:80=[fd00:96::10]:80")
+	d.waitFor("default/web:80=10.96.0.10:80", "default/web:80/ipv6=[fd00:96::10]:80")
 	listen(t, d.at(0).Source).waitFor("10.0.0.1:8080")
 	// The next scan is a while away, so what no service has is not known yet, and
 	// not asked for again.
@@ -268,11 +268,11 @@ func TestDemandNames(t *testing.T) {
 		d.AskedName(bad)
 	}
 	d.AskedName("Web.Default.svc.cluster.local.")
-	d.waitFor("default/web:80=10.96.0.10:80", "default/web:80=[fd00:96::10]:80",
-		"default/web:81=10.96.0.10:81", "default/web:81=[fd00:96::10]:81")
+	d.waitFor("default/web:80=10.96.0.10:80", "default/web:80/ipv6=[fd00:96::10]:80",
+		"default/web:81=10.96.0.10:81", "default/web:81/ipv6=[fd00:96::10]:81")
 	d.AskedName("db.prod.svc")
-	d.waitFor("default/web:80=10.96.0.10:80", "default/web:80=[fd00:96::10]:80",
-		"default/web:81=10.96.0.10:81", "default/web:81=[fd00:96::10]:81", "prod/db:5432=-")
+	d.waitFor("default/web:80=10.96.0.10:80", "default/web:80/ipv6=[fd00:96::10]:80",
+		"default/web:81=10.96.0.10:81", "default/web:81/ipv6=[fd00:96::10]:81", "prod/db:5432=-")
 	listen(t, d.at(4).Source).waitFor("10.0.0.1:5432", "10.0.0.2:5432")
 	d.AskedName("none.prod.svc")
 	d.ask(3)

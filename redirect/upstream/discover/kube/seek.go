@@ -431,11 +431,13 @@ func (s *seeker) list() []Service {
 	for _, f := range s.found {
 		for at := range f.uses {
 			ref := Ref{Namespace: f.service.namespace, Name: f.service.name, Port: strconv.Itoa(int(at.Port()))}
+			name := fmt.Sprintf("%s:%d", f.service.key, at.Port())
 			if at.Addr().IsValid() {
 				ref.Family = familyOf(at.Addr())
+				name += s.suffix(ref.Family)
 			}
 			list = append(list, Service{
-				Name:     fmt.Sprintf("%s:%d", f.service.key, at.Port()),
+				Name:     name,
 				Host:     f.service.name + "." + f.service.namespace + ".svc" + s.client.domain,
 				Addr:     at,
 				Affinity: f.service.affinity,
@@ -445,6 +447,19 @@ func (s *seeker) list() []Service {
 	}
 	slices.SortFunc(list, func(a, b Service) int { return cmp.Or(cmp.Compare(a.Name, b.Name), a.Addr.Compare(b.Addr)) })
 	return list
+}
+
+// suffix tells the two addresses of a dual-stack service apart. It goes by the
+// address alone, so that a name stays whichever of them is used, and when.
+func (s *seeker) suffix(f Family) string {
+	switch {
+	case f == cmp.Or(s.primary, FamilyIPv4):
+		return ""
+	case f == FamilyIPv6:
+		return "/ipv6"
+	default:
+		return "/ipv4"
+	}
 }
 
 // lookup asks for the service of an address or a name.
