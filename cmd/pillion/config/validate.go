@@ -194,6 +194,10 @@ func leftAlone(a netip.Addr) string {
 }
 
 func (k *check) endpoints(path string, endpoints []Endpoint) {
+	if n := len(endpoints); n > flow.SetEndpoints {
+		k.add(path, "%d endpoints: want at most %d", n, flow.SetEndpoints)
+		return
+	}
 	first := make(map[netip.AddrPort]int, len(endpoints))
 	for i, e := range endpoints {
 		path, other := index(path, i), path
