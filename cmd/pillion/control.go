@@ -41,6 +41,8 @@ type control struct {
 	reloads  uint64
 	failures uint64
 	trouble  string // why the last change could not be put in force; empty: it was
+	again    time.Time
+	tooMany  []admin.Refusal // services for whose endpoints there is no room
 	services []service
 }
 
@@ -72,6 +74,13 @@ func (c *control) inForce() *config.Config {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.config
+}
+
+// failing tells whether it is time to try again what could not be put in force.
+func (c *control) failing() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.trouble != "" && time.Now().After(c.again)
 }
 
 // wake makes run look for news.
@@ -136,6 +145,9 @@ func (c *control) run(ctx context.Context) error {
 		case <-overflow.C:
 			c.overflow()
 			c.close(c.inForce(), c.list())
+			if c.failing() {
+				c.update()
+			}
 		case <-c.removals.due():
 			c.removals.endDue()
 		}

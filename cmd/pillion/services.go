@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -18,6 +19,7 @@ import (
 	"github.com/pillion-project/pillion/redirect/upstream"
 	"github.com/pillion-project/pillion/redirect/upstream/discover"
 	"github.com/pillion-project/pillion/redirect/upstream/health/check"
+	"github.com/pillion-project/pillion/telemetry/admin"
 )
 
 // service is one that is in force.
@@ -62,6 +64,10 @@ func lists(c *config.Config, name string, addr netip.AddrPort) bool {
 	return slices.ContainsFunc(c.Services, func(s config.Service) bool { return s.Name == name || s.Addr == addr })
 }
 
+// againAfter is how long it takes until it is tried again to put in force what
+// could not be: what was removed may need its room for some seconds more.
+const againAfter = 5 * time.Second
+
 // update puts in force what sources and checks have found.
 func (c *control) update() {
 	c.newsMu.Lock()
@@ -77,6 +83,9 @@ func (c *control) update() {
 	err := c.apply(c.inForce())
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if err != nil {
+		c.again = time.Now().Add(againAfter)
+	}
 	if text := textOf(err); text != c.trouble {
 		c.trouble = text
 		if err != nil {
@@ -162,6 +171,7 @@ func same(services []service, s *service) *service {
 // handler before the kernel side, so that what is redirected finds its service.
 func (c *control) publish(next *config.Config) error {
 	services := c.gather(next)
+	refused := bound(services, c.list(), bpf.Endpoints)
 	old := c.i.snapshot.Load()
 	snapshot, err := upstream.Build(old, specs(next, services), upstream.Options{Health: next.Health})
 	if err != nil {
@@ -186,7 +196,7 @@ func (c *control) publish(next *config.Config) error {
 	c.i.byAddr.Store(&byAddr)
 	c.mu.Lock()
 	before := c.services
-	c.services = services
+	c.services, c.tooMany = services, refused
 	c.mu.Unlock()
 	c.removed(before, services)
 	if err := c.checker.Set(targets(services)); err != nil {
@@ -197,6 +207,48 @@ func (c *control) publish(next *config.Config) error {
 		c.close(next, services)
 	}
 	return nil
+}
+
+// bound keeps the endpoints of all services within most, which is what the kernel
+// side has room for. A service for whose new endpoints there is none keeps those
+// that it had before; one that is new goes by on_failure.
+func bound(services, before []service, most int) []admin.Refusal {
+	room := most
+	had := make([]*service, len(services))
+	for i := range services {
+		s := &services[i]
+		if s.path == flow.PathPass {
+			continue
+		}
+		kept := 0
+		if had[i] = same(before, s); had[i] != nil {
+			kept = len(had[i].endpoints)
+		}
+		room -= min(len(s.endpoints), kept)
+	}
+	var refused []admin.Refusal
+	for i := range services {
+		s := &services[i]
+		if s.path == flow.PathPass {
+			continue
+		}
+		kept := 0
+		if had[i] != nil {
+			kept = len(had[i].endpoints)
+		}
+		more := len(s.endpoints) - kept
+		if more <= 0 || more <= room {
+			room -= max(more, 0)
+			continue
+		}
+		refused = append(refused, admin.Refusal{Name: s.Name, Where: s.Where(""), Text: fmt.Sprintf(
+			"%d endpoints, and there is room for %d more than its %d: those stay", len(s.endpoints), max(room, 0), kept)})
+		s.endpoints, s.known = nil, false
+		if had[i] != nil {
+			s.endpoints, s.known = had[i].endpoints, had[i].known
+		}
+	}
+	return refused
 }
 
 // closedFor is how long the connect hook refuses a service after it was last told

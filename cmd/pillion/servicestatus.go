@@ -16,6 +16,7 @@ func (c *control) status() admin.ConfigurationStatus {
 	defer c.mu.Unlock()
 	s := c.state
 	s.Refused = slices.Clone(s.Refused)
+	s.Refused = append(s.Refused, c.tooMany...)
 	if c.trouble != "" {
 		s.Refused = append(s.Refused, admin.Refusal{Text: c.trouble})
 	}
