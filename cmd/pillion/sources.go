@@ -120,6 +120,26 @@ func (s *sources) asked(dst netip.AddrPort) {
 	}
 }
 
+// pending tells whether a destination that asked was told of may be a service's in
+// a moment.
+func (s *sources) pending(dst netip.AddrPort) bool {
+	return s.demand != nil && s.demand.Pending(dst)
+}
+
+// Record implements [events.Sink]: it hears of the connections on pass, of which no
+// handler does.
+func (s *sources) Record(r *flow.Record) {
+	if unnamed(r) {
+		s.asked(r.OrigDst)
+	}
+}
+
+// unnamed tells whether a connection was left alone only because no service names
+// its destination.
+func unnamed(r *flow.Record) bool {
+	return r.Path == flow.PathPass && r.Service == "" && r.Reason == flow.ReasonDefault
+}
+
 // found returns the services that were found and that nobody lists.
 func (s *sources) found() []kube.Service {
 	s.mu.Lock()

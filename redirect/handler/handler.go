@@ -39,6 +39,10 @@ type Options struct {
 	// Unnamed, if set, is told of every connection whose destination no service
 	// names. Workers call it, so it must not block.
 	Unnamed func(dst netip.AddrPort)
+	// Pending, if set, tells whether a destination that Unnamed was told of may
+	// become a service's at once: its connections wait for that. It must become
+	// false within a second, and workers call it, so it must not block.
+	Pending func(dst netip.AddrPort) bool
 	// Unavailable, if set, is told when a service has no endpoint that may be
 	// picked, for how long, and (0) when it has again. It must not block.
 	Unavailable func(service netip.AddrPort, wait time.Duration)
@@ -52,7 +56,8 @@ type Handler struct {
 	relay     *l4.Relay
 	listeners [2][]int // of IPv4 and IPv6, one per worker
 
-	unnamed     func(netip.AddrPort) // nil: nobody asks
+	unnamed     func(netip.AddrPort)      // nil: nobody asks
+	pending     func(netip.AddrPort) bool // nil: nothing is ever
 	unavailable func(netip.AddrPort, time.Duration)
 	mu          sync.Mutex              // guards without
 	without     map[netip.AddrPort]bool // services that were told to be unavailable
@@ -64,12 +69,16 @@ type Handler struct {
 func New(o Options) (*Handler, error) {
 	h := &Handler{
 		resolver: origdst.NewResolver(o.Live), slots: o.Slots,
-		unnamed: o.Unnamed, unavailable: o.Unavailable, without: map[netip.AddrPort]bool{},
+		unnamed: o.Unnamed, pending: o.Pending, unavailable: o.Unavailable, without: map[netip.AddrPort]bool{},
 	}
 	h.table.Store(o.Table)
 	perWorker, err := h.listen(o)
 	if err != nil {
 		return nil, err
+	}
+	var undecided func(*l4.Target) bool
+	if o.Pending != nil {
+		undecided = h.undecided
 	}
 	h.relay, err = l4.New(l4.Options{
 		Listeners:   perWorker,
@@ -80,6 +89,7 @@ func New(o Options) (*Handler, error) {
 		Queues:      o.Queues,
 		Answered:    o.Answered,
 		Unavailable: h.dialed,
+		Undecided:   undecided,
 	}, h)
 	if err != nil {
 		return nil, fmt.Errorf("start relay: %w", err)
@@ -168,6 +178,16 @@ func (h *Handler) Direct(local, remote netip.AddrPort) (l4.Target, error) {
 		return t, fmt.Errorf("relay to %s: %w", d.OrigDst, ErrLoop)
 	}
 	return t, nil
+}
+
+// undecided gives a target the service that was found for it since, and tells
+// whether one may still be.
+func (h *Handler) undecided(t *l4.Target) bool {
+	if s, ok := h.table.Load().Lookup(t.Downstream.OrigDst); ok {
+		t.Terms, t.Cluster = &s.Terms, s.Cluster
+		return false
+	}
+	return h.pending(t.Downstream.OrigDst.AddrPort)
 }
 
 // Again implements [l4.Director].

@@ -71,6 +71,7 @@ type conn struct {
 	attempts  uint8       // dials in all,
 	round     uint8       // and in this round
 	dialing   bool
+	waiting   bool // it is not known yet whether a service names it; see undecided.go
 	endless   bool // the dial has no time limit of ours
 	mirrored  bool // it was held
 	closing   bool // one side is broken; the rest is being saved

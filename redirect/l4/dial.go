@@ -111,8 +111,15 @@ func (w *worker) readFirst(c *conn) {
 	}
 }
 
-// dial tries endpoints until one is being dialed, or ends the connection.
+// dial tries endpoints until one is being dialed, or ends the connection. It waits
+// with that until it is known whose the connection is.
 func (w *worker) dial(c *conn) {
+	if !w.undecided(c) {
+		w.dialNow(c)
+	}
+}
+
+func (w *worker) dialNow(c *conn) {
 	for !c.dead && !w.dialOnce(c) {
 	}
 }

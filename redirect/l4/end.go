@@ -95,8 +95,12 @@ func (w *worker) end(c *conn, why flow.Reason, reset bool) {
 	if c.held != nil {
 		w.refuseHeld(c, why)
 	}
-	if c.dialing {
+	switch {
+	case c.waiting:
+		w.forgetUndecided(c)
+	case c.dialing:
 		w.dialed(c)
+	default:
 	}
 	if c.endpoint != nil {
 		c.endpoint.End()

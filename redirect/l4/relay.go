@@ -67,6 +67,13 @@ type Options struct {
 	// calls them, so they must not block.
 	Answered    func(dst netip.AddrPort, lasts time.Duration)
 	Unavailable func(t *Target)
+	// Undecided, if set, is asked before the original destination of a target
+	// without a cluster is dialed. True says that it may be a service's, which is
+	// being looked up: the connection waits, held or accepted, and the question is
+	// repeated every millisecond until it is false, which it must become within a
+	// second. It gives the target the cluster and the terms that were found. Every
+	// worker calls it, so it must not block.
+	Undecided func(t *Target) bool
 }
 
 // Stats counts since the start, but for Live and Pipes, which are of now.

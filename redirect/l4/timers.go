@@ -52,7 +52,7 @@ func (w *worker) timeout() int {
 	if len(w.again) > 0 {
 		return 0
 	}
-	if len(w.unheard) > 0 || w.firstOwed() != nil {
+	if len(w.unheard) > 0 || len(w.waiters) > 0 || w.firstOwed() != nil {
 		return 1
 	}
 	d := w.interval()
@@ -93,6 +93,7 @@ func (w *worker) expire(c *conn) {
 	switch {
 	case l.MaxLifetime > 0 && w.now-c.opened >= int64(l.MaxLifetime):
 		w.end(c, flow.ReasonMaxLifetime, true)
+	case c.waiting:
 	case c.dialing:
 		if w.now >= w.dialDeadline(c) {
 			w.dialFailed(c, flow.ReasonDialTimeout)

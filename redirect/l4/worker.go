@@ -58,6 +58,10 @@ type worker struct {
 	accepted uint64
 	swept    int64
 
+	// Connections of which it is not known yet where they go; see undecided.go.
+	waiters []*conn
+	decided int64 // when they were last asked about
+
 	// Connections whose handshakes wait; see hold.go.
 	queue     Queue // nil: there are none
 	queueFD   int32
@@ -228,6 +232,7 @@ func (w *worker) run() error {
 			w.handle(&w.events[i])
 		}
 		w.goOn()
+		w.decide()
 		w.acknowledge()
 		w.sweep()
 		w.refuseAgain()

@@ -74,7 +74,11 @@ type Demand struct {
 	asked chan question
 	// recent has the hashes of what was asked in this second.
 	recent [1024]atomic.Uint64
-	counts struct {
+	// pending has those of which nobody knows yet what becomes of them, within the
+	// ranges of services; nil: those are not known.
+	pending pending
+	within  atomic.Pointer[[]netip.Prefix]
+	counts  struct {
 		asked, dropped, lookups, found, notFound, failed atomic.Uint64
 		services                                         atomic.Int64
 	}
@@ -98,20 +102,31 @@ func (c *Client) Demand(o DemandOptions) *Demand {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	return &Demand{client: c, options: o, began: time.Now(), asked: make(chan question, askedMax)}
+	d := &Demand{client: c, options: o, began: time.Now(), asked: make(chan question, askedMax)}
+	d.setRanges(o.Within)
+	return d
 }
 
 // Asked says that the application connects to dst, which no service names. It
 // takes no lock but a channel's, allocates nothing, and never blocks: what is too
 // much is forgotten, and asked again by the next connection.
 func (d *Demand) Asked(dst netip.AddrPort) {
+	dst, hash, ok := addressOf(dst)
+	if ok {
+		d.ask(question{addr: dst}, hash)
+	}
+}
+
+// addressOf returns the usual form of an address, its hash, and whether it can be a
+// service's at all.
+func addressOf(dst netip.AddrPort) (netip.AddrPort, uint64, bool) {
 	dst = netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
 	a := dst.Addr()
 	if dst.Port() == 0 || !a.IsGlobalUnicast() || a.Zone() != "" {
-		return
+		return dst, 0, false
 	}
 	b := a.As16()
-	d.ask(question{addr: dst}, mix(binary.NativeEndian.Uint64(b[:8]), mix(binary.NativeEndian.Uint64(b[8:]), uint64(dst.Port()))))
+	return dst, mix(binary.NativeEndian.Uint64(b[:8]), mix(binary.NativeEndian.Uint64(b[8:]), uint64(dst.Port()))), true
 }
 
 // AskedName says that the application asked for a name: name.namespace.svc, with
@@ -134,17 +149,22 @@ func (d *Demand) AskedName(host string) {
 // ask puts q into the queue unless it was there in this second. Two that share
 // a place in recent only lose what it saves.
 func (d *Demand) ask(q question, hash uint64) {
-	hash = mix(hash, uint64(time.Since(d.began)/time.Second)) | 1
-	place := &d.recent[hash>>54]
-	if place.Load() == hash {
+	now := time.Since(d.began)
+	stamp := mix(hash, uint64(now/time.Second)) | 1
+	place := &d.recent[stamp>>54]
+	if place.Load() == stamp {
 		return
+	}
+	if q.addr.IsValid() && d.may(q.addr.Addr()) {
+		d.pending.open(hash, now) // before the answer can come
 	}
 	select {
 	case d.asked <- q:
-		place.Store(hash)
+		place.Store(stamp)
 		d.counts.asked.Add(1)
 	default:
 		d.counts.dropped.Add(1)
+		d.pending.close(hash, now)
 	}
 }
 
@@ -152,6 +172,14 @@ func (d *Demand) ask(q question, hash uint64) {
 func mix(a, b uint64) uint64 {
 	hi, lo := bits.Mul64(a^0x9e3779b97f4a7c15, b^0xd1b54a32d192ed03)
 	return hi ^ lo
+}
+
+func (d *Demand) setRanges(ranges []netip.Prefix) {
+	if len(ranges) == 0 {
+		d.within.Store(nil)
+		return
+	}
+	d.within.Store(&ranges)
 }
 
 // Stats returns the counts.

@@ -142,6 +142,7 @@ func (s *seeker) ask(q question) {
 		return
 	}
 	if s.options.Now().Before(s.refused[sub]) || !s.inRange(sub) {
+		s.answered(sub, q.addr.Port())
 		return
 	}
 	ports, asked := s.pending[sub]
@@ -150,6 +151,7 @@ func (s *seeker) ask(q question) {
 		return
 	case !asked && len(s.pending) >= s.options.MaxNotFound:
 		s.counts.dropped.Add(1)
+		s.answered(sub, q.addr.Port())
 		return
 	case !asked:
 		s.queue = append(s.queue, sub)
@@ -200,6 +202,7 @@ func (s *seeker) start(ctx context.Context) <-chan time.Time {
 			continue
 		}
 		if !s.inRange(sub) {
+			s.answered(sub, s.pending[sub]...)
 			delete(s.pending, sub)
 			continue
 		}
@@ -231,6 +234,7 @@ func (s *seeker) answer(a answer) {
 		s.rangesBusy = false
 		if a.err == nil {
 			s.ranges = a.ranges
+			s.setRanges(a.ranges)
 			if a.primary != FamilyAny {
 				s.primary = a.primary
 			}
@@ -267,10 +271,12 @@ func (s *seeker) settle(sub subject, svc *service, err error) {
 	switch {
 	case err != nil:
 		s.counts.failed.Add(1)
+		s.answered(sub, ports...)
 		s.refuse(sub, s.options.Failed)
 		return
 	case svc == nil || svc.foreign || s.client.check(svc) != nil:
 		s.counts.notFound.Add(1)
+		s.answered(sub, ports...)
 		s.refuse(sub, s.options.NotFound)
 		return
 	}
@@ -278,6 +284,7 @@ func (s *seeker) settle(sub subject, svc *service, err error) {
 	if f == nil {
 		if len(s.found) >= s.options.MaxServices {
 			s.counts.dropped.Add(1)
+			s.answered(sub, ports...)
 			s.refuse(sub, s.options.Failed)
 			return
 		}
@@ -341,6 +348,8 @@ func (s *seeker) use(f *found, sub subject, ports []uint16) {
 			} else if f.service.serves(at) {
 				f.uses[at] = &use{last: now}
 				s.changed = true
+			} else {
+				s.answered(subject{addr: a}, p)
 			}
 		}
 	}
@@ -378,7 +387,7 @@ func (s *seeker) review() {
 		s.changed = true
 		for at := range f.uses {
 			if !now.serves(at) {
-				delete(f.uses, at)
+				s.unuse(f, at)
 			}
 		}
 		if len(f.uses) == 0 {
@@ -397,10 +406,21 @@ func (s *seeker) unindex(f *found) {
 
 func (s *seeker) drop(f *found) {
 	s.changed = true
+	for at := range f.uses {
+		s.unuse(f, at)
+	}
 	s.unindex(f)
 	delete(s.found, f.service.key)
 	f.watcher.unsubscribe(s.wakeups)
 	s.client.release(f.watcher)
+}
+
+// unuse takes a port out of use. Who asks for it next waits for it again.
+func (s *seeker) unuse(f *found, at netip.AddrPort) {
+	delete(f.uses, at)
+	if _, hash, ok := addressOf(at); ok {
+		s.Demand.pending.forget(hash)
+	}
 }
 
 // expire drops what is not used.
@@ -415,7 +435,7 @@ func (s *seeker) expire() {
 				}
 			}
 			if now.Sub(u.last) >= s.options.Idle {
-				delete(f.uses, at)
+				s.unuse(f, at)
 				s.changed = true
 			}
 		}
