@@ -77,6 +77,9 @@ func (d *Datapath) Stats() (Stats, error) {
 	return s, nil
 }
 
+// Count is the one of Reasons in [Stats].
+func (d *Datapath) Count(why flow.Reason) (uint64, error) { return sum(d.maps.Reasons, uint32(why)) }
+
 func sum(m *ebpf.Map, key uint32) (uint64, error) {
 	var perCPU []uint64
 	if err := m.Lookup(key, &perCPU); err != nil {

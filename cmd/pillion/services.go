@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/pillion-project/pillion/bpf"
@@ -49,8 +48,8 @@ func (c *control) apply(next *config.Config) error {
 		}
 	}
 	for _, f := range c.sources.found() {
-		if _, listed := wanted[f.Name]; !listed && !lists(next, f.Name, f.Addr) {
-			wanted[f.Name] = wantOfFound(f)
+		if !lists(next, f.Name, f.Addr) {
+			wanted[f.Name] = wantOfFound(&f)
 		}
 	}
 	if err := c.sources.set(wanted); err != nil {
@@ -107,28 +106,7 @@ func (c *control) gather(next *config.Config) []service {
 	for i := range next.Services {
 		all = append(all, c.serviceOf(next, &next.Services[i]))
 	}
-	for _, f := range c.sources.found() {
-		if !f.Addr.IsValid() || lists(next, f.Name, f.Addr) {
-			continue
-		}
-		v := config.NewService(f.Name, f.Addr)
-		v.Discover = &config.Discover{Kubernetes: kubernetesService(f.Name)}
-		if f.Affinity {
-			v.Policy, v.Hash = flow.PolicyMaglev, flow.HashSource
-		}
-		s := c.serviceOf(next, &v)
-		s.found = true
-		all = append(all, s)
-	}
-	return all
-}
-
-// kubernetesService parts the name of a kube.Service.
-func kubernetesService(text string) *config.KubernetesService {
-	namespace, rest, _ := strings.Cut(text, "/")
-	name, port, _ := strings.Cut(rest, ":")
-	port, _, _ = strings.Cut(port, "/") // which of two addresses it is
-	return &config.KubernetesService{Namespace: namespace, Name: name, Port: port}
+	return append(all, c.found(next)...)
 }
 
 func (c *control) serviceOf(next *config.Config, v *config.Service) service {
@@ -273,7 +251,7 @@ func (c *control) close(in *config.Config, services []service) {
 		s := &services[i]
 		up := func(e *upstream.Endpoint) bool { return !e.Down() }
 		switch {
-		case s.path != flow.PathRelay || !s.known && !closes(in, s):
+		case s.path != flow.PathRelay || !s.known && !closes(in, s) || s.idle():
 		case !slices.ContainsFunc(s.cluster.Endpoints, up):
 			closed[s.Addr] = true
 			tell(s.Addr, closedFor)
@@ -395,7 +373,7 @@ func tableOf(next *config.Config, services []service) (*route.Table, error) {
 		s := &services[i]
 		// One that is not known and closed has a cluster without endpoints: it
 		// refuses.
-		if !s.known && !closes(next, s) || s.path == flow.PathPass {
+		if !s.known && !closes(next, s) || s.path == flow.PathPass || s.idle() {
 			continue
 		}
 		all = append(all, route.Service{Name: s.Name, Addr: s.Addr, Cluster: s.cluster, Terms: flow.Terms{Limits: limitsOf(next, s)}})

@@ -82,21 +82,8 @@ func (s *sources) start(ctx context.Context) {
 	if s.demand == nil {
 		return
 	}
-	found := make(chan []kube.Service)
-	s.parts.Go(func() {
-		defer close(found)
-		if err := s.demand.Run(ctx, found); err != nil {
-			s.i.log.Error("services are not found on demand", "error", err)
-		}
-	})
-	s.parts.Go(func() {
-		for all := range found {
-			s.mu.Lock()
-			s.dynamic = all
-			s.mu.Unlock()
-			s.changed()
-		}
-	})
+	s.parts.Go(func() { s.seek(ctx) })
+	s.parts.Go(func() { s.look(ctx) })
 }
 
 // stop waits for all that start began; its context must be done.
@@ -111,40 +98,6 @@ func (s *sources) launch(one *source) {
 	ctx, stop := context.WithCancel(s.ctx)
 	one.stop = stop
 	s.parts.Go(func() { _ = one.keeper.Run(ctx) })
-}
-
-// asked says that an application connects to what no service names.
-func (s *sources) asked(dst netip.AddrPort) {
-	if s.demand != nil {
-		s.demand.Asked(dst)
-	}
-}
-
-// pending tells whether a destination that asked was told of may be a service's in
-// a moment.
-func (s *sources) pending(dst netip.AddrPort) bool {
-	return s.demand != nil && s.demand.Pending(dst)
-}
-
-// Record implements [events.Sink]: it hears of the connections on pass, of which no
-// handler does.
-func (s *sources) Record(r *flow.Record) {
-	if unnamed(r) {
-		s.asked(r.OrigDst)
-	}
-}
-
-// unnamed tells whether a connection was left alone only because no service names
-// its destination.
-func unnamed(r *flow.Record) bool {
-	return r.Path == flow.PathPass && r.Service == "" && r.Reason == flow.ReasonDefault
-}
-
-// found returns the services that were found and that nobody lists.
-func (s *sources) found() []kube.Service {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.dynamic
 }
 
 // want is a source that is to run.
@@ -244,12 +197,6 @@ func (s *sources) wantOf(v *config.Service) (want, bool) {
 			return s.kube.Source(ref), nil
 		}}, true
 	}
-}
-
-// wantOfFound is wantOf for a service that was found on demand.
-func wantOfFound(v kube.Service) want {
-	return want{kind: admin.SourceKubernetes, name: v.Name, of: v.Name + " " + v.Addr.String(),
-		open: func() (discover.Source, error) { return v.Source, nil }}
 }
 
 func dnsOptions(d *config.DNS, service netip.Addr) dns.Options {

@@ -152,7 +152,7 @@ func (i *instance) assemble() error {
 		Live: i.datapath, Table: i.table, Slots: loader.Supernets(),
 		Listen4: v4, Listen6: v6, Workers: workers,
 		Limits: limits(&i.plan.config.Relay), MaxConns: rules.MaxConns,
-		MaxPerGroup: carried(rules.ConnQuota), Exempt: i.exempt(), Unnamed: i.control.sources.asked,
+		MaxPerGroup: carried(rules.ConnQuota), Exempt: i.exempt(), Unnamed: i.control.sources.asked, Pending: i.control.sources.pending,
 		Queues: queues, Answered: i.datapath.Answered, Unavailable: i.unavailable,
 	})
 	if err != nil {
@@ -205,7 +205,7 @@ func (i *instance) unavailable(service netip.AddrPort, wait time.Duration) {
 // tell makes the telemetry.
 func (i *instance) tell() error {
 	i.metrics = metrics.New(i.sources())
-	sinks := []events.Sink{i.metrics}
+	sinks := []events.Sink{i.metrics, i.control.sources}
 	var err error
 	if path := i.plan.config.FlowLog; path != "" {
 		if i.flowLog, err = flowlog.Open(path, flowLogQueue); err != nil {
@@ -296,6 +296,9 @@ func (i *instance) rules(c *config.Config, services []service) loader.Rules {
 	}
 	for n := range services {
 		s := &services[n]
+		if s.idle() {
+			continue
+		}
 		closed := closes(c, s)
 		path := s.path
 		if !s.known && !closed {

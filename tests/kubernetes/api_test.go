@@ -123,14 +123,7 @@ func (c *cluster) client(t *testing.T, options ...func(*kube.Options)) *kube.Cli
 // selectors, versions, bookmarks and rights are what it takes them for.
 func TestKubernetes(t *testing.T) {
 	c := startCluster(t)
-	doc, err := os.ReadFile("../../docs/discovery-kubernetes.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, manifest, _ := strings.Cut(string(doc), "```yaml\napiVersion: v1\n")
-	manifest, _, _ = strings.Cut(manifest, "```")
-	c.apply("apiVersion: v1\n" + strings.TrimSpace(manifest))
-	c.newToken()
+	c.admit()
 	for _, tt := range []struct {
 		name string
 		test func(*testing.T, *cluster)
@@ -152,6 +145,19 @@ func TestKubernetes(t *testing.T) {
 		})
 		c.t = t
 	}
+}
+
+// admit gives the service account the rights of the documentation, and a token.
+func (c *cluster) admit() {
+	c.t.Helper()
+	doc, err := os.ReadFile("../../docs/discovery-kubernetes.md")
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	_, manifest, _ := strings.Cut(string(doc), "```yaml\napiVersion: v1\n")
+	manifest, _, _ = strings.Cut(manifest, "```")
+	c.apply("apiVersion: v1\n" + strings.TrimSpace(manifest))
+	c.newToken()
 }
 
 // testFollow: a dual-stack service, from before it is there until it is gone.

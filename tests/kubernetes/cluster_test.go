@@ -2,6 +2,7 @@ package kubernetes
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -40,9 +41,11 @@ func TestMain(m *testing.M) {
 	testutil.Main(m)
 }
 
-// cluster is an etcd and an API server, on 127.0.0.1.
+// cluster is an etcd and an API server.
 type cluster struct {
 	t         *testing.T
+	ns        *testutil.NS // nil: the test's own
+	host      string
 	bin, dir  string
 	etcd, url string // URLs
 	port      string
@@ -57,15 +60,22 @@ type process struct {
 	done  chan error
 }
 
+// startCluster starts one on 127.0.0.1.
 func startCluster(t *testing.T) *cluster {
+	t.Helper()
+	return startClusterIn(t, nil, "127.0.0.1")
+}
+
+// startClusterIn starts one in a namespace, at an address that this has.
+func startClusterIn(t *testing.T, ns *testutil.NS, host string) *cluster {
 	t.Helper()
 	bin := os.Getenv(envBin)
 	if bin == "" {
 		t.Skip(envBin + " is not set: make test-kubernetes builds an API server and runs this")
 	}
-	c := &cluster{t: t, bin: bin, dir: t.TempDir(), port: freePort(t)}
-	c.etcd, c.url = "http://127.0.0.1:"+freePort(t), "https://127.0.0.1:"+c.port
-	c.admin = &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}}
+	c := &cluster{t: t, ns: ns, host: host, bin: bin, dir: t.TempDir(), port: freePort(t)}
+	c.etcd, c.url = "http://127.0.0.1:"+freePort(t), "https://"+host+":"+c.port
+	c.admin = &http.Client{Transport: &http.Transport{DialContext: c.dial, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}}
 	c.writeCertificate("first")
 	c.write("tokens.csv", []byte(adminToken+",admin,admin,system:masters\n"))
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -82,6 +92,20 @@ func startCluster(t *testing.T) *cluster {
 	c.startServer()
 	t.Cleanup(func() { c.server.kill() })
 	return c
+}
+
+// dial connects from the cluster's namespace.
+func (c *cluster) dial(ctx context.Context, network, addr string) (conn net.Conn, err error) {
+	dial := func() (err error) {
+		conn, err = new(net.Dialer).DialContext(ctx, network, addr)
+		return err
+	}
+	if c.ns == nil {
+		err = dial()
+		return conn, err
+	}
+	err = c.ns.Run(dial)
+	return conn, err
 }
 
 // freePort returns a port that was free a moment ago.
@@ -123,7 +147,7 @@ func (c *cluster) writeCertificate(name string) {
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		IsCA: true, BasicConstraintsValid: true, IPAddresses: []net.IP{net.ParseIP(c.host)},
 		KeyUsage:    x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
@@ -157,7 +181,7 @@ func (c *cluster) start(args ...string) *process {
 	if p.stdin, err = p.cmd.StdinPipe(); err != nil { // it ends when this does
 		c.t.Fatal(err)
 	}
-	if err := p.cmd.Start(); err != nil {
+	if err := (testutil.Place{NS: c.ns}).Start(p.cmd); err != nil {
 		c.t.Fatal(err)
 	}
 	go func() { p.done <- p.cmd.Wait() }()
@@ -181,7 +205,7 @@ func (p *process) kill() {
 func (c *cluster) startServer() {
 	c.t.Helper()
 	c.server = c.start("kube-apiserver",
-		"--etcd-servers="+c.etcd, "--bind-address=127.0.0.1", "--secure-port="+c.port, "--advertise-address=192.0.2.1",
+		"--etcd-servers="+c.etcd, "--bind-address="+c.host, "--secure-port="+c.port, "--advertise-address=192.0.2.1",
 		"--cert-dir="+c.path("certs"), "--tls-cert-file="+c.path("tls.crt"), "--tls-private-key-file="+c.path("tls.key"),
 		"--service-cluster-ip-range=10.96.0.0/16,fd00:96::/112",
 		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+c.path("sa.key"), "--service-account-signing-key-file="+c.path("sa.key"),
