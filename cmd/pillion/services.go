@@ -298,6 +298,9 @@ func (c *control) arrange(services []service, snapshot *upstream.Snapshot) {
 		}
 		if s.set = had[at{s.cluster, s.Addr}]; s.set == nil {
 			set := s.cluster.Set(s.Addr.Addr().Is4())
+			if s.path == flow.PathRelay && len(set.Endpoints) == 0 && len(s.cluster.Endpoints) > 0 {
+				continue // only the handler can dial them: without it, on_failure decides
+			}
 			s.set = &set
 		}
 	}

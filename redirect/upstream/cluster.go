@@ -118,8 +118,8 @@ func (c *Cluster) Spill() uint32 {
 	return c.group.Spill()
 }
 
-// Set returns the endpoints of one address family, arranged for the kernel side,
-// with their health of now: Down, and a Spill by what is down or was ejected
+// Set returns the endpoints of one address family, but those with a zone, arranged
+// for the kernel side, with their health of now: Down, and a Spill by what is down or was ejected
 // here. The hooks eject for themselves; whoever knows their ejections makes the
 // Spill of them by [flow.Set.Overflow]. The caller must not change the tables.
 //

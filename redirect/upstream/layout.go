@@ -53,7 +53,8 @@ func (l *layout) family(v4 bool) arrangement {
 }
 
 func (l *layout) arrangeFamily(v4 bool) arrangement {
-	is := func(e *EndpointSpec) bool { return e.Addr.Addr().Is4() == v4 }
+	// A hook can write an address, but not the link that it is on.
+	is := func(e *EndpointSpec) bool { return e.Addr.Addr().Is4() == v4 && e.Addr.Addr().Zone() == "" }
 	if !slices.ContainsFunc(l.endpoints, func(e EndpointSpec) bool { return !is(&e) }) {
 		return l.all
 	}

@@ -90,6 +90,21 @@ func TestSetOfOneFamily(t *testing.T) {
 	}
 }
 
+// An endpoint on a link is none of the kernel side's, which cannot dial there.
+func TestSetWithoutLinks(t *testing.T) {
+	s := spec("a", flow.PolicyRandom, 2)
+	link := EndpointSpec{Addr: netip.MustParseAddrPort("[fe80::1%eth0]:80"), Weight: 1}
+	far := EndpointSpec{Addr: netip.MustParseAddrPort("[2001:db8::1]:80"), Weight: 1}
+	s.Endpoints = append(slices.Clone(s.Endpoints), link, far)
+	c := build(t, nil, options(anHour), s).Cluster("a")
+	if v6 := c.Set(false); len(v6.Endpoints) != 1 || v6.Endpoints[0].Addr != far.Addr || v6.Tiers[0].Count != 1 {
+		t.Errorf("the set is %+v", v6)
+	}
+	if len(c.Endpoints) != 4 {
+		t.Errorf("the handler has %d endpoints", len(c.Endpoints))
+	}
+}
+
 // A reload that changes nothing of a cluster leaves the cluster, and one that
 // changes no endpoint leaves the arrangement.
 func TestReloadKeeps(t *testing.T) {

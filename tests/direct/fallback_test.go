@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -218,4 +219,30 @@ func TestHandlerStopped(t *testing.T) {
 	f.fell(t, flow.ReasonHandlerStale, flow.ReasonHandlerBusy)
 	f.Idle(t)
 	nobody(t, f.Instance)
+}
+
+// TestOnlyTheHandler: what a connect hook cannot dial is the handler's alone. Such
+// endpoints are no mistake, and without the handler their service goes by
+// on_failure.
+func TestOnlyTheHandler(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	// Who passes comes here.
+	other := w.Serve(t, netip.AddrPortFrom(rig.Far4, 7000), answer("the destination's own"))
+	far6 := w.Serve(t, netip.AddrPortFrom(rig.Far6, 7001), answer("handler's"))
+	link := netip.MustParseAddrPort("[fe80::7%lo]:7001")
+	alone := netip.AddrPortFrom(rig.Far6, 7002)
+	i := w.with(t, "services:\n"+service(other, "", far6)+service(alone, "", link))
+	says := func(want string) {
+		t.Helper()
+		w.wants(t, other, "connect recv", "connect=0, recv="+fmt.Sprint(len(want))+" "+want)
+	}
+	says("handler's")
+	i.Kill(t)
+	testutil.Eventually(t, rig.Limit, func() bool {
+		saw, err := w.run(patience, other, "connect recv")
+		return err == nil && strings.Contains(saw, "own")
+	}, "connections pass")
+	i.Launch(t)
+	says("handler's")
 }
