@@ -286,10 +286,10 @@ struct peer_end {
 	__u8 closed_first; /* and had when its own end was acknowledged */
 };
 
-/* peer_ended tells whether a FIN came, which the kernel counts as a byte. What is
- * left of a socket that its application has closed waits for it in a TIME_WAIT
- * object, and its last state looks the same; but nothing other than a FIN is
- * taken in for it.
+/* peer_ended tells whether a FIN came, which the kernel counts as a byte. What
+ * is left of a socket that its application has closed waits for it in a
+ * TIME_WAIT object, and its last state looks the same; but nothing other than a
+ * FIN is taken in for it.
  */
 static __always_inline bool peer_ended(const struct peer_end *e)
 {
