@@ -26,7 +26,9 @@ type control struct {
 	// unsettled: the kernel side goes by what an earlier process left, whose
 	// endpoints may be ones that no source has told yet. run's own.
 	unsettled bool
-	closed    map[netip.AddrPort]bool // what close said of services; run's own
+	// inCharge: lastRules is what the kernel side goes by. run's own.
+	inCharge bool
+	closed   map[netip.AddrPort]bool // what close said of services; run's own
 
 	requests chan chan<- admin.ReloadResult
 	settled  chan chan struct{}
@@ -106,6 +108,7 @@ func (c *control) run(ctx context.Context) error {
 	ctx, end := context.WithCancel(ctx)
 	defer end()
 	c.unsettled = c.i.datapath.Adopted()
+	c.inCharge = !c.unsettled
 	files := make(chan struct{}, 1)
 	if c.i.file != "" {
 		parts.Go(func() {
@@ -184,12 +187,14 @@ func (c *control) reload() admin.ReloadResult {
 	next = withoutRestart(next, before)
 	other := !next.Diff(before).Empty()
 	if err := c.apply(next); err != nil {
-		// Sources may be other ones already.
+		// Sources may be other ones already. If that fails, it is tried again.
+		c.wake()
 		return c.refuse(errors.Join(fmt.Errorf("put the configuration in force: %w", err), c.apply(before)))
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.config = next
+	c.trouble = "" // all of it is in force
 	c.reloads++
 	if other {
 		c.state.Generation++

@@ -317,10 +317,13 @@ func (c *control) hand(next *config.Config, services []service, table *route.Tab
 	err := c.i.setRules(rules)
 	if err != nil {
 		c.i.handler.SetTable(last)
+		if !c.inCharge {
+			return err // what an earlier process left stays, and is not known here
+		}
 		// Some of it may be in force: the comparison of setRules would not see it.
 		return errors.Join(err, c.i.datapath.SetRules(c.i.lastRules))
 	}
-	c.i.lastRules = rules
+	c.i.lastRules, c.inCharge = rules, true
 	return nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os/exec"
 	"strings"
 	"testing"
@@ -217,4 +218,30 @@ func TestRestartOnly(t *testing.T) {
 	if out, code := s.cli(t); code != 0 || !strings.Contains(out, "at the next start") {
 		t.Errorf("exit code %d, want 0 and when it holds:\n%s", code, out)
 	}
+}
+
+// TestTakenOverRefused: who takes over, and cannot put its own configuration in
+// force, leaves what the one before it left, and tries again with the next.
+func TestTakenOverRefused(t *testing.T) {
+	t.Parallel()
+	r := rig.New(t)
+	serve(t, r, 1, 2)
+	s := newStage(t, r, "services:\n"+service(1, "path: direct", 1))
+	s.goes(t, 1, 1)
+	s.Kill(t)
+	var many strings.Builder
+	for n := range 4097 { // one more than have slots of their own
+		fmt.Fprintf(&many, "  - {name: m%d, address: \"10.97.%d.%d:80\", endpoints: %s}\n", n, n>>8, n&255, list(1))
+	}
+	put(t, s.file, "services:\n"+service(1, "path: direct", 2)+many.String())
+	s.Launch(t)
+	if c := s.status(t).Configuration; len(c.Refused) == 0 || !strings.Contains(c.Refused[0].Text, "4096") {
+		t.Errorf("%+v", c)
+	}
+	s.goes(t, 1, 1)
+	s.reload(t, "services:\n"+service(1, "path: direct", 2))
+	if c := s.status(t).Configuration; len(c.Refused) != 0 {
+		t.Errorf("mended: %+v", c)
+	}
+	s.goes(t, 1, 2)
 }
