@@ -206,6 +206,7 @@ type abiInstance struct {
 	PidStart   uint64
 	Families   uint32
 	ScopeLevel uint32
+	Sandbox    uint64
 }
 
 type abiInstanceKind uint32
@@ -213,7 +214,8 @@ type abiInstanceKind uint32
 const (
 	abiInstanceKindINSTANCE_RUN    abiInstanceKind = 0
 	abiInstanceKindINSTANCE_EXEC   abiInstanceKind = 1
-	abiInstanceKindINSTANCE__COUNT abiInstanceKind = 2
+	abiInstanceKindINSTANCE_INIT   abiInstanceKind = 2
+	abiInstanceKindINSTANCE__COUNT abiInstanceKind = 3
 )
 
 type abiIpAddr struct {
@@ -424,6 +426,7 @@ type abiSettings struct {
 	Draining     uint32
 	Connect      uint32
 	Zero         uint32
+	OwnGroup     uint64
 }
 
 type abiSlot struct {

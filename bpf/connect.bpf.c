@@ -104,6 +104,8 @@ static __noinline bool remember(struct bpf_sock_addr *ctx,
 static __noinline enum reason exempt(struct bpf_sock_addr *ctx,
 				     const struct gathered *g, bool self)
 {
+	__u64 zero = 0;
+	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
 	struct attempt a = {};
 
 	a.dst = g->dst;
@@ -113,7 +115,7 @@ static __noinline enum reason exempt(struct bpf_sock_addr *ctx,
 	a.slot4 = cfg_slot4;
 	a.slot6 = cfg_slot6;
 	a.protocol = ctx->protocol;
-	a.self = self;
+	a.self = self || (set && set->own_group && g->group == set->own_group);
 	a.own_addr = bpf_map_lookup_elem(&own_addrs, &g->dst) != NULL;
 	if (in_supernet(&a.dst))
 		a.slot_listener = slot_answers(ctx, &g->dst, g->port);

@@ -12,8 +12,8 @@ import (
 // is pinned. Who changes one changes what an older process left pinned, so
 // PL_ABI goes up in the same commit.
 var layouts = map[string]struct{ goSize, pinned uintptr }{
-	"instance":     {unsafe.Sizeof(Instance{}), 56},
-	"settings":     {unsafe.Sizeof(Settings{}), 48},
+	"instance":     {unsafe.Sizeof(Instance{}), 64},
+	"settings":     {unsafe.Sizeof(Settings{}), 56},
 	"state":        {unsafe.Sizeof(State{}), 8},
 	"beat":         {unsafe.Sizeof(Beat{}), 24},
 	"live_key":     {unsafe.Sizeof(LiveKey{}), 36},

@@ -85,6 +85,7 @@ const (
 const (
 	InstanceRun  = uint32(abiInstanceKindINSTANCE_RUN)
 	InstanceExec = uint32(abiInstanceKindINSTANCE_EXEC)
+	InstanceInit = uint32(abiInstanceKindINSTANCE_INIT)
 )
 
 // Values of enum policy.
@@ -127,7 +128,7 @@ const (
 
 // Constants of include/abi.h; a test reads the header and compares them.
 const (
-	ABI          = 5
+	ABI          = 6
 	Slots        = 65536
 	SlotFirst    = 1
 	SlotLast     = 0xffef

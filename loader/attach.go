@@ -50,7 +50,7 @@ var attachTypes = map[string]ebpf.AttachType{
 
 // makeLink attaches a program to what it is for.
 func (d *Datapath) makeLink(name string, prog *ebpf.Program) (link.Link, error) {
-	path := d.options.Scope.Path
+	path := d.options.Scope.dir()
 	switch name {
 	case bpf.ProgHold:
 		// First: a foreign program that lets a packet pass (TC_ACT_OK, as most

@@ -25,21 +25,34 @@ type Kind uint32
 const (
 	KindRun  = Kind(bpf.InstanceRun)
 	KindExec = Kind(bpf.InstanceExec)
+	// KindInit is a standing one that no process has run yet.
+	KindInit = Kind(bpf.InstanceInit)
 )
 
 // String returns the name of the command that makes such an instance.
 func (k Kind) String() string {
-	if k == KindExec {
+	switch k {
+	case KindExec:
 		return "exec"
+	case KindInit:
+		return "init"
+	default:
+		return "run"
 	}
-	return "run"
 }
 
-// Options say what an instance is. Name, Kind and Scope are fixed for its life.
+// Options say what an instance is. Name and Scope are fixed for its life; of Kind,
+// an init becomes a run when a run takes it over.
 type Options struct {
 	Name  string
 	Kind  Kind
 	Scope Scope
+	// Own is the id of the cgroup of this process's container, where that is one
+	// of several in scope (see [FindPod]): its connections are not captured.
+	Own uint64
+	// Sandbox is the id of the cgroup of the pod's sandbox, and 0 where it is not
+	// known. An instance remembers what its maker knew.
+	Sandbox uint64
 	// BPFFS is where pins are kept; [BPFFS] if empty.
 	BPFFS string
 	// SlotIdle is how long a slot is kept that nobody uses, SlotGrace how long

@@ -21,7 +21,7 @@ type Existing struct {
 // where they would be captured. Those that they have accepted are not
 // captured in any case: their own port is one that somebody listens on.
 func (d *Datapath) existing() ([]Existing, error) {
-	cgroups, err := cgroupsBelow(d.options.Scope.Path)
+	cgroups, err := cgroupsBelow(d.options.Scope.dir())
 	if err != nil {
 		return nil, err
 	}

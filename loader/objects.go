@@ -77,7 +77,12 @@ func (d *Datapath) writeInstance(r slotRange) error {
 		PidStart:   start,
 		Families:   r.families,
 		ScopeLevel: d.options.Scope.Level,
+		Sandbox:    d.options.Sandbox,
 	}
+	return d.putInstance()
+}
+
+func (d *Datapath) putInstance() error {
 	if err := d.maps.Instance.Put(uint32(0), d.instance); err != nil {
 		return fmt.Errorf("write map %s: %w", instancePin, err)
 	}
@@ -132,8 +137,25 @@ func (d *Datapath) open() error {
 		return fmt.Errorf("read settings: %w", err)
 	}
 	d.settings.Draining = 0 // that was the earlier process
-	return d.sets.recover(d.maps.Services)
+	d.settings.OwnGroup = d.options.Own
+	if err := d.sets.recover(d.maps.Services); err != nil {
+		return err
+	}
+	return d.takeOver()
 }
+
+// takeOver makes what was prepared for a run one.
+func (d *Datapath) takeOver() error {
+	if Kind(d.instance.Kind) != KindInit || d.options.Kind != KindRun {
+		return nil
+	}
+	d.instance.Kind = uint32(KindRun)
+	return d.putInstance()
+}
+
+// Sandbox returns the id of the cgroup of the pod's sandbox, as the instance's maker
+// knew it; 0: it did not.
+func (d *Datapath) Sandbox() uint64 { return d.instance.Sandbox }
 
 func closeAll(maps map[string]*ebpf.Map, but string) {
 	for name, m := range maps {

@@ -153,6 +153,7 @@ func (d *Datapath) applySettings(r Rules) error {
 		Families:     d.slots.families &^ d.lost.Load(),
 		Connect:      uint32(d.connect(r.Connect)),
 		Draining:     d.settings.Draining, // for good, whatever a reload says
+		OwnGroup:     d.options.Own,
 	}
 	return d.putSettings()
 }

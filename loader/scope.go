@@ -16,7 +16,8 @@ import (
 // Scope is whose sockets an instance captures: those that were made in a cgroup
 // or below, in one network namespace.
 type Scope struct {
-	// Path is the cgroup's directory, absolute.
+	// Path is the cgroup's directory, absolute. Where it is hidden from this
+	// process (see [FindPod]) it is that in the whole hierarchy, to be shown only.
 	Path string
 	// ID is the cgroup's id, as the kernel side sees it.
 	ID uint64
@@ -24,7 +25,22 @@ type Scope struct {
 	Level uint32
 	// Netns is the cookie of the calling thread's network namespace.
 	Netns uint64
+	// hidden is the directory if Path does not lead there; open for the life of
+	// the process.
+	hidden *os.File
 }
+
+// dir returns a path that leads to the cgroup from this process.
+func (s *Scope) dir() string {
+	if s.hidden == nil {
+		return s.Path
+	}
+	// The dot makes it a directory to those who do not follow links.
+	return "/proc/self/fd/" + strconv.Itoa(int(s.hidden.Fd())) + "/."
+}
+
+// Populated tells whether a process is in the cgroup or below it.
+func (s *Scope) Populated() bool { return !CgroupEmpty(s.dir()) }
 
 // ErrNoScope means that a cgroup does not exist, or is no cgroup v2.
 var ErrNoScope = errors.New("no such cgroup")
@@ -115,6 +131,11 @@ func cgroupPath(root string, id uint64) (string, error) {
 	}
 	if strings.HasSuffix(path, " (deleted)") {
 		return "", fmt.Errorf("%w: id %d", ErrNoScope, id)
+	}
+	// A handle also opens what lies above the part that is mounted at root, and
+	// then the link does not tell its path.
+	if n, err := cgroupID(path); err != nil || n != id {
+		return "", fmt.Errorf("find cgroup %d: it is outside of %s", id, root)
 	}
 	return path, nil
 }

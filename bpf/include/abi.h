@@ -12,7 +12,7 @@
 /* Changes with every layout or meaning below: a process refuses the pins of
  * another ABI.
  */
-#define PL_ABI 5
+#define PL_ABI 6
 
 /* The slot supernets: no instance captures an address of them, whoever owns
  * it. An instance claims one /16 and one /64.
@@ -348,6 +348,7 @@ struct settings {
 	__u32 draining; /* 1: shutting down, on_failure decides */
 	__u32 connect; /* enum connect_mode, of what no service names */
 	__u32 zero;
+	__u64 own_group; /* Pillion's own container: it passes. 0: none */
 };
 
 /* What the hooks themselves keep. */
@@ -516,10 +517,12 @@ struct instance {
 	__u64 pid_start; /* together they name one process */
 	__u32 families; /* as in settings */
 	__u32 scope_level; /* depth of the scope's cgroup */
+	__u64 sandbox; /* id of the cgroup of the pod's sandbox; 0: none known */
 };
 
 enum instance_kind {
 	INSTANCE_RUN,
 	INSTANCE_EXEC,
+	INSTANCE_INIT, /* made for a run to come; it lives like one */
 	INSTANCE__COUNT,
 };
