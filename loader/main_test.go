@@ -25,6 +25,9 @@ func TestMain(m *testing.M) {
 	if os.Getenv(envPublish) != "" {
 		publishForever()
 	}
+	if os.Getenv(envFind) != "" {
+		findPodHere()
+	}
 	testutil.Main(m)
 }
 

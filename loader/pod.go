@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -66,7 +67,11 @@ func findPod(v *view, o PodOptions) (Pod, error) {
 	if err != nil {
 		for n, name := range v.names[1:] {
 			if name == "" {
-				_, why := v.open(n)
+				dir, why := v.open(n)
+				if why == nil {
+					dir.Close()
+					why = os.ErrNotExist
+				}
 				return Pod{}, fmt.Errorf("%w: of the path %s some names cannot be read; that takes CAP_DAC_READ_SEARCH, or a mount of the node's /sys/fs/cgroup: %w", ErrHidden, pathOf(v.names), why)
 			}
 		}
@@ -132,6 +137,10 @@ func oldest(pod *os.File, own uint64) (uint64, error) {
 	return first, nil
 }
 
+// monitor is in the name of a cgroup of a runtime's own: conmon waits there for the
+// end of a container.
+const monitor = "-conmon-"
+
 // child is a container of a pod.
 type child struct {
 	id        uint64
@@ -156,7 +165,7 @@ func containersOf(pod *os.File) ([]child, error) {
 	for _, name := range names {
 		var st unix.Stat_t
 		err := unix.Fstatat(fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
-		if err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		if err != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR || strings.Contains(name, monitor) {
 			continue // a file, or a container that ended while we looked
 		}
 		c := child{id: st.Ino}
