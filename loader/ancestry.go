@@ -325,4 +325,3 @@ func sightProgram(m *ebpf.Map, level int) asm.Instructions {
 		asm.Return(),
 	}
 }
-

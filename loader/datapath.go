@@ -170,8 +170,8 @@ func createIn(root *dir, o Options) (*Datapath, error) {
 
 // Open takes over an instance that an earlier process made. The maps, and with
 // them slots and open connections, are what they were. It fails with
-// [ErrNotFound], [ErrInUse], [ErrIncomplete] or [ErrABI], and then changes
-// nothing.
+// [ErrNotFound], [ErrInUse], [ErrIncomplete], [ErrOtherScope] or [ErrABI], and then
+// changes nothing.
 func Open(o Options) (*Datapath, error) {
 	if err := o.fill(); err != nil {
 		return nil, err

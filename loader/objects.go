@@ -99,10 +99,10 @@ func (d *Datapath) open() error {
 		return ErrIncomplete
 	}
 	if d.instance.Netns != d.options.Scope.Netns {
-		return fmt.Errorf("it is of network namespace %d, this is %d", d.instance.Netns, d.options.Scope.Netns)
+		return fmt.Errorf("%w: it is of network namespace %d, this is %d", ErrOtherScope, d.instance.Netns, d.options.Scope.Netns)
 	}
 	if d.instance.Cgroup != d.options.Scope.ID {
-		return fmt.Errorf("it is of cgroup %d, %s is %d", d.instance.Cgroup, d.options.Scope.Path, d.options.Scope.ID)
+		return fmt.Errorf("%w: it is of cgroup %d, %s is %d", ErrOtherScope, d.instance.Cgroup, d.options.Scope.Path, d.options.Scope.ID)
 	}
 	d.slots = rangeOf(&d.instance)
 	specs, err := bpf.Specs()

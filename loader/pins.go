@@ -29,6 +29,9 @@ var (
 	ErrIncomplete = errors.New("the instance is incomplete")
 	// ErrABI means that the pins are of another version of Pillion.
 	ErrABI = errors.New("the pins have another layout")
+	// ErrOtherScope means that the instance is of another cgroup or network
+	// namespace.
+	ErrOtherScope = errors.New("the instance has another scope")
 	// ErrName means that a name cannot be that of an instance.
 	ErrName = errors.New("want 1 to 64 letters, digits, dots, dashes or underscores, not starting with a dot")
 )

@@ -170,7 +170,10 @@ func execute(ctx context.Context, g *global, f *execFlags, args []string) error 
 	if err != nil {
 		return err
 	}
-	p := plan{name: name, kind: loader.KindExec, cgroups: root, cgroup: cgroup.path, config: c, global: g, log: log, file: f.file, reread: f.reread}
+	p := plan{name: name, kind: loader.KindExec, cgroups: root, config: c, global: g, log: log, file: f.file, reread: f.reread}
+	if p.scope, err = loader.FindScope(root, cgroup.path); err != nil {
+		return errors.Join(err, cgroup.remove())
+	}
 	code, err := p.around(ctx, f, newChild(args, cgroup, who), cgroup)
 	if err != nil || code != 0 {
 		if exit, ok := errors.AsType[*exitError](err); ok && code == 0 {
@@ -188,7 +191,7 @@ func execute(ctx context.Context, g *global, f *execFlags, args []string) error 
 func (p plan) around(ctx context.Context, f *execFlags, child *child, cgroup *commandCgroup) (code int, err error) {
 	// Signals are the command's: it ends, and then we do.
 	ctx = context.WithoutCancel(ctx)
-	i, err := open(ctx, p)
+	i, err := open(p)
 	if err != nil {
 		return 0, errors.Join(err, cgroup.remove())
 	}

@@ -8,11 +8,11 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/loader"
-	"github.com/pillion-project/pillion/loader/probe"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 )
@@ -22,27 +22,48 @@ type runFlags struct {
 	file   string
 	name   string
 	drain  time.Duration
+	// withScope ends the run when the applications have ended.
+	withScope bool
+}
+
+// add adds the flags that run and init have in common.
+func (f *runFlags) add(c *cobra.Command) {
+	flags := c.Flags()
+	flags.StringVar(&f.cgroup, "cgroup", scopeAuto, "directory of the cgroup v2 whose connections are captured, or auto: the pod that this process is in")
+	flags.StringVar(&f.file, "config", "", "configuration file")
+	flags.StringVar(&f.name, "name", "", "name of the instance (default: made of the pod's uid, or of the cgroup's path)")
+}
+
+// configuration reads the file, if there is one.
+func (f *runFlags) configuration() (*config.Config, error) {
+	if f.file == "" {
+		c := config.Default()
+		return &c, nil
+	}
+	c, err := config.Load(f.file)
+	return c, usage(err)
 }
 
 func newRun(g *global) *cobra.Command {
 	f := &runFlags{}
 	c := &cobra.Command{
-		Use:   "run --cgroup PATH [--config FILE]",
-		Short: "Redirect the connections of a cgroup until told to stop",
+		Use:   "run [--cgroup PATH] [--config FILE]",
+		Short: "Redirect the connections of the pod or a cgroup until told to stop",
 		Long: `Redirects the TCP connections of every process in a cgroup and below, in this
-network namespace. SIGTERM drains: new connections go by on_failure, open ones
+network namespace. Without --cgroup, that is the pod that it is a container of: all
+other containers, also those that start later. SIGTERM drains: new connections go by on_failure, open ones
 may end, then everything is taken away. What a killed run leaves is taken over
 by the next one of the same name; until then on_failure decides. A change of the
 configuration file is taken over while it runs, as by SIGHUP or pillion reload.`,
-		Example: `  pillion run --cgroup /sys/fs/cgroup/system.slice/shop.service --config /etc/pillion.yaml`,
-		Args:    noArgs,
-		RunE:    func(c *cobra.Command, _ []string) error { return daemon(g, f) },
+		Example: `  pillion run --config /etc/pillion/pillion.yaml
+  pillion run --cgroup /sys/fs/cgroup/system.slice/shop.service --config /etc/pillion.yaml`,
+		Args: noArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return daemon(g, f) },
 	}
+	f.add(c)
 	flags := c.Flags()
-	flags.StringVar(&f.cgroup, "cgroup", "", "directory of the cgroup v2 whose connections are captured (required)")
-	flags.StringVar(&f.file, "config", "", "configuration file")
-	flags.StringVar(&f.name, "name", "", "name of the instance (default: made of the cgroup's path)")
 	flags.DurationVar(&f.drain, "drain-timeout", 30*time.Second, "how long open connections may go on after SIGTERM")
+	flags.BoolVar(&f.withScope, "exit-with-scope", false, "end when the applications in scope have ended, as a Job's sidecar has to")
 	return c
 }
 
@@ -60,44 +81,39 @@ func daemon(g *global, f *runFlags) error {
 	if err != nil {
 		return err
 	}
-	if f.cgroup == "" {
-		return usage(errors.New("run: --cgroup is required: whose connections?"))
-	}
-	c := new(config.Config)
-	*c = config.Default()
-	if f.file != "" {
-		if c, err = config.Load(f.file); err != nil {
-			return usage(err)
-		}
-	}
-	root, err := probe.CgroupRoot()
+	c, err := f.configuration()
 	if err != nil {
-		return &exitError{code: exitUnsupported, err: err}
-	}
-	name := f.name
-	if name == "" {
-		name = nameOf(root, f.cgroup)
-	}
-	if err := loader.CheckName(name); err != nil {
-		return usage(fmt.Errorf("--name: %w", err))
+		return err
 	}
 	stop, end := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer end()
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, unix.SIGHUP)
 	defer signal.Stop(hangups)
-	i, err := open(stop, plan{
-		name: name, kind: loader.KindRun, cgroups: root, cgroup: f.cgroup, config: c, global: g, log: log,
-		file: f.file, reread: f.reread, hangups: hangups,
-	})
+	p := plan{kind: loader.KindRun, config: c, global: g, log: log, file: f.file, reread: f.reread, hangups: hangups}
+	if err := p.locate(stop, f, false); err != nil {
+		return err
+	}
+	i, err := open(p)
 	if err != nil {
 		if errors.Is(err, loader.ErrInUse) {
 			return fmt.Errorf("%w: another pillion run has it (see pillion status)", err)
 		}
 		return err
 	}
+	if f.withScope {
+		if err := i.canOutlive(); err != nil {
+			return errors.Join(err, i.abandon())
+		}
+	}
 	force, kill := context.WithCancel(context.Background())
 	defer kill()
+	var watch sync.WaitGroup
+	defer watch.Wait()
+	defer end()
+	if f.withScope {
+		watch.Go(func() { i.endWithScope(stop, end) })
+	}
 	unarm := context.AfterFunc(stop, func() {
 		// The second signal is the default's: it ends the process.
 		end()
@@ -107,7 +123,7 @@ func daemon(g *global, f *runFlags) error {
 	})
 	defer unarm()
 	err = i.serve(stop, force, func() error {
-		log.Info("ready", "instance", name, "scope", i.scope.Path, "services", len(c.Services), "on_failure", c.OnFailure)
+		log.Info("ready", "instance", i.name, "scope", i.scope.Path, "services", len(c.Services), "on_failure", c.OnFailure)
 		return notify("READY=1")
 	})
 	return errors.Join(err, i.end())

@@ -20,7 +20,6 @@ import (
 	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/loader"
-	"github.com/pillion-project/pillion/loader/probe"
 	"github.com/pillion-project/pillion/redirect/capture"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/redirect/handler"
@@ -41,8 +40,9 @@ import (
 type plan struct {
 	name    string
 	kind    loader.Kind
-	cgroups string // where cgroup v2 is mounted
-	cgroup  string
+	cgroups string // where cgroup v2 is mounted; empty: nowhere
+	scope   loader.Scope
+	pod     *loader.Pod // that scope is all of; nil: it is no pod, or not ours
 	config  *config.Config
 	// file is where the configuration came from; empty: there is none. reread
 	// reads it again, and hangups are the signals to do so.
@@ -57,7 +57,6 @@ type plan struct {
 type instance struct {
 	plan
 	datapath  *loader.Datapath
-	scope     loader.Scope
 	handler   *handler.Handler
 	beat      *capture.Beat
 	collector *events.Collector
@@ -84,15 +83,8 @@ const otherDescriptors = 512
 // open builds an instance, step by step, and undoes all of it on a failure. Its
 // programs are not attached yet, but for the one that brings connections to the
 // handler.
-func open(ctx context.Context, p plan) (*instance, error) {
-	if err := probe.Required(ctx); err != nil {
-		return nil, &exitError{code: exitUnsupported, err: err}
-	}
+func open(p plan) (*instance, error) {
 	i := &instance{plan: p, started: time.Now()}
-	var err error
-	if i.scope, err = loader.FindScope(p.cgroups, p.cgroup); err != nil {
-		return nil, usage(err)
-	}
 	i.control = newControl(i)
 	if err := i.control.apply(p.config); err != nil {
 		return nil, usage(err)
@@ -109,6 +101,9 @@ func open(ctx context.Context, p plan) (*instance, error) {
 // load takes over the instance that is pinned, or makes it.
 func (i *instance) load() error {
 	o := loader.Options{Name: i.name, Kind: i.kind, Scope: i.scope, BPFFS: i.global.bpffs, Log: i.log}
+	if i.pod != nil {
+		o.Own, o.Sandbox = i.pod.Own, i.pod.Sandbox
+	}
 	swept, err := loader.Sweep(i.global.bpffs, i.cgroups)
 	for _, name := range swept {
 		i.log.Info("removed what a dead instance left", "instance", name)
@@ -118,8 +113,11 @@ func (i *instance) load() error {
 		i.log.Warn("cannot remove what dead instances left", "error", err)
 	}
 	i.datapath, err = loader.Open(o)
-	if errors.Is(err, loader.ErrIncomplete) {
-		i.log.Warn("an earlier start got stuck half-way: starting over", "instance", i.name)
+	// A pod keeps its uid when its sandbox, and with that its network namespace, is
+	// made anew.
+	renewed := errors.Is(err, loader.ErrOtherScope) && i.pod != nil
+	if errors.Is(err, loader.ErrIncomplete) || renewed {
+		i.log.Warn("what an earlier start left is no use: starting over", "instance", i.name, "why", err)
 		if err := loader.Remove(i.global.bpffs, i.cgroups, i.name); err != nil {
 			return err
 		}
@@ -271,6 +269,9 @@ func (i *instance) exempt() func(fd int) error {
 
 // inScope tells whether this process is itself in the scope.
 func (i *instance) inScope() bool {
+	if i.pod != nil {
+		return true
+	}
 	own, err := ownCgroup(i.cgroups)
 	if err != nil {
 		return true // the tag does no harm

@@ -1,0 +1,76 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+)
+
+const (
+	// outliveEvery is how often the scope is looked at.
+	outliveEvery = 250 * time.Millisecond
+	// outliveQuiet is how long nothing has to run until that is the end: one
+	// container may end before the next one is made.
+	outliveQuiet = time.Second
+)
+
+// outlived waits until applications have run in the scope and none does any more.
+// It tells whether that came before ctx was done.
+func (i *instance) outlived(ctx context.Context) bool {
+	active := i.applications()
+	tick := time.NewTicker(outliveEvery)
+	defer tick.Stop()
+	var ran bool
+	var quiet time.Time // since when; zero: something runs
+	for {
+		switch now, err := active(); {
+		case err != nil && !errors.Is(err, os.ErrNotExist):
+			i.log.Error("cannot see whether the applications have ended", "error", err)
+		case now:
+			ran, quiet = true, time.Time{}
+		case quiet.IsZero():
+			quiet = time.Now()
+		case ran && time.Since(quiet) >= outliveQuiet:
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-tick.C:
+		}
+	}
+}
+
+// endWithScope calls end when the applications have ended.
+func (i *instance) endWithScope(ctx context.Context, end func()) {
+	if i.outlived(ctx) {
+		i.log.Info("the applications have ended")
+		end()
+	}
+}
+
+// applications returns what tells whether an application runs in the scope.
+func (i *instance) applications() func() (bool, error) {
+	if i.pod == nil {
+		return func() (bool, error) { return i.scope.Populated(), nil }
+	}
+	sandbox := i.pod.Sandbox
+	if sandbox == 0 {
+		// What only an init container could know.
+		sandbox = i.datapath.Sandbox()
+	}
+	if sandbox == 0 {
+		i.log.Warn("it is not known which container is the pod's sandbox, if it has one: start pillion init before the applications")
+	}
+	return func() (bool, error) { return i.pod.Active(sandbox) }
+}
+
+// canOutlive fails where this process itself keeps the scope from being empty.
+func (i *instance) canOutlive() error {
+	if i.pod == nil && i.inScope() {
+		return usage(fmt.Errorf("--exit-with-scope: this process is itself in %s", i.scope.Path))
+	}
+	return nil
+}

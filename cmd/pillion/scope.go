@@ -1,0 +1,66 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/pillion-project/pillion/loader"
+	"github.com/pillion-project/pillion/loader/probe"
+)
+
+const (
+	// scopeAuto asks for the pod that this process is in.
+	scopeAuto = "auto"
+	// podUID is what the pod's uid is given by, from Kubernetes's downward API.
+	podUID = "POD_UID"
+	// podName begins the names of the instances of pods. Of a uid, 32 digits are
+	// enough: those of podman are longer.
+	podName = "pod-"
+)
+
+// locate finds whose connections the flags ask for, and gives the plan the scope
+// and the name. first tells that no application of the pod runs yet.
+func (p *plan) locate(ctx context.Context, f *runFlags, first bool) error {
+	if err := probe.Required(ctx); err != nil {
+		return &exitError{code: exitUnsupported, err: err}
+	}
+	var err error
+	p.cgroups, err = probe.CgroupRoot()
+	switch {
+	case f.cgroup != "" && f.cgroup != scopeAuto:
+		if err != nil {
+			return &exitError{code: exitUnsupported, err: err}
+		}
+		if p.scope, err = loader.FindScope(p.cgroups, f.cgroup); err != nil {
+			return usage(err)
+		}
+		p.name = nameOf(p.cgroups, f.cgroup)
+	default:
+		// Without a mount it is only not seen which other pods are gone.
+		if p.pod, err = findPod(first); err != nil {
+			return err
+		}
+		p.scope, p.name = p.pod.Scope, podName+p.pod.UID[:32]
+	}
+	if f.name != "" {
+		p.name = f.name
+	}
+	if err := loader.CheckName(p.name); err != nil {
+		return usage(fmt.Errorf("--name: %w", err))
+	}
+	return nil
+}
+
+func findPod(first bool) (*loader.Pod, error) {
+	pod, err := loader.FindPod(loader.PodOptions{UID: os.Getenv(podUID), First: first})
+	switch {
+	case errors.Is(err, loader.ErrNoPod):
+		return nil, usage(fmt.Errorf("%w; say which cgroup to capture with --cgroup PATH", err))
+	case err != nil:
+		return nil, &exitError{code: exitUnsupported, err: fmt.Errorf(
+			"%w (it takes CAP_BPF and CAP_NET_ADMIN, and CAP_DAC_READ_SEARCH or a mount of the node's /sys/fs/cgroup; or say which cgroup to capture with --cgroup PATH)", err)}
+	}
+	return &pod, nil
+}
