@@ -24,6 +24,8 @@ func (i *instance) api() admin.API {
 		Explain: i.explainer().explain,
 		Config:  i.configuration,
 		Reload:  i.control.requestReload,
+		Ready:   i.missing,
+		Live:    i.stuck,
 	}
 }
 

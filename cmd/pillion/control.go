@@ -238,7 +238,8 @@ func withoutRestart(next, before *config.Config) *config.Config {
 	c.Relay.Workers = before.Relay.Workers
 	c.Limits.Connections = before.Limits.Connections
 	c.Limits.ConnectionsPerContainer = before.Limits.ConnectionsPerContainer
-	c.FlowLog, c.Metrics, c.Existing, c.Kubernetes = before.FlowLog, before.Metrics, before.Existing, before.Kubernetes
+	c.FlowLog, c.Metrics, c.Probes = before.FlowLog, before.Metrics, before.Probes
+	c.Existing, c.Kubernetes = before.Existing, before.Kubernetes
 	return &c
 }
 

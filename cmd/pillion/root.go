@@ -68,7 +68,7 @@ endpoints and records every one. Nothing else on the machine changes.`,
 	f.StringVar(&g.runtime, "runtime-dir", "/run/pillion", "directory of the admin sockets and of the flows of ended commands")
 	f.StringVar(&g.bpffs, "bpffs", "/sys/fs/bpf", "bpf file system to pin in; mounted if it is not")
 	root.AddCommand(
-		newExec(g), newRun(g), newInit(g), newStatus(g), newFlows(g), newDoctor(g),
+		newExec(g), newRun(g), newInit(g), newReady(g), newLive(g), newStatus(g), newFlows(g), newDoctor(g),
 		newResolve(g), newExplain(g), newReload(g), newUnload(g), newVersion(),
 		newValidate(), newDiff(g),
 	)

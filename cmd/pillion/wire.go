@@ -69,8 +69,10 @@ type instance struct {
 	lastRules loader.Rules                              // what the kernel side goes by; control's own
 	socket    net.Listener
 	public    net.Listener // of the metrics; nil: none
+	probes    net.Listener // of readiness and liveness; nil: none
 	started   time.Time
 	ready     atomic.Bool
+	answered  atomic.Bool // every source that there was at first has told, once
 	draining  atomic.Bool
 	existing  atomic.Int64
 	sets      setStats
@@ -211,12 +213,11 @@ func (i *instance) tell() error {
 		}
 		sinks = append(sinks, i.flowLog)
 	}
-	if a := i.plan.config.Metrics; a.IsValid() {
-		lc := net.ListenConfig{}
-		lc.SetMultipathTCP(false)
-		if i.public, err = lc.Listen(context.Background(), "tcp", a.String()); err != nil {
-			return usage(fmt.Errorf("serve metrics: %w", err))
-		}
+	if i.public, err = listen("metrics", i.plan.config.Metrics); err != nil {
+		return err
+	}
+	if i.probes, err = listen("probes", i.plan.config.Probes); err != nil {
+		return err
 	}
 	if i.socket, err = admin.Listen(i.socketPath()); err != nil {
 		return err
@@ -225,6 +226,20 @@ func (i *instance) tell() error {
 		Ring: i.datapath.Events(), Handler: i.handler, Kernel: i.datapath, Names: i.names, Sinks: sinks,
 	})
 	return err
+}
+
+// listen opens what serves over HTTP; nowhere if the address is not valid.
+func listen(what string, a netip.AddrPort) (net.Listener, error) {
+	if !a.IsValid() {
+		return nil, nil
+	}
+	lc := net.ListenConfig{}
+	lc.SetMultipathTCP(false)
+	ln, err := lc.Listen(context.Background(), "tcp", a.String())
+	if err != nil {
+		return nil, usage(fmt.Errorf("serve %s: %w", what, err))
+	}
+	return ln, nil
 }
 
 // flowLogQueue is how many records may wait for a slow disk.
@@ -363,7 +378,7 @@ func (i *instance) abandon() error {
 
 func (i *instance) closeFiles() error {
 	var errs []error
-	for _, ln := range []net.Listener{i.socket, i.public} {
+	for _, ln := range []net.Listener{i.socket, i.public, i.probes} {
 		if ln != nil {
 			if err := ln.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 				errs = append(errs, err)
@@ -394,7 +409,12 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 	helpers.run("tidy", i.datapath.Tidy)
 	helpers.run("ebb", func(ctx context.Context) error { return ebb(ctx, func() int { return i.handler.Stats().Live }) })
 	if i.public != nil {
-		helpers.run("metrics", func(ctx context.Context) error { return serveMetrics(ctx, i.public, i.metrics.Handler()) })
+		mux := http.NewServeMux()
+		mux.Handle("GET /metrics", i.metrics.Handler())
+		helpers.run("metrics", func(ctx context.Context) error { return serveHTTP(ctx, i.public, mux) })
+	}
+	if i.probes != nil {
+		helpers.run("probes", func(ctx context.Context) error { return serveHTTP(ctx, i.probes, admin.Probes(i.api())) })
 	}
 	collect.run("collector", i.collector.Run)
 	if i.flowLog != nil {
@@ -501,15 +521,13 @@ func (i *instance) settle(old []loader.Existing) error {
 	return nil
 }
 
-// serveMetrics serves until ctx is done.
-func serveMetrics(ctx context.Context, ln net.Listener, h http.Handler) error {
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", h)
-	s := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second}
+// serveHTTP serves until ctx is done.
+func serveHTTP(ctx context.Context, ln net.Listener, h http.Handler) error {
+	s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second}
 	stop := context.AfterFunc(ctx, func() { s.Close() })
 	defer stop()
 	if err := s.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serve metrics: %w", err)
+		return fmt.Errorf("serve %s: %w", ln.Addr(), err)
 	}
 	return nil
 }

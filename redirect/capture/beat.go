@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"sync/atomic"
 	"time"
 )
 
@@ -68,6 +69,8 @@ type Beat struct {
 	busy  bool
 	alive bool
 	stuck int // beats since all workers last moved
+
+	hangs atomic.Bool // a worker does; read by anybody
 }
 
 // New returns a heartbeat that tests the way to slots, the canary addresses of
@@ -157,13 +160,19 @@ func (b *Beat) look() {
 
 var errStuck = errors.New("a worker of the handler hangs")
 
+// Hangs tells whether a worker of the handler neither waited nor moved when last
+// looked at. It may be called by anybody.
+func (b *Beat) Hangs() bool { return b.hangs.Load() }
+
 // workersMove fails when a worker neither waits nor moves.
 func (b *Beat) workersMove() error {
 	if b.handler.Moved() {
 		b.stuck = 0
+		b.hangs.Store(false)
 		return nil
 	}
 	if b.stuck++; b.stuck >= stuckAfter {
+		b.hangs.Store(true)
 		return errStuck
 	}
 	return nil

@@ -59,6 +59,16 @@ func (c *Client) Flows(ctx context.Context, q FlowQuery) ([]flow.Record, error) 
 	return records, err
 }
 
+// Ready fails with what is missing for the instance to be ready.
+func (c *Client) Ready(ctx context.Context) error {
+	return c.ask(ctx, "/v1/ready", nil, &struct{}{})
+}
+
+// Live fails with what is missing for the instance to be alive.
+func (c *Client) Live(ctx context.Context) error {
+	return c.ask(ctx, "/v1/live", nil, &struct{}{})
+}
+
 // Resolve asks which original address a slot stands for.
 func (c *Client) Resolve(ctx context.Context, slot netip.Addr) (netip.Addr, error) {
 	var r resolved

@@ -44,6 +44,9 @@ type API struct {
 	Explain func(ctx context.Context, q ExplainQuery) ([]Explanation, error)
 	// Config returns the configuration that holds, as JSON.
 	Config func(ctx context.Context) (json.RawMessage, error)
+	// Ready and Live return what is missing for the instance to be ready, and
+	// alive. Both are asked often.
+	Ready, Live func() error
 	// Reload reads the configuration again. What is wrong with it is in the
 	// result; an error means that it could not be tried.
 	Reload func(ctx context.Context) (ReloadResult, error)
@@ -143,6 +146,17 @@ func newRoutes(api API) routes {
 		})
 		r.method = http.MethodPost
 		all["/v1/reload"] = r
+	}
+	for path, ask := range map[string]func() error{"/v1/ready": api.Ready, "/v1/live": api.Live} {
+		if ask == nil {
+			continue
+		}
+		all[path] = answer(nil, func(context.Context, url.Values) (any, error) {
+			if err := ask(); err != nil {
+				return nil, &Error{Code: http.StatusServiceUnavailable, Message: err.Error()}
+			}
+			return struct{}{}, nil
+		})
 	}
 	if api.Metrics != nil {
 		all["/metrics"] = route{serve: func(w http.ResponseWriter, r *http.Request, _ url.Values) error {

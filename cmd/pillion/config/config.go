@@ -46,6 +46,9 @@ type Config struct {
 	FlowLog string
 	// Metrics is where metrics are served over HTTP; not valid means nowhere.
 	Metrics netip.AddrPort
+	// Probes is where readiness and liveness are served over HTTP; not valid
+	// means nowhere.
+	Probes netip.AddrPort
 
 	at positions // of what is no service's
 }

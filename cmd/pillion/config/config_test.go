@@ -322,6 +322,8 @@ func TestValidatePaths(t *testing.T) {
 		"health":            {func(c *Config) { c.Health.Failures, c.Health.Panic = -1, 101 }, "health: failures -1 is negative\nhealth: panic 101 is no percentage"},
 		"flow log":          {func(c *Config) { c.FlowLog = "a\x00" }, `flow_log: "a\x00": want printable characters only`},
 		"metrics port":      {func(c *Config) { c.Metrics = addr("0.0.0.0:0") }, "metrics: 0.0.0.0:0: port 0: want 1 to 65535"},
+		"probes port":       {func(c *Config) { c.Probes = addr("0.0.0.0:0") }, "probes: 0.0.0.0:0: port 0: want 1 to 65535"},
+		"probes taken":      {func(c *Config) { c.Metrics, c.Probes = addr("[::]:9090"), addr("[::]:9090") }, "probes: [::]:9090 is taken by metrics"},
 		"metrics anywhere":  {func(c *Config) { c.Metrics = addr("[::]:9090") }, ""},
 		"too many services": {func(c *Config) { c.Services = manyServices(maxServices + 1) }, "services: 65537 services: the kernel side has room for 65536"},
 		"too many rules":    {func(c *Config) { c.Deny = slices.Repeat([]Rule{rule("10.0.0.0/8")}, maxRules+1) }, "deny: 16385 rules: the kernel side has room for 16384"},

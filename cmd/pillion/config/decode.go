@@ -71,6 +71,7 @@ func (d *decoder) config(c *Config, n ast.Node) {
 		{"kubernetes", func(path string, n ast.Node) { d.kubernetes(&c.Kubernetes, path, n) }},
 		{"flow_log", d.text(&c.FlowLog)},
 		{"metrics", d.addrPort(&c.Metrics)},
+		{"probes", d.addrPort(&c.Probes)},
 	}, nil)
 }
 

@@ -159,6 +159,9 @@ func (c *Config) settings() object {
 	if c.Metrics.IsValid() {
 		o.set("metrics", c.Metrics)
 	}
+	if c.Probes.IsValid() {
+		o.set("probes", c.Probes)
+	}
 	return o
 }
 

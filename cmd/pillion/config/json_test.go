@@ -121,7 +121,7 @@ func TestEveryKey(t *testing.T) {
 			TokenFile: "/var/run/secrets/token", CAFile: "/var/run/secrets/ca.crt",
 			Kubeconfig: "/root/.kube/config", Idle: time.Minute,
 		},
-		FlowLog: "/var/log/flows", Metrics: addr("127.0.0.1:9090"),
+		FlowLog: "/var/log/flows", Metrics: addr("127.0.0.1:9090"), Probes: addr("127.0.0.1:9091"),
 	}
 	if diff := cmp.Diff(&want, c, equalAddrs); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)

@@ -107,6 +107,12 @@ func (c *Config) problems() []problem {
 	if c.Metrics != (netip.AddrPort{}) {
 		k.listen("metrics", c.Metrics)
 	}
+	if c.Probes != (netip.AddrPort{}) {
+		k.listen("probes", c.Probes)
+		if c.Probes == c.Metrics {
+			k.add("probes", "%s is taken by metrics", c.Probes)
+		}
+	}
 	return k.found
 }
 

@@ -1,0 +1,88 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/pillion-project/pillion/telemetry/admin"
+	"github.com/spf13/cobra"
+)
+
+// missing says why the instance is not ready: applications are not captured, or
+// the endpoints of services not known.
+func (i *instance) missing() error {
+	switch {
+	case i.draining.Load():
+		return errors.New("it ends")
+	case !i.ready.Load():
+		return errors.New("it starts: connections are not captured yet")
+	case i.datapath.Detached():
+		return errors.New("programs are not attached, and cannot be attached again")
+	case !i.discovered():
+		return errors.New("not every source has told its endpoints yet")
+	}
+	return nil
+}
+
+// discovered tells whether every source has told its endpoints. What held once
+// does for good: a service that is added later makes nobody unready.
+func (i *instance) discovered() bool {
+	if i.answered.Load() {
+		return true
+	}
+	for _, told := range i.control.sources.waiting() {
+		select {
+		case <-told:
+		default:
+			return false
+		}
+	}
+	i.answered.Store(true)
+	return true
+}
+
+// stuck says why only a new process helps. What a new one would find as this one
+// does, such as a firewall on the slots, is no reason.
+func (i *instance) stuck() error {
+	if i.beat.Hangs() {
+		return errors.New("a worker of the handler hangs")
+	}
+	return nil
+}
+
+// newProbe makes the commands for probes: they say nothing unless something is
+// wrong.
+func newProbe(g *global, use, short string, ask func(*admin.Client, context.Context) error) *cobra.Command {
+	var name string
+	var limit time.Duration
+	c := &cobra.Command{
+		Use:   use + " [--instance NAME]",
+		Short: short,
+		Args:  noArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			ctx, cancel := context.WithTimeout(c.Context(), limit)
+			defer cancel()
+			client, err := g.client(name)
+			if err != nil {
+				return err
+			}
+			if err := ask(client, ctx); err != nil {
+				return fmt.Errorf("not %s: %w", use, err)
+			}
+			return nil
+		},
+	}
+	c.Flags().StringVar(&name, "instance", "", "which instance (default: the only one)")
+	c.Flags().DurationVar(&limit, "timeout", time.Second, "how long it may take to answer")
+	return c
+}
+
+func newReady(g *global) *cobra.Command {
+	return newProbe(g, "ready", "Tell by the exit code whether an instance captures, and knows its endpoints", (*admin.Client).Ready)
+}
+
+func newLive(g *global) *cobra.Command {
+	return newProbe(g, "live", "Tell by the exit code whether an instance works, or hangs", (*admin.Client).Live)
+}
