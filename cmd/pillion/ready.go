@@ -32,10 +32,8 @@ func (i *instance) discovered() bool {
 	if i.answered.Load() {
 		return true
 	}
-	for _, told := range i.control.sources.waiting() {
-		select {
-		case <-told:
-		default:
+	for _, s := range i.control.list() {
+		if !s.known {
 			return false
 		}
 	}

@@ -23,26 +23,12 @@ const (
 // locate finds whose connections the flags ask for, and gives the plan the scope
 // and the name. first tells that no application of the pod runs yet.
 func (p *plan) locate(ctx context.Context, f *runFlags, first bool) error {
-	if err := probe.Required(ctx); err != nil {
-		return &exitError{code: exitUnsupported, err: err}
+	find := p.locateCgroup
+	if f.cgroup == "" || f.cgroup == scopeAuto {
+		find = p.locatePod
 	}
-	var err error
-	p.cgroups, err = probe.CgroupRoot()
-	switch {
-	case f.cgroup != "" && f.cgroup != scopeAuto:
-		if err != nil {
-			return &exitError{code: exitUnsupported, err: err}
-		}
-		if p.scope, err = loader.FindScope(p.cgroups, f.cgroup); err != nil {
-			return usage(err)
-		}
-		p.name = nameOf(p.cgroups, f.cgroup)
-	default:
-		// Without a mount it is only not seen which other pods are gone.
-		if p.pod, err = findPod(first); err != nil {
-			return err
-		}
-		p.scope, p.name = p.pod.Scope, podName+p.pod.UID[:32]
+	if err := find(ctx, f, first); err != nil {
+		return err
 	}
 	if f.name != "" {
 		p.name = f.name
@@ -50,6 +36,35 @@ func (p *plan) locate(ctx context.Context, f *runFlags, first bool) error {
 	if err := loader.CheckName(p.name); err != nil {
 		return usage(fmt.Errorf("--name: %w", err))
 	}
+	return nil
+}
+
+func (p *plan) locateCgroup(ctx context.Context, f *runFlags, _ bool) error {
+	if err := probe.Required(ctx); err != nil {
+		return &exitError{code: exitUnsupported, err: err}
+	}
+	var err error
+	if p.cgroups, err = probe.CgroupRoot(); err != nil {
+		return &exitError{code: exitUnsupported, err: err}
+	}
+	if p.scope, err = loader.FindScope(p.cgroups, f.cgroup); err != nil {
+		return usage(err)
+	}
+	p.name = nameOf(p.cgroups, f.cgroup)
+	return nil
+}
+
+func (p *plan) locatePod(ctx context.Context, _ *runFlags, first bool) error {
+	if err := probe.RequiredInPod(ctx); err != nil {
+		return &exitError{code: exitUnsupported, err: err}
+	}
+	var err error
+	if p.pod, err = findPod(first); err != nil {
+		return err
+	}
+	p.scope, p.name = p.pod.Scope, podName+p.pod.UID[:32]
+	// Without a mount it is only not seen which other pods are gone.
+	p.cgroups, _ = probe.CgroupRoot()
 	return nil
 }
 

@@ -165,9 +165,19 @@ func (c check) answer(ctx context.Context, m *machine) (found []Finding) {
 // [ErrUnsupported] and names the cure of each problem.
 func Required(ctx context.Context) error { return required(ctx, newMachine(Options{})) }
 
+// RequiredInPod is Required for who finds its pod by itself: a container may have no
+// mount of cgroup v2, and need none.
+func RequiredInPod(ctx context.Context) error {
+	return requires(ctx, newMachine(Options{}), checkBTF, checkCapabilities)
+}
+
 func required(ctx context.Context, m *machine) error {
+	return requires(ctx, m, checkBTF, checkCgroup, checkCapabilities)
+}
+
+func requires(ctx context.Context, m *machine, checks ...func(context.Context, *machine) []Finding) error {
 	var errs []error
-	for _, run := range []func(context.Context, *machine) []Finding{checkBTF, checkCgroup, checkCapabilities} {
+	for _, run := range checks {
 		for _, f := range run(ctx, m) {
 			if f.Level == Fail {
 				errs = append(errs, fmt.Errorf("%w: %s: %s; %s", ErrUnsupported, f.Name, f.Detail, f.Cure))
