@@ -19,7 +19,8 @@ const (
 // outlived waits until applications have run in the scope and none does any more.
 // It tells whether that came before ctx was done.
 func (i *instance) outlived(ctx context.Context) bool {
-	active := i.applications()
+	active, close := i.applications()
+	defer close()
 	tick := time.NewTicker(outliveEvery)
 	defer tick.Stop()
 	var ran bool
@@ -51,10 +52,11 @@ func (i *instance) endWithScope(ctx context.Context, end func()) {
 	}
 }
 
-// applications returns what tells whether an application runs in the scope.
-func (i *instance) applications() func() (bool, error) {
+// applications returns what tells whether an application runs in the scope, or did
+// since it was asked last.
+func (i *instance) applications() (active func() (bool, error), close func()) {
 	if i.pod == nil {
-		return func() (bool, error) { return i.scope.Populated(), nil }
+		return func() (bool, error) { return i.scope.Populated(), nil }, func() {}
 	}
 	sandbox := i.pod.Sandbox
 	if sandbox == 0 {
@@ -62,9 +64,18 @@ func (i *instance) applications() func() (bool, error) {
 		sandbox = i.datapath.Sandbox()
 	}
 	if sandbox == 0 {
-		i.log.Warn("it is not known which container is the pod's sandbox, if it has one: start pillion init before the applications")
+		i.log.Warn("it is not known which container is the pod's sandbox, if it has one: run pillion init before the applications")
 	}
-	return func() (bool, error) { return i.pod.Active(sandbox) }
+	births, err := i.pod.Births()
+	if err != nil {
+		i.log.Error("cannot see applications that end at once", "error", err)
+		return func() (bool, error) { return i.pod.Active(sandbox) }, func() {}
+	}
+	return func() (bool, error) {
+		born, err := births.Any()
+		runs, err2 := i.pod.Active(sandbox)
+		return born || runs, errors.Join(err, err2)
+	}, func() { births.Close() }
 }
 
 // canOutlive fails where this process itself keeps the scope from being empty.

@@ -17,6 +17,7 @@ const (
 	exitFailed      = 1
 	exitUsage       = 64 // EX_USAGE: flags or configuration
 	exitUnsupported = 69 // EX_UNAVAILABLE: kernel or privilege missing
+	exitCut         = 75 // EX_TEMPFAIL: run ended connections at the end of its drain
 )
 
 // exitError ends the process with a code. Its error may be nil: then there is

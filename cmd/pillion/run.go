@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
@@ -52,7 +53,8 @@ func newRun(g *global) *cobra.Command {
 		Long: `Redirects the TCP connections of every process in a cgroup and below, in this
 network namespace. Without --cgroup, that is the pod that it is a container of: all
 other containers, also those that start later. SIGTERM drains: new connections go by on_failure, open ones
-may end, then everything is taken away. What a killed run leaves is taken over
+may end, then everything is taken away; the exit code is 75 where some had to be
+ended. What a killed run leaves is taken over
 by the next one of the same name; until then on_failure decides. A change of the
 configuration file is taken over while it runs, as by SIGHUP or pillion reload.`,
 		Example: `  pillion run --config /etc/pillion/pillion.yaml
@@ -114,19 +116,27 @@ func daemon(g *global, f *runFlags) error {
 	if f.withScope {
 		watch.Go(func() { i.endWithScope(stop, end) })
 	}
+	var cut atomic.Int64
 	unarm := context.AfterFunc(stop, func() {
 		// The second signal is the default's: it ends the process.
 		end()
 		notify("STOPPING=1")
 		log.Info("draining", "timeout", f.drain)
-		time.AfterFunc(f.drain, kill)
+		time.AfterFunc(f.drain, func() {
+			cut.Store(int64(i.handler.Stats().Live))
+			kill()
+		})
 	})
 	defer unarm()
 	err = i.serve(stop, force, func() error {
 		log.Info("ready", "instance", i.name, "scope", i.scope.Path, "services", len(c.Services), "on_failure", c.OnFailure)
 		return notify("READY=1")
 	})
-	return errors.Join(err, i.end())
+	err = errors.Join(err, i.end())
+	if n := cut.Load(); n > 0 && err == nil {
+		return &exitError{code: exitCut, err: fmt.Errorf("%d connections were open still after %v, and were ended", n, f.drain)}
+	}
+	return err
 }
 
 // nameOf makes a name for a scope out of its path.

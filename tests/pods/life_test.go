@@ -183,6 +183,50 @@ func TestJob(t *testing.T) {
 	}
 }
 
+// TestJobAtOnce has an application that is gone before anybody looks.
+func TestJobAtOnce(t *testing.T) {
+	r := rig.New(t)
+	p := newPod(t, r, r.App, "")
+	s := p.sidecar(t, nil, "--exit-with-scope")
+	app := p.container(t)
+	cmd := exec.Command("true")
+	if err := (testutil.Place{NS: p.ns, Cgroup: app}).Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Wait()
+	if err := os.Remove(app.Path); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-s.ended:
+	case <-time.After(rig.Limit):
+		t.Fatalf("it does not end\n%s", s.log)
+	}
+	if s.err != nil {
+		t.Errorf("it ended with %v", s.err)
+	}
+}
+
+// TestDrainCut is the exit code of a sidecar that had to end a connection.
+func TestDrainCut(t *testing.T) {
+	r := rig.New(t)
+	far := r.Serve(t, netip.AddrPortFrom(rig.Far4, 8081), named("far"))
+	p := newPod(t, r, r.App, serving(far, ""))
+	s := p.sidecar(t, nil, "--drain-timeout", "100ms")
+	cmd := exec.Command("bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/%s/%d && read -r line <&3 && read -r line <&3", service.Addr(), service.Port()))
+	p.start(t, p.container(t), cmd)
+	testutil.Eventually(t, rig.Limit, func() bool {
+		st, err := s.Status(t.Context())
+		return err == nil && st.Live == 1
+	}, "a connection is open")
+	s.cmd.Process.Signal(unix.SIGTERM)
+	<-s.ended
+	if exitCode(s.err) != 75 || !strings.Contains(s.log.String(), "1 connections were open still") {
+		t.Errorf("it ended with %v\n%s", s.err, s.log)
+	}
+	cmd.Wait()
+}
+
 // TestHostNetwork has two pods and a process of the host in one network namespace:
 // each application gets what its own sidecar says.
 func TestHostNetwork(t *testing.T) {
