@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"time"
 
 	"github.com/pillion-project/pillion/telemetry/admin"
@@ -62,7 +63,7 @@ func newProbe(g *global, use, short string, ask func(*admin.Client, context.Cont
 		RunE: func(c *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(c.Context(), limit)
 			defer cancel()
-			client, err := g.client(name)
+			client, err := g.probed(name)
 			if err != nil {
 				return err
 			}
@@ -75,6 +76,19 @@ func newProbe(g *global, use, short string, ask func(*admin.Client, context.Cont
 	c.Flags().StringVar(&name, "instance", "", "which instance (default: the only one)")
 	c.Flags().DurationVar(&limit, "timeout", time.Second, "how long it may take to answer")
 	return c
+}
+
+// probed connects to the instance of that name, or to the only one, and asks it
+// nothing more than the probe does.
+func (g *global) probed(name string) (*admin.Client, error) {
+	if name == "" {
+		sockets, err := filepath.Glob(filepath.Join(g.runtime, "*.sock"))
+		if err != nil || len(sockets) != 1 {
+			return g.client("") // which knows those that nobody listens at
+		}
+		return admin.Dial(sockets[0]), nil
+	}
+	return admin.Dial(g.socket(name)), nil
 }
 
 func newReady(g *global) *cobra.Command {

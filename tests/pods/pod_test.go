@@ -29,10 +29,11 @@ func TestMain(m *testing.M) { testutil.Main(m) }
 // service is where applications connect to; nobody has the address.
 var service = netip.MustParseAddrPort("10.96.0.12:80")
 
-// pod is one, as containerd with the systemd driver lays it out.
+// pod is one, as the systemd driver lays it out.
 type pod struct {
 	*rig.Rig
 	ns      *testutil.NS
+	runtime string // before the ids of containers
 	uid     string
 	name    string // of its instance
 	cgroup  *testutil.Cgroup
@@ -40,15 +41,21 @@ type pod struct {
 	config  string
 }
 
-// newPod makes a pod in a namespace of r, with its sandbox.
+// newPod makes a pod of containerd's in a namespace of r, with its sandbox.
 func newPod(t testing.TB, r *rig.Rig, ns *testutil.NS, config string) *pod {
+	t.Helper()
+	return newPodOf(t, r, ns, "cri-containerd-", config)
+}
+
+// newPodOf is newPod for a runtime.
+func newPodOf(t testing.TB, r *rig.Rig, ns *testutil.NS, runtime, config string) *pod {
 	t.Helper()
 	b := make([]byte, 16)
 	if _, err := rand.Read(b); err != nil {
 		t.Fatal(err)
 	}
 	h := hex.EncodeToString(b)
-	p := &pod{Rig: r, ns: ns, name: "pod-" + h, config: filepath.Join(t.TempDir(), "pillion.yaml")}
+	p := &pod{Rig: r, ns: ns, runtime: runtime, name: "pod-" + h, config: filepath.Join(t.TempDir(), "pillion.yaml")}
 	p.uid = strings.Join([]string{h[:8], h[8:12], h[12:16], h[16:20], h[20:]}, "-")
 	if err := os.WriteFile(p.config, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
@@ -77,7 +84,7 @@ func (p *pod) container(t testing.TB) *testutil.Cgroup {
 	if _, err := rand.Read(b); err != nil {
 		t.Fatal(err)
 	}
-	return p.cgroup.Child(t, "cri-containerd-"+hex.EncodeToString(b)+".scope")
+	return p.cgroup.Child(t, p.runtime+hex.EncodeToString(b)+".scope")
 }
 
 // start starts a program in a container. It ends with the test at the latest.
