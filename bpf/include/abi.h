@@ -517,7 +517,7 @@ struct instance {
 	__u64 pid_start; /* together they name one process */
 	__u32 families; /* as in settings */
 	__u32 scope_level; /* depth of the scope's cgroup */
-	__u64 sandbox; /* id of the cgroup of the pod's sandbox; 0: none known */
+	__u64 sandbox; /* cgroup of the pod's sandbox; 0: none known */
 };
 
 enum instance_kind {
