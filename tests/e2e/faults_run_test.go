@@ -194,8 +194,10 @@ func TestDrainForced(t *testing.T) {
 	g := newGround(t)
 	i := g.Run(t, "", "--drain-timeout", "500ms")
 	s := newSession(t, g.Rig, g.at6)
-	if err := i.Stop(t); err != nil {
-		t.Errorf("run: %v", err)
+	// 75: connections had to be ended.
+	var exit *exec.ExitError
+	if err := i.Stop(t); !errors.As(err, &exit) || exit.ExitCode() != 75 {
+		t.Errorf("run: %v, want exit code 75", err)
 	}
 	if got := s.ask("still there?"); got == "still there?" {
 		t.Error("the connection goes on without a handler")
@@ -345,8 +347,10 @@ func TestUnloadForce(t *testing.T) {
 				t.Errorf("unload --force: %q, %v", out, err)
 				i.Signal(t, unix.SIGCONT)
 			}
-			if err := i.Wait(t); err != nil && !hung {
-				t.Errorf("run: %v", err)
+			// 75: connections had to be ended.
+			var exit *exec.ExitError
+			if err := i.Wait(t); !hung && (!errors.As(err, &exit) || exit.ExitCode() != 75) {
+				t.Errorf("run: %v, want exit code 75", err)
 			}
 			gone(t, g.Rig, i.Name)
 		})
