@@ -1,7 +1,9 @@
 package connect
 
 import (
+	"errors"
 	"net/netip"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -154,8 +156,9 @@ func TestStopWhilePending(t *testing.T) {
 	i := g.Run(t, "connect: mirror")
 	i.Prefer(t)
 	apps := pendingApps(t, g)
-	if err := i.Stop(t); err != nil {
-		t.Error(err)
+	// 75: those that waited had to be ended.
+	if err, ok := errors.AsType[*exec.ExitError](i.Stop(t)); !ok || err.ExitCode() != 75 {
+		t.Errorf("run: %v, want exit code 75", err)
 	}
 	ends(t, apps)
 	g.wants(t, far4(portEcho), "connect send=hello recv", alive)
