@@ -136,8 +136,12 @@ func (d *Datapath) open() error {
 	if err := d.maps.Settings.Lookup(uint32(0), &d.settings); err != nil {
 		return fmt.Errorf("read settings: %w", err)
 	}
-	d.settings.Draining = 0 // that was the earlier process
+	// At once: the rules may take a while.
 	d.settings.OwnGroup = d.options.Own
+	if err := d.putSettings(); err != nil {
+		return err
+	}
+	d.settings.Draining = 0 // that was the earlier process
 	if err := d.sets.recover(d.maps.Services); err != nil {
 		return err
 	}

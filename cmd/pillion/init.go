@@ -19,7 +19,8 @@ func newInit(g *global) *cobra.Command {
 programs, adds the routes, and exits. From then on no connection in the scope is
 missed: until pillion run has taken over, on_failure decides on what should be
 redirected. What was made stays until the run ends, or the cgroup is gone. Doing it
-again changes nothing but the rules.`,
+again changes nothing but the rules, and not even those while it is not known
+which endpoints a service has.`,
 		Example: `  pillion init --config /etc/pillion/pillion.yaml`,
 		Args:    noArgs,
 		RunE:    func(c *cobra.Command, _ []string) error { return prepare(c.Context(), g, f) },
@@ -70,8 +71,12 @@ func (i *instance) attachOnly() error {
 	if _, err := i.datapath.Sync(); err != nil {
 		return err
 	}
-	if err := i.datapath.SetRules(i.rules(i.plan.config, i.control.list())); err != nil {
-		return err
+	// What an earlier process knew of endpoints holds until there is one that
+	// asks the sources.
+	if !i.datapath.Adopted() || i.control.sources.told() {
+		if err := i.datapath.SetRules(i.rules(i.plan.config, i.control.list())); err != nil {
+			return err
+		}
 	}
 	old, err := i.datapath.Attach()
 	if err != nil {

@@ -33,10 +33,8 @@ func (i *instance) discovered() bool {
 	if i.answered.Load() {
 		return true
 	}
-	for _, s := range i.control.list() {
-		if !s.known {
-			return false
-		}
+	if !i.control.sources.told() {
+		return false
 	}
 	i.answered.Store(true)
 	return true

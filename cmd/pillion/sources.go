@@ -167,6 +167,18 @@ func (s *sources) waiting() []<-chan struct{} {
 	return all
 }
 
+// told tells whether every source has told endpoints, or that there are none.
+func (s *sources) told() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, one := range s.byName {
+		if one.keeper.State().Generation == 0 {
+			return false
+		}
+	}
+	return true
+}
+
 // wantOf says which source a service needs.
 func (s *sources) wantOf(v *config.Service) (want, bool) {
 	switch d := v.Discover; {
