@@ -314,7 +314,7 @@ static __always_inline int choose_one(struct gathered *g, struct details *more,
 	p.seed = dry && more->seed ? more->seed : bpf_get_prandom_u32();
 	if (policy == POLICY_MAGLEV)
 		p.seed = hash_on(g, config->hash);
-	if (!pick(&p, policy, spill, counts))
+	if (!pick(&p, set, tiers, policy, spill, counts))
 		return 0;
 	g->to = p.addr;
 	g->to_port = p.port;
@@ -326,7 +326,8 @@ static __always_inline int choose_one(struct gathered *g, struct details *more,
 		more->rule = PAIR(more->rule, p.at);
 		return 1;
 	}
-	dialing(p.id, p.endpoint, p.now);
+	if (p.index != NOBODY)
+		dialing(p.id, p.endpoint, p.now);
 	return 1;
 }
 
