@@ -94,8 +94,12 @@ func costs(before, after map[string]tally, n float64) (map[string]programCost, e
 			all[name] = c
 		}
 	}
-	if _, ok := all[hookProgram]; !ok {
+	_, pillion := after[hookProgram]
+	if _, ran := all[hookProgram]; pillion && !ran {
 		return nil, fmt.Errorf("%s ran %d times for %.0f connections", hookProgram, after[hookProgram].runs-before[hookProgram].runs, n)
+	}
+	if len(all) == 0 {
+		return nil, fmt.Errorf("no program ran for %.0f connections", n)
 	}
 	return all, nil
 }

@@ -25,6 +25,8 @@ const (
 	// The same with manyServices.
 	armPassMany   = "pass, 10,000 services"
 	armDirectMany = "direct, 10,000 services"
+	// armFloor is nothing but what the kernel itself takes in a connect hook.
+	armFloor = "no Pillion"
 )
 
 const (
@@ -133,7 +135,24 @@ func (w *pathWorld) furnish(ctx context.Context) error {
 	many.pass.name, many.pass.only = armPassMany, []string{workHook}
 	many.direct.name, many.direct.only = armDirectMany, []string{workConnection, workHook}
 	w.arms = append(w.arms, many.pass, many.direct)
+	if err := w.floor(plain); err != nil {
+		return fmt.Errorf("measure the kernel's own part: %w", err)
+	}
 	return w.peers(4, works)
+}
+
+// floor adds the arm armFloor, in a network namespace without Pillion.
+func (w *pathWorld) floor(ns *os.File) error {
+	scope, err := w.cgroup("floor")
+	if err != nil {
+		return err
+	}
+	programs, err := w.attachFloor(scope)
+	if err != nil {
+		return err
+	}
+	w.arms = append(w.arms, &arm{name: armFloor, addrs: endpoints, cgroup: scope, netns: ns, programs: programs, only: []string{workHook}})
+	return nil
 }
 
 // addEndpoints gives the bench's own network namespace the server's addresses.

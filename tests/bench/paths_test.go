@@ -5,14 +5,18 @@ import (
 	"encoding/json"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/tests/testutil"
 )
 
 // aPathReport has pass cost what nothing costs, but for one round of three in which
@@ -60,6 +64,63 @@ func TestPathVerdict(t *testing.T) {
 	}
 	if err := r.verdict(true); err != nil {
 		t.Errorf("--quick enforces: %v", err)
+	}
+}
+
+// TestFloor loads the programs, attaches them, and has them run.
+func TestFloor(t *testing.T) {
+	testutil.RequireRoot(t)
+	w, cgroup := &world{}, testutil.NewCgroup(t)
+	dir, err := os.Open(cgroup.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	defer func() {
+		if err := w.close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	all, err := w.attachFloor(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stats, err := ebpf.EnableStats(uint32(unix.BPF_STATS_RUN_TIME))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stats.Close()
+	ns := testutil.NewNS(t)
+	cmd := exec.Command("bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/9") // refused
+	if err := (testutil.Place{NS: ns, Cgroup: cgroup}).Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	now, err := all.tallies()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{floorNothing, floorStorage} {
+		if got := now[name]; got.runs != 1 || got.time <= 0 {
+			t.Errorf("%s: %+v, want one run", name, got)
+		}
+	}
+}
+
+// TestFloorIsNoTarget: what the kernel itself takes is beside Pillion's programs,
+// and not held against their target.
+func TestFloorIsNoTarget(t *testing.T) {
+	r := aPathReport(300)
+	r.arms = append(r.arms, armFloor)
+	r.Samples[workHook][armFloor] = []sample{{Programs: map[string]programCost{floorStorage: {Runs: 1, Nanos: 700}, floorNothing: {Runs: 1, Nanos: 60}}}}
+	targets := len(r.Targets)
+	r.sum()
+	var b bytes.Buffer
+	if err := r.write(&b); err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Targets) != targets || !strings.Contains(b.String(), floorStorage) {
+		t.Errorf("%d targets, want %d, and the floor in:\n%s", len(r.Targets), targets, &b)
 	}
 }
 
@@ -119,6 +180,14 @@ func TestCosts(t *testing.T) {
 	}
 	if got, err := costs(after, after, 100); err == nil {
 		t.Errorf("a hook that did not run cost %v", got)
+	}
+	after = map[string]tally{floorStorage: {100, time.Microsecond}, floorNothing: {100, 0}}
+	got, err = costs(map[string]tally{}, after, 100)
+	if d := cmp.Diff(map[string]programCost{floorStorage: {Runs: 1, Nanos: 10}, floorNothing: {Runs: 1}}, got); err != nil || d != "" {
+		t.Error(err, d)
+	}
+	if got, err := costs(after, after, 100); err == nil {
+		t.Errorf("programs that did not run cost %v", got)
 	}
 }
 
