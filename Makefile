@@ -20,7 +20,7 @@ KERNEL_PKGS := ./bpf/... ./loader/... ./cmd/pillion
 BLACKBOX    := ./tests/...
 
 .DEFAULT_GOAL := build
-.PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes stress traps suites bench demo install clean
+.PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes stress traps suites bench demo image install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,11 @@ traps: build ## the trap suite, also against HAProxy, nginx and Envoy: writes do
 demo: build ## real programs, redirected and balanced (as root, under a minute)
 	@scripts/setup.sh demo
 	scripts/demo.sh $(PILLION)
+
+image: ## write build/image.tar, the container image for amd64 and arm64, and test it (some minutes)
+	@scripts/setup.sh image
+	$(GO) run ./scripts/image -o $(BUILD)/image
+	PILLION_IMAGE=$(abspath $(BUILD)/image) $(GO) test -count=1 -v ./scripts/image
 
 install: ## copy build/pillion below DESTDIR and PREFIX (make build first)
 	install -D -m 0755 $(PILLION) $(DESTDIR)$(PREFIX)/bin/pillion

