@@ -70,7 +70,7 @@ endpoints and records every one. Nothing else on the machine changes.`,
 	root.AddCommand(
 		newExec(g), newRun(g), newInit(g), newReady(g), newLive(g), newStatus(g), newFlows(g), newDoctor(g),
 		newResolve(g), newExplain(g), newReload(g), newUnload(g), newVersion(),
-		newValidate(), newDiff(g),
+		newValidate(), newDiff(g), newInject(), newWebhook(g),
 	)
 	return root
 }

@@ -150,6 +150,7 @@ func TestRefused(t *testing.T) {
 		{"no template", "apiVersion: apps/v1\nkind: Deployment\nmetadata:\n  name: a\nspec:\n  replicas: 1\n", "spec.template"},
 		{"no spec", "apiVersion: v1\nkind: Pod\nmetadata:\n  name: a\n", "no spec"},
 		{"an alias", "x: &a\n  - name: a\napiVersion: v1\nkind: Pod\nmetadata:\n  name: a\nspec:\n  containers:\n  - name: a\n  volumes: *a\n", "write it out"},
+		{"a line without an end", "apiVersion: v1\rkind: Pod\n", "carriage return"},
 		{"opted out wrongly", "apiVersion: v1\nkind: Pod\nmetadata:\n  annotations:\n    " + Inject + ": false\nspec:\n  containers:\n  - name: a\n", "not text"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

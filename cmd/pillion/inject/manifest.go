@@ -93,16 +93,25 @@ func hollow(doc string) bool {
 }
 
 // document does one of YAML.
-func (o Options) document(doc string) (string, []Result, error) {
+func (o Options) document(doc string) (out string, results []Result, err error) {
+	// The parser has panicked on what is no YAML.
+	defer func() {
+		if v := recover(); v != nil {
+			out, results, err = doc, nil, refuse("it breaks the parser: %v", v)
+		}
+	}()
 	if hollow(doc) {
 		return doc, nil, nil
+	}
+	if strings.Count(doc, "\r") != strings.Count(doc, "\r\n") {
+		return doc, nil, refuse("some lines end in a carriage return alone")
 	}
 	v, err := decode(doc)
 	if err != nil {
 		return doc, nil, err
 	}
 	w := &writer{doc: doc}
-	results, err := o.object(v, nil, w.write)
+	results, err = o.object(v, nil, w.write)
 	if err != nil || w.doc == doc {
 		return doc, results, err
 	}

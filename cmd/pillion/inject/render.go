@@ -84,7 +84,7 @@ func flow(s seq) (string, bool) {
 }
 
 var (
-	plainText = regexp.MustCompile(`^[A-Za-z/][-A-Za-z0-9_./]*(:[-A-Za-z0-9_./]+)*(@sha256:[0-9a-f]{64})?$`)
+	plainText = regexp.MustCompile(`^((--)?[A-Za-z/][-A-Za-z0-9_./]*(:[-A-Za-z0-9_./]+)*(@sha256:[0-9a-f]{64})?|[0-9]+(m|Mi|s))$`)
 	notText   = regexp.MustCompile(`^(?i:y|n|yes|no|on|off|true|false|null|nan|inf)$`)
 )
 
