@@ -159,8 +159,8 @@ func (i *instance) goes(t testing.TB, to netip.AddrPort, want ...netip.AddrPort)
 	}
 }
 
-// metric returns the value of a metric, with its labels.
-func (i *instance) metric(t testing.TB, name string) string {
+// metric returns the value of a metric of a service.
+func (i *instance) metric(t testing.TB, name, service string) string {
 	t.Helper()
 	body, err := i.Metrics(context.Background())
 	if err != nil {
@@ -168,8 +168,8 @@ func (i *instance) metric(t testing.TB, name string) string {
 	}
 	defer body.Close()
 	for lines := bufio.NewScanner(body); lines.Scan(); {
-		if value, ok := strings.CutPrefix(lines.Text(), name+" "); ok {
-			return value
+		if labels, ok := strings.CutPrefix(lines.Text(), fmt.Sprintf("%s{service=%q,", name, service)); ok {
+			return labels[strings.LastIndexByte(labels, ' ')+1:]
 		}
 	}
 	return ""
@@ -239,10 +239,9 @@ func testAway(t *testing.T, s *stage) {
 	stale := func(want bool) {
 		t.Helper()
 		for name, to := range addrs {
-			metric := fmt.Sprintf(`pillion_discovery_stale{kind="kubernetes",service=%q}`, name)
-			testutil.Eventually(t, limit, func() bool {
+			testutil.Eventually(t, rig.Limit, func() bool {
 				status, _ := i.service(t, name)
-				return status.Source.Stale == want && (status.Source.Error != "") == want && (i.metric(t, metric) == "1") == want
+				return status.Source.Stale == want && (status.Source.Error != "") == want && i.metric(t, "pillion_discovery_stale", name) == map[bool]string{false: "0", true: "1"}[want]
 			}, name, " is stale: ", want)
 			i.has(t, name, pod(1))
 			i.goes(t, to, pod(1))

@@ -184,7 +184,7 @@ func (c *cluster) start(args ...string) *process {
 	if err := (testutil.Place{NS: c.ns}).Start(p.cmd); err != nil {
 		c.t.Fatal(err)
 	}
-	go func() { p.done <- p.cmd.Wait() }()
+	go p.wait()
 	c.t.Cleanup(func() {
 		if c.t.Failed() {
 			b, _ := os.ReadFile(name)
@@ -193,6 +193,11 @@ func (c *cluster) start(args ...string) *process {
 		}
 	})
 	return p
+}
+
+func (p *process) wait() {
+	p.done <- p.cmd.Wait()
+	close(p.done)
 }
 
 func (p *process) kill() {
@@ -213,7 +218,6 @@ func (c *cluster) startServer() {
 	c.eventually("the API server is ready", func() bool {
 		select {
 		case err := <-c.server.done:
-			c.server.done <- err
 			c.t.Fatalf("the API server ended: %v", err)
 		default:
 		}
