@@ -29,6 +29,7 @@ type control struct {
 	// inCharge: lastRules is what the kernel side goes by. run's own.
 	inCharge bool
 	closed   map[netip.AddrPort]bool // what close said of services; run's own
+	litter   litter                  // run's own
 
 	requests chan chan<- admin.ReloadResult
 	settled  chan chan struct{}
@@ -150,6 +151,9 @@ func (c *control) run(ctx context.Context) error {
 			c.close(c.inForce(), c.list())
 			if c.failing() {
 				c.update()
+			}
+			if c.litter.due(time.Now()) {
+				trim()
 			}
 		case <-c.removals.due():
 			c.removals.endDue()

@@ -39,6 +39,38 @@ func ebb(ctx context.Context, live func() int) error {
 	}
 }
 
+const (
+	// litterLeast is how many endpoints must have been put in force, again or not,
+	// before their litter is worth a collection: some 100 bytes of each.
+	litterLeast = 20_000
+	// litterEvery is how soon memory is given back again, and litterQuiet for how
+	// long nothing may have been put in force meanwhile.
+	litterEvery = 15 * time.Second
+	litterQuiet = 2 * time.Second
+)
+
+// litter is what putting services in force leaves behind: each change makes all of
+// them anew. The runtime would keep twice of what is needed for minutes.
+type litter struct {
+	endpoints   int
+	last, given time.Time
+}
+
+// add notes that so many endpoints were put in force.
+func (l *litter) add(endpoints int, now time.Time) {
+	l.endpoints += endpoints
+	l.last = now
+}
+
+// due tells whether to give memory back now, and notes that it is.
+func (l *litter) due(now time.Time) bool {
+	if l.endpoints < litterLeast || now.Sub(l.last) < litterQuiet || now.Sub(l.given) < litterEvery {
+		return false
+	}
+	l.endpoints, l.given = 0, now
+	return true
+}
+
 // trim gives back the memory that only the start needed: the heap of parsing
 // and loading, and the pages of the program itself, of which serving uses a
 // fraction. What is needed after all comes back from the page cache.

@@ -150,6 +150,9 @@ func same(services []service, s *service) *service {
 func (c *control) publish(next *config.Config) error {
 	services := c.gather(next)
 	refused := bound(services, c.list(), bpf.Endpoints)
+	for i := range services {
+		c.litter.add(len(services[i].endpoints), time.Now())
+	}
 	old := c.i.snapshot.Load()
 	snapshot, err := upstream.Build(old, specs(next, services), upstream.Options{Health: next.Health})
 	if err != nil {

@@ -153,6 +153,8 @@ func (w *worker) holdAgain(c *conn, h *flow.Held) {
 		w.dialAnew(c)
 	case !c.dialing:
 		w.injected(w.queue.Finish(h)) // there was no room for it
+	case c.endless && w.named(c):
+		w.dialAnew(c)
 	default:
 	}
 }

@@ -35,6 +35,18 @@ func (w *worker) asksAgain(c *conn) bool {
 	return wait
 }
 
+// named tells whether a service names by now what is being dialed as nobody's. That
+// dial is given up then: nobody has answered it.
+func (w *worker) named(c *conn) bool {
+	if w.relay.options.Undecided == nil || w.asksAgain(c) || c.target.Cluster == nil {
+		return false
+	}
+	w.dialed(c)
+	w.dropSide(c, up)
+	c.sides[up] = side{fd: -1, pipe: noPipe}
+	return true
+}
+
 // decide dials those of which it is known by now where they go.
 func (w *worker) decide() {
 	if len(w.waiters) == 0 || w.now-w.decided < int64(undecidedEvery) {

@@ -52,7 +52,7 @@ func testFirst(t *testing.T, s *stage) {
 			if status.Path != tt.path || status.Source.Kind != admin.SourceKubernetes || status.Source.Name != "default/first:80" || status.Address != four.String() {
 				t.Errorf("%+v", status)
 			}
-			out, err := s.Pillion(t, "explain", four.String(), "--name", i.Name)
+			out, err := s.Pillion(t, "explain", four.String(), "--instance", i.Name)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -65,10 +65,20 @@ func testFirst(t *testing.T, s *stage) {
 			if got := i.dial(t, pod(3)); got != pod(3).String() {
 				t.Errorf("%s: %s", pod(3), got)
 			}
-			records := i.Ended(t, 3)
-			first := records[0]
-			if first.OrigDst != four || first.Path != flow.PathRelay || first.Service != "default/first:80" || first.Attempts != 1 {
-				t.Errorf("the first connection is on record as %+v", first)
+			if tt.path == flow.PathRelay {
+				return
+			}
+			relayed := 0
+			for _, r := range i.Ended(t, 3) {
+				if r.OrigDst == four && r.Path == flow.PathRelay {
+					relayed++
+					if r.Service != "default/first:80" || r.Attempts != 1 || r.Endpoint.Port() != 8080 {
+						t.Errorf("the first connection is on record as %+v", r)
+					}
+				}
+			}
+			if relayed != 1 {
+				t.Errorf("%d connections were relayed, want the first", relayed)
 			}
 		})
 	}
