@@ -95,8 +95,11 @@ func openRecord(s *socket, v *bpf.Decision, now int64, wall time.Time) flow.Reco
 func (d *Datapath) End(service, endpoint netip.AddrPort) (int, error) {
 	d.sets.mu.Lock()
 	own, index, err := d.sets.findEndpoint(service, endpoint)
+	// A count is never too low, and to list all sockets takes long: of a thousand
+	// endpoints that are gone, most have nobody.
+	idle := err == nil && d.sets.table.at(index).live().Load() == 0
 	d.sets.mu.Unlock()
-	if err != nil {
+	if err != nil || idle {
 		return 0, err
 	}
 	// An index is kept while somebody is connected, so it still means the same.
