@@ -35,12 +35,28 @@ func (r *removals) add(g gone, how config.OnRemove, after time.Duration) {
 	switch how {
 	case config.OnRemoveReset:
 		r.end(g)
+		r.later(g, lateConnects)
 	case config.OnRemoveClose:
-		r.pending = append(r.pending, removal{g, time.Now().Add(after)})
-		slices.SortStableFunc(r.pending, func(a, b removal) int { return a.at.Compare(b.at) })
-		r.arm()
+		r.later(g, after)
 	case config.OnRemoveKeep:
 	}
+}
+
+// lateConnects is when is looked once more for connections to end: a connect that
+// was sent to an endpoint a moment before it was gone is no socket to be found yet.
+const lateConnects = time.Second
+
+func (r *removals) later(g gone, after time.Duration) {
+	next := removal{g, time.Now().Add(after)}
+	// Behind those of the same time, so at the end where many go at once.
+	n, _ := slices.BinarySearchFunc(r.pending, next.at, func(p removal, at time.Time) int {
+		if p.at.After(at) {
+			return 1
+		}
+		return -1
+	})
+	r.pending = slices.Insert(r.pending, n, next)
+	r.arm()
 }
 
 // spare forgets endpoints that are back.
