@@ -80,11 +80,11 @@ var platformTraps = []trap{
 	{
 		number: 42, title: "One bad resource rejects the whole push",
 		links: []string{"envoyproxy/envoy/issues/3079", "envoyproxy/envoy/issues/7939", "agentgateway/agentgateway/issues/1438"},
-		open:  "nothing is pushed to Pillion: discovery is planned",
+		open:  "each service and each source is refused alone, which tests/live holds; it is not tried with the others yet",
 	},
 	{
 		number: 47, title: "Headless services are not balanced",
-		open: "services are addresses so far: discovery is planned",
+		open: "DNS and Kubernetes tell the endpoints of a headless service, but a service is an address so far: names are planned, with DNS",
 	},
 	{
 		number: 49, title: "Conntrack forgets half-closed connections, and drops what is left as invalid",
