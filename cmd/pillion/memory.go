@@ -76,6 +76,7 @@ func (l *litter) due(now time.Time) bool {
 // fraction. What is needed after all comes back from the page cache.
 func trim() {
 	debug.FreeOSMemory()
+	debug.FreeOSMemory() // stacks that the first has shrunk are free only now
 	exe, err := os.Readlink("/proc/self/exe")
 	if err != nil {
 		return
