@@ -290,7 +290,8 @@ func testDemand(t *testing.T, c *cluster) {
 	for _, s := range d.list() {
 		want := map[netip.AddrPort]string{first: "10.0.0.1:8080", second: "[fd00::1]:8080"}[s.Addr]
 		c.follow(t, s.Source).waitFor(t, want)
-		if s.Name != "default/asked:80" || s.Host != "asked.default.svc.cluster.local" {
+		name := map[netip.AddrPort]string{first: "default/asked:80", second: "default/asked:80/ipv6"}[s.Addr]
+		if s.Name != name || s.Host != "asked.default.svc.cluster.local" {
 			t.Errorf("got %+v", s)
 		}
 	}

@@ -275,8 +275,8 @@ func (s *seeker) settle(sub subject, svc *service, err error) {
 		s.refuse(sub, s.options.Failed)
 		return
 	case svc == nil || svc.foreign || s.client.check(svc) != nil:
-		s.counts.notFound.Add(1)
 		s.answered(sub, ports...)
+		s.counts.notFound.Add(1)
 		s.refuse(sub, s.options.NotFound)
 		return
 	}
