@@ -112,7 +112,6 @@ func ofModule(m *debug.Module) (spdxPackage, error) {
 		m = m.Replace
 	}
 	p := module(m.Path, m.Version, instead)
-	p.Location = "https://proxy.golang.org/" + escape(m.Path) + "/@v/" + escape(m.Version) + ".zip"
 	if m.Sum == "" {
 		return p, nil
 	}
@@ -134,17 +133,4 @@ func module(path, version, comment string) spdxPackage {
 		Concluded: noAssertion, Declared: noAssertion, Copyright: noAssertion, Comment: comment,
 		Refs: []ref{{"PACKAGE-MANAGER", "purl", "pkg:golang/" + path + "@" + strings.ReplaceAll(version, "+", "%2B")}},
 	}
-}
-
-// escape writes capitals as the module proxy wants them.
-func escape(s string) string {
-	var b strings.Builder
-	for _, r := range s {
-		if r >= 'A' && r <= 'Z' {
-			b.WriteByte('!')
-			r += 'a' - 'A'
-		}
-		b.WriteRune(r)
-	}
-	return b.String()
 }

@@ -119,7 +119,7 @@ func TestEveryKey(t *testing.T) {
 		Kubernetes: Kubernetes{
 			OnDemand: true, Server: "https://10.96.0.1:443",
 			TokenFile: "/var/run/secrets/token", CAFile: "/var/run/secrets/ca.crt",
-			Kubeconfig: "/root/.kube/config", Idle: time.Minute,
+			Kubeconfig: "/etc/pillion/kubeconfig", Idle: time.Minute,
 		},
 		FlowLog: "/var/log/flows", Metrics: addr("127.0.0.1:9090"), Probes: addr("127.0.0.1:9091"),
 	}
