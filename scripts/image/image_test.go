@@ -292,47 +292,13 @@ func TestRuns(t *testing.T) {
 	}
 }
 
-// podman loads the archive and runs a container of it, in a store of its own.
+// podman loads the archive and runs a container of it.
 func podman(t *testing.T, dir, want string) {
-	if os.Getuid() != 0 {
-		t.Skip("this podman is run as root")
-	}
-	for _, name := range []string{"podman", "runc"} {
-		if _, err := exec.LookPath(name); err != nil {
-			t.Skipf("%s is not installed (scripts/setup.sh image)", name)
-		}
-	}
-	store := t.TempDir()
-	conf := filepath.Join(store, "containers.conf")
-	text := "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\npids_limit = 0\n[engine]\nevents_logger = \"file\"\n"
-	if err := os.WriteFile(conf, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	run := func(args ...string) *exec.Cmd {
-		global := []string{
-			"--root", filepath.Join(store, "root"), "--runroot", filepath.Join(store, "run"), "--tmpdir", filepath.Join(store, "tmp"),
-			"--cgroup-manager", "cgroupfs", "--runtime", "runc", "--storage-driver", "vfs",
-		}
-		cmd := exec.Command("podman", append(global, args...)...)
-		cmd.Env = append(os.Environ(), "CONTAINERS_CONF="+conf)
-		return cmd
-	}
-	t.Cleanup(func() {
-		if out, err := run("system", "reset", "--force").CombinedOutput(); err != nil {
-			t.Logf("podman system reset: %v\n%s", err, out)
-		}
-	})
-	out, err := run("load", "--quiet", "--input", dir+".tar").CombinedOutput()
-	if err != nil {
-		t.Fatalf("podman load: %v\n%s", err, out)
-	}
-	_, image, ok := strings.Cut(strings.TrimSpace(string(out)), "Loaded image: ")
-	if !ok {
-		t.Fatalf("podman load says %q", out)
-	}
+	s := newStore(t)
+	image := s.load(t, dir+".tar")
 	parent := fmt.Sprintf("/pillion-image-%d", os.Getpid())
 	t.Cleanup(func() { forgetCgroups(t, parent) })
-	check(t, run("run", "--rm", "--network", "none", "--cgroup-parent", parent, "--read-only", "--cap-drop", "all", image, "version"), want)
+	check(t, s.run("run", "--rm", "--network", "none", "--cgroup-parent", parent, "--read-only", "--cap-drop", "all", image, "version"), want)
 }
 
 // forgetCgroups removes what podman leaves of a parent, in every hierarchy.
