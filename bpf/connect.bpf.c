@@ -50,6 +50,12 @@ __noinline __u32 by_maps(struct gathered *g, struct details *more)
 	return g ? plan_for(g, NULL, false) : PATH_PASS;
 }
 
+__noinline int choose_soon(struct gathered *g, struct details *more)
+{
+	asm volatile("" : : "r"(more));
+	return g ? choose_first(g, NULL, false) : 0;
+}
+
 __noinline int choose(struct gathered *g, struct details *more)
 {
 	asm volatile("" : : "r"(more));

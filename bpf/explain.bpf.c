@@ -13,6 +13,11 @@ __noinline __u32 by_maps(struct gathered *g, struct details *more)
 	return g && more ? plan_for(g, more, true) : PATH_PASS;
 }
 
+__noinline int choose_soon(struct gathered *g, struct details *more)
+{
+	return g && more ? choose_first(g, more, true) : 0;
+}
+
 __noinline int choose(struct gathered *g, struct details *more)
 {
 	return g && more ? choose_one(g, more, true) : 0;
@@ -69,7 +74,8 @@ int pl_explain(struct __sk_buff *ctx)
 	path = judge(ctx, &g, true, &more, true);
 	looking(0);
 	/* What a pick gives is of interest on any path. */
-	if ((more.flags & (DETAIL_NAMED | DETAIL_PICKED)) == DETAIL_NAMED)
+	if ((more.flags & (DETAIL_NAMED | DETAIL_PICKED)) == DETAIL_NAMED &&
+	    !choose_soon(&g, &more))
 		choose(&g, &more);
 
 	r = (void *)(long)ctx->data + ETH_HLEN;

@@ -4,42 +4,7 @@
  */
 #pragma once
 #include "config.h"
-#include "pick.h"
-
-/* What the entry knows, and what it is told. One read of ctx each: the verifier
- * refuses pointers into ctx that clang has moved ("dereference of modified ctx
- * ptr").
- */
-struct gathered {
-	struct ip_addr dst;
-	struct ip_addr bound;
-	__u64 now;
-	__u64 group; /* 0: no quotas, in a dry run */
-	__u64 port;
-	__u64 why; /* REASON_NONE: the rules are asked; out: enum reason */
-	/* Out. */
-	struct ip_addr source; /* that of the route */
-	struct ip_addr to; /* PATH_DIRECT, PATH_RELAY: what to dial instead */
-	__u64 to_port; /* PATH_DIRECT */
-	__u64 hold; /* 1: the handshake waits for the dial */
-	__u64 err; /* what a refused connect returns */
-	__u64 set; /* service.id */
-	__u64 endpoint; /* PATH_DIRECT: index in endpoints */
-};
-
-/* What only a dry run asks and tells. */
-struct details {
-	__u64 seed; /* in: of the pick; 0: a random one */
-	__u64 flags; /* DETAIL_* */
-	__u64 rule; /* the value of the one that decided, */
-	/* and above it the index of the endpoint in the set. */
-};
-
-#define DETAIL_RULED 1 /* rule is valid */
-#define DETAIL_NAMED 2 /* a service has the address */
-#define DETAIL_PICKED 4 /* there is an endpoint */
-#define DETAIL_FAR 8 /* it is of the second tier */
-#define DETAIL_PANICS 16 /* ejections do not count */
+#include "choose.h"
 
 /* rule_names gives the rule that names the destination, or NULL. */
 static __always_inline __u32 *rule_names(void *trie, const struct gathered *g)
@@ -57,24 +22,6 @@ static __always_inline __u32 *rule_names(void *trie, const struct gathered *g)
 		return rule;
 	u.d[0] &= ~(0xffffULL << 32); /* any port */
 	return bpf_map_lookup_elem(trie, &u.k);
-}
-
-/* has_route also notes the route's source, which is what a socket without an
- * address of its own would get.
- */
-static __always_inline bool has_route(struct gathered *g)
-{
-	union {
-		__u64 d[3];
-		struct prefix_key k;
-	} u = { .d = { PAIR(128, g->dst.w[0]), PAIR(g->dst.w[1], g->dst.w[2]),
-		       g->dst.w[3] } };
-	struct route *way = bpf_map_lookup_elem(&routes, &u.k);
-
-	if (!way)
-		return false;
-	g->source = LOAD_IP6(way->source.w);
-	return way->kind == ROUTE_UNICAST;
 }
 
 /* slot_answers runs the sk_lookup programs of the socket's namespace for a slot
@@ -233,12 +180,6 @@ static __noinline enum reason redirect(void *ctx, struct gathered *g,
 	return why;
 }
 
-/* is_bound is false for the unspecified addresses of both families. */
-static __always_inline bool is_bound(const struct ip_addr *a)
-{
-	return a->w[0] || a->w[1] || a->w[3];
-}
-
 /* answered_until is until when an earlier answer of a destination counts. */
 static __always_inline __u64 answered_until(const void *key)
 {
@@ -246,97 +187,6 @@ static __always_inline __u64 answered_until(const void *key)
 
 	return until ? *until : 0;
 }
-
-/* dialing begins the trial of an endpoint whose wait is over: others wait for
- * its outcome, or for the next and longer wait to end.
- */
-static __noinline void dialing(__u64 service, __u64 endpoint, __u64 now)
-{
-	struct endpoint *e = health_of(endpoint);
-	struct set_config *c;
-	__u64 until, round;
-	void *set;
-
-	if (!e)
-		return;
-	until = e->until;
-	if (!until || now < until)
-		return;
-	set = set_of(service);
-	c = set ? row(set, ROW_CONFIG) : NULL;
-	if (!c || !c->failures)
-		return;
-	round = e->round;
-	if (round < 0xffff)
-		round++;
-	if (!swap(&e->until, until, end_of_wait(c, now, round)))
-		return;
-	e->round = round;
-	changed(set);
-}
-
-/* hash_on gives what POLICY_MAGLEV goes by. */
-static __noinline __u32 hash_on(struct gathered *g, __u64 on)
-{
-	if (on == HASH_DESTINATION)
-		return hash_of(&g->dst, g->port);
-	if (is_bound(&g->bound))
-		return hash_of(&g->bound, 0);
-	has_route(g);
-	return hash_of(&g->source, 0);
-}
-
-/* choose_one picks an endpoint of the service, and puts it in g; 0: there is
- * none.
- */
-static __always_inline int choose_one(struct gathered *g, struct details *more,
-				      const bool dry)
-{
-	struct set_config *config;
-	struct set_tiers *tiers;
-	__u64 policy, spill, counts, key;
-	struct pick p = {};
-	void *set;
-
-	set = at(&sets, &key, g->set);
-	if (!set)
-		return 0;
-	config = at(set, &key, ROW_CONFIG);
-	tiers = at(set, &key, ROW_TIERS);
-	if (!config || !tiers)
-		return 0;
-	policy = config->policy;
-	spill = config->spill;
-	counts = PAIR(tiers->tier[0].count, tiers->tier[1].count);
-	p.id = g->set;
-	p.now = g->now;
-	p.dry = dry;
-	p.seed = dry && more->seed ? more->seed : bpf_get_prandom_u32();
-	if (policy == POLICY_MAGLEV)
-		p.seed = hash_on(g, config->hash);
-	if (!pick(&p, set, tiers, policy, spill, counts))
-		return 0;
-	g->to = p.addr;
-	g->to_port = p.port;
-	g->endpoint = p.endpoint;
-	if (dry) {
-		more->flags |= DETAIL_PICKED;
-		if (p.tier)
-			more->flags |= DETAIL_FAR;
-		more->rule = PAIR(more->rule, p.at);
-		return 1;
-	}
-	if (p.index != NOBODY)
-		dialing(p.id, p.endpoint, p.now);
-	return 1;
-}
-
-/* choose is choose_one, as an entry has it. It is no static function, so that
- * the verifier walks it once and not once for each way to it. Only that of a
- * dry run minds more: on a pointer that it knows to be NULL, the verifier
- * of 6.1 follows what the processor may speculate.
- */
-int choose(struct gathered *g, struct details *more);
 
 /* is_foreign is true for a source that is bound, and not an address of the
  * namespace's.
@@ -489,7 +339,7 @@ static __always_inline enum conn_path judge(void *ctx, struct gathered *g,
 		}
 		path = fall_back(g, plan, no);
 	}
-	if (path != PATH_DIRECT || choose(g, more))
+	if (path != PATH_DIRECT || choose_soon(g, more) || choose(g, more))
 		return path;
 	g->why = REASON_NO_ENDPOINT;
 	return PATH_DENY;

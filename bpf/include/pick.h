@@ -27,7 +27,7 @@ struct pick {
 	__u64 policy; /* enum policy, as the present looks are made */
 	__u64 dry; /* 1: no turn is used up */
 	__u64 tier; /* 0 or 1 */
-	__u64 turns; /* taken before the first look of look_again */
+	__u64 turns; /* used up before the first look */
 	/* What was found. */
 	__u64 index; /* in the tier, or NOBODY */
 	__u64 live;
@@ -151,18 +151,18 @@ __noinline int may_pick(__u64 service, __u64 id, __u64 now)
 	return panicking(&c, service);
 }
 
-/* take_turn gives the turn of POLICY_ROUND_ROBIN, and uses it up, or, with
- * ahead, tells one that is to come.
+/* take_turn gives the turn of POLICY_ROUND_ROBIN in a tier, and uses it up, or,
+ * with ahead, tells one that is to come.
  */
-static __always_inline __u32 take_turn(const struct pick *p,
-				       struct set_state *st, __u32 ahead)
+static __always_inline __u32 take_turn(struct set_state *st, __u64 tier,
+				       bool dry, __u32 ahead)
 {
 	__u32 near = *(volatile __u32 *)&st->turn[0];
 	__u32 far = *(volatile __u32 *)&st->turn[1];
 
-	if (p->dry)
-		return (p->tier ? far : near) + ahead;
-	return p->tier ? FETCH_ADD(st, 4, 1) : FETCH_ADD(st, 0, 1);
+	if (dry)
+		return (tier ? far : near) + ahead;
+	return tier ? FETCH_ADD(st, 4, 1) : FETCH_ADD(st, 0, 1);
 }
 
 /* look makes draw n of one tier, and says by 1 that it was the last one. */
@@ -207,7 +207,8 @@ __noinline int look(struct pick *p, __u32 n)
 		} else {
 			struct set_state *st = at(set, &key, ROW_STATE);
 
-			i = st ? take_turn(p, st, p->turns + n) : 0;
+			i = st ? take_turn(st, p->tier, p->dry, p->turns + n) :
+				 0;
 		}
 		i %= length;
 		entries = at(set, &key, table + i / PL_SET_TABLE_ROW);
@@ -318,106 +319,16 @@ static __always_inline bool in_tier(struct pick *p, __u64 policy, __u32 count)
 	return p->index != NOBODY;
 }
 
-/* carefree gives what is known of an endpoint that is neither down nor has been
- * ejected, or NULL.
- */
-static __always_inline struct endpoint *carefree(__u64 *key, __u64 id)
-{
-	struct endpoint *e = at(&endpoints, key, id);
-
-	return e && !e->down && !e->until ? e : NULL;
-}
-
-/* at_once makes the first look of a pick, or both of POLICY_LEAST_CONNECTIONS,
- * with fewer look-ups and no loop. That is all of nearly every pick. Where it
- * meets an endpoint that something is to be asked of, it says no, and the pick
- * begins again with the same words, but not with the same turn. index stays
- * NOBODY where no trial may have to begin.
- */
-static __always_inline bool at_once(struct pick *p, void *set,
-				    struct set_tiers *tiers, __u64 policy)
-{
-	volatile struct set_tier *t = &tiers->tier[0];
-	__u32 first = t->first, count = t->count;
-	__u32 table = t->table, length = t->entries, i = 0, j;
-	struct set_endpoint *m, *other;
-	struct endpoint *e, *rival;
-	__u64 words = p->words, key;
-
-	if (p->tier) { /* see look */
-		t = &tiers->tier[1];
-		first = t->first;
-		count = t->count;
-		table = t->table;
-		length = t->entries;
-	}
-	if (!count)
-		return false;
-	if (length &&
-	    (policy == POLICY_ROUND_ROBIN || policy == POLICY_MAGLEV)) {
-		struct set_table *entries;
-
-		i = p->seed;
-		if (policy == POLICY_ROUND_ROBIN) {
-			struct set_state *st = at(set, &key, ROW_STATE);
-
-			if (!st)
-				return false;
-			i = take_turn(p, st, 0);
-			p->turns = 1;
-		}
-		i %= length;
-		entries = at(set, &key, table + i / PL_SET_TABLE_ROW);
-		if (!entries)
-			return false;
-		i = entries->entry[i % PL_SET_TABLE_ROW];
-	} else if (count > 1 || policy != POLICY_LEAST_CONNECTIONS) {
-		i = below(&words, count);
-		m = at(set, &key, PL_SET_HEAD + first + i);
-		if (m && !chance(&words, m->cut))
-			i = m->alias;
-	}
-	m = at(set, &key, PL_SET_HEAD + first + i);
-	if (!m)
-		return false;
-	e = carefree(&key, m->id);
-	if (!e) {
-		/* Its turn is used up, if it may be picked or not. */
-		if (!p->turns || !may_pick(p->id, m->id, p->now))
-			return false;
-		p->index = i;
-	} else if (policy == POLICY_LEAST_CONNECTIONS && count > 1) {
-		j = below(&words, count - 1);
-		j += j >= i;
-		other = at(set, &key, PL_SET_HEAD + first + j);
-		rival = other ? carefree(&key, other->id) : NULL;
-		if (!rival)
-			return false;
-		if (is_less(rival->live, other->weight, e->live, m->weight)) {
-			m = other;
-			i = j;
-		}
-	}
-	p->at = first + i;
-	p->endpoint = m->id;
-	p->port = m->port;
-	p->addr = LOAD_IP6(m->addr.w);
-	return true;
-}
-
 /* pick makes a pick, or says that nobody may be picked. The caller has set id,
- * now, seed and dry, and zeroed the rest. counts are those of the tiers, the
- * second above the first.
+ * now, seed, dry and turns, and zeroed the rest. counts are those of the tiers,
+ * the second above the first.
  */
-static __always_inline bool pick(struct pick *p, void *set,
-				 struct set_tiers *tiers, __u64 policy,
-				 __u32 spill, __u64 counts)
+static __always_inline bool pick(struct pick *p, __u64 policy, __u32 spill,
+				 __u64 counts)
 {
 	p->index = NOBODY;
 	p->words = p->seed;
 	p->tier = counts >> 32 && chance(&p->words, spill);
-	if (at_once(p, set, tiers, policy))
-		return true;
 	if (in_tier(p, policy, p->tier ? counts >> 32 : (__u32)counts))
 		return true;
 	if (!(counts >> 32))
