@@ -223,7 +223,8 @@ func bound(services, before []service, most int) []admin.Refusal {
 			continue
 		}
 		refused = append(refused, admin.Refusal{Name: s.Name, Where: s.Where(""), Text: fmt.Sprintf(
-			"%d endpoints, and there is room for %d more than its %d: those stay", len(s.endpoints), max(room, 0), kept)})
+			"%d are too many endpoints: of the %d of all services, %d are left for more than its %d, which stay",
+			len(s.endpoints), most, max(room, 0), kept)})
 		s.endpoints, s.known = nil, false
 		if had[i] != nil {
 			s.endpoints, s.known = had[i].endpoints, had[i].known

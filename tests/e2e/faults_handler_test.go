@@ -374,8 +374,9 @@ func busy(t *testing.T, pid int) (end func()) {
 
 // TestKillRounds kills the handler three times while thousands connect: with
 // on_failure open none of them fails. A connection that the handler had
-// accepted when it was killed ends unserved, which is counted apart: at most
-// one per worker of the client and kill.
+// accepted when it was killed ends unserved, which is counted apart: at most one
+// per kill, worker of the client and listener, which the kernel closes one after
+// another: who was reset by the first may come again before the last.
 func TestKillRounds(t *testing.T) {
 	g := newGround(t)
 	i := g.Run(t, "on_failure: open")
@@ -418,9 +419,10 @@ func TestKillRounds(t *testing.T) {
 			unserved[n]++
 		}
 	}
+	most := j.Workers * runtime.NumCPU()
 	for n, u := range unserved {
-		if u > j.Workers {
-			t.Errorf("kill %d: %d unserved, at most %d in flight", n, u, j.Workers)
+		if u > most {
+			t.Errorf("kill %d: %d unserved, at most %d in flight", n, u, most)
 		}
 	}
 	t.Logf("%v, unserved at the kills: %v", counts, unserved)
