@@ -45,6 +45,10 @@ func NewTable(services []Service, limits flow.Limits) (*Table, error) {
 			s.Terms.Limits = limits
 		}
 		t.services[i] = s
+		// Not one of services: a connection keeps its service for as long as it
+		// lasts, and would keep those of a whole table that was replaced.
+		own := new(Service)
+		*own = s
 		switch other := t.byAddr[s.Addr]; {
 		case !s.Addr.IsValid():
 			errs = append(errs, fmt.Errorf("service %q: no address", s.Name))
@@ -53,7 +57,7 @@ func NewTable(services []Service, limits flow.Limits) (*Table, error) {
 		case other != nil:
 			errs = append(errs, fmt.Errorf("service %q: %s is service %q already", s.Name, s.Addr, other.Name))
 		default:
-			t.byAddr[s.Addr] = &t.services[i]
+			t.byAddr[s.Addr] = own
 		}
 	}
 	if err := errors.Join(errs...); err != nil {

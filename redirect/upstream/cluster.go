@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"slices"
 	"syscall"
 	"time"
 
@@ -121,7 +122,8 @@ func (c *Cluster) Spill() uint32 {
 // Set returns the endpoints of one address family, but those with a zone, arranged
 // for the kernel side, with their health of now: Down, and a Spill by what is down or was ejected
 // here. The hooks eject for themselves; whoever knows their ejections makes the
-// Spill of them by [flow.Set.Overflow]. The caller must not change the tables.
+// Spill of them by [flow.Set.Overflow]. The caller must not change
+// the tables nor the endpoints.
 //
 // Arranging takes a few ms for 10,000 endpoints, once for as long as they stay.
 func (c *Cluster) Set(v4 bool) flow.Set {
@@ -130,10 +132,11 @@ func (c *Cluster) Set(v4 bool) flow.Set {
 	set.Hash = c.hash
 	set.Failures, set.Panic = c.group.Config.Failures, c.group.Config.Panic
 	set.Base, set.Max = c.group.Config.Base, c.group.Config.Max
-	set.Endpoints = make([]flow.SetEndpoint, len(a.order))
-	copy(set.Endpoints, a.set.Endpoints)
-	for i, from := range a.order {
-		set.Endpoints[i].Down = c.Endpoints[from].Down()
+	if slices.ContainsFunc(c.Endpoints, (*Endpoint).Down) {
+		set.Endpoints = slices.Clone(set.Endpoints)
+		for i, from := range a.order {
+			set.Endpoints[i].Down = c.Endpoints[from].Down()
+		}
 	}
 	set.Spill = set.Overflow(func(i int) bool { return c.Endpoints[a.order[i]].Available() })
 	return set

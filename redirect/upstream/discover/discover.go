@@ -35,3 +35,12 @@ type Source interface {
 	// error only when it can never tell: its settings make no sense.
 	Run(ctx context.Context, out chan<- Snapshot) error
 }
+
+// Follower is a [Source] that can also tell without a goroutine to receive it: of
+// hundreds of sources, those take megabytes.
+type Follower interface {
+	Source
+	// Follow is Run, but that it calls tell, which may block for as long as what
+	// was told is taken over. Once ctx is done, what it tells is ignored.
+	Follow(ctx context.Context, tell func(Snapshot)) error
+}

@@ -106,6 +106,13 @@ func (k *Keeper) Run(ctx context.Context) error {
 
 // run runs the source once and takes what it sends.
 func (k *Keeper) run(ctx context.Context) error {
+	if f, ok := k.source.(Follower); ok {
+		return f.Follow(ctx, func(s Snapshot) {
+			if ctx.Err() == nil {
+				k.take(s)
+			}
+		})
+	}
 	out := make(chan Snapshot)
 	ended := make(chan error, 1)
 	go k.drive(ctx, out, ended)

@@ -21,6 +21,16 @@ type source struct {
 
 // Run implements [discover.Source].
 func (s *source) Run(ctx context.Context, out chan<- discover.Snapshot) error {
+	return s.Follow(ctx, func(next discover.Snapshot) {
+		select {
+		case out <- next:
+		case <-ctx.Done():
+		}
+	})
+}
+
+// Follow implements [discover.Follower].
+func (s *source) Follow(ctx context.Context, tell func(discover.Snapshot)) error {
 	if err := s.ref.check(); err != nil {
 		return err
 	}
@@ -54,9 +64,7 @@ func (s *source) Run(ctx context.Context, out chan<- discover.Snapshot) error {
 		if sent && v.failures == failures && sum == last {
 			continue
 		}
-		select {
-		case out <- next:
-		case <-ctx.Done():
+		if tell(next); ctx.Err() != nil {
 			return nil
 		}
 		last, failures, sent = sum, v.failures, true
