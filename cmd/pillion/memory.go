@@ -71,6 +71,18 @@ func (l *litter) due(now time.Time) bool {
 	return true
 }
 
+// garbage is how much of it there may be, in percent of what is in use, before it is
+// collected. Connections make next to none, so that this costs little but while
+// much changes; the runtime's own 100 would be resident for good.
+const garbage = 25
+
+// frugal has the runtime collect garbage early, unless GOGC says when.
+func frugal() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(garbage)
+	}
+}
+
 // trim gives back the memory that only the start needed: the heap of parsing
 // and loading, and the pages of the program itself, of which serving uses a
 // fraction. What is needed after all comes back from the page cache.

@@ -79,6 +79,7 @@ func (f *runFlags) reread(last *config.Config) (*config.Config, []config.Refused
 
 // daemon runs until SIGTERM or SIGINT; a second one ends at once.
 func daemon(g *global, f *runFlags) error {
+	frugal()
 	log, err := g.logger(slog.LevelInfo)
 	if err != nil {
 		return err

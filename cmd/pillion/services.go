@@ -368,6 +368,7 @@ func specs(next *config.Config, services []service) []upstream.ClusterSpec {
 			Name: s.Name, Policy: s.Policy, Hash: s.Hash, Zone: next.Zone, Health: &h,
 			NoEndpoint: errnoOf(cmp.Or(s.NoEndpoint, next.NoEndpoint)),
 		}
+		spec.Endpoints = make([]upstream.EndpointSpec, 0, len(s.endpoints))
 		for _, e := range s.endpoints {
 			spec.Endpoints = append(spec.Endpoints, upstream.EndpointSpec{Addr: e.Addr, Weight: e.Weight, Zone: e.Zone})
 		}
@@ -506,35 +507,54 @@ func (c *control) overflow() {
 // gone. A service is still there under its name or its address: to rename it or to
 // move it ends nothing. One that is gone itself says what it last said.
 func (c *control) removed(before, now []service) {
-	byName := make(map[string]map[netip.AddrPort]bool, len(now))
-	byAddr := make(map[netip.AddrPort]map[netip.AddrPort]bool, len(now))
+	byName := make(map[string]*service, len(now))
+	byAddr := make(map[netip.AddrPort]*service, len(now))
 	for i := range now {
-		all := addrsOf(&now[i])
-		byName[now[i].Name], byAddr[now[i].Addr] = all, all
+		byName[now[i].Name], byAddr[now[i].Addr] = &now[i], &now[i]
 	}
+	// A change is of few services: only their endpoints are put into maps.
+	sets := make(map[*service]map[netip.AddrPort]bool)
+	in := func(s *service, endpoint netip.AddrPort) bool {
+		if s == nil {
+			return false
+		}
+		if sets[s] == nil {
+			sets[s] = addrsOf(s)
+		}
+		return sets[s][endpoint]
+	}
+	there := func(g gone) bool { return in(byName[g.service], g.endpoint) || in(byAddr[g.addr], g.endpoint) }
 	former := c.former
 	c.former = formerPlaces(former, before, now)
 	for i := range before {
 		s := &before[i]
-		by := s
-		if is := same(now, s); is != nil {
+		by, is := s, byName[s.Name]
+		if is == nil {
+			is = byAddr[s.Addr]
+		}
+		if is != nil {
+			if slices.Equal(is.endpoints, s.endpoints) {
+				continue
+			}
 			by = is
 		}
 		if by.OnRemove == config.OnRemoveKeep || by.OnRemove == "" {
 			continue
 		}
 		for _, e := range s.endpoints {
-			if !byName[s.Name][e.Addr] && !byAddr[s.Addr][e.Addr] {
-				c.removals.add(gone{s.Name, s.Addr, e.Addr}, by.OnRemove, by.RemoveAfter)
-				for _, p := range former[s.Name] {
-					if !byName[p.name][e.Addr] && !byAddr[p.addr][e.Addr] {
-						c.removals.add(gone{p.name, p.addr, e.Addr}, by.OnRemove, by.RemoveAfter)
-					}
+			g := gone{s.Name, s.Addr, e.Addr}
+			if there(g) {
+				continue
+			}
+			c.removals.add(g, by.OnRemove, by.RemoveAfter)
+			for _, p := range former[s.Name] {
+				if g := (gone{p.name, p.addr, e.Addr}); !there(g) {
+					c.removals.add(g, by.OnRemove, by.RemoveAfter)
 				}
 			}
 		}
 	}
-	c.removals.spare(func(g gone) bool { return byName[g.service][g.endpoint] || byAddr[g.addr][g.endpoint] })
+	c.removals.spare(there)
 }
 
 func addrsOf(s *service) map[netip.AddrPort]bool {
