@@ -47,6 +47,10 @@ const (
 	// long nothing may have been put in force meanwhile.
 	litterEvery = 15 * time.Second
 	litterQuiet = 2 * time.Second
+	// litterLate is when it is given back once more: the first time, streams that
+	// were just opened and connections that were just found still wind up, and
+	// stacks are halved but once for each collection.
+	litterLate = 20 * time.Second
 )
 
 // litter is what putting services in force leaves behind: each change makes all of
@@ -54,6 +58,7 @@ const (
 type litter struct {
 	endpoints   int
 	last, given time.Time
+	late        bool // it was given back, and not yet once more
 }
 
 // add notes that so many endpoints were put in force.
@@ -64,10 +69,12 @@ func (l *litter) add(endpoints int, now time.Time) {
 
 // due tells whether to give memory back now, and notes that it is.
 func (l *litter) due(now time.Time) bool {
-	if l.endpoints < litterLeast || now.Sub(l.last) < litterQuiet || now.Sub(l.given) < litterEvery {
+	much := l.endpoints >= litterLeast && now.Sub(l.last) >= litterQuiet && now.Sub(l.given) >= litterEvery
+	late := l.late && now.Sub(l.last) >= litterLate
+	if !much && !late {
 		return false
 	}
-	l.endpoints, l.given = 0, now
+	l.endpoints, l.given, l.late = 0, now, !late
 	return true
 }
 

@@ -24,6 +24,8 @@ func TestLitter(t *testing.T) {
 	l.add(1, now)
 	after(litterQuiet-1, false)
 	after(1, true)
+	after(litterLate-litterQuiet-1, false)
+	after(1, true) // once more
 	after(time.Hour, false)
 	l.add(litterLeast, now)
 	after(litterQuiet, true)

@@ -17,12 +17,9 @@ import (
 // dial is given up) neither, and at the end of the connection or of the failed
 // dial End.
 type Endpoint struct {
-	// Addr is the address that is dialed, unmapped.
-	Addr netip.AddrPort
-	// Weight is the endpoint's share of the cluster's connections, 1 to 65535.
-	Weight uint32
-	// Zone is where it is, or empty.
-	Zone string
+	// What it is: Addr is the address that is dialed, unmapped. It is shared with
+	// the other snapshots of the same layout, and must not be changed.
+	*EndpointSpec
 
 	group *health.Group
 	*record

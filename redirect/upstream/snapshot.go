@@ -123,12 +123,13 @@ func (s *Snapshot) build(old *Cluster, spec *ClusterSpec, h health.Config) *Clus
 		}
 	}
 	c.Endpoints = make([]*Endpoint, 0, len(spec.Endpoints))
-	for _, es := range c.layout.endpoints {
+	for i := range c.layout.endpoints {
+		es := &c.layout.endpoints[i]
 		r := kept[es.Addr]
 		if r == nil {
 			r = &record{ejector: health.NewEjector(c.shared.monitor)}
 		}
-		c.Endpoints = append(c.Endpoints, &Endpoint{Addr: es.Addr, Weight: es.Weight, Zone: es.Zone, record: r})
+		c.Endpoints = append(c.Endpoints, &Endpoint{EndpointSpec: es, record: r})
 	}
 	a := &c.layout.all
 	c.members = make(members, len(a.order))
