@@ -503,68 +503,6 @@ func (c *control) overflow() {
 	}
 }
 
-// removed does what services want to become of connections to endpoints that are
-// gone. A service is still there under its name or its address: to rename it or to
-// move it ends nothing. One that is gone itself says what it last said.
-func (c *control) removed(before, now []service) {
-	byName := make(map[string]*service, len(now))
-	byAddr := make(map[netip.AddrPort]*service, len(now))
-	for i := range now {
-		byName[now[i].Name], byAddr[now[i].Addr] = &now[i], &now[i]
-	}
-	// A change is of few services: only their endpoints are put into maps.
-	sets := make(map[*service]map[netip.AddrPort]bool)
-	in := func(s *service, endpoint netip.AddrPort) bool {
-		if s == nil {
-			return false
-		}
-		if sets[s] == nil {
-			sets[s] = addrsOf(s)
-		}
-		return sets[s][endpoint]
-	}
-	there := func(g gone) bool { return in(byName[g.service], g.endpoint) || in(byAddr[g.addr], g.endpoint) }
-	former := c.former
-	c.former = formerPlaces(former, before, now)
-	for i := range before {
-		s := &before[i]
-		by, is := s, byName[s.Name]
-		if is == nil {
-			is = byAddr[s.Addr]
-		}
-		if is != nil {
-			if slices.Equal(is.endpoints, s.endpoints) {
-				continue
-			}
-			by = is
-		}
-		if by.OnRemove == config.OnRemoveKeep || by.OnRemove == "" {
-			continue
-		}
-		for _, e := range s.endpoints {
-			g := gone{s.Name, s.Addr, e.Addr}
-			if there(g) {
-				continue
-			}
-			c.removals.add(g, by.OnRemove, by.RemoveAfter)
-			for _, p := range former[s.Name] {
-				if g := (gone{p.name, p.addr, e.Addr}); !there(g) {
-					c.removals.add(g, by.OnRemove, by.RemoveAfter)
-				}
-			}
-		}
-	}
-	c.removals.spare(there)
-}
-
-func addrsOf(s *service) map[netip.AddrPort]bool {
-	all := make(map[netip.AddrPort]bool, len(s.endpoints))
-	for _, e := range s.endpoints {
-		all[e.Addr] = true
-	}
-	return all
-}
-
 // endLimit is how long the handler's workers have to end connections.
 const endLimit = 5 * time.Second
 

@@ -82,6 +82,33 @@ func isReady(k *Keeper) bool {
 	}
 }
 
+// follower is a source that needs no goroutine to receive what it tells.
+type follower struct{ scripted }
+
+func (f *follower) Follow(ctx context.Context, tell func(Snapshot)) error {
+	tell(Snapshot{Endpoints: set("192.0.2.1:80")})
+	<-ctx.Done()
+	tell(Snapshot{Endpoints: set("192.0.2.2:80")})
+	return nil
+}
+
+// TestKeeperFollows: of a source that can, it takes what that tells, without its Run,
+// and nothing after the end.
+func TestKeeperFollows(t *testing.T) {
+	var f follower
+	var last *Keeper
+	keep(t, &f, func(k *Keeper, told func() []State) {
+		last = k
+		synctest.Wait()
+		if !isReady(k) || len(told()) != 1 {
+			t.Errorf("ready %v, told %+v", isReady(k), told())
+		}
+	})
+	if diff := cmp.Diff(set("192.0.2.1:80"), last.State().Endpoints, equal); diff != "" || f.run.Load() != 0 {
+		t.Errorf("Run was called %d times (-want +got)\n%s", f.run.Load(), diff)
+	}
+}
+
 func TestKeeperKeepsTheLastGoodSet(t *testing.T) {
 	broken := errors.New("broken")
 	one := set("192.0.2.1:80")
