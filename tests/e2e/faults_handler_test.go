@@ -377,6 +377,8 @@ func busy(t *testing.T, pid int) (end func()) {
 // accepted when it was killed ends unserved, which is counted apart: at most one
 // per kill, worker of the client and listener, which the kernel closes one after
 // another: who was reset by the first may come again before the last.
+// The same holds for one whose SYN was on its way when the last listener closed,
+// some 50 us: the hook had found it, and the lookup program does not.
 func TestKillRounds(t *testing.T) {
 	g := newGround(t)
 	i := g.Run(t, "on_failure: open")
@@ -403,7 +405,7 @@ func TestKillRounds(t *testing.T) {
 	for _, o := range all {
 		counts[map[bool]string{true: "relayed", false: "passed"}[o.relayed()]]++
 		switch {
-		case !o.connected() && !o.reset():
+		case !o.connected() && !o.reset() && !o.refused():
 			t.Errorf("failed: %s", &o)
 		case strings.HasPrefix(o.Said, selfName):
 			t.Errorf("the application reached itself: %s", &o)

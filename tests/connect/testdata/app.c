@@ -111,6 +111,14 @@ static void do_poll(const char *call, short want, int ms)
 	struct pollfd p = { .fd = fd, .events = want };
 	int ret = poll(&p, 1, ms);
 
+	/* The kernel puts an error on its queue, wakes, and then closes: look
+	 * again, or this may be the moment in between.
+	 */
+	if (ret == 1 && (p.revents & (POLLERR | POLLHUP)) == POLLERR) {
+		usleep(20000);
+		ret = poll(&p, 1, 0);
+	}
+
 	tell(call, ret, errno, events(p.revents));
 }
 
