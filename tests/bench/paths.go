@@ -70,17 +70,17 @@ func measurePaths(ctx context.Context, o *options) (r *pathReport, err error) {
 	if err := w.furnish(ctx); err != nil {
 		return nil, err
 	}
-	if o.spin {
-		if err := w.startSpinners(); err != nil {
-			return nil, err
-		}
-	}
 	r = newPathReport(o, w)
 	busy := machineClock()
 	if err := pause(ctx, idleTime); err != nil {
 		return nil, err
 	}
 	r.Busy = busy.since()
+	if o.spin {
+		if err := w.startSpinners(); err != nil {
+			return nil, err
+		}
+	}
 	say := progress(os.Stderr)
 	for round := range r.Rounds {
 		for _, work := range r.works {
