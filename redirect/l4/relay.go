@@ -100,6 +100,7 @@ type Relay struct {
 	director Director
 	workers  []*worker
 	start    time.Time
+	base     base // start, on CLOCK_MONOTONIC
 	pipes    atomic.Int32
 	live     atomic.Int64
 	stopping atomic.Bool
@@ -113,6 +114,7 @@ var ErrNoPreemption = errors.New("GODEBUG=asyncpreemptoff=1 is set, which the re
 // New prepares a relay; Run makes it work.
 func New(o Options, d Director) (*Relay, error) {
 	r := &Relay{options: o, terms: flow.Terms{Limits: o.Limits}, director: d, start: time.Now()}
+	r.base = base(monotonic())
 	err := o.check()
 	for i, fds := range o.Listeners {
 		w := newWorker(r, fds)

@@ -141,6 +141,13 @@ func tcpInfo(fd int32) (rtt time.Duration, retransmits uint32) {
 	return time.Duration(info.Rtt) * time.Microsecond, info.Total_retrans
 }
 
+// monotonic is CLOCK_MONOTONIC in ns, which all processes have in common.
+func monotonic() int64 {
+	var ts unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts) // cannot fail with this clock
+	return ts.Nano()
+}
+
 // sockaddr holds a struct sockaddr_in or sockaddr_in6.
 type sockaddr struct {
 	raw syscall.RawSockaddrInet6

@@ -219,6 +219,7 @@ func (w *worker) run() error {
 	defer w.lastCommands()
 	defer w.waiting.Store(true) // for good: it does not hang
 	w.tick()
+	w.runCommands() // what is adopted comes before what is accepted
 	for !w.stopped || len(w.conns) > 0 {
 		before := w.now
 		n, e := w.wait()

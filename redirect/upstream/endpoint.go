@@ -78,6 +78,10 @@ func (e *Endpoint) Begin() {
 	e.ejector.Dialing(&e.group.Config)
 }
 
+// Carry says that a connection is open that another process dialed. It counts as
+// one that Begin was called for, and is no dial.
+func (e *Endpoint) Carry() { e.live.Add(1) }
+
 // Connected says that the dial was answered, took after it started.
 func (e *Endpoint) Connected(took time.Duration) {
 	e.connects.Add(1)
