@@ -177,7 +177,7 @@ func detach(l link.Link) error {
 func (d *Datapath) Reattach() ([]string, error) {
 	d.linkMu.Lock()
 	defer d.linkMu.Unlock()
-	if !d.attached {
+	if !d.attached || d.left.Load() {
 		return nil, nil
 	}
 	var mended []string

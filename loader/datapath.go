@@ -101,6 +101,8 @@ type Datapath struct {
 	heldSpec *ebpf.MapSpec
 	queues   []*Queue
 
+	left atomic.Bool // another process has the instance
+
 	linkMu   sync.Mutex // orders changes of links
 	attached bool       // all of them are made
 

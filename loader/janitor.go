@@ -37,6 +37,9 @@ func (d *Datapath) Tidy(ctx context.Context) error {
 func (d *Datapath) tidy() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.left.Load() {
+		return nil
+	}
 	if err := d.reconcile(); err != nil {
 		return err
 	}

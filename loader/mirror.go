@@ -63,6 +63,11 @@ func (d *Datapath) newQueue() (*Queue, error) {
 	if err != nil {
 		return nil, err
 	}
+	return d.queueOf(ring)
+}
+
+// queueOf reads a ring, which it takes over.
+func (d *Datapath) queueOf(ring *ebpf.Map) (*Queue, error) {
 	read, err := mapRing(ring)
 	if err != nil {
 		return nil, errors.Join(err, ring.Close())

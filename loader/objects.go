@@ -89,8 +89,17 @@ func (d *Datapath) putInstance() error {
 	return nil
 }
 
-// open takes the pinned maps and loads the programs of this build over them.
+// open takes the pinned maps, loads the programs of this build over them, and
+// takes charge.
 func (d *Datapath) open() error {
+	if err := d.prepare(); err != nil {
+		return err
+	}
+	return d.takeCharge()
+}
+
+// prepare is the part of open that changes nothing.
+func (d *Datapath) prepare() error {
 	var err error
 	if d.maps.Instance, d.instance, err = readInstance(d.dir); err != nil {
 		return err
@@ -130,9 +139,13 @@ func (d *Datapath) open() error {
 	}
 	// The record keeps what was claimed: the next start may have it all.
 	d.slots = d.network.usable(d.slots)
-	if err := d.load(specs, pinned); err != nil {
-		return err
-	}
+	return d.load(specs, pinned)
+}
+
+// takeCharge goes on from what the maps say.
+func (d *Datapath) takeCharge() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if err := d.maps.Settings.Lookup(uint32(0), &d.settings); err != nil {
 		return fmt.Errorf("read settings: %w", err)
 	}
@@ -142,7 +155,10 @@ func (d *Datapath) open() error {
 		return err
 	}
 	d.settings.Draining = 0 // that was the earlier process
-	if err := d.sets.recover(d.maps.Services); err != nil {
+	d.sets.mu.Lock()
+	err := d.sets.recover(d.maps.Services)
+	d.sets.mu.Unlock()
+	if err != nil {
 		return err
 	}
 	return d.takeOver()
@@ -218,11 +234,13 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 	if !d.holds {
 		d.options.Log.Warn("this kernel has no tcx: connects succeed before their dial has", "connect", "early")
 	}
-	// 48 bits, and never zero.
-	if _, err := rand.Read(tag[:]); err != nil {
-		return fmt.Errorf("make frame tag: %w", err)
+	if d.frameTag == 0 {
+		// 48 bits, and never zero.
+		if _, err := rand.Read(tag[:]); err != nil {
+			return fmt.Errorf("make frame tag: %w", err)
+		}
+		d.frameTag = binary.NativeEndian.Uint64(tag[:])>>16 | 1
 	}
-	d.frameTag = binary.NativeEndian.Uint64(tag[:])>>16 | 1
 	c := consts{
 		netns:      d.options.Scope.Netns,
 		slot4:      d.slots.slot4(),

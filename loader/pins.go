@@ -157,7 +157,11 @@ func removeRoot(bpffs string) {
 }
 
 // unlock lets go of the directory.
-func (d *dir) unlock() { d.file.Close() }
+func (d *dir) unlock() {
+	if d.file != nil { // nil: the lock is another process's still
+		d.file.Close()
+	}
+}
 
 // pin returns the path of a pin.
 func (d *dir) pin(name string) string { return filepath.Join(d.path, name) }

@@ -28,6 +28,9 @@ const (
 func (d *Datapath) Sync() ([]string, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.left.Load() {
+		return nil, nil
+	}
 	mended, lost, err := d.network.repair(d.slots)
 	err = errors.Join(err, d.lose(lost))
 	// One route that cannot be had is no reason to miss the other news.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -71,6 +72,9 @@ type Beat struct {
 	stuck int // beats since all workers last moved
 
 	hangs atomic.Bool // a worker does; read by anybody
+
+	turn sync.Mutex // held for a beat of Run, and from Freeze on
+	left bool       // another process beats
 }
 
 // New returns a heartbeat that tests the way to slots, the canary addresses of
@@ -106,18 +110,42 @@ func (b *Beat) Run(ctx context.Context) error {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
-		if err := b.Once(ctx); err != nil && ctx.Err() == nil {
+		if err := b.inTurn(func() error { return b.Once(ctx) }); err != nil && ctx.Err() == nil {
 			b.log.Error("cannot publish the heartbeat", "error", err)
 		}
 		select {
 		case <-ctx.Done():
-			if err := b.kernel.Beat(false, false, 0); err != nil {
+			if err := b.inTurn(func() error { return b.kernel.Beat(false, false, 0) }); err != nil {
 				return fmt.Errorf("publish the end: %w", err)
 			}
 			return nil
 		case <-tick.C:
 		}
 	}
+}
+
+// inTurn publishes something, unless another process does.
+func (b *Beat) inTurn(publish func() error) error {
+	b.turn.Lock()
+	defer b.turn.Unlock()
+	if b.left {
+		return nil
+	}
+	return publish()
+}
+
+// Freeze publishes a sign of life that holds for so long, and nothing more until the
+// returned function is called: never again if that is told that another process beats
+// by now.
+func (b *Beat) Freeze(lasts time.Duration) (end func(left bool), err error) {
+	b.turn.Lock()
+	if b.alive {
+		err = b.kernel.Beat(true, b.busy, int64(lasts))
+	}
+	return func(left bool) {
+		b.left = left
+		b.turn.Unlock()
+	}, err
 }
 
 // Once looks at everything and publishes what it found.

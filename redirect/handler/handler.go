@@ -30,6 +30,10 @@ type Options struct {
 	// worker; an invalid one is left out.
 	Listen4, Listen6 netip.Addr
 	Workers          int
+	// Inherited, if there are any, are listeners of an earlier process in place of
+	// new ones, of IPv4 and of IPv6, one per worker. New takes them over, also when
+	// it fails.
+	Inherited [2][]int
 	// The rest is as in [l4.Options].
 	flow.Limits
 	MaxConns, MaxPerGroup int
@@ -99,6 +103,15 @@ func New(o Options) (*Handler, error) {
 
 func (h *Handler) listen(o Options) ([][]int, error) {
 	perWorker := make([][]int, o.Workers)
+	if len(o.Inherited[0])+len(o.Inherited[1]) > 0 {
+		h.listeners = o.Inherited
+		for _, fds := range o.Inherited {
+			for i, fd := range fds {
+				perWorker[i%o.Workers] = append(perWorker[i%o.Workers], fd)
+			}
+		}
+		return perWorker, nil
+	}
 	for family, addr := range []netip.Addr{o.Listen4, o.Listen6} {
 		if !addr.IsValid() {
 			continue

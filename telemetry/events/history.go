@@ -1,6 +1,7 @@
 package events
 
 import (
+	"slices"
 	"sync"
 
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -35,4 +36,12 @@ func (h *history) list() []flow.Record {
 	out := make([]flow.Record, 0, len(h.all))
 	out = append(out, h.all[h.next:]...)
 	return append(out, h.all[:h.next]...)
+}
+
+// remember puts older records in front, as far as there is room.
+func (h *history) remember(older []flow.Record) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	all := slices.Concat(older, h.all[h.next:], h.all[:h.next])
+	h.all, h.next = all[max(len(all)-h.max, 0):], 0
 }

@@ -134,6 +134,12 @@ func (j *joiner) flush() {
 	}
 }
 
+// forget drops everything that waits: somebody else has it.
+func (j *joiner) forget() {
+	j.order.Init()
+	clear(j.byKey)
+}
+
 // pending is how many wait.
 func (j *joiner) pending() int { return j.order.Len() }
 
