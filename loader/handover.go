@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -109,3 +110,20 @@ func (d *Datapath) Take(lock *os.File) error {
 	}
 	return nil
 }
+
+// LockPins locks the pins of an instance whose process has died, for Take. One that
+// lives has the lock, and that is [ErrInUse]; a dying one may have it for a moment.
+func (d *Datapath) LockPins(patience time.Duration) (*os.File, error) {
+	for end := time.Now().Add(patience); ; time.Sleep(lockRetry) {
+		l, err := lockDir(d.dir.path, false)
+		if err == nil {
+			return l.file, nil
+		}
+		if !errors.Is(err, ErrInUse) || time.Now().After(end) {
+			return nil, err
+		}
+	}
+}
+
+// lockRetry is how soon it is tried again.
+const lockRetry = 10 * time.Millisecond

@@ -33,7 +33,8 @@ type control struct {
 
 	requests chan chan<- admin.ReloadResult
 	settled  chan chan struct{}
-	kick     chan struct{} // sources or checks have news
+	still    chan chan bool // ends run's pause; see freeze
+	kick     chan struct{}  // sources or checks have news
 
 	newsMu sync.Mutex // guards news: a leaf, the checker calls with locks of its own
 	news   []check.Change
@@ -63,6 +64,7 @@ func newControl(i *instance) *control {
 		i: i, config: i.plan.config,
 		requests: make(chan chan<- admin.ReloadResult),
 		settled:  make(chan chan struct{}),
+		still:    make(chan chan bool),
 		kick:     make(chan struct{}, 1),
 		state:    admin.ConfigurationStatus{Generation: 1, File: i.file, Loaded: i.started, Tried: i.started, Refused: []admin.Refusal{}},
 	}
@@ -136,9 +138,16 @@ func (c *control) run(ctx context.Context) error {
 			return nil
 		case answer := <-c.requests:
 			answer <- c.reload()
+		case end := <-c.still:
+			if left := <-end; left {
+				return nil
+			}
 		case done := <-c.settled:
 			c.unsettled = false
 			c.update()
+			if t := c.i.taking; t != nil {
+				c.inherit(&t.state)
+			}
 			close(done)
 		case <-c.i.hangups:
 			c.reload()
@@ -255,9 +264,20 @@ func refusals(all []config.Refused) []admin.Refusal {
 	return out
 }
 
-// settle waits until every source has told, or failed to, once, and all of that is
-// in force.
-func (c *control) settle(ctx context.Context) error {
+// freeze has run change nothing until the returned function is called with false; with
+// true it ends.
+func (c *control) freeze(ctx context.Context) (end func(left bool), err error) {
+	over := make(chan bool, 1)
+	select {
+	case c.still <- over:
+		return func(left bool) { over <- left }, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("a change of the configuration is under way: %w", context.Cause(ctx))
+	}
+}
+
+// answers waits until every source has told, or failed to, once.
+func (c *control) answers(ctx context.Context) error {
 	late := time.After(firstAnswers)
 	for _, answered := range c.sources.waiting() {
 		select {
@@ -271,6 +291,15 @@ func (c *control) settle(ctx context.Context) error {
 		if late == nil {
 			break
 		}
+	}
+	return nil
+}
+
+// settle waits until every source has told, or failed to, once, and all of that is
+// in force.
+func (c *control) settle(ctx context.Context) error {
+	if err := c.answers(ctx); err != nil || ctx.Err() != nil {
+		return err
 	}
 	done := make(chan struct{})
 	select {

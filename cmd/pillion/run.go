@@ -25,6 +25,8 @@ type runFlags struct {
 	drain  time.Duration
 	// withScope ends the run when the applications have ended.
 	withScope bool
+	// takeOver takes the instance over from the process that runs it.
+	takeOver bool
 }
 
 // add adds the flags that run and init have in common.
@@ -65,6 +67,7 @@ configuration file is taken over while it runs, as by SIGHUP or pillion reload.`
 	f.add(c)
 	flags := c.Flags()
 	flags.DurationVar(&f.drain, "drain-timeout", 30*time.Second, "how long open connections may go on after SIGTERM")
+	flags.BoolVar(&f.takeOver, "take-over", false, "take over from the process that runs the instance, with its connections; without one, start as usual")
 	flags.BoolVar(&f.withScope, "exit-with-scope", false, "end when the applications in scope have ended, as a Job's sidecar has to")
 	return c
 }
@@ -97,8 +100,14 @@ func daemon(g *global, f *runFlags) error {
 	if err := p.locate(stop, f, false); err != nil {
 		return err
 	}
+	if f.takeOver {
+		if p.taking, err = takeFrom(stop, &p); err != nil {
+			return err
+		}
+	}
 	i, err := open(p)
 	if err != nil {
+		p.taking.close()
 		if errors.Is(err, loader.ErrInUse) {
 			return fmt.Errorf("%w: another pillion run has it (see pillion status)", err)
 		}
@@ -131,8 +140,11 @@ func daemon(g *global, f *runFlags) error {
 	defer unarm()
 	err = i.serve(stop, force, func() error {
 		log.Info("ready", "instance", i.name, "scope", i.scope.Path, "services", len(c.Services), "on_failure", c.OnFailure)
-		return notify("READY=1")
+		return notify(fmt.Sprintf("MAINPID=%d\nREADY=1", os.Getpid()))
 	})
+	if errors.Is(err, errHandedOver) {
+		err = nil
+	}
 	err = errors.Join(err, i.end())
 	if n := cut.Load(); n > 0 && err == nil {
 		return &exitError{code: exitCut, err: fmt.Errorf("%d connections were open still after %v, and were ended", n, f.drain)}

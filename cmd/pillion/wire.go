@@ -49,6 +49,7 @@ type plan struct {
 	file    string
 	reread  func(last *config.Config) (*config.Config, []config.Refused, error)
 	hangups <-chan os.Signal
+	taking  *taking // nil: nobody is there to take over from
 	global  *global
 	log     *slog.Logger
 }
@@ -68,6 +69,7 @@ type instance struct {
 	table     *route.Table                              // the first: the handler has the later ones
 	lastRules loader.Rules                              // what the kernel side goes by; control's own
 	socket    net.Listener
+	takers    net.Listener // nil: nobody can take over
 	public    net.Listener // of the metrics; nil: none
 	probes    net.Listener // of readiness and liveness; nil: none
 	started   time.Time
@@ -76,6 +78,9 @@ type instance struct {
 	draining  atomic.Bool
 	existing  atomic.Int64
 	sets      setStats
+	charge    atomic.Bool // nobody else has the instance,
+	gone      atomic.Bool // and another process has it by now
+	adopted   <-chan struct{}
 }
 
 // Descriptors that are not for connections: maps, programs, sockets, pipes, and
@@ -87,6 +92,7 @@ const otherDescriptors = 512
 // handler.
 func open(p plan) (*instance, error) {
 	i := &instance{plan: p, started: time.Now()}
+	i.charge.Store(p.taking == nil)
 	i.control = newControl(i)
 	if err := i.control.apply(p.config); err != nil {
 		return nil, usage(err)
@@ -105,6 +111,11 @@ func (i *instance) load() error {
 	o := loader.Options{Name: i.name, Kind: i.kind, Scope: i.scope, BPFFS: i.global.bpffs, Log: i.log}
 	if i.pod != nil {
 		o.Own, o.Sandbox = i.pod.Own, i.pod.Sandbox
+	}
+	if i.taking != nil {
+		var err error
+		i.datapath, err = i.taking.join(o)
+		return err
 	}
 	swept, err := loader.Sweep(i.global.bpffs, i.cgroups)
 	for _, name := range swept {
@@ -136,8 +147,10 @@ func (i *instance) load() error {
 
 // assemble puts the handler and the telemetry around the datapath.
 func (i *instance) assemble() error {
-	if _, err := i.datapath.Sync(); err != nil {
-		return err
+	if i.taking == nil {
+		if _, err := i.datapath.Sync(); err != nil {
+			return err
+		}
 	}
 	workers := i.workers()
 	// A worker that waits keeps its processor for a while; see redirect/l4.
@@ -150,13 +163,16 @@ func (i *instance) assemble() error {
 	}
 	i.handler, err = handler.New(handler.Options{
 		Live: i.datapath, Table: i.table, Slots: loader.Supernets(),
-		Listen4: v4, Listen6: v6, Workers: workers,
+		Listen4: v4, Listen6: v6, Workers: workers, Inherited: i.taking.takeListeners(),
 		Limits: limits(&i.plan.config.Relay), MaxConns: rules.MaxConns,
 		MaxPerGroup: carried(rules.ConnQuota), Exempt: i.exempt(), Unnamed: i.control.sources.asked, Pending: i.control.sources.pending,
 		Queues: queues, Answered: i.datapath.Answered, Unavailable: i.unavailable,
 	})
 	if err != nil {
 		return err
+	}
+	if i.taking != nil {
+		return i.tell() // the rest when the other process has left: see takeCharge
 	}
 	if err := i.datapath.SetListeners(i.handler.Listeners()); err != nil {
 		return err
@@ -168,8 +184,7 @@ func (i *instance) assemble() error {
 		}
 		i.lastRules = rules
 	}
-	c4, c6 := i.datapath.CanaryAddrs()
-	if i.beat, err = capture.New(i.datapath, i.handler, []netip.Addr{c4, c6}, i.log); err != nil {
+	if err := i.makeBeat(); err != nil {
 		return err
 	}
 	if err := i.tell(); err != nil {
@@ -187,7 +202,10 @@ func limits(r *config.Relay) flow.Limits {
 
 // queues are how the workers hear of handshakes that wait.
 func (i *instance) queues(workers int) ([]l4.Queue, error) {
-	list, err := i.datapath.Queues(workers)
+	list, err := i.datapath.Joined(), error(nil)
+	if i.taking == nil {
+		list, err = i.datapath.Queues(workers)
+	}
 	all := make([]l4.Queue, 0, len(list))
 	for _, q := range list {
 		all = append(all, q)
@@ -213,14 +231,21 @@ func (i *instance) tell() error {
 		}
 		sinks = append(sinks, i.flowLog)
 	}
-	if i.public, err = listen("metrics", i.plan.config.Metrics); err != nil {
+	if i.public, err = i.listen("metrics", i.plan.config.Metrics); err != nil {
 		return err
 	}
-	if i.probes, err = listen("probes", i.plan.config.Probes); err != nil {
+	if i.probes, err = i.listen("probes", i.plan.config.Probes); err != nil {
 		return err
 	}
-	if i.socket, err = admin.Listen(i.socketPath()); err != nil {
-		return err
+	if i.socket = i.taking.socket("admin"); i.socket == nil {
+		if i.socket, err = admin.Listen(i.socketPath()); err != nil {
+			return err
+		}
+	}
+	if i.kind == loader.KindRun {
+		if err := i.listenForTakers(); err != nil {
+			return err
+		}
 	}
 	i.collector, err = events.New(events.Options{
 		Ring: i.datapath.Events(), Handler: i.handler, Kernel: i.datapath, Names: i.names, Sinks: sinks,
@@ -229,9 +254,12 @@ func (i *instance) tell() error {
 }
 
 // listen opens what serves over HTTP; nowhere if the address is not valid.
-func listen(what string, a netip.AddrPort) (net.Listener, error) {
+func (i *instance) listen(what string, a netip.AddrPort) (net.Listener, error) {
 	if !a.IsValid() {
 		return nil, nil
+	}
+	if ln := i.taking.socketAt(what, a); ln != nil {
+		return ln, nil
 	}
 	lc := net.ListenConfig{}
 	lc.SetMultipathTCP(false)
@@ -252,9 +280,13 @@ func (i *instance) socketPath() string {
 // forget removes the files of an instance that is gone.
 func (i *instance) forget(name string) {
 	_ = os.Remove(filepath.Join(i.global.runtime, name+".sock"))
+	_ = os.Remove(i.global.takeoverPath(name))
 }
 
 func (i *instance) workers() int {
+	if n := i.taking.workers(); n > 0 {
+		return n // each has its listeners
+	}
 	n := i.plan.config.Relay.Workers
 	if n == 0 {
 		n = runtime.NumCPU()
@@ -359,6 +391,7 @@ func carried(quota int) int { return quota + quota/8 + 8 }
 // abandon undoes open. An instance that was taken over is left as it was.
 func (i *instance) abandon() error {
 	errs := []error{i.closeFiles()}
+	defer i.taking.close()
 	if i.handler != nil {
 		i.handler.Close()
 	}
@@ -378,7 +411,7 @@ func (i *instance) abandon() error {
 
 func (i *instance) closeFiles() error {
 	var errs []error
-	for _, ln := range []net.Listener{i.socket, i.public, i.probes} {
+	for _, ln := range []net.Listener{i.socket, i.takers, i.public, i.probes} {
 		if ln != nil {
 			if err := ln.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 				errs = append(errs, err)
@@ -402,9 +435,45 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 	// those that tell of its end.
 	relay, beat, helpers := newCircle(live, die), newCircle(live, die), newCircle(live, die)
 	collect, write := newCircle(live, die), newCircle(live, die)
-	relay.run("handler", func(ctx context.Context) error { return i.handler.Run(ctx, force) })
-	helpers.run("admin", func(ctx context.Context) error { return admin.Serve(ctx, i.socket, i.api()) })
 	helpers.run("control", i.control.run)
+	err := i.takeOver(live)
+	if err == nil {
+		relay.run("handler", func(ctx context.Context) error { return i.handler.Run(ctx, force) })
+		err = i.takeCharge(live, beat)
+	} else {
+		i.handler.Close()
+	}
+	if err == nil {
+		i.accompany(helpers, collect, write)
+		err = i.control.settle(live)
+	}
+	if err == nil {
+		err = i.goLive(live)
+	}
+	if err == nil {
+		if i.taking == nil {
+			beat.run("heartbeat", i.beat.Run)
+		}
+		err = attached()
+	}
+	if err == nil {
+		<-live.Done()
+		err = cause(live)
+	}
+	i.draining.Store(true)
+	i.ready.Store(false)
+	if i.inCharge() {
+		err = errors.Join(err, i.datapath.Drain())
+	}
+	for _, c := range []*circle{relay, beat, helpers, collect, write} {
+		c.end()
+	}
+	return errors.Join(err, i.closeFiles())
+}
+
+// accompany runs what goes on beside the handler.
+func (i *instance) accompany(helpers, collect, write *circle) {
+	helpers.run("admin", func(ctx context.Context) error { return admin.Serve(ctx, i.socket, i.api()) })
 	helpers.run("watch", i.datapath.Watch)
 	helpers.run("tidy", i.datapath.Tidy)
 	helpers.run("ebb", func(ctx context.Context) error { return ebb(ctx, func() int { return i.handler.Stats().Live }) })
@@ -416,31 +485,20 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 	if i.probes != nil {
 		helpers.run("probes", func(ctx context.Context) error { return serveHTTP(ctx, i.probes, admin.Probes(i.api())) })
 	}
+	if i.takers != nil {
+		helpers.run("hand over", i.giveAway)
+	}
+	if i.taking != nil {
+		helpers.run("farewell", i.hearFarewell)
+	}
 	collect.run("collector", i.collector.Run)
 	if i.flowLog != nil {
 		write.run("flow log", i.flowLog.Run)
 	}
-
-	err := i.control.settle(live)
-	if err == nil {
-		err = i.goLive(live)
-	}
-	if err == nil {
-		beat.run("heartbeat", i.beat.Run)
-		err = attached()
-	}
-	if err == nil {
-		<-live.Done()
-		err = cause(live)
-	}
-	i.draining.Store(true)
-	i.ready.Store(false)
-	err = errors.Join(err, i.datapath.Drain())
-	for _, c := range []*circle{relay, beat, helpers, collect, write} {
-		c.end()
-	}
-	return errors.Join(err, i.closeFiles())
 }
+
+// inCharge tells whether the instance is this process's to change and to end.
+func (i *instance) inCharge() bool { return i.charge.Load() && !i.gone.Load() }
 
 // circle is parts of an instance that end together.
 type circle struct {
@@ -483,6 +541,9 @@ func cause(ctx context.Context) error {
 // that send it connections.
 func (i *instance) goLive(ctx context.Context) error {
 	for range 3 {
+		if i.taking != nil {
+			break // it beats already
+		}
 		if err := i.beat.Once(ctx); err != nil {
 			return err
 		}
@@ -532,5 +593,10 @@ func serveHTTP(ctx context.Context, ln net.Listener, h http.Handler) error {
 	return nil
 }
 
-// end takes the instance away.
-func (i *instance) end() error { return i.datapath.Unload() }
+// end takes the instance away, unless it is another process's.
+func (i *instance) end() error {
+	if !i.inCharge() {
+		return i.datapath.Close()
+	}
+	return i.datapath.Unload()
+}

@@ -2,6 +2,7 @@ package handler
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 
@@ -17,16 +18,16 @@ func (h *Handler) Freeze(ctx context.Context) (*l4.Frozen, error) { return h.rel
 // Adopt goes on with the connections of another handler, before Run or while it runs.
 // Each is its service's, by the table of now, if that is there still and has the
 // cluster that it had. One whose service is gone keeps its names, and goes by the
-// limits of what no service names.
-func (h *Handler) Adopt(g *l4.Given) error {
+// limits of what no service names. What is returned is as in [l4.Relay.Adopt].
+func (h *Handler) Adopt(g *l4.Given) (done <-chan struct{}, err error) {
 	p := &placement{table: h.table.Load(), terms: map[string]*flow.Terms{}, has: map[*upstream.Cluster]map[netip.AddrPort]bool{}}
 	if err := p.findFormer(g); err != nil {
-		return fmt.Errorf("adopt connections: %w", err)
+		return nil, fmt.Errorf("adopt connections: %w", err)
 	}
-	if !h.relay.Adopt(g, p.target) {
-		return fmt.Errorf("adopt connections: a worker has ended")
+	if done = h.relay.Adopt(g, p.target); done == nil {
+		return nil, errors.New("adopt connections: a worker has ended")
 	}
-	return nil
+	return done, nil
 }
 
 // placement finds what connections that were carried belong to.

@@ -3,6 +3,7 @@ package l4
 import (
 	"net/netip"
 	"slices"
+	"sync"
 	"syscall"
 
 	"github.com/pillion-project/pillion/redirect/upstream"
@@ -21,8 +22,9 @@ type place struct {
 // those that it tried; it counts for none that is not there.
 //
 // Every direction is tried once, since nobody was told of what happened meanwhile.
-// It returns false if a worker has ended, and what it was to have is lost then.
-func (r *Relay) Adopt(g *Given, where func(*Carried) Target) bool {
+// What is returned is closed when that is done, which takes Run; nil means that a
+// worker has ended, and what it was to have is lost.
+func (r *Relay) Adopt(g *Given, where func(*Carried) Target) (done <-chan struct{}) {
 	find := finder{}
 	parts := make([]adoption, len(r.workers))
 	for i := range g.Conns {
@@ -41,11 +43,27 @@ func (r *Relay) Adopt(g *Given, where func(*Carried) Target) bool {
 		part := &parts[g.Refusals[i].Worker%len(parts)]
 		part.refusals = append(part.refusals, &g.Refusals[i])
 	}
-	all := true
+	var adopting sync.WaitGroup
 	for i, w := range r.workers {
-		all = w.post(func() { w.adoptAll(&parts[i]) }) && all
+		adopting.Add(1)
+		ok := w.post(func() {
+			w.adoptAll(&parts[i])
+			adopting.Done()
+		})
+		if !ok {
+			return nil
+		}
 	}
+	all := make(chan struct{})
+	go closeAfter(&adopting, all)
 	return all
+}
+
+// closeAfter ends with the adoption, at the latest with Run, which runs what was
+// posted.
+func closeAfter(wg *sync.WaitGroup, all chan<- struct{}) {
+	wg.Wait()
+	close(all)
 }
 
 // finder finds endpoints by address: clusters may be large.
