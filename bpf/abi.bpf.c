@@ -40,6 +40,7 @@ EXPORT(enum, slot_state);
 EXPORT(enum, route_kind);
 EXPORT(enum, event_kind);
 EXPORT(enum, held_kind);
+EXPORT(enum, hold);
 EXPORT(enum, connect_mode);
 EXPORT(enum, instance_kind);
 EXPORT(enum, on_failure);

@@ -194,6 +194,15 @@ const (
 	abiHeldKindHELD__COUNT abiHeldKind = 2
 )
 
+type abiHold uint32
+
+const (
+	abiHoldHOLD_NO     abiHold = 0
+	abiHoldHOLD_YES    abiHold = 1
+	abiHoldHOLD_OVER   abiHold = 2
+	abiHoldHOLD__COUNT abiHold = 3
+)
+
 type abiInstance struct {
 	_          structs.HostLayout
 	Abi        uint32
@@ -320,11 +329,12 @@ const (
 	abiReasonREASON_HOLD_STALE     abiReason = 35
 	abiReasonREASON_HOLD_FULL      abiReason = 36
 	abiReasonREASON_FORGED         abiReason = 37
-	abiReasonREASON_NO_DECISION    abiReason = 38
-	abiReasonREASON_EXISTING       abiReason = 39
-	abiReasonREASON_UNSENT         abiReason = 40
-	abiReasonREASON_LIVE_LOST      abiReason = 41
-	abiReasonREASON__COUNT         abiReason = 42
+	abiReasonREASON_AWAITED        abiReason = 38
+	abiReasonREASON_NO_DECISION    abiReason = 39
+	abiReasonREASON_EXISTING       abiReason = 40
+	abiReasonREASON_UNSENT         abiReason = 41
+	abiReasonREASON_LIVE_LOST      abiReason = 42
+	abiReasonREASON__COUNT         abiReason = 43
 )
 
 type abiRoute struct {
@@ -494,6 +504,7 @@ const (
 	abiVarExportHashOn       = "export_hash_on"
 	abiVarExportHeld         = "export_held"
 	abiVarExportHeldKind     = "export_held_kind"
+	abiVarExportHold         = "export_hold"
 	abiVarExportInstance     = "export_instance"
 	abiVarExportInstanceKind = "export_instance_kind"
 	abiVarExportIpAddr       = "export_ip_addr"
@@ -589,6 +600,7 @@ type abiVariableSpecs struct {
 	ExportHashOn       *ebpf.VariableSpec `ebpf:"export_hash_on"`
 	ExportHeld         *ebpf.VariableSpec `ebpf:"export_held"`
 	ExportHeldKind     *ebpf.VariableSpec `ebpf:"export_held_kind"`
+	ExportHold         *ebpf.VariableSpec `ebpf:"export_hold"`
 	ExportInstance     *ebpf.VariableSpec `ebpf:"export_instance"`
 	ExportInstanceKind *ebpf.VariableSpec `ebpf:"export_instance_kind"`
 	ExportIpAddr       *ebpf.VariableSpec `ebpf:"export_ip_addr"`
@@ -660,6 +672,7 @@ type abiVariables struct {
 	ExportHashOn       *ebpf.Variable `ebpf:"export_hash_on"`
 	ExportHeld         *ebpf.Variable `ebpf:"export_held"`
 	ExportHeldKind     *ebpf.Variable `ebpf:"export_held_kind"`
+	ExportHold         *ebpf.Variable `ebpf:"export_hold"`
 	ExportInstance     *ebpf.Variable `ebpf:"export_instance"`
 	ExportInstanceKind *ebpf.Variable `ebpf:"export_instance_kind"`
 	ExportIpAddr       *ebpf.Variable `ebpf:"export_ip_addr"`

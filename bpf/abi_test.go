@@ -138,6 +138,7 @@ var goEnums = map[string]struct{ count bool }{
 	"on_failure":    {},
 	"event_kind":    {},
 	"held_kind":     {},
+	"hold":          {},
 	"instance_kind": {},
 	"ending":        {},
 	"tally":         {count: true},

@@ -86,6 +86,18 @@ type corePeerEnd struct {
 	_           [2]byte
 }
 
+type coreRefusal struct {
+	_         structs.HostLayout
+	Now       uint64
+	Stamp     uint64
+	State     uint32
+	OnFailure uint32
+	Hold      uint8
+	Canary    uint8
+	Draining  uint8
+	Zero      [5]uint8
+}
+
 type coreRunAddress struct {
 	_          structs.HostLayout
 	In         coreIpAddr
@@ -106,6 +118,13 @@ type coreRunAdmit struct {
 	_   structs.HostLayout
 	In  coreArrival
 	Out uint32
+}
+
+type coreRunAwaits struct {
+	_    structs.HostLayout
+	In   coreRefusal
+	Out  uint32
+	Zero uint32
 }
 
 type coreRunByRules struct {
@@ -220,6 +239,7 @@ type coreRunWords struct {
 const (
 	coreProgPlAddress    = "pl_address"
 	coreProgPlAdmit      = "pl_admit"
+	coreProgPlAwaits     = "pl_awaits"
 	coreProgPlByRules    = "pl_by_rules"
 	coreProgPlEndingOf   = "pl_ending_of"
 	coreProgPlHealth     = "pl_health"
@@ -277,6 +297,7 @@ type coreSpecs struct {
 type coreProgramSpecs struct {
 	PlAddress    *ebpf.ProgramSpec `ebpf:"pl_address"`
 	PlAdmit      *ebpf.ProgramSpec `ebpf:"pl_admit"`
+	PlAwaits     *ebpf.ProgramSpec `ebpf:"pl_awaits"`
 	PlByRules    *ebpf.ProgramSpec `ebpf:"pl_by_rules"`
 	PlEndingOf   *ebpf.ProgramSpec `ebpf:"pl_ending_of"`
 	PlHealth     *ebpf.ProgramSpec `ebpf:"pl_health"`
@@ -340,6 +361,7 @@ type coreVariables struct {
 type corePrograms struct {
 	PlAddress    *ebpf.Program `ebpf:"pl_address"`
 	PlAdmit      *ebpf.Program `ebpf:"pl_admit"`
+	PlAwaits     *ebpf.Program `ebpf:"pl_awaits"`
 	PlByRules    *ebpf.Program `ebpf:"pl_by_rules"`
 	PlEndingOf   *ebpf.Program `ebpf:"pl_ending_of"`
 	PlHealth     *ebpf.Program `ebpf:"pl_health"`
@@ -357,6 +379,7 @@ func (p *corePrograms) Close() error {
 	return _CoreClose(
 		p.PlAddress,
 		p.PlAdmit,
+		p.PlAwaits,
 		p.PlByRules,
 		p.PlEndingOf,
 		p.PlHealth,

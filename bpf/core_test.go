@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
@@ -324,6 +325,7 @@ func TestPathOf(t *testing.T) {
 		flow.ReasonHoldStale:  pass,
 		flow.ReasonHoldFull:   pass,
 		flow.ReasonForged:     pass,
+		flow.ReasonAwaited:    pass,
 	}
 	progs := loadCoreProgs(t)
 	all := reached{}
@@ -384,6 +386,39 @@ func TestAdmit(t *testing.T) {
 		}
 	}
 	all.equal(t, "admit", "REASON_")
+}
+
+// TestAwaits starts from a refusal that is kept back, and changes one thing.
+func TestAwaits(t *testing.T) {
+	const established, synSent = 1, 2 // BPF_TCP_*
+	const second = uint64(time.Second)
+	progs := loadCoreProgs(t)
+	for name, tt := range map[string]struct {
+		change func(r *coreRefusal)
+		want   uint32
+	}{
+		"just gone":            {func(*coreRefusal) {}, 1},
+		"gone for two seconds": {func(r *coreRefusal) { r.Now = r.Stamp + 2*second }, 1},
+		"gone for three":       {func(r *coreRefusal) { r.Now = r.Stamp + 3*second }, 0},
+		"a younger stamp":      {func(r *coreRefusal) { r.Now = r.Stamp - 1 }, 1},
+		"no stamp":             {func(r *coreRefusal) { r.Now, r.Stamp = second, 0 }, 0},
+		"held":                 {func(r *coreRefusal) { r.Hold = HoldYes }, 1},
+		"the dial's result":    {func(r *coreRefusal) { r.Hold = HoldOver }, 0},
+		"established":          {func(r *coreRefusal) { r.State = established }, 0},
+		"nobody":               {func(r *coreRefusal) { r.State = 0 }, 0},
+		"closed":               {func(r *coreRefusal) { r.OnFailure = OnFailureClosed }, 0},
+		"draining":             {func(r *coreRefusal) { r.Draining = 1 }, 0},
+		"canary":               {func(r *coreRefusal) { r.Canary = 1 }, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			io := coreRunAwaits{In: coreRefusal{Now: 11 * second, Stamp: 10 * second, State: synSent, OnFailure: OnFailureOpen}}
+			tt.change(&io.In)
+			run(t, progs.PlAwaits, &io)
+			if io.Out != tt.want {
+				t.Errorf("awaits(%+v): %d, want %d", io.In, io.Out, tt.want)
+			}
+		})
+	}
 }
 
 func TestEndingOf(t *testing.T) {

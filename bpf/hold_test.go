@@ -47,11 +47,17 @@ func (h *hooks) holding(t *testing.T, mode flow.ConnectMode) {
 // fresh makes the heartbeat good for longer than the test takes.
 func (h *hooks) fresh(t *testing.T) {
 	t.Helper()
+	h.beat(t, time.Hour)
+}
+
+// beat makes a heartbeat of now.
+func (h *hooks) beat(t *testing.T, maxAge time.Duration) {
+	t.Helper()
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
 		t.Fatal(err)
 	}
-	h.put(t, "beat", uint32(0), Beat{Stamp: uint64(now.Nano()), MaxAge: uint64(time.Hour)})
+	h.put(t, "beat", uint32(0), Beat{Stamp: uint64(now.Nano()), MaxAge: uint64(maxAge)})
 }
 
 // ring gives worker 0 a ring and returns a function that waits for a record.
@@ -227,4 +233,84 @@ func TestRefusalWhileDraining(t *testing.T) {
 	if want := to + " ECONNREFUSED\n"; out.String() != want {
 		t.Errorf("the application: %q, want %q", &out, want)
 	}
+}
+
+// TestAwaited has no listener when the SYN of a connect comes again: it fails
+// only if nobody is back a while after the last sign of life.
+func TestAwaited(t *testing.T) {
+	const to4, to6 = "198.51.100.1:80", "[2001:db8::1]:80"
+	for name, tt := range map[string]struct {
+		to        string
+		hold      uint8
+		onFailure uint32
+		named     bool // by a service of that on_failure, where the default has the other
+		back      bool
+		want      string
+		awaited   bool
+	}{
+		"early, back":    {to: to4, hold: HoldNo, onFailure: OnFailureOpen, back: true, want: to4, awaited: true},
+		"held, back, v6": {to: to6, hold: HoldYes, onFailure: OnFailureOpen, named: true, back: true, want: to6, awaited: true},
+		"not back, v6":   {to: to6, hold: HoldNo, onFailure: OnFailureOpen, want: "ECONNREFUSED", awaited: true},
+		"closed":         {to: to4, hold: HoldNo, onFailure: OnFailureClosed, want: "ECONNREFUSED"},
+		"closed service": {to: to4, hold: HoldYes, onFailure: OnFailureClosed, named: true, want: "ECONNREFUSED"},
+		"dial's result":  {to: to4, hold: HoldOver, onFailure: OnFailureOpen, want: "ECONNREFUSED"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHooks(t)
+			h.serve(t)
+			h.holding(t, flow.ConnectMirror)
+			next := h.ring(t)
+			h.failing(t, tt.to, tt.onFailure, tt.named)
+			cmd := exec.Command("/proc/self/exe")
+			cmd.Env = append(os.Environ(), envDial+"="+tt.to)
+			var out bytes.Buffer
+			cmd.Stdout = &out
+			if err := (testutil.Place{NS: h.ns, Cgroup: h.cgroup}).Start(cmd); err != nil {
+				t.Fatal(err)
+			}
+			answer := next()
+			var entry Live
+			if err := h.maps["live"].Lookup(answer.Key, &entry); err != nil {
+				t.Fatal(err)
+			}
+			entry.Hold = tt.hold
+			h.put(t, "live", answer.Key, entry)
+			for _, l := range h.listeners {
+				l.Close()
+			}
+			h.beat(t, time.Nanosecond) // the last one
+			if tt.back {
+				testutil.Eventually(t, 10*time.Second, func() bool { return h.reasons(t)["awaited"] > 0 }, "the SYN came again")
+				h.listen(t)
+				h.beat(t, time.Nanosecond) // the answer is early
+			}
+			if err := cmd.Wait(); err != nil {
+				t.Fatal(err)
+			}
+			if want := tt.to + " " + tt.want + "\n"; out.String() != want {
+				t.Errorf("the application: %q, want %q", &out, want)
+			}
+			if n := h.reasons(t)["awaited"]; (n > 0) != tt.awaited {
+				t.Errorf("%d refusals were kept back, want some: %v", n, tt.awaited)
+			}
+		})
+	}
+}
+
+// failing sets on_failure for a destination: by its service, or for all.
+func (h *hooks) failing(t *testing.T, to string, onFailure uint32, named bool) {
+	t.Helper()
+	var s Settings
+	if err := h.maps["settings"].Lookup(uint32(0), &s); err != nil {
+		t.Fatal(err)
+	}
+	s.OnFailure = onFailure
+	if named {
+		s.OnFailure = OnFailureOpen + OnFailureClosed - onFailure
+		a := netip.MustParseAddrPort(to)
+		h.put(t, "services", EndpointKey{Addr: abiIpAddr(FromAddr(a.Addr())), Port: a.Port()},
+			Service{Path: uint8(PathRelay), OnFailure: uint8(onFailure), Connect: uint8(flow.ConnectMirror)})
+	}
+	h.put(t, "settings", uint32(0), s)
 }

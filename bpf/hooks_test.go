@@ -152,7 +152,7 @@ func (h *hooks) listen(t *testing.T) {
 				return err
 			}
 			route := netlink.Route{LinkIndex: lo.Attrs().Index, Dst: dst, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: unix.RT_SCOPE_HOST, Src: net.ParseIP(family.source)}
-			if err := netlink.RouteAdd(&route); err != nil {
+			if err := netlink.RouteReplace(&route); err != nil { // it may be there
 				return fmt.Errorf("add route %s: %w", family.route, err)
 			}
 			config := net.ListenConfig{Control: freebind}

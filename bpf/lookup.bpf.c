@@ -89,7 +89,7 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 		l = bpf_map_lookup_elem(&live, &u.k);
 		if (l) {
 			p.live = true;
-			hold = l->hold;
+			hold = l->hold == HOLD_YES;
 			worker = l->worker;
 		}
 	}

@@ -86,7 +86,6 @@ static __always_inline bool from_slot(struct __sk_buff *skb, struct segment *s)
 	} else {
 		return false;
 	}
-	/* Bulk ends here. */
 	s->flags = tcp.flags;
 	if (!(s->flags & (TCP_SYN | TCP_RST)) ||
 	    slot_of(&src, cfg_slot4, cfg_slot6) < 0)
@@ -121,7 +120,7 @@ static __always_inline int send_round(struct __sk_buff *skb)
 	if (from_slot(skb, &s)) {
 		l = bpf_map_lookup_elem(&live, &s.u.k);
 		if (l)
-			l->hold = false;
+			l->hold = HOLD_OVER;
 	}
 	count(REASON_INJECTED);
 	return bpf_redirect_neigh(skb->ifindex, NULL, 0, 0);
@@ -137,12 +136,19 @@ static __always_inline bool beats(void)
 	       (now <= b->stamp || now - b->stamp <= b->max_age);
 }
 
-static __always_inline bool drains(void)
+/* on_failure_of gives that of a connection. */
+static __always_inline __u32 on_failure_of(const struct live *l,
+					   const struct segment *s,
+					   const struct settings *set)
 {
-	__u64 zero = 0;
-	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
+	union {
+		__u64 d[3];
+		struct endpoint_key k;
+	} u = { .d = { PAIR(l->orig.w[0], l->orig.w[1]),
+		       PAIR(l->orig.w[2], l->orig.w[3]), s->u.k.slot_port } };
+	struct service *service = bpf_map_lookup_elem(&services, &u.k);
 
-	return set && set->draining;
+	return service ? service->on_failure : set->on_failure;
 }
 
 /* hold gives an answer to the worker, and tells whether it is to be kept back.
@@ -182,34 +188,38 @@ static __always_inline bool hold(struct __sk_buff *skb, struct live *l,
 	return true;
 }
 
-/* slot_state is the TCP state of what a segment from a slot comes from, 0 if
- * the kernel finds nothing.
+/* state_at is the TCP state of what has one end of a segment's way, 0 if the
+ * kernel finds nothing: of the application it goes to, or of what the slot sent
+ * it from.
  */
-static __always_inline __u32 slot_state(struct __sk_buff *skb,
-					const struct segment *s)
+static __always_inline __u32 state_at(struct __sk_buff *skb,
+				      const struct segment *s, bool sender)
 {
 	union {
 		__u64 d[5];
 		struct bpf_sock_tuple t;
 	} u = {};
 	const struct live_key *k = &s->u.k;
+	int from = sender ? 0 : 2, to = sender ? 2 : 0;
+	__u32 source, dest;
 	struct bpf_sock *sk;
-	__u32 ports, state;
+	__u32 state;
 
-	/* The tuple is the other way round: what the slot's socket receives. */
-	ports = bpf_htons(k->source_port) | (__u32)bpf_htons(k->slot_port)
-						    << 16;
+	/* The tuple is that of what the socket receives. */
+	source = bpf_htons(sender ? k->source_port : k->slot_port);
+	dest = bpf_htons(sender ? k->slot_port : k->source_port);
 	if (is_mapped(&k->slot)) {
-		u.d[0] = PAIR(k->source.w[3], k->slot.w[3]);
-		u.d[1] = ports;
+		u.d[0] = sender ? PAIR(k->source.w[3], k->slot.w[3]) :
+				  PAIR(k->slot.w[3], k->source.w[3]);
+		u.d[1] = source | dest << 16;
 		sk = bpf_skc_lookup_tcp(skb, &u.t, sizeof(u.t.ipv4),
 					BPF_F_CURRENT_NETNS, 0);
 	} else {
-		u.d[0] = s->u.d[0];
-		u.d[1] = s->u.d[1];
-		u.d[2] = s->u.d[2];
-		u.d[3] = s->u.d[3];
-		u.d[4] = ports;
+		u.d[0] = s->u.d[from];
+		u.d[1] = s->u.d[from + 1];
+		u.d[2] = s->u.d[to];
+		u.d[3] = s->u.d[to + 1];
+		u.d[4] = source | dest << 16;
 		sk = bpf_skc_lookup_tcp(skb, &u.t, sizeof(u.t.ipv6),
 					BPF_F_CURRENT_NETNS, 0);
 	}
@@ -220,15 +230,70 @@ static __always_inline __u32 slot_state(struct __sk_buff *skb,
 	return state;
 }
 
-/* Attached to the ingress of lo. Everything that is not ours to keep goes on to
- * whoever else is there.
+/* keep_reset gives the reason to keep a reset from the application, or
+ * REASON_NONE: it is the refusal of a SYN that the kernel side has no use for.
  */
-SEC("tc")
-int pl_hold(struct __sk_buff *skb)
+static __always_inline enum reason keep_reset(struct __sk_buff *skb,
+					      const struct segment *s)
+{
+	__u64 zero = 0;
+	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
+	struct beat *b = bpf_map_lookup_elem(&beat, &zero);
+	struct live *l = bpf_map_lookup_elem(&live, &s->u.k);
+	struct refusal r = {};
+
+	/* While the process drains, its listeners may be closed: then it is
+	 * meant.
+	 */
+	if (!l || !set || !b || set->draining)
+		return REASON_NONE;
+	/* A refusal would be the process's. This one is for the SYN of an
+	 * application that uses the same port again, sooner than the process
+	 * could end what the kernel keeps of the last time. It has ended now;
+	 * the SYN is sent again.
+	 */
+	if (l->hold == HOLD_YES && beats())
+		return REASON_HELD;
+	r.now = bpf_ktime_get_ns();
+	r.stamp = b->stamp;
+	r.state = state_at(skb, s, false);
+	r.on_failure = on_failure_of(l, s, set);
+	r.hold = l->hold;
+	r.canary = l->canary;
+	return awaits(&r) ? REASON_AWAITED : REASON_NONE;
+}
+
+/* is_ordinary is true for what nearly all packets are, at the least cost: no
+ * frame of the process's, whose tag is never 0 there, and neither SYN nor
+ * reset. Of what is no TCP the answer means nothing.
+ */
+static __always_inline bool is_ordinary(struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data;
+	void *end = (void *)(long)skb->data_end;
+	struct eth *eth = data;
+	struct tcp *tcp;
+
+	if (data + ETH_HLEN + IP4_HLEN + TCP_HLEN > end)
+		return true;
+	if (eth->src[0])
+		return false;
+	tcp = data + ETH_HLEN + IP4_HLEN;
+	if (eth->proto == bpf_htons(ETH_P_IP))
+		return !(tcp->flags & (TCP_SYN | TCP_RST));
+	if (data + ETH_HLEN + IP6_HLEN + TCP_HLEN > end)
+		return true;
+	tcp = data + ETH_HLEN + IP6_HLEN;
+	return !(tcp->flags & (TCP_SYN | TCP_RST));
+}
+
+/* judge_frame is for the few that are not. */
+static __noinline int judge_frame(struct __sk_buff *skb)
 {
 	void *data = (void *)(long)skb->data;
 	void *end = (void *)(long)skb->data_end;
 	struct segment s = {};
+	enum reason why;
 	struct live *l;
 
 	if (data + ETH_HLEN > end)
@@ -237,35 +302,38 @@ int pl_hold(struct __sk_buff *skb)
 		return send_round(skb);
 	if (!from_slot(skb, &s))
 		return TCX_NEXT;
-	l = bpf_map_lookup_elem(&live, &s.u.k);
 	if (s.flags & TCP_RST) {
-		/* A refusal would be the process's. This one is for the SYN of
-		 * an application that uses the same port again, sooner than
-		 * the process could end what the kernel keeps of the last
-		 * time. It has ended now; the SYN is sent again. While the
-		 * process drains, its listeners may be closed: then it is the
-		 * refusal.
-		 */
-		if (!l || !l->hold || !beats() || drains())
+		why = keep_reset(skb, &s);
+		if (why == REASON_NONE)
 			return TCX_NEXT;
-		count(REASON_HELD);
+		count(why);
 		return TCX_DROP;
 	}
 	/* A handler accepts and never opens. Somebody who knows the port that
 	 * an application will connect from could bind the slot, and open a
 	 * connection of his own that meets the application's half-way.
 	 */
-	if (forged(s.flags & TCP_ACK, slot_state(skb, &s))) {
+	if (forged(s.flags & TCP_ACK, state_at(skb, &s, true))) {
 		count(REASON_FORGED);
 		return TCX_DROP;
 	}
-	if (!l || !l->hold)
+	l = bpf_map_lookup_elem(&live, &s.u.k);
+	if (!l || l->hold != HOLD_YES)
 		return TCX_NEXT;
 	if (hold(skb, l, &s))
 		return TCX_DROP;
 	/* The connection is early: its resets are the application's too. */
-	l->hold = false;
+	l->hold = HOLD_NO;
 	return TCX_NEXT;
+}
+
+/* Attached to the ingress of lo. Everything that is not ours to keep goes on to
+ * whoever else is there.
+ */
+SEC("tc")
+int pl_hold(struct __sk_buff *skb)
+{
+	return is_ordinary(skb) ? TCX_NEXT : judge_frame(skb);
 }
 
 /* Run by the process (BPF_PROG_TEST_RUN) with a frame, which comes in at the

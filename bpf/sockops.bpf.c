@@ -181,7 +181,7 @@ static __always_inline void tell_gone(const struct decision *d)
 	struct held *h;
 	void *ring;
 
-	if (!l || !l->hold || !l->worker)
+	if (!l || l->hold != HOLD_YES || !l->worker)
 		return;
 	index = l->worker - 1;
 	ring = bpf_map_lookup_elem(&held, &index);

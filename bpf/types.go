@@ -69,6 +69,13 @@ const (
 	OnFailureClosed = uint32(abiOnFailureON_FAILURE_CLOSED)
 )
 
+// Values of enum hold.
+const (
+	HoldNo   = uint8(abiHoldHOLD_NO)
+	HoldYes  = uint8(abiHoldHOLD_YES)
+	HoldOver = uint8(abiHoldHOLD_OVER)
+)
+
 // Values of enum held_kind.
 const (
 	HeldAnswer = uint8(abiHeldKindHELD_ANSWER)
@@ -128,7 +135,7 @@ const (
 
 // Constants of include/abi.h; a test reads the header and compares them.
 const (
-	ABI          = 6
+	ABI          = 7
 	Slots        = 65536
 	SlotFirst    = 1
 	SlotLast     = 0xffef

@@ -56,7 +56,7 @@ func (d *Datapath) Live(source, slot netip.AddrPort) (flow.Downstream, bool) {
 		Cgroup:      l.Cgroup,
 		Source:      source,
 		OrigDst:     flow.OrigDst{AddrPort: netip.AddrPortFrom(bpf.ToAddr(l.Orig), slot.Port())},
-		Waits:       l.Hold != 0,
+		Waits:       l.Hold == bpf.HoldYes,
 		Reason:      flow.Reason(l.Reason),
 		Mark:        l.Mark,
 		Priority:    l.Priority,

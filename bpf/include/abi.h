@@ -12,7 +12,7 @@
 /* Changes with every layout or meaning below: a process refuses the pins of
  * another ABI.
  */
-#define PL_ABI 6
+#define PL_ABI 7
 
 /* The slot supernets: no instance captures an address of them, whoever owns
  * it. An instance claims one /16 and one /64.
@@ -109,6 +109,7 @@ enum reason {
 	REASON_HOLD_STALE,
 	REASON_HOLD_FULL,
 	REASON_FORGED,
+	REASON_AWAITED,
 	REASON_NO_DECISION,
 	REASON_EXISTING,
 	REASON_UNSENT,
@@ -373,6 +374,14 @@ struct live_key {
 	__u16 slot_port; /* the original port */
 };
 
+/* What becomes of the handler's answer to a connection. */
+enum hold {
+	HOLD_NO, /* it passes, and the connection is early */
+	HOLD_YES, /* it waits for the dial */
+	HOLD_OVER, /* the dial has ended, and what comes is its result */
+	HOLD__COUNT,
+};
+
 struct live {
 	__u64 cookie;
 	__u64 cgroup;
@@ -385,7 +394,7 @@ struct live {
 	__u8 tos;
 	__u8 reason; /* enum reason */
 	__u8 canary;
-	__u8 hold; /* 1: the handler's answer waits for the dial */
+	__u8 hold; /* enum hold */
 	__u8 worker; /* who serves it, from 1; 0: nobody yet. Held ones only */
 	__u8 keep_count; /* 0: no keep-alive */
 	__u16 keep_idle; /* s */
@@ -417,7 +426,7 @@ struct decision {
 	__u8 own; /* the process tagged it as the handler's */
 	__u8 open; /* counted in live */
 	__u8 followed; /* sockops reports its end */
-	__u8 hold; /* as in live */
+	__u8 hold; /* HOLD_NO or HOLD_YES */
 	__u8 counted; /* in the endpoint's live */
 	__u8 released; /* the application has closed it */
 	__u8 expired; /* the kernel waited as long as it does */

@@ -13,7 +13,7 @@ volatile const __u32 cfg_slot4 = 0;
 volatile const __u32 cfg_slot6 = 0;
 /* The Ethernet source of the frames that the process injects. Random, so that
  * two instances do not take each other's, nor those of an application with raw
- * sockets, for their own.
+ * sockets, for their own. Its lowest bit is set.
  */
 volatile const __u64 cfg_frame_tag = 0;
 /* Depth of the scope's cgroup: the containers are one below. */

@@ -5,6 +5,9 @@
 #pragma once
 #include "net.h"
 
+#define NS_PER_S 1000000000ULL
+#define NS_PER_MS 1000000ULL
+
 /* One connect(2), as the entry sees it. */
 struct attempt {
 	struct ip_addr dst; /* what the application asked for, normalised */
@@ -223,6 +226,37 @@ static __always_inline bool forged(bool ack, __u32 state)
 	return !ack || state == BPF_TCP_SYN_SENT || state == BPF_TCP_SYN_RECV;
 }
 
+/* How long after the handler's last sign of life a SYN that finds nobody is
+ * taken for one that was on its way when the handler died. It is sent again
+ * after one and two seconds (one, before 6.5), and finds who has come back; the
+ * one after three is refused.
+ */
+#define AWAIT_NS (2500 * NS_PER_MS)
+
+/* A reset from one of our slots. */
+struct refusal {
+	__u64 now;
+	__u64 stamp; /* the handler's last sign of life, 0: it cannot serve */
+	__u32 state; /* BPF_TCP_*, of the application's socket */
+	__u32 on_failure; /* enum on_failure */
+	__u8 hold; /* enum hold */
+	__u8 canary;
+	__u8 draining;
+	__u8 zero[5];
+};
+
+/* awaits tells whether a reset is kept from an application that connects, since
+ * who would have let it in may come back. The hook has promised that it does
+ * not fail; and it cannot be passed any more, since its destination is fixed.
+ */
+static __always_inline bool awaits(const struct refusal *r)
+{
+	if (r->state != BPF_TCP_SYN_SENT || r->hold == HOLD_OVER || r->canary ||
+	    r->draining || r->on_failure != ON_FAILURE_OPEN || !r->stamp)
+		return false;
+	return r->now <= r->stamp || r->now - r->stamp <= AWAIT_NS;
+}
+
 /* A packet for one of our slots, as sk_lookup sees it. */
 struct arrival {
 	__u8 tcp;
@@ -317,9 +351,6 @@ static __always_inline bool is_failure(enum ending how, __u32 retransmits)
 	       how == ENDING_UNREACHABLE ||
 	       (how == ENDING_ABANDONED && retransmits);
 }
-
-#define NS_PER_S 1000000000ULL
-#define NS_PER_MS 1000000ULL
 
 /* is_ejected is false for an endpoint on trial: until is then in the past. */
 static __always_inline bool is_ejected(__u64 until, __u64 now)

@@ -84,6 +84,21 @@ int pl_admit(struct run_admit *ctx)
 	return 0;
 }
 
+struct run_awaits {
+	struct refusal in;
+	__u32 out;
+	__u32 zero;
+};
+
+SEC("syscall")
+int pl_awaits(struct run_awaits *ctx)
+{
+	struct refusal in = ctx->in;
+
+	ctx->out = awaits(&in);
+	return 0;
+}
+
 struct run_peer_ended {
 	struct peer_end in;
 	__u8 zero[2];

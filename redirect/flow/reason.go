@@ -68,6 +68,7 @@ const (
 	ReasonHoldStale // let through, and so early: the heartbeat is old
 	ReasonHoldFull  // lost: the worker's ring is full. It is sent again
 	ReasonForged    // dropped: not the handler sends it from a slot
+	ReasonAwaited   // dropped: a refusal, while the handler may be back soon
 
 	// What sockops saw.
 	ReasonNoDecision // escaped: it connects, and no hook decided on it
@@ -143,6 +144,7 @@ var reasonNames = [reasonCount]string{
 	ReasonHoldStale:       "hold_stale",
 	ReasonHoldFull:        "hold_full",
 	ReasonForged:          "forged",
+	ReasonAwaited:         "awaited",
 	ReasonNoDecision:      "no_decision",
 	ReasonExisting:        "existing",
 	ReasonUnsent:          "unsent",
