@@ -462,6 +462,8 @@ type abiState struct {
 	_        structs.HostLayout
 	NextSlot uint32
 	Live     uint32
+	Owner    uint32
+	Zero     uint32
 }
 
 type abiTally uint32

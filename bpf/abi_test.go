@@ -261,6 +261,7 @@ var goDefines = map[string]string{
 	"PL_CANARY_LISTENER":  "CanaryListener",
 	"PL_RULE_PORT_BITS":   "RulePortBits",
 	"PL_FRAME_MAX":        "FrameMax",
+	"PL_OWNER_DIED":       "OwnerDied",
 	"PL_SETS":             "Sets",
 	"PL_ENDPOINTS":        "Endpoints",
 	"PL_SET_ENDPOINTS":    "SetEndpoints",

@@ -68,7 +68,8 @@ type coreHealth struct {
 	Draining  uint8
 	Busy      uint8
 	Listener  uint8
-	_         [4]byte
+	Died      uint8
+	Zero      [3]uint8
 }
 
 type coreIpAddr struct {

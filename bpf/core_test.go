@@ -223,6 +223,7 @@ func TestObstacle(t *testing.T) {
 	live := func(n, limit uint32) func(*coreHealth) {
 		return func(h *coreHealth) { h.Live, h.LiveMax = n, limit }
 	}
+	died := func(h *coreHealth) { h.Died = 1 }
 	conns := func(n, quota uint64) func(*coreHealth) {
 		return func(h *coreHealth) { h.Conns, h.ConnQuota = n, quota }
 	}
@@ -236,6 +237,8 @@ func TestObstacle(t *testing.T) {
 		{"no family", well(noFamily), flow.ReasonNoFamily},
 		{"no family, and all else", well(noFamily, draining, noListener, stamp(0), busy, live(1, 0), conns(2, 1)), flow.ReasonNoFamily},
 		{"draining", well(draining), flow.ReasonHandlerAbsent},
+		{"died", well(died), flow.ReasonHandlerAbsent},
+		{"died, and all else", well(died, noListener, stamp(0), busy, live(1, 0), conns(2, 1)), flow.ReasonHandlerAbsent},
 		{"no listener", well(noListener), flow.ReasonHandlerAbsent},
 		{"no listener, and all else", well(noListener, stamp(0), busy, live(1, 0), conns(2, 1)), flow.ReasonHandlerAbsent},
 		{"never stamped", well(stamp(0)), flow.ReasonHandlerStale},

@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/cilium/ebpf/ringbuf"
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -313,4 +314,44 @@ func (h *hooks) failing(t *testing.T, to string, onFailure uint32, named bool) {
 			Service{Path: uint8(PathRelay), OnFailure: uint8(onFailure), Connect: uint8(flow.ConnectMirror)})
 	}
 	h.put(t, "settings", uint32(0), s)
+}
+
+// TestDied has a process that the kernel is ending: its listeners are still
+// there, and nobody is sent to them.
+func TestDied(t *testing.T) {
+	const to4, to6 = "198.51.100.1:80", "[2001:db8::1]:80"
+	h := newHooks(t)
+	h.serve(t)
+	h.put(t, "state", uint32(0), State{NextSlot: SlotFirst, Owner: OwnerDied})
+	want := []string{to4 + " ENETUNREACH", to6 + " ENETUNREACH"} // passed, and there is no way
+	if diff := cmp.Diff(want, h.dial(t, to4, to6)); diff != "" {
+		t.Errorf("the application (-want +got):\n%s", diff)
+	}
+	// And what was sent to them before goes nowhere.
+	h.put(t, "state", uint32(0), State{NextSlot: SlotFirst})
+	h.holding(t, flow.ConnectMirror)
+	next := h.ring(t)
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), envDial+"="+to4)
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	if err := (testutil.Place{NS: h.ns, Cgroup: h.cgroup}).Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	next()
+	h.put(t, "state", uint32(0), State{NextSlot: SlotFirst, Owner: OwnerDied})
+	for _, l := range h.listeners {
+		l.Close()
+	}
+	h.listen(t) // others, or the kernel would know the SYN that comes again
+	h.beat(t, time.Nanosecond)
+	if err := cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if want := to4 + " ECONNREFUSED\n"; out.String() != want {
+		t.Errorf("the application: %q, want %q", &out, want)
+	}
+	if r := h.reasons(t); r["handler_absent"] != 2 || r["awaited"] == 0 || r["no_listener"] <= r["awaited"] {
+		t.Errorf("counted: %v", r)
+	}
 }

@@ -14,7 +14,7 @@ import (
 var layouts = map[string]struct{ goSize, pinned uintptr }{
 	"instance":     {unsafe.Sizeof(Instance{}), 64},
 	"settings":     {unsafe.Sizeof(Settings{}), 56},
-	"state":        {unsafe.Sizeof(State{}), 8},
+	"state":        {unsafe.Sizeof(State{}), 16},
 	"beat":         {unsafe.Sizeof(Beat{}), 24},
 	"live_key":     {unsafe.Sizeof(LiveKey{}), 36},
 	"live":         {unsafe.Sizeof(Live{}), 120},

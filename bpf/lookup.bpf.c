@@ -43,6 +43,17 @@ static __always_inline bool in_dry_run(void)
 	return runs && *runs;
 }
 
+/* has_died tells whether the process is being ended: its listeners are still
+ * there, and what came to them now would be lost.
+ */
+static __always_inline bool has_died(void)
+{
+	__u64 zero = 0;
+	struct state *st = bpf_map_lookup_elem(&state, &zero);
+
+	return st && st->owner == PL_OWNER_DIED;
+}
+
 SEC("sk_lookup")
 int pl_lookup(struct bpf_sk_lookup *ctx)
 {
@@ -104,8 +115,9 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 			index = PL_CANARY_LISTENER + v6;
 		else if (workers)
 			index += worker_of(&u.k, hold, worker, workers);
-		sk = bpf_map_lookup_elem(&listeners, &index);
 		p.listener = false;
+		sk = has_died() ? NULL :
+				  bpf_map_lookup_elem(&listeners, &index);
 		if (sk) {
 			p.listener = !bpf_sk_assign(
 				ctx, sk, BPF_SK_LOOKUP_F_NO_REUSEPORT);

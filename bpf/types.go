@@ -142,6 +142,8 @@ const (
 	SlotListener = 0xfffd
 	SlotCanary   = 0xfffe
 	WorkersMax   = 32
+	// OwnerDied is what the kernel makes of State.Owner.
+	OwnerDied = 0x40000000
 	// Sets is how many services may have endpoint sets, Endpoints how many
 	// endpoints there may be of all, SetEndpoints how many of one.
 	Sets         = 16384

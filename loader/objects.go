@@ -360,6 +360,9 @@ func (s *sharedState) live() *atomic.Uint32 {
 	return (*atomic.Uint32)(unsafe.Pointer(&s.value().Live))
 }
 
+// owner is the robust futex that the kernel notes the process's death in.
+func (s *sharedState) owner() *uint32 { return &s.value().Owner }
+
 func (s *sharedState) close() error {
 	if err := unix.Munmap(s.page); err != nil {
 		return fmt.Errorf("unmap state: %w", err)

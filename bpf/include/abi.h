@@ -356,7 +356,15 @@ struct settings {
 struct state {
 	__u32 next_slot; /* never used below; then free_slots */
 	__u32 live; /* entries in live */
+	/* The process, as the owner of a robust futex: the id of one of its
+	 * threads, or 0. The kernel makes it PL_OWNER_DIED when that thread
+	 * ends, and so before it closes any listener of the process.
+	 */
+	__u32 owner;
+	__u32 zero;
 };
+
+#define PL_OWNER_DIED 0x40000000 /* FUTEX_OWNER_DIED */
 
 /* The process's sign of life. */
 struct beat {

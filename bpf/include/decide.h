@@ -145,6 +145,8 @@ struct health {
 	__u8 draining;
 	__u8 busy;
 	__u8 listener; /* our listener answers on slots */
+	__u8 died; /* the kernel says so */
+	__u8 zero[3];
 };
 
 /* obstacle gives the reason why a connection cannot be redirected now, or
@@ -155,7 +157,7 @@ static __always_inline enum reason obstacle(const struct health *h)
 {
 	if (!h->family)
 		return REASON_NO_FAMILY;
-	if (h->draining || !h->listener)
+	if (h->draining || h->died || !h->listener)
 		return REASON_HANDLER_ABSENT;
 	/* A stamp may be younger than now when it was written on another CPU
 	 * between the two reads.

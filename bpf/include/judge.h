@@ -156,6 +156,7 @@ static __noinline enum reason redirect(void *ctx, struct gathered *g,
 	h.live = st->live;
 	h.live_max = set->live_max;
 	h.draining = set->draining;
+	h.died = st->owner == PL_OWNER_DIED;
 	h.family = (set->families >> !is_mapped(&g->dst)) & 1;
 	h.listener = true;
 	h.conn_quota = set->conn_quota;

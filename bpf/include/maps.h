@@ -22,7 +22,8 @@ struct {
 } settings SEC(".maps");
 
 /* Memory-mapped, so that the process can add to it without losing what a hook
- * adds. writer: connect, sockops, loader; reader: the same.
+ * adds, and the kernel can note its death. writer: connect, sockops, loader;
+ * reader: the same, lookup.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

@@ -476,6 +476,7 @@ func (i *instance) accompany(helpers, collect, write *circle) {
 	helpers.run("admin", func(ctx context.Context) error { return admin.Serve(ctx, i.socket, i.api()) })
 	helpers.run("watch", i.datapath.Watch)
 	helpers.run("tidy", i.datapath.Tidy)
+	helpers.run("vouch", i.datapath.Vouch)
 	helpers.run("ebb", func(ctx context.Context) error { return ebb(ctx, func() int { return i.handler.Stats().Live }) })
 	if i.public != nil {
 		mux := http.NewServeMux()

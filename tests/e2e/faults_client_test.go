@@ -36,10 +36,13 @@ type job struct {
 	Listen []netip.AddrPort
 	// Patience is how long an open connection may take to be served.
 	Patience time.Duration
+	// Limit is how long connect(2) may go without a result; then the connection
+	// has failed. 0: connectLimit.
+	Limit time.Duration
 }
 
-// connectLimit is how long connect(2) may go without a result; then the
-// connection has failed.
+// connectLimit is what job.Limit is by itself: less than the kernel waits before
+// it sends a SYN again.
 const connectLimit = time.Second
 
 // outcome is what became of one connection. Times are CLOCK_MONOTONIC, in ns,
@@ -149,7 +152,7 @@ func (j *job) work(stop io.Reader, to io.Writer) error {
 				if j.Count > 0 && n > int64(j.Count) {
 					return
 				}
-				o := attempt(j.Targets[int(n)%len(j.Targets)], j.Patience)
+				o := j.attempt(j.Targets[int(n)%len(j.Targets)])
 				mu.Lock()
 				out.Encode(&o)
 				mu.Unlock()
@@ -175,7 +178,7 @@ func answer(ln net.Listener) {
 }
 
 // attempt makes one connection, by system calls: a library might try again.
-func attempt(to netip.AddrPort, patience time.Duration) (o outcome) {
+func (j *job) attempt(to netip.AddrPort) (o outcome) {
 	o.To = to
 	family := unix.AF_INET6
 	var sa unix.Sockaddr = &unix.SockaddrInet6{Addr: to.Addr().As16(), Port: int(to.Port())}
@@ -194,7 +197,7 @@ func attempt(to netip.AddrPort, patience time.Duration) (o outcome) {
 	o.Start = now()
 	err = unix.Connect(fd, sa)
 	if errors.Is(err, unix.EINPROGRESS) {
-		err = result(fd)
+		err = result(fd, j.Limit)
 	}
 	o.Took = now() - o.Start
 	if err != nil {
@@ -202,7 +205,7 @@ func attempt(to netip.AddrPort, patience time.Duration) (o outcome) {
 		return o
 	}
 	o.Local, o.Peer = sockname(unix.Getsockname(fd)), sockname(unix.Getpeername(fd))
-	o.Said, o.Read = hear(fd, patience)
+	o.Said, o.Read = hear(fd, j.Patience)
 	return o
 }
 
@@ -214,8 +217,8 @@ func errnoName(err error) string {
 }
 
 // result waits for the end of a connect.
-func result(fd int) error {
-	if err := wait(fd, unix.POLLOUT, connectLimit); err != nil {
+func result(fd int, limit time.Duration) error {
+	if err := wait(fd, unix.POLLOUT, limit); err != nil {
 		return err
 	}
 	n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
@@ -297,6 +300,9 @@ func startLoadAt(t testing.TB, place testutil.Place, j job, wrap ...string) *loa
 	t.Helper()
 	if j.Patience == 0 {
 		j.Patience = 2 * time.Second
+	}
+	if j.Limit == 0 {
+		j.Limit = connectLimit
 	}
 	text, err := json.Marshal(j)
 	if err != nil {

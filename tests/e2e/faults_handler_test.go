@@ -372,64 +372,6 @@ func busy(t *testing.T, pid int) (end func()) {
 	return end
 }
 
-// TestKillRounds kills the handler three times while thousands connect: with
-// on_failure open none of them fails. A connection that the handler had
-// accepted when it was killed ends unserved, which is counted apart: at most one
-// per kill, worker of the client and listener, which the kernel closes one after
-// another: who was reset by the first may come again before the last.
-// The same holds for one whose SYN was on its way when the last listener closed,
-// some 50 us: the hook had found it, and the lookup program does not.
-func TestKillRounds(t *testing.T) {
-	g := newGround(t)
-	i := g.Run(t, "on_failure: open")
-	j := g.job()
-	j.Workers, j.Pause = 8, 5*time.Millisecond
-	j.Count = 3000
-	l := startLoad(t, g.Rig, j)
-	var kills []window
-	for range 3 {
-		l.becomes(t, "relayed", (*outcome).relayed)
-		w := window{from: now()}
-		i.Kill(t)
-		w.to = now()
-		kills = append(kills, w)
-		l.becomes(t, "passed", (*outcome).passed)
-		i.Launch(t)
-	}
-	l.becomes(t, "relayed", (*outcome).relayed)
-	all := l.finish(t)
-	if len(all) != j.Count {
-		t.Errorf("%d outcomes of %d connections", len(all), j.Count)
-	}
-	unserved, counts := make([]int, len(kills)), map[string]int{}
-	for _, o := range all {
-		counts[map[bool]string{true: "relayed", false: "passed"}[o.relayed()]]++
-		switch {
-		case !o.connected() && !o.reset() && !o.refused():
-			t.Errorf("failed: %s", &o)
-		case strings.HasPrefix(o.Said, selfName):
-			t.Errorf("the application reached itself: %s", &o)
-		case !o.served():
-			n := 0
-			for n < len(kills) && !kills[n].touches(&o) {
-				n++
-			}
-			if n == len(kills) {
-				t.Errorf("unserved, and not in flight at a kill: %s", &o)
-				continue
-			}
-			unserved[n]++
-		}
-	}
-	most := j.Workers * runtime.NumCPU()
-	for n, u := range unserved {
-		if u > most {
-			t.Errorf("kill %d: %d unserved, at most %d in flight", n, u, most)
-		}
-	}
-	t.Logf("%v, unserved at the kills: %v", counts, unserved)
-}
-
 func (f *faulty) status(t *testing.T) (s struct{ Slots4, Slots6 string }) {
 	t.Helper()
 	got, err := f.Status(context.Background())
