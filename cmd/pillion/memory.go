@@ -94,28 +94,75 @@ func frugal() {
 // and loading, and the pages of the program itself, of which serving uses a
 // fraction. What is needed after all comes back from the page cache.
 func trim() {
+	constants, err := constantsOf("/proc/self/maps")
 	debug.FreeOSMemory()
 	debug.FreeOSMemory() // stacks that the first has shrunk are free only now
+	if err != nil {
+		return
+	}
+	for _, c := range constants {
+		c.part()
+		// An error leaves the pages where they are.
+		_ = c.advise(unix.MADV_DONTNEED)
+	}
+}
+
+// pages are a part of the address space, in whole pages.
+type pages struct{ from, to uintptr }
+
+// constantsOf returns where the program's code and constants are, by a process's
+// list of what it has mapped. What may be written holds our own changes, and is not
+// among them.
+func constantsOf(list string) ([]pages, error) {
 	exe, err := os.Readlink("/proc/self/exe")
 	if err != nil {
-		return
+		return nil, fmt.Errorf("find the program: %w", err)
 	}
-	maps, err := os.Open("/proc/self/maps")
+	maps, err := os.Open(list)
 	if err != nil {
-		return
+		return nil, fmt.Errorf("list what is mapped: %w", err)
 	}
 	defer maps.Close()
+	var all []pages
 	for lines := bufio.NewScanner(maps); lines.Scan(); {
 		fields := strings.Fields(lines.Text())
-		// What may be written holds our own changes, and stays.
 		if len(fields) < 6 || fields[5] != exe || strings.Contains(fields[1], "w") {
 			continue
 		}
-		var from, to uintptr
-		if _, err := fmt.Sscanf(fields[0], "%x-%x", &from, &to); err != nil {
+		var s pages
+		if _, err := fmt.Sscanf(fields[0], "%x-%x", &s.from, &s.to); err != nil {
 			continue
 		}
-		// An error leaves the pages where they are.
-		_, _, _ = unix.RawSyscall(unix.SYS_MADVISE, from, to-from, unix.MADV_DONTNEED)
+		// What part has parted is one.
+		if n := len(all); n > 0 && all[n-1].to == s.from {
+			all[n-1].to = s.to
+			continue
+		}
+		all = append(all, s)
 	}
+	return all, nil
+}
+
+// parted is how much of the program is one mapping, at least a page.
+const parted = 8 << 10
+
+// part makes many mappings of one. With the page that is asked for the kernel maps
+// up to 64 KiB of its neighbours, as far as the mapping goes: of a program of which
+// some page is used everywhere that is most of it, two and a half times what is
+// used. The advice that parts them is of no consequence: the program's own pages are
+// in no core dump anyway.
+func (s pages) part() {
+	size := uintptr(max(parted, os.Getpagesize()))
+	for at := s.from; at < s.to; at += 2 * size {
+		if (pages{at, min(at+size, s.to)}).advise(unix.MADV_DONTDUMP) != nil {
+			return
+		}
+	}
+}
+
+func (s pages) advise(advice uintptr) error {
+	if _, _, e := unix.RawSyscall(unix.SYS_MADVISE, s.from, s.to-s.from, advice); e != 0 {
+		return e
+	}
+	return nil
 }
