@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/sys/unix"
 )
 
@@ -20,34 +19,34 @@ const batch = 16384
 // ring is the map events. Its methods are called by one goroutine at a time,
 // but for wait, which may overlap read.
 type ring struct {
-	reader *ringbuf.Reader
-	record ringbuf.Record // its buffer is used again
-	bell   *os.File       // a second descriptor of the map
+	window *window
+	bell   *os.File // a second descriptor of the map
 	conn   syscall.RawConn
 }
 
 // openRing opens the map for reading. The map stays the caller's.
 func openRing(m *ebpf.Map) (*ring, error) {
-	reader, err := ringbuf.NewReader(m)
-	if err != nil {
-		return nil, fmt.Errorf("open ring buffer: %w", err)
+	if m.Type() != ebpf.RingBuf {
+		return nil, fmt.Errorf("open ring buffer: the map is of type %s", m.Type())
 	}
-	// A deadline in the past makes a read return what is there.
-	reader.SetDeadline(time.Unix(1, 0))
 	bell, err := openBell(m.FD())
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("watch ring buffer: %w", err), reader.Close())
+		return nil, fmt.Errorf("watch ring buffer: %w", err)
 	}
 	conn, err := bell.SyscallConn()
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("watch ring buffer: %w", err), bell.Close(), reader.Close())
+		return nil, errors.Join(fmt.Errorf("watch ring buffer: %w", err), bell.Close())
 	}
-	return &ring{reader: reader, bell: bell, conn: conn}, nil
+	w, err := openWindow(conn, int(m.MaxEntries()))
+	if err != nil {
+		return nil, errors.Join(err, bell.Close())
+	}
+	return &ring{window: w, bell: bell, conn: conn}, nil
 }
 
 // openBell gives the map to Go's poller, which watches for edges: it reports the
-// kernel side's wake-ups and nothing else. The reader's own epoll instance is
-// level-triggered, and once woken returns at every event.
+// kernel side's wake-ups and nothing else. The library's reader has an epoll instance
+// that is level-triggered, and once woken returns at every event.
 func openBell(fd int) (*os.File, error) {
 	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
@@ -68,15 +67,15 @@ func openBell(fd int) (*os.File, error) {
 // valid during the call.
 func (r *ring) read(each func(raw []byte)) error {
 	for range batch {
-		err := r.reader.ReadInto(&r.record)
-		switch {
-		case err == nil:
-			each(r.record.RawSample)
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			return nil
-		default:
+		raw, err := r.window.peek()
+		if err != nil {
 			return fmt.Errorf("read ring buffer: %w", err)
 		}
+		if raw == nil {
+			return nil
+		}
+		each(raw)
+		r.window.advance()
 	}
 	return nil
 }
@@ -102,7 +101,7 @@ func (r *ring) wait(ctx context.Context, d time.Duration) {
 	}
 }
 
-func (r *ring) close() error { return errors.Join(r.bell.Close(), r.reader.Close()) }
+func (r *ring) close() error { return errors.Join(r.window.close(), r.bell.Close()) }
 
 // pause returns after d or when ctx is done.
 func pause(ctx context.Context, d time.Duration) {

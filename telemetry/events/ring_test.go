@@ -93,6 +93,75 @@ func TestRingRead(t *testing.T) {
 	}
 }
 
+// TestRingWindow reads through many windows, over the end of the ring and on, and a record that
+// is longer than a window.
+func TestRingWindow(t *testing.T) {
+	testutil.CheckLeaks(t)
+	m := newMap(t)
+	r, err := openRing(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.close()
+	e := event(42, flow.PathPass, bpf.EndingClosed)
+	one, other := emitter(t, m, e, noWakeup), emitter(t, m, bpf.ConnEvent{Cookie: 7}, noWakeup)
+	const rounds, each = 60, 300
+	var got, odd int
+	for range rounds {
+		one(each)
+		other(each / 3)
+		err := r.read(func(raw []byte) {
+			switch v, ok := bpf.ParseEvent(raw); {
+			case ok && v == e:
+				got++
+			case ok && v == bpf.ConnEvent{Cookie: 7}:
+				odd++
+			default:
+				t.Errorf("read %d bytes: %+v", len(raw), v)
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := len(r.window.data); n > windowSize {
+			t.Fatalf("%d bytes of the ring are mapped, want at most %d", n, windowSize)
+		}
+	}
+	if got != rounds*each || odd != rounds*each/3 {
+		t.Errorf("read %d and %d records, want %d and %d", got, odd, rounds*each, rounds*each/3)
+	}
+	if size := rounds * each * 4 / 3 * len(raw(e)); size < 3<<20 {
+		t.Fatalf("%d bytes are not several rounds", size)
+	}
+	long(t, m)
+	read := 0
+	if err := r.read(func(raw []byte) { read = len(raw) }); err != nil || read != longRecord {
+		t.Errorf("read a record of %d bytes: %v, want %d", read, err, longRecord)
+	}
+}
+
+// longRecord is longer than a window.
+const longRecord = windowSize + 8
+
+// long writes such a record.
+func long(t *testing.T, m *ebpf.Map) {
+	t.Helper()
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SocketFilter, License: "GPL", Instructions: asm.Instructions{
+		asm.LoadMapPtr(asm.R1, m.FD()), asm.Mov.Imm(asm.R2, longRecord), asm.Mov.Imm(asm.R3, 0),
+		asm.FnRingbufReserve.Call(),
+		asm.JEq.Imm(asm.R0, 0, "none"),
+		asm.Mov.Reg(asm.R1, asm.R0), asm.Mov.Imm(asm.R2, noWakeup), asm.FnRingbufSubmit.Call(),
+		asm.Mov.Imm(asm.R0, 0).WithSymbol("none"), asm.Return(),
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if _, err := p.Run(&ebpf.RunOptions{Data: make([]byte, 64)}); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestRingWait(t *testing.T) {
 	testutil.CheckLeaks(t)
 	m := newMap(t)
