@@ -140,7 +140,7 @@ func (v *endpointView) status(local string) admin.EndpointStatus {
 func (v *endpointView) stats(cluster string, path flow.Path) metrics.EndpointStats {
 	return metrics.EndpointStats{
 		Cluster:     cluster,
-		Addr:        v.Addr.String(),
+		Addr:        v.Addr,
 		Weight:      v.Weight,
 		Zone:        v.Zone,
 		Path:        path,

@@ -87,13 +87,13 @@ func TestEndpointStats(t *testing.T) {
 	}
 	want := []metrics.EndpointStats{
 		{
-			Cluster: "web", Addr: "10.1.0.1:80", Weight: 2, Zone: "a", Path: flow.PathDirect, Ejected: true,
+			Cluster: "web", Addr: netip.MustParseAddrPort("10.1.0.1:80"), Weight: 2, Zone: "a", Path: flow.PathDirect, Ejected: true,
 			Live: 4, Connects: 30, Failures: 6, Ejections: 4, ConnectTime: time.Millisecond,
 		},
-		{Cluster: "web", Addr: "10.1.0.2:80", Weight: 1, Path: flow.PathDirect, Down: true},
-		{Cluster: "web", Addr: "10.1.0.9:80", Path: flow.PathDirect, Ejected: true, Live: 6, Connects: 6},
+		{Cluster: "web", Addr: netip.MustParseAddrPort("10.1.0.2:80"), Weight: 1, Path: flow.PathDirect, Down: true},
+		{Cluster: "web", Addr: netip.MustParseAddrPort("10.1.0.9:80"), Path: flow.PathDirect, Ejected: true, Live: 6, Connects: 6},
 	}
-	if diff := cmp.Diff(want, got); diff != "" {
+	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 		t.Errorf("want -, got +:\n%s", diff)
 	}
 }

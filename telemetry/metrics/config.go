@@ -36,7 +36,7 @@ func (c *configuration) collect(ch chan<- prometheus.Metric) {
 		c.tried.emit(ch, float64(s.Tried.UnixMilli())/1000)
 	}
 	c.whole.emit(ch, oneIf(s.OK))
-	seen := map[string]bool{} // see endpoints.collect
+	seen := map[string]bool{} // see endpoints.write
 	for _, name := range s.Refused {
 		if name = valid(name); !seen[name] {
 			seen[name] = true

@@ -28,7 +28,7 @@ func (d *discovery) all() []series {
 
 // collect reads the source.
 func (d *discovery) collect(ch chan<- prometheus.Metric) {
-	seen := map[[2]string]bool{} // see endpoints.collect
+	seen := map[[2]string]bool{} // see endpoints.write
 	for _, s := range d.source.Discovery() {
 		labels := [2]string{valid(s.Service), valid(s.Source)}
 		if seen[labels] {

@@ -1,64 +1,122 @@
 package metrics
 
 import (
+	"bufio"
+	"cmp"
+	"net/netip"
 	"slices"
-
-	"github.com/prometheus/client_golang/prometheus"
+	"strconv"
+	"strings"
 )
 
-// endpoints reads the endpoints' counters.
+// endpoints writes the endpoints' counters as text, one after the other. There are
+// ten thousand of them, nine values each: as the library's metrics they take 50 MB at
+// each scrape.
 type endpoints struct {
-	source                                      Endpoints
-	connections, weight, ejected, down, connect series
-	connectsTotal, failuresTotal, ejections     series
-	info                                        series
+	source Endpoints
+	buffer []byte
 }
 
-func newEndpoints(source Endpoints) *endpoints {
-	labels := []string{"cluster", "endpoint"}
-	return &endpoints{
-		source:        source,
-		connections:   gauge("pillion_endpoint_connections", "Connections that are open or being dialed.", labels...),
-		weight:        gauge("pillion_endpoint_weight", "The endpoint's share, by the configuration or its source.", labels...),
-		ejected:       gauge("pillion_endpoint_ejected", "1 while its failures keep the endpoint from being picked.", labels...),
-		down:          gauge("pillion_endpoint_down", "1 while a health check keeps the endpoint from being picked.", labels...),
-		connect:       gauge("pillion_endpoint_connect_seconds", "How long the last answered dial took.", labels...),
-		connectsTotal: counter("pillion_endpoint_connects_total", "Dials that were answered.", labels...),
-		failuresTotal: counter("pillion_endpoint_failures_total", "Dials that failed.", labels...),
-		ejections:     counter("pillion_endpoint_ejections_total", "How often the endpoint was ejected.", labels...),
+// endpointFamily is one value of every endpoint.
+type endpointFamily struct {
+	name, kind, help string
+	value            func(*EndpointStats) float64
+	// placed adds the labels path and zone.
+	placed bool
+}
+
+func endpointFamilies() []endpointFamily {
+	return []endpointFamily{
+		{name: "pillion_endpoint_connect_seconds", kind: "gauge", help: "How long the last answered dial took.",
+			value: func(s *EndpointStats) float64 { return s.ConnectTime.Seconds() }},
+		{name: "pillion_endpoint_connections", kind: "gauge", help: "Connections that are open or being dialed.",
+			value: func(s *EndpointStats) float64 { return float64(s.Live) }},
+		{name: "pillion_endpoint_connects_total", kind: "counter", help: "Dials that were answered.",
+			value: func(s *EndpointStats) float64 { return float64(s.Connects) }},
+		{name: "pillion_endpoint_down", kind: "gauge", help: "1 while a health check keeps the endpoint from being picked.",
+			value: func(s *EndpointStats) float64 { return oneIf(s.Down) }},
+		{name: "pillion_endpoint_ejected", kind: "gauge", help: "1 while its failures keep the endpoint from being picked.",
+			value: func(s *EndpointStats) float64 { return oneIf(s.Ejected) }},
+		{name: "pillion_endpoint_ejections_total", kind: "counter", help: "How often the endpoint was ejected.",
+			value: func(s *EndpointStats) float64 { return float64(s.Ejections) }},
+		{name: "pillion_endpoint_failures_total", kind: "counter", help: "Dials that failed.",
+			value: func(s *EndpointStats) float64 { return float64(s.Failures) }},
 		// Not labels of the others: those would begin anew when a service
 		// changes its path.
-		info: gauge("pillion_endpoint_info", "Always 1; the labels tell the endpoint's zone and the path of connections to it.",
-			append(labels, "zone", "path")...),
+		{name: "pillion_endpoint_info", kind: "gauge", placed: true,
+			help:  "Always 1; the labels tell the endpoint's zone and the path of connections to it.",
+			value: func(*EndpointStats) float64 { return 1 }},
+		{name: "pillion_endpoint_weight", kind: "gauge", help: "The endpoint's share, by the configuration or its source.",
+			value: func(s *EndpointStats) float64 { return float64(s.Weight) }},
 	}
 }
 
-func (e *endpoints) all() []series {
-	return []series{e.connections, e.weight, e.ejected, e.down, e.connect, e.connectsTotal, e.failuresTotal, e.ejections, e.info}
-}
-
-// collect reads the source.
-func (e *endpoints) collect(ch chan<- prometheus.Metric) {
+// write reads the source and writes all that it tells.
+func (e *endpoints) write(w *bufio.Writer) error {
+	all := e.source.Endpoints()
+	for i := range all {
+		all[i].Cluster = valid(all[i].Cluster)
+	}
 	// Two of the same labels would spoil the whole scrape, and services that
 	// share a cluster may list it twice.
-	seen := map[[2]string]bool{}
-	for _, s := range e.source.Endpoints() {
-		labels := [2]string{valid(s.Cluster), valid(s.Addr)}
-		if !seen[labels] {
-			seen[labels] = true
-			e.emit(ch, &s, labels[:])
+	slices.SortStableFunc(all, func(a, b EndpointStats) int {
+		return cmp.Or(strings.Compare(a.Cluster, b.Cluster), a.Addr.Compare(b.Addr))
+	})
+	all = slices.CompactFunc(all, func(a, b EndpointStats) bool { return a.Cluster == b.Cluster && a.Addr == b.Addr })
+	if len(all) == 0 {
+		return nil
+	}
+	for _, f := range endpointFamilies() {
+		w.WriteString("# HELP " + f.name + " " + f.help + "\n# TYPE " + f.name + " " + f.kind + "\n")
+		for i := range all {
+			if err := e.line(w, &f, &all[i]); err != nil {
+				return err
+			}
 		}
 	}
+	return nil
 }
 
-func (e *endpoints) emit(ch chan<- prometheus.Metric, s *EndpointStats, labels []string) {
-	e.connections.emit(ch, float64(s.Live), labels...)
-	e.weight.emit(ch, float64(s.Weight), labels...)
-	e.ejected.emit(ch, oneIf(s.Ejected), labels...)
-	e.down.emit(ch, oneIf(s.Down), labels...)
-	e.connect.emit(ch, s.ConnectTime.Seconds(), labels...)
-	e.connectsTotal.emit(ch, float64(s.Connects), labels...)
-	e.failuresTotal.emit(ch, float64(s.Failures), labels...)
-	e.ejections.emit(ch, float64(s.Ejections), labels...)
-	e.info.emit(ch, 1, append(slices.Clone(labels), valid(s.Zone), s.Path.String())...)
+// line writes one value.
+func (e *endpoints) line(w *bufio.Writer, f *endpointFamily, s *EndpointStats) error {
+	b := append(e.buffer[:0], f.name...)
+	b = append(b, `{cluster="`...)
+	b = appendLabel(b, s.Cluster)
+	b = append(b, `",endpoint="`...)
+	b = appendAddr(b, s.Addr)
+	if f.placed {
+		b = append(b, `",path="`...)
+		b = append(b, s.Path.String()...)
+		b = append(b, `",zone="`...)
+		b = appendLabel(b, s.Zone)
+	}
+	b = append(b, `"} `...)
+	b = strconv.AppendFloat(b, f.value(s), 'g', -1, 64)
+	e.buffer = append(b, '\n')
+	_, err := w.Write(e.buffer)
+	return err
+}
+
+// appendAddr appends an address as listings have it. That of an IPv6 endpoint may
+// have a zone, which may be anything.
+func appendAddr(b []byte, a netip.AddrPort) []byte {
+	if a.Addr().Zone() != "" {
+		return appendLabel(b, a.String())
+	}
+	return a.AppendTo(b)
+}
+
+// appendLabel appends a label's value, made fit for one.
+func appendLabel(b []byte, value string) []byte {
+	for _, r := range value {
+		switch r {
+		case '\\', '"':
+			b = append(b, '\\', byte(r))
+		case '\n':
+			b = append(b, '\\', 'n')
+		default: // what is no UTF-8 is U+FFFD already
+			b = append(b, string(r)...)
+		}
+	}
+	return b
 }

@@ -1,11 +1,18 @@
 package metrics
 
 import (
+	"maps"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
 
 	"github.com/pillion-project/pillion/redirect/flow"
 )
@@ -23,7 +30,7 @@ type sources struct {
 }
 
 func (s *sources) Kernel() (KernelStats, error)      { return s.kernel, s.err }
-func (s *sources) Endpoints() []EndpointStats        { return s.endpoints }
+func (s *sources) Endpoints() []EndpointStats        { return slices.Clone(s.endpoints) }
 func (s *sources) Relay() RelayStats                 { return s.relay }
 func (s *sources) Configuration() ConfigurationStats { return s.config }
 func (s *sources) Discovery() []DiscoveryStats       { return s.discovery }
@@ -40,7 +47,7 @@ func full() *sources {
 			Slots: map[string]int{"free": 100, "named": 7}, SlotsMax: 65000, Live: 6, Mended: 6, BeatAge: 1500 * time.Millisecond,
 		},
 		endpoints: []EndpointStats{{
-			Cluster: "web", Addr: "127.0.0.1:8081", Weight: 2, Zone: "a", Path: flow.PathDirect, Ejected: true, Down: true, Live: 3,
+			Cluster: "web", Addr: netip.MustParseAddrPort("127.0.0.1:8081"), Weight: 2, Zone: "a", Path: flow.PathDirect, Ejected: true, Down: true, Live: 3,
 			Connects: 4, Failures: 5, Ejections: 6, ConnectTime: time.Millisecond,
 		}},
 		relay: RelayStats{
@@ -82,4 +89,21 @@ func get(t *testing.T, m *Metrics) []string {
 		}
 	}
 	return lines
+}
+
+// families scrapes m and returns all of its metrics, by name.
+func families(t *testing.T, m *Metrics) []*dto.MetricFamily {
+	t.Helper()
+	w := httptest.NewRecorder()
+	m.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	byName, err := parser.TextToMetricFamilies(w.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := []*dto.MetricFamily{}
+	for _, name := range slices.Sorted(maps.Keys(byName)) {
+		all = append(all, byName[name])
+	}
+	return all
 }

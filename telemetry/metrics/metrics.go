@@ -1,11 +1,8 @@
 package metrics
 
 import (
-	"net/http"
-
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/pillion-project/pillion/redirect/flow"
 )
@@ -14,13 +11,14 @@ import (
 // Its methods are safe for concurrent use.
 type Metrics struct {
 	// registry is its own: the default one belongs to whoever imports it.
-	registry *prometheus.Registry
-	flows    *flows
+	registry  *prometheus.Registry
+	flows     *flows
+	endpoints Endpoints // nil: there are none
 }
 
 // New returns metrics that read from s.
 func New(s Sources) *Metrics {
-	m := &Metrics{registry: prometheus.NewRegistry(), flows: newFlows()}
+	m := &Metrics{registry: prometheus.NewRegistry(), flows: newFlows(), endpoints: s.Endpoints}
 	m.registry.MustRegister(m.flows,
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
@@ -31,12 +29,6 @@ func New(s Sources) *Metrics {
 
 // Record counts a connection that ended. It does not keep r.
 func (m *Metrics) Record(r *flow.Record) { m.flows.record(r) }
-
-// Handler serves the metrics. A metric that cannot be read does not take the
-// others with it.
-func (m *Metrics) Handler() http.Handler {
-	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError})
-}
 
 func newBuildInfo(version string) prometheus.Collector {
 	info := prometheus.NewGaugeVec(prometheus.GaugeOpts{

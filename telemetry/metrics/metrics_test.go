@@ -1,14 +1,19 @@
 package metrics
 
 import (
+	"compress/gzip"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -294,3 +299,64 @@ func BenchmarkRecord(b *testing.B) {
 		m.Record(r)
 	}
 }
+
+// TestGzip: who asks for it gets the same, compressed.
+func TestGzip(t *testing.T) {
+	t.Parallel()
+	m := New(full().all())
+	plain := get(t, m)
+	for header, want := range map[string]string{"gzip": "gzip", "br, gzip;q=0.5": "gzip", "": "", "br": "", "gzip;q=0": "", "deflate, *": "gzip"} {
+		r := httptest.NewRequest(http.MethodGet, "/metrics", nil)
+		r.Header.Set("Accept-Encoding", header)
+		w := httptest.NewRecorder()
+		m.Handler().ServeHTTP(w, r)
+		if got := w.Header().Get("Content-Encoding"); got != want {
+			t.Errorf("%q is answered with %q, want %q", header, got, want)
+			continue
+		}
+		if want == "" {
+			continue
+		}
+		z, err := gzip.NewReader(w.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := io.ReadAll(z)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := strings.Count(string(text), "\npillion_"); n != len(plain) {
+			t.Errorf("%q: %d lines are Pillion's, want %d", header, n, len(plain))
+		}
+	}
+}
+
+// TestManyEndpoints bounds what a scrape of ten thousand endpoints allocates beside
+// the list of them: it is resident afterwards.
+func TestManyEndpoints(t *testing.T) {
+	s := full()
+	one := s.endpoints[0]
+	s.endpoints = nil
+	for i := range 10_000 {
+		one.Addr = netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 80)
+		s.endpoints = append(s.endpoints, one)
+	}
+	h := New(s.all()).Handler()
+	r := testing.Benchmark(func(b *testing.B) {
+		for b.Loop() {
+			h.ServeHTTP(discard{}, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+		}
+	})
+	list := int64(len(s.endpoints)) * int64(unsafe.Sizeof(one))
+	t.Logf("%d bytes and %d allocations per scrape, %d of them the list; %v", r.AllocedBytesPerOp(), r.AllocsPerOp(), list, r.T/time.Duration(r.N))
+	if most := list + 1<<20; r.AllocedBytesPerOp() > most {
+		t.Errorf("%d bytes per scrape, want at most %d", r.AllocedBytesPerOp(), most)
+	}
+}
+
+// discard takes an answer and keeps nothing of it.
+type discard struct{}
+
+func (discard) Header() http.Header         { return http.Header{} }
+func (discard) Write(b []byte) (int, error) { return len(b), nil }
+func (discard) WriteHeader(int)             {}

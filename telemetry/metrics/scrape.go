@@ -21,7 +21,7 @@ type lossy interface {
 }
 
 // scrape reads every source once per scrape. It is one collector and not one per
-// source, since several of them know of lost records.
+// source, since several of them know of lost records. Endpoints are apart: they are many.
 type scrape struct {
 	lossy  []lossy
 	parts  []part
@@ -38,9 +38,6 @@ func newScrape(s Sources) *scrape {
 	}
 	if s.Relay != nil {
 		c.lossy = append(c.lossy, newRelay(s.Relay))
-	}
-	if s.Endpoints != nil {
-		c.parts = append(c.parts, newEndpoints(s.Endpoints))
 	}
 	if s.Configuration != nil {
 		c.parts = append(c.parts, newConfiguration(s.Configuration))

@@ -55,7 +55,7 @@ func (c *checks) all() []series { return []series{c.states, c.failing} }
 
 // collect reads the source.
 func (c *checks) collect(ch chan<- prometheus.Metric) {
-	seen := map[string]bool{} // see endpoints.collect
+	seen := map[string]bool{} // see endpoints.write
 	for _, s := range c.source.Checks() {
 		cluster := valid(s.Cluster)
 		if seen[cluster] {

@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"net/netip"
 	"time"
 
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -38,7 +39,8 @@ type KernelStats struct {
 	BeatAge time.Duration
 }
 
-// Endpoints lists the endpoints of all clusters. It is asked as [Kernel] is.
+// Endpoints lists the endpoints of all clusters. It is asked as [Kernel] is. The list
+// is the caller's.
 type Endpoints interface {
 	Endpoints() []EndpointStats
 }
@@ -47,7 +49,7 @@ type Endpoints interface {
 type EndpointStats struct {
 	Cluster string
 	// Addr is its address and port.
-	Addr   string
+	Addr   netip.AddrPort
 	Weight uint32
 	// Zone is where it is, or empty.
 	Zone string
