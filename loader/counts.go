@@ -105,9 +105,9 @@ func (d *Datapath) mend(i uint32, off int) {
 // who tells whose an index is.
 func (s *setTable) who(i uint32) (*serviceSet, netip.AddrPort) {
 	for _, own := range s.byID {
-		for addr, n := range own.endpoints {
-			if n == i {
-				return own, addr
+		for _, e := range own.endpoints {
+			if e.index == i {
+				return own, e.addr()
 			}
 		}
 	}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -233,11 +232,10 @@ func (d *Datapath) EndpointStates(service netip.AddrPort) ([]EndpointState, erro
 	}
 	now := monotonic()
 	all := make([]EndpointState, 0, len(own.endpoints))
-	for addr, i := range own.endpoints {
-		_, out := s.out[i]
-		all = append(all, s.table.at(i).state(addr, !out, now))
+	for _, e := range own.endpoints {
+		_, out := s.out[e.index]
+		all = append(all, s.table.at(e.index).state(e.addr(), !out, now))
 	}
-	slices.SortFunc(all, func(a, b EndpointState) int { return a.Addr.Compare(b.Addr) })
 	return all, nil
 }
 

@@ -17,15 +17,14 @@ import (
 
 // change is the new set of one service.
 type change struct {
-	own   *serviceSet
-	set   *flow.Set
-	ids   []uint32 // of its endpoints
-	fresh bool     // the service had no endpoint before
-	from  int      // its new indices in added, and up to:
-	to    int
-	spare []uint32 // indices for endpoints that the set has twice
-	inner *ebpf.Map
-	err   error
+	own    *serviceSet
+	set    *flow.Set
+	ids    []uint32 // of its endpoints
+	before roster   // of the service
+	from   int      // its new indices in added, and up to:
+	to     int
+	inner  *ebpf.Map
+	err    error
 }
 
 // rows is how many rows the set has.
@@ -46,6 +45,8 @@ type publishing struct {
 	// What has an index now that had none.
 	added []uint32
 	names []bpf.EndpointName
+	// What index needs for a while, used again for the next set.
+	list, fresh []enrolled
 }
 
 // publish makes sets the kernel's, in one step after everything is prepared. The
@@ -86,36 +87,52 @@ func (p *publishing) prepare(service netip.AddrPort, set *flow.Set) error {
 		p.rewrites = append(p.rewrites, change{own: own, set: set})
 		return nil
 	}
-	c := change{
-		own: own, set: set, ids: make([]uint32, len(set.Endpoints)), fresh: len(own.endpoints) == 0, from: len(p.added),
-	}
-	for n, e := range set.Endpoints {
-		if c.fresh {
-			// Who is who is for build to note: that takes long.
-			c.ids[n], err = p.add(bpf.EndpointName{})
-		} else {
-			c.ids[n], err = p.index(own, unmapped(e.Addr))
-		}
-		if err != nil {
-			return err
-		}
+	c := change{own: own, set: set, before: own.endpoints, from: len(p.added)}
+	if err := p.index(&c); err != nil {
+		return err
 	}
 	c.to = len(p.added)
 	p.changes = append(p.changes, c)
 	return nil
 }
 
-// index returns the index of an endpoint, and gives it one if it has none.
-func (p *publishing) index(own *serviceSet, addr netip.AddrPort) (i uint32, err error) {
-	i, ok := own.endpoints[addr]
-	if !ok {
-		if i, err = p.add(nameOf(own.id, addr)); err != nil {
-			return 0, err
-		}
-		own.endpoints[addr] = i
+// index gives the endpoints of a set their indices: those that they have, or new ones.
+func (p *publishing) index(c *change) error {
+	c.ids = make([]uint32, len(c.set.Endpoints))
+	// By address, as the service's own are: index is the place in the set.
+	list := p.list[:0]
+	for n, e := range c.set.Endpoints {
+		list = append(list, enroll(unmapped(e.Addr), uint32(n)))
 	}
-	p.members[i].round = p.round
-	return i, nil
+	if !slices.IsSortedFunc(list, enrolled.compare) {
+		slices.SortFunc(list, enrolled.compare)
+	}
+	p.list = list
+	had, added := c.before, p.fresh[:0]
+	for n, e := range list {
+		place := e.index
+		if n > 0 && e.compare(list[n-1]) == 0 {
+			c.ids[place] = c.ids[list[n-1].index] // the set has it twice
+			continue
+		}
+		for len(had) > 0 && had[0].compare(e) < 0 {
+			had = had[1:]
+		}
+		if len(had) > 0 && had[0].compare(e) == 0 {
+			e.index = had[0].index
+			p.members[e.index].round = p.round
+		} else {
+			var err error
+			if e.index, err = p.add(nameOf(c.own.id, e.addr())); err != nil {
+				return err
+			}
+			added = append(added, e)
+		}
+		c.ids[place] = e.index
+	}
+	p.fresh = added
+	c.own.endpoints = c.before.with(added)
+	return nil
 }
 
 // add gives an index to an endpoint of that name.
@@ -134,11 +151,9 @@ func (p *publishing) add(name bpf.EndpointName) (uint32, error) {
 
 // takeBack undoes what prepare did.
 func (p *publishing) takeBack() {
-	for n, name := range p.names {
-		p.table.free = append(p.table.free, p.added[n])
-		if name.Port != 0 {
-			delete(p.byID[name.Set].endpoints, netip.AddrPortFrom(bpf.ToAddr(name.Addr), name.Port))
-		}
+	p.table.free = append(p.table.free, p.added...)
+	for n := range p.changes {
+		p.changes[n].own.endpoints = p.changes[n].before
 	}
 }
 
@@ -169,7 +184,9 @@ func (p *publishing) commit() error {
 // rewrite writes in place what differs.
 func (p *publishing) rewrite(c *change) error {
 	for _, e := range c.set.Endpoints {
-		p.tellDown(c.own.endpoints[unmapped(e.Addr)], e.Down)
+		if i, ok := c.own.endpoints.find(unmapped(e.Addr)); ok {
+			p.tellDown(i, e.Down)
+		}
 	}
 	c.own.set = c.set
 	return p.setSpill(c.own, c.set.Spill)
@@ -202,9 +219,6 @@ func (p *publishing) replace() error {
 		}
 		ids[n], fds[n] = c.own.id, uint32(c.inner.FD())
 	}
-	for n := range p.changes {
-		p.table.free = append(p.table.free, p.changes[n].spare...)
-	}
 	if err := p.put(ids, fds); err != nil {
 		return fmt.Errorf("publish %d endpoint sets: %w", len(ids), err)
 	}
@@ -214,11 +228,6 @@ func (p *publishing) replace() error {
 // build names the endpoints and makes the maps of some of the changes. It writes
 // only to what is theirs.
 func (p *publishing) build(part []change) {
-	for n := range part {
-		if part[n].fresh {
-			p.enter(&part[n])
-		}
-	}
 	// Named before they are used: who takes over must find every count.
 	err := p.name(part[0].from, part[len(part)-1].to)
 	var rows []bpf.SetRow
@@ -232,20 +241,6 @@ func (p *publishing) build(part []change) {
 		}
 		rows = setRows(slices.Grow(rows[:0], c.rows()), c.set, c.ids, c.own.turn())
 		c.inner, c.err = p.make(rows)
-	}
-}
-
-// enter notes who has which of the indices of a service that had no endpoint.
-func (p *publishing) enter(c *change) {
-	c.own.endpoints = make(map[netip.AddrPort]uint32, len(c.ids))
-	for n, e := range c.set.Endpoints {
-		addr := unmapped(e.Addr)
-		if i, twice := c.own.endpoints[addr]; twice {
-			c.spare, c.ids[n] = append(c.spare, c.ids[n]), i
-			continue
-		}
-		c.own.endpoints[addr] = c.ids[n]
-		p.names[c.from+n] = nameOf(c.own.id, addr)
 	}
 }
 
@@ -281,14 +276,14 @@ func (p *publishing) published(c *change) {
 		c.inner.Close()
 	}
 	own.set, own.spill = c.set, c.set.Spill
-	if c.fresh {
-		return
+	if len(c.before) == 0 {
+		return // all that there are are in the set
 	}
-	for addr, i := range own.endpoints {
-		if p.members[i].round == p.round {
-			delete(p.out, i)
+	for _, e := range own.endpoints {
+		if p.members[e.index].round == p.round {
+			delete(p.out, e.index)
 		} else {
-			p.remove(own, addr, i, now)
+			p.remove(own, e, now)
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -50,7 +51,7 @@ type serviceSet struct {
 	// next set: a descriptor for each would be too many.
 	inner *ebpf.Map
 	// endpoints are the indices of all that are in the set, or were.
-	endpoints map[netip.AddrPort]uint32
+	endpoints roster
 	// gone is when it was removed, and zero while it is in use.
 	gone time.Time
 }
@@ -59,12 +60,12 @@ type serviceSet struct {
 type member struct {
 	round      uint32 // of publishing, in which it was in a set the last time
 	told, down bool   // what that set said of it
+	released   bool   // the index is nobody's
 }
 
 // removedEndpoint is one that is in no set.
 type removedEndpoint struct {
 	of   *serviceSet
-	addr netip.AddrPort
 	idle time.Time // since when it had no connection, as far as was seen
 }
 
@@ -133,19 +134,22 @@ func (s *setTable) recover(services *ebpf.Map) error {
 		}
 		return s.add(id, netip.AddrPort{})
 	}
+	seen := map[bpf.EndpointName]bool{}
 	err := s.table.recover(func(set uint32, addr netip.AddrPort, i uint32) bool {
-		if set >= bpf.Sets {
-			return false
-		}
-		own := known(set)
-		if _, twice := own.endpoints[addr]; twice {
+		name := nameOf(set, addr)
+		if set >= bpf.Sets || seen[name] {
 			return false // to name it failed half-way
 		}
-		own.endpoints[addr] = i
+		seen[name] = true
+		own := known(set)
+		own.endpoints = append(own.endpoints, enroll(addr, i))
 		return true
 	})
 	if err != nil {
 		return err
+	}
+	for _, own := range s.byID {
+		slices.SortFunc(own.endpoints, enrolled.compare)
 	}
 	for id := range s.nextID {
 		if s.byID[id] == nil {
@@ -157,7 +161,7 @@ func (s *setTable) recover(services *ebpf.Map) error {
 }
 
 func (s *setTable) add(id uint32, addr netip.AddrPort) *serviceSet {
-	own := &serviceSet{id: id, addr: addr, endpoints: map[netip.AddrPort]uint32{}}
+	own := &serviceSet{id: id, addr: addr}
 	s.byID[id] = own
 	s.nextID = max(s.nextID, id+1)
 	return own
@@ -179,7 +183,7 @@ func (s *setTable) findEndpoint(service, addr netip.AddrPort) (*serviceSet, uint
 		return nil, 0, err
 	}
 	if own != nil {
-		if i, ok := own.endpoints[unmapped(addr)]; ok {
+		if i, ok := own.endpoints.find(unmapped(addr)); ok {
 			return own, i, nil
 		}
 	}
@@ -251,17 +255,17 @@ func (s *setTable) drop(all []*serviceSet) error {
 		own.gone, own.set = now, nil
 		own.inner.Close()
 		own.inner = nil
-		for addr, i := range own.endpoints {
-			s.remove(own, addr, i, now)
+		for _, e := range own.endpoints {
+			s.remove(own, e, now)
 		}
 	}
 	return nil
 }
 
-func (s *setTable) remove(own *serviceSet, addr netip.AddrPort, i uint32, now time.Time) {
-	s.members[i].told = false
-	if _, ok := s.out[i]; !ok {
-		s.out[i] = removedEndpoint{of: own, addr: addr, idle: now}
+func (s *setTable) remove(own *serviceSet, e enrolled, now time.Time) {
+	s.members[e.index].told = false
+	if _, ok := s.out[e.index]; !ok {
+		s.out[e.index] = removedEndpoint{of: own, idle: now}
 	}
 }
 
@@ -271,6 +275,29 @@ func (s *setTable) forget() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
+	if err := s.forgetEndpoints(now); err != nil {
+		return err
+	}
+	for id, own := range s.byID {
+		if own.gone.IsZero() || len(own.endpoints) > 0 || now.Sub(own.gone) < s.grace {
+			continue
+		}
+		delete(s.byID, id)
+		if s.byAddr[own.addr] == own {
+			delete(s.byAddr, own.addr)
+		}
+		s.freeIDs = append(s.freeIDs, id)
+	}
+	return nil
+}
+
+func (s *setTable) forgetEndpoints(now time.Time) error {
+	fewer := map[*serviceSet]bool{}
+	defer func() { // also of those before one that could not be released
+		for own := range fewer {
+			own.endpoints = slices.DeleteFunc(own.endpoints, func(e enrolled) bool { return s.members[e.index].released })
+		}
+	}()
 	for i, e := range s.out {
 		if s.table.at(i).live().Load() != 0 {
 			e.idle = now
@@ -284,17 +311,8 @@ func (s *setTable) forget() error {
 			return err
 		}
 		delete(s.out, i)
-		delete(e.of.endpoints, e.addr)
-	}
-	for id, own := range s.byID {
-		if own.gone.IsZero() || len(own.endpoints) > 0 || now.Sub(own.gone) < s.grace {
-			continue
-		}
-		delete(s.byID, id)
-		if s.byAddr[own.addr] == own {
-			delete(s.byAddr, own.addr)
-		}
-		s.freeIDs = append(s.freeIDs, id)
+		s.members[i].released = true
+		fewer[e.of] = true
 	}
 	return nil
 }

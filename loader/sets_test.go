@@ -502,7 +502,7 @@ func TestPublishMany(t *testing.T) {
 	for a, set := range sets {
 		addr, id := dryPick(t, d, a)
 		known := slices.ContainsFunc(set.Endpoints, func(e flow.SetEndpoint) bool { return e.Addr == addr })
-		if !known || id != d.sets.byAddr[a].endpoints[addr] {
+		if want, ok := d.sets.byAddr[a].endpoints.find(addr); !known || !ok || id != want {
 			t.Errorf("service %s: picked %s, index %d", a, addr, id)
 		}
 	}
