@@ -52,7 +52,7 @@ test-unit: ## the tests that need no kernel, under the race detector
 test-kernel: build ## the tests that use the kernel and real programs (as root)
 	$(GO) test -race -p 1 -count=1 -timeout 10m $$($(GO) list $(KERNEL_PKGS))
 	@[ -n "$$PILLION_KUBE_BIN" ] || echo 'tests/kubernetes: skipped, it needs an API server: make test-kubernetes'
-	PILLION=$(abspath $(PILLION)) $(GO) test -p 1 -count=1 -timeout 15m $(BLACKBOX)
+	PILLION=$(abspath $(PILLION)) $(GO) test -p 1 -parallel 6 -count=1 -timeout 15m $(BLACKBOX)
 
 test-vm: ## the attach tests on Debian's 6.1, the oldest supported kernel, in qemu
 	@scripts/setup.sh vm

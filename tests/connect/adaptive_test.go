@@ -65,6 +65,7 @@ func (c *closing) close() {
 // dead again, alive again. Only those that connect before anybody can know are
 // reset.
 func TestAdaptive(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	var b strings.Builder
 	fmt.Fprintf(&b, "connect: adaptive\nservices:\n")
@@ -125,6 +126,7 @@ func live(t *testing.T, g *ground, i *rig.Instance, c *closing, to netip.AddrPor
 // TestAdaptiveIsEarly proves that what answered lately is early: the connect to
 // it succeeds while its SYNs are dropped.
 func TestAdaptiveIsEarly(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	g.with(t, "connect: adaptive")
 	for _, at := range farEach(portDrops) {
@@ -142,6 +144,7 @@ func TestAdaptiveIsEarly(t *testing.T) {
 // TestEarly is the way of before: every connect succeeds, and a failed dial is a
 // reset.
 func TestEarly(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	g.with(t, "connect: early")
 	for _, port := range []uint16{portClosed, portReset, portLateICMP} {
@@ -156,6 +159,7 @@ func TestEarly(t *testing.T) {
 
 // TestExecConnect gives the mode by exec's flag.
 func TestExecConnect(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	for mode, want := range map[string]string{"mirror": "-1", "adaptive": "-1", "early": "0"} {
 		args := append([]string{g.app}, arguments(far4(portClosed), "connect")...)

@@ -74,6 +74,7 @@ func texts(addrs []netip.Addr) []string {
 // TestFailover has programs choose among two addresses of a name, the first of
 // which fails, and compares what they tell of it.
 func TestFailover(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "python3", "curl")
 	g := newGround(t)
 	site := func(c net.Conn) {

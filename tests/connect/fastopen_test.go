@@ -11,6 +11,7 @@ import (
 // TestFastOpen sends with the SYN: to a server that gives cookies, and by an
 // application's host that needs none.
 func TestFastOpen(t *testing.T) {
+	t.Parallel()
 	// Bits of net.ipv4.tcp_fastopen.
 	const (
 		client, server, noCookieSent, noCookieWanted, allListeners = 0x1, 0x2, 0x4, 0x200, 0x400
@@ -63,6 +64,7 @@ func TestFastOpen(t *testing.T) {
 // the same errno. What the router meant beyond that, and the packet that it quotes,
 // is not the network's own: the kernel finds the socket by that packet.
 func TestErrorQueue(t *testing.T) {
+	t.Parallel()
 	steps := strings.Fields("recverr nonblock connect poll errqueue soerror errqueue")
 	g := newGround(t)
 	var all []attempt

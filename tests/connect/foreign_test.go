@@ -91,6 +91,7 @@ func (c *counter) filter(t *testing.T, ns *testutil.NS, parent uint32) {
 // TestForeignPrograms has programs of others on lo, before ours and after, as
 // links and as classic filters: they see traffic, and all works.
 func TestForeignPrograms(t *testing.T) {
+	t.Parallel()
 	type place struct {
 		name   string
 		attach ebpf.AttachType
@@ -172,6 +173,7 @@ func ping(t *testing.T, g *ground) {
 // TestTwoInstances has two instances in one network namespace mirror at once:
 // each gives its own application the result of its own dials.
 func TestTwoInstances(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	other := &ground{Rig: g.Beside(t), app: g.app}
 	config := func(good, bad uint16) string {

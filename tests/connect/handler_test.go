@@ -81,6 +81,7 @@ func (g *ground) becomes(t *testing.T, at netip.AddrPort, steps, want string) {
 // TestHandlerKilled kills the handler with connects pending: they end, and new
 // ones go by on_failure. The next run mirrors again.
 func TestHandlerKilled(t *testing.T) {
+	t.Parallel()
 	const talk = "connect send=hello recv"
 	for setting, want := range map[string]string{"open": alive, "closed": refused} {
 		t.Run(setting, func(t *testing.T) {
@@ -111,6 +112,7 @@ func TestHandlerKilled(t *testing.T) {
 // TestHandlerStopped stops the handler with connects pending: new ones pass it,
 // and when it goes on, nothing is left hanging.
 func TestHandlerStopped(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	i := g.Run(t, "connect: mirror")
 	i.Prefer(t)
@@ -152,6 +154,7 @@ func relays(t *testing.T, g *ground, i *rig.Instance) {
 
 // TestStopWhilePending ends the handler in order, with connects pending.
 func TestStopWhilePending(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	i := g.Run(t, "connect: mirror")
 	i.Prefer(t)

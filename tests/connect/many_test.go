@@ -115,6 +115,7 @@ func TestManyGivenUp(t *testing.T) {
 // TestKilledWhilePending kills an application with 300 connects under way, and
 // ends single ones by other means: their dials are cancelled.
 func TestKilledWhilePending(t *testing.T) {
+	t.Parallel()
 	const n = 300
 	g := newGround(t)
 	i := g.with(t, patient)

@@ -280,6 +280,7 @@ func sound(t testing.TB, all []attempt, saw map[string]transcript) {
 // TestSame makes every attempt without Pillion and with it: mirrored all of them,
 // adaptive those that nobody answers, since the others may be early.
 func TestSame(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	bad := slices.Concat(failing(), silent())
 	all := append(accepted(), bad...)

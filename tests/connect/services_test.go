@@ -36,6 +36,7 @@ var families = map[string]struct{ vip, far netip.Addr }{
 // TestOneDead has a service with one endpoint that is dead, in one way or
 // another, and one that is not: every connect succeeds.
 func TestOneDead(t *testing.T) {
+	t.Parallel()
 	const tries = 12
 	g := newGround(t)
 	dead := map[string]uint16{"closed": portClosed, "reset": portReset, "unreachable": portICMP + 1}
@@ -82,6 +83,7 @@ func TestOneDead(t *testing.T) {
 // TestAllDead has services whose endpoints are all dead: what the last dial got
 // is what connect gives. One that is named on early is connected and reset.
 func TestAllDead(t *testing.T) {
+	t.Parallel()
 	for _, mode := range modes {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
@@ -113,6 +115,7 @@ func TestAllDead(t *testing.T) {
 // TestNoEndpoint has services all of whose endpoints are known to be dead:
 // connect fails at once with the configured errno, and no packet leaves.
 func TestNoEndpoint(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	errnos := []string{"", "ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH"}
 	for _, mode := range []string{"connect: mirror", "connect: adaptive", "connect: early", "path: direct"} {

@@ -20,6 +20,7 @@ var modes = []string{"mirror", "adaptive"}
 // TestSilenceOutlastsDial has the handler give up dials long before the
 // application gives up connecting: of that the application sees nothing.
 func TestSilenceOutlastsDial(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	without := perform(t, g, silent())
 	late := lateAnswers(t, g)
@@ -31,6 +32,7 @@ func TestSilenceOutlastsDial(t *testing.T) {
 // TestAnswersLater has a peer begin to answer after some seconds: the connect
 // then succeeds, by the same SYN as without Pillion.
 func TestAnswersLater(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	without := lateAnswers(t, g)
 	for _, mode := range modes {

@@ -34,6 +34,7 @@ func slashed(at netip.AddrPort) string { return fmt.Sprintf("%s/%d", at.Addr(), 
 
 // TestSameSource makes attempts from a source that was used just before.
 func TestSameSource(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	all := again()
 	without := perform(t, g, all)
