@@ -50,9 +50,11 @@ func vouch(ctx context.Context, futex *uint32) error {
 	if err := setRobust(uintptr(unsafe.Pointer(list))); err != nil {
 		return err
 	}
-	atomic.StoreUint32(futex, uint32(unix.Gettid()))
+	own := uint32(unix.Gettid())
+	atomic.StoreUint32(futex, own)
 	<-ctx.Done()
-	atomic.StoreUint32(futex, 0)
+	// Another process may own it by now.
+	atomic.CompareAndSwapUint32(futex, own, 0)
 	// The C library's own, where there is one.
 	err := setRobust(old)
 	runtime.KeepAlive(list)
