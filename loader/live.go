@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"sync/atomic"
 	"syscall"
 	"unsafe"
 
@@ -110,8 +109,7 @@ func (d *Datapath) Exempt(fd int) error {
 // SetListeners hands the kernel side the sockets that connections go to: one
 // per worker and family. The kernel takes them out when they are closed.
 func (d *Datapath) SetListeners(v4, v6 []int) error {
-	// Whoever has died, it is not these.
-	atomic.StoreUint32(d.state.owner(), 0)
+	d.state.disown()
 	for family, fds := range [][]int{v4, v6} {
 		for i, fd := range fds {
 			key := uint32(family*bpf.WorkersMax + i)

@@ -363,6 +363,9 @@ func (s *sharedState) live() *atomic.Uint32 {
 // owner is the robust futex that the kernel notes the process's death in.
 func (s *sharedState) owner() *uint32 { return &s.value().Owner }
 
+// disown says that whoever has died or is going to, it is not who listens now.
+func (s *sharedState) disown() { atomic.StoreUint32(s.owner(), 0) }
+
 func (s *sharedState) close() error {
 	if err := unix.Munmap(s.page); err != nil {
 		return fmt.Errorf("unmap state: %w", err)
