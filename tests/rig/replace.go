@@ -1,0 +1,52 @@
+package rig
+
+import (
+	"context"
+	"os/exec"
+	"testing"
+	"time"
+
+	"github.com/pillion-project/pillion/telemetry/admin"
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+// Replace has a process of another build take the instance over, and waits until the
+// one before has ended, without an error, and the other is ready.
+func (i *Instance) Replace(t testing.TB, binary string) {
+	t.Helper()
+	before, after := i.done, make(chan struct{})
+	cmd := i.Successor(t, binary)
+	select {
+	case <-before:
+	case <-time.After(Limit):
+		cmd.Process.Kill()
+		t.Fatalf("the process before does not end\n%s", i.log)
+	}
+	if i.err != nil {
+		t.Fatalf("the process before ended: %v\n%s", i.err, i.log)
+	}
+	i.Cmd, i.done = cmd, after
+	go i.wait(cmd, after)
+	testutil.Eventually(t, Limit, func() bool {
+		select {
+		case <-after:
+			t.Fatalf("the process that takes over ended: %v\n%s", i.err, i.log)
+		default:
+		}
+		s, err := i.Status(context.Background())
+		return err == nil && s.Pid == cmd.Process.Pid && s.Ready && s.State == admin.StateServing
+	}, "the process that takes over is ready\n", i.log)
+}
+
+// Successor starts a process that is to take the instance over, with more flags. The
+// caller waits for it.
+func (i *Instance) Successor(t testing.TB, binary string, flags ...string) *exec.Cmd {
+	t.Helper()
+	args := append([]string{}, i.args...)
+	cmd := exec.Command(binary, append(append(args, "--take-over"), flags...)...)
+	cmd.Stdout, cmd.Stderr = i.log, i.log
+	if err := i.rig.home().Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	return cmd
+}
