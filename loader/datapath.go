@@ -178,7 +178,7 @@ func Open(o Options) (*Datapath, error) {
 	if err := o.fill(); err != nil {
 		return nil, err
 	}
-	dir, err := lockDir(filepath.Join(pinRoot(o.BPFFS), o.Name), false)
+	dir, err := lockInstance(o.BPFFS, o.Name)
 	if err != nil {
 		return nil, fmt.Errorf("open instance %s: %w", o.Name, err)
 	}

@@ -102,6 +102,23 @@ func lockDir(path string, wait bool) (*dir, error) {
 	}
 }
 
+// lockInstance locks the pins of an instance for a process that is to run it. Others
+// hold them for moments, to look at them or to sweep, and only with the directory
+// of all instances locked: so what is locked while we have that one is run.
+func lockInstance(bpffs, name string) (*dir, error) {
+	path := filepath.Join(pinRoot(bpffs), name)
+	held, err := lockDir(path, false)
+	if !errors.Is(err, ErrInUse) {
+		return held, err
+	}
+	root, err := lockDir(pinRoot(bpffs), true)
+	if err != nil {
+		return nil, err
+	}
+	defer root.unlock()
+	return lockDir(path, false)
+}
+
 func same(f *os.File, path string) bool {
 	now, err := os.Stat(path)
 	if err != nil {
@@ -111,8 +128,8 @@ func same(f *os.File, path string) bool {
 	return err == nil && os.SameFile(now, then)
 }
 
-// lockRoot makes and locks the directory of all instances. Whoever creates or
-// removes one holds it, for moments.
+// lockRoot makes and locks the directory of all instances. Whoever creates, removes
+// or looks at one holds it, for moments.
 func lockRoot(bpffs string) (*dir, error) {
 	root := pinRoot(bpffs)
 	for {

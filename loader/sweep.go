@@ -47,30 +47,43 @@ func List(bpffs, cgroups string) ([]Found, error) {
 
 func look(bpffs, cgroups, name string) Found {
 	f := Found{Name: name}
-	path := filepath.Join(pinRoot(bpffs), name)
-	held, err := lockDir(path, false)
-	switch {
-	case errors.Is(err, ErrInUse):
-		f.Running = true
-		held = &dir{path: path}
-	case err != nil:
-		f.Problem = err.Error()
-		return f
-	default:
-		defer held.unlock()
-	}
-	m, i, err := readInstance(held)
+	i, err := lookAt(bpffs, name, &f.Running)
 	if err != nil {
 		f.Problem = err.Error()
 		return f
 	}
-	m.Close()
 	f.Kind, f.Pid = Kind(i.Kind), int(i.Pid)
 	if i.Families == 0 && !f.Running {
 		f.Problem = ErrIncomplete.Error()
 	}
 	f.Cgroup, _ = cgroupPath(cgroups, i.Cgroup)
 	return f
+}
+
+// lookAt reads the record of an instance, and whether a process runs it. It has the
+// lock on all instances: see lockInstance.
+func lookAt(bpffs, name string, running *bool) (bpf.Instance, error) {
+	root, err := lockDir(pinRoot(bpffs), true)
+	if err != nil {
+		return bpf.Instance{}, err
+	}
+	defer root.unlock()
+	path := filepath.Join(root.path, name)
+	held, err := lockDir(path, false)
+	switch {
+	case errors.Is(err, ErrInUse):
+		*running = true
+		held = &dir{path: path}
+	case err != nil:
+		return bpf.Instance{}, err
+	default:
+		defer held.unlock()
+	}
+	m, i, err := readInstance(held)
+	if err != nil {
+		return i, err
+	}
+	return i, m.Close()
 }
 
 // Remove ends an instance in any state that no process runs: it fails with
