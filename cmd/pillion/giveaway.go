@@ -341,6 +341,7 @@ func (i *instance) give(conn *handover.Conn, s *standstill) (connections int, er
 	if err := gob.NewEncoder(&b).Encode(state); err != nil {
 		return 0, fmt.Errorf("encode what is handed over: %w", err)
 	}
+	s.relay.Copied()
 	// The lock goes first.
 	if err := conn.Send(handover.KindState, b.Bytes(), append([]int{i.datapath.Lock()}, fds...)); err != nil {
 		return 0, fmt.Errorf("hand over: %w", err)

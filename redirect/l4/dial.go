@@ -91,7 +91,7 @@ func (w *worker) adopt(c *conn, k int, fd int32) {
 
 // refuse resets a socket that is no connection of ours.
 func (w *worker) refuse(fd int32) {
-	abort(fd)
+	w.abort(fd)
 	sysClose(fd)
 }
 

@@ -108,7 +108,7 @@ func (w *worker) end(c *conn, why flow.Reason, reset bool) {
 	if reset {
 		for k := range c.sides {
 			if c.sides[k].fd >= 0 {
-				abort(c.sides[k].fd)
+				w.abort(c.sides[k].fd)
 			}
 		}
 	}
@@ -159,11 +159,22 @@ func (w *worker) reclaim(c *conn) {
 	}
 }
 
+// abort makes the coming close of a socket send a reset.
+func (w *worker) abort(fd int32) {
+	abort(fd)
+	if w.relay.copied.Load() {
+		sysDisconnect(fd)
+	}
+}
+
 // dropSide closes the socket of side k and returns what it borrowed.
 func (w *worker) dropSide(c *conn, k int) {
 	s := &c.sides[k]
 	if s.fd >= 0 {
 		w.byFD[s.fd] = nil
+		if w.relay.copied.Load() {
+			sysShutdown(s.fd)
+		}
 		sysClose(s.fd)
 		s.fd = -1
 	}

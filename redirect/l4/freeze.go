@@ -9,6 +9,7 @@ import (
 // Frozen is a relay whose workers stand still, each between two events: nothing is
 // accepted, read, written or closed. One of Thaw and Leave must be called.
 type Frozen struct {
+	relay   *Relay
 	given   Given
 	decided chan struct{}
 	leave   bool // valid when decided is closed
@@ -22,7 +23,7 @@ type Frozen struct {
 // To move the connections of one worker after the other was rejected: what the other
 // process has begun to read could not be taken back from it when it dies.
 func (r *Relay) Freeze(ctx context.Context) (*Frozen, error) {
-	f := &Frozen{decided: make(chan struct{}), given: Given{Workers: len(r.workers)}}
+	f := &Frozen{relay: r, decided: make(chan struct{}), given: Given{Workers: len(r.workers)}}
 	parts := make([]chan Given, 0, len(r.workers))
 	for i, w := range r.workers {
 		part, left := make(chan Given, 1), make(chan struct{})
@@ -48,6 +49,11 @@ func (r *Relay) Freeze(ctx context.Context) (*Frozen, error) {
 // Given returns what the workers carry. The descriptors stay theirs, and it is good
 // until Thaw or Leave.
 func (f *Frozen) Given() *Given { return &f.given }
+
+// Copied notes that another process may have copies of the descriptors, before Thaw: for
+// as long as it has, a close ends nothing. From then on connections are ended in so many
+// words.
+func (f *Frozen) Copied() { f.relay.copied.Store(true) }
 
 // Thaw has the workers go on.
 func (f *Frozen) Thaw() { close(f.decided) }

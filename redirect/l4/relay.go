@@ -104,6 +104,7 @@ type Relay struct {
 	pipes    atomic.Int32
 	live     atomic.Int64
 	stopping atomic.Bool
+	copied   atomic.Bool // see Frozen.Copied
 	shares   shares
 }
 

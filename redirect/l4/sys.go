@@ -132,6 +132,19 @@ func abort(fd int32) {
 		uintptr(unsafe.Pointer(&l)), unsafe.Sizeof(l), 0)
 }
 
+// sysDisconnect ends a connection as an aborting close does, also if there are more
+// descriptors of it.
+func sysDisconnect(fd int32) {
+	none := [16]byte{} // AF_UNSPEC
+	_, _, _ = syscall.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&none)), unsafe.Sizeof(none))
+}
+
+// sysShutdown ends both directions, as a close does, also if there are more
+// descriptors.
+func sysShutdown(fd int32) {
+	_, _, _ = syscall.RawSyscall(unix.SYS_SHUTDOWN, uintptr(fd), unix.SHUT_RDWR, 0)
+}
+
 // tcpInfo reads the smoothed round-trip time and the segments sent again.
 func tcpInfo(fd int32) (rtt time.Duration, retransmits uint32) {
 	info, e := sysTCPInfo(fd)
