@@ -171,26 +171,39 @@ func detach(l link.Link) error {
 	return nil
 }
 
-// Reattach looks whether every link still stands, and mends those that do not.
-// It returns the names of the programs that it attached again. Before Attach it
-// does nothing.
+// Reattach looks whether every link and every pin still stands, and mends those
+// that do not. It returns the names of the programs that it attached, and of what
+// it pinned again. Before Attach it does nothing.
 func (d *Datapath) Reattach() ([]string, error) {
 	d.linkMu.Lock()
 	defer d.linkMu.Unlock()
 	if !d.attached || d.left.Load() {
 		return nil, nil
 	}
-	var mended []string
+	// Without a place for pins a link that is gone is made again all the same.
+	mended, lost := d.repin()
+	links := 0
 	for _, name := range attachOrder(d.holds) {
-		if d.pinned(name) && attached(d.links[name]) {
+		if attached(d.links[name]) && (lost != nil || d.pinned(name)) {
 			continue
 		}
 		if err := d.reattach(name); err != nil {
-			return mended, fmt.Errorf("attach %s again: %w", name, err)
+			return mended, errors.Join(fmt.Errorf("attach %s again: %w", name, err), lost)
 		}
 		mended = append(mended, name)
+		links++
 	}
-	return mended, nil
+	if links > 0 {
+		lost = errors.Join(lost, d.follow())
+	}
+	return mended, lost
+}
+
+// standing tells whether every link is attached.
+func (d *Datapath) standing() bool {
+	d.linkMu.Lock()
+	defer d.linkMu.Unlock()
+	return !slices.ContainsFunc(attachOrder(d.holds), func(name string) bool { return !attached(d.links[name]) })
 }
 
 // attached tells whether a link is attached to anything.

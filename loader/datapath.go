@@ -107,6 +107,7 @@ type Datapath struct {
 	attached bool       // all of them are made
 
 	detached    atomic.Bool // one is gone, and cannot be made again
+	unpinned    atomic.Bool // only pins are
 	linkTrouble string      // why, as it was logged; Watch's own
 
 	// servicesMu orders changes of services. It is taken after mu, which is held

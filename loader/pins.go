@@ -193,7 +193,8 @@ const linkPrefix = "link_"
 // it fails, the record stays for the next try.
 func (d *dir) remove(release func() error) error {
 	entries, err := os.ReadDir(d.path)
-	if err != nil {
+	gone := errors.Is(err, os.ErrNotExist) // somebody was faster; the rest is to go too
+	if err != nil && !gone {
 		return fmt.Errorf("list pins: %w", err)
 	}
 	var errs []error
@@ -209,7 +210,9 @@ func (d *dir) remove(release func() error) error {
 			}
 		}
 	}
-	errs = append(errs, os.Remove(d.path))
+	if !gone {
+		errs = append(errs, os.Remove(d.path))
+	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove pins: %w", err)
 	}

@@ -144,21 +144,26 @@ func (d *Datapath) mendNetwork() {
 func (d *Datapath) mendLinks() {
 	names, err := d.Reattach()
 	for _, name := range names {
-		d.options.Log.Warn("mended a link", "program", name)
+		d.options.Log.Warn("mended a link or a pin", "name", name)
 	}
-	d.detached.Store(err != nil)
+	d.detached.Store(err != nil && !d.standing())
+	d.unpinned.Store(err != nil && !d.detached.Load())
 	if err == nil {
 		d.linkTrouble = ""
 	} else if text := err.Error(); text != d.linkTrouble {
 		// Once: it is tried again every second.
 		d.linkTrouble = text
-		d.options.Log.Error("cannot keep the programs attached", "error", err)
+		d.options.Log.Error("cannot keep the programs attached and pinned", "error", err)
 	}
 }
 
 // Detached tells whether a program is not attached, and cannot be: what it was
 // attached to may be gone.
 func (d *Datapath) Detached() bool { return d.detached.Load() }
+
+// Unpinned tells whether pins are gone and cannot be made again: what is in force
+// ends with this process.
+func (d *Datapath) Unpinned() bool { return d.unpinned.Load() }
 
 // listen turns the kernel's news into a signal. It ends with ctx.
 func (d *Datapath) listen(ctx context.Context, news chan<- struct{}, done chan<- struct{}) {

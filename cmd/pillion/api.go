@@ -112,8 +112,10 @@ func (i *instance) problems(s *loader.Stats) []string {
 	}
 	add(i.state(s) == admin.StateStale, "The handler does not get its own test connections: new connections go by on_failure. Run pillion doctor.")
 	add(i.datapath.Detached(), "Programs are not attached, and cannot be attached again: connections are not captured. Is the cgroup gone?")
+	add(i.datapath.Unpinned(), "The pins are gone and cannot be made again: what is in force ends with this process. Is the bpf file system mounted?")
 	add(s.Busy, "The accept queues are nearly full: new connections go by on_failure.")
 	add(s.EventsLost > 0, "Some flow records of the kernel side were lost: connections end faster than they are read.")
+	add(i.flowLog != nil && i.flowLog.Failing(), "The flow log cannot be written, and its lines are lost. Is the disk full?")
 	add(!i.datapath.Usable(true), "IPv6 is switched off in this network namespace: IPv6 connections go by on_failure.")
 	add(!i.datapath.Holds() && i.control.inForce().Connect != config.ConnectEarly, "This kernel has no tcx (Linux 6.6): connects succeed before their dial has, whatever connect says.")
 	add(i.existing.Load() > 0, "Connections that are older than Pillion are not captured. Restart the application, or use existing: reset.")
@@ -183,7 +185,7 @@ func (i *instance) losses() map[string]uint64 {
 	l := i.collector.Losses()
 	all := map[string]uint64{"handler": l.Handler, "unmatched": l.Unmatched, "unreadable": l.Unreadable}
 	if i.flowLog != nil {
-		all["flowlog"] = i.flowLog.Dropped()
+		all["flowlog"] = i.flowLog.Dropped() + i.flowLog.Failed()
 	}
 	return all
 }

@@ -242,7 +242,7 @@ type namedSocket struct {
 }
 
 func (i *instance) sockets() []namedSocket {
-	return []namedSocket{{"admin", i.socket}, {"takers", i.takers}, {"metrics", i.public}, {"probes", i.probes}}
+	return []namedSocket{{"admin", i.adminSocket()}, {"takers", i.takers}, {"metrics", i.public}, {"probes", i.probes}}
 }
 
 // standstill is an instance of which nothing moves.

@@ -68,10 +68,11 @@ type instance struct {
 	byAddr    atomic.Pointer[map[netip.AddrPort]string] // the names of services
 	table     *route.Table                              // the first: the handler has the later ones
 	lastRules loader.Rules                              // what the kernel side goes by; control's own
-	socket    net.Listener
-	takers    net.Listener // nil: nobody can take over
-	public    net.Listener // of the metrics; nil: none
-	probes    net.Listener // of readiness and liveness; nil: none
+	socketMu  sync.Mutex                                // guards socket, which serveAdmin makes again
+	socket    net.Listener                              // the admin's
+	takers    net.Listener                              // nil: nobody can take over
+	public    net.Listener                              // of the metrics; nil: none
+	probes    net.Listener                              // of readiness and liveness; nil: none
 	started   time.Time
 	ready     atomic.Bool
 	answered  atomic.Bool // every source that there was at first has told, once
@@ -411,7 +412,7 @@ func (i *instance) abandon() error {
 
 func (i *instance) closeFiles() error {
 	var errs []error
-	for _, ln := range []net.Listener{i.socket, i.takers, i.public, i.probes} {
+	for _, ln := range []net.Listener{i.adminSocket(), i.takers, i.public, i.probes} {
 		if ln != nil {
 			if err := ln.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 				errs = append(errs, err)
@@ -473,7 +474,7 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 
 // accompany runs what goes on beside the handler.
 func (i *instance) accompany(helpers, collect, write *circle) {
-	helpers.run("admin", func(ctx context.Context) error { return admin.Serve(ctx, i.socket, i.api()) })
+	helpers.run("admin", i.serveAdmin)
 	helpers.run("watch", i.datapath.Watch)
 	helpers.run("tidy", i.datapath.Tidy)
 	helpers.run("vouch", i.datapath.Vouch)

@@ -30,6 +30,8 @@ type Log struct {
 	ended   atomic.Bool
 	dropped atomic.Uint64
 	failed  atomic.Uint64
+	// failing is set from a failed write to the next good one.
+	failing atomic.Bool
 
 	// mu orders file and what was written to it: Reopen changes the file under
 	// Run.
@@ -37,8 +39,6 @@ type Log struct {
 	file io.WriteCloser // nil once closed
 	// torn is set while the file ends in half a line.
 	torn bool
-	// failing is set from a failed write to the next good one.
-	failing bool
 }
 
 // Open opens the file at path to append to, and makes it with mode 0640 if it is
@@ -87,6 +87,9 @@ func (l *Log) Dropped() uint64 { return l.dropped.Load() }
 // Failed counts the records that could not be written, for example to a full
 // disk.
 func (l *Log) Failed() uint64 { return l.failed.Load() }
+
+// Failing tells whether the last record could not be written.
+func (l *Log) Failing() bool { return l.failing.Load() }
 
 // Run writes records until ctx is done, then what still waits, and closes the
 // file. End the sources of records before, so that their last ones are in it. A
@@ -161,20 +164,18 @@ func (l *Log) mend() bool {
 // wrote takes note of a write: what went out, what did not, and why.
 func (l *Log) wrote(out, left []byte, err error) {
 	if err == nil {
-		if l.failing {
+		if l.failing.Swap(false) {
 			slog.Info("flow log is written again", "path", l.path, "failed", l.failed.Load())
 		}
-		l.failing = false
 		return
 	}
 	l.torn = len(out) > 0 && out[len(out)-1] != '\n'
 	l.failed.Add(countLines(left))
-	if !l.failing {
+	if !l.failing.Swap(true) {
 		// Once: a full disk stays full for many lines, and the log of the
 		// process may be on the same one.
 		slog.Error("flow log cannot be written", "path", l.path, "error", err)
 	}
-	l.failing = true
 }
 
 func countLines(b []byte) uint64 { return uint64(bytes.Count(b, []byte{'\n'})) }

@@ -85,8 +85,9 @@ type stage struct {
 	to      destinations
 
 	// Of the fault, as needed: what undoes it, and what is looked at.
-	undo  func()
-	extra any
+	undo   func()
+	extra  any
+	former *app // that has the open connections, if not app
 }
 
 // introduce is a server that says its name and whom it sees, and then repeats
@@ -201,7 +202,11 @@ func (s *stage) targets(kind string) []netip.AddrPort {
 // asks has the application use its open connections of a kind.
 func (s *stage) asks(t *testing.T, kind string, limit time.Duration) []outcome {
 	t.Helper()
-	return s.do(t, order{Do: "ask", Key: kind, Patience: limit})
+	a := s.app
+	if s.former != nil {
+		a = s.former
+	}
+	return a.do(t, order{Do: "ask", Key: kind, Patience: limit})
 }
 
 // printed is outcomes that are printed as they are then.

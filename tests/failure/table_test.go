@@ -3,6 +3,7 @@ package failure
 import (
 	"net/netip"
 	"testing"
+	"time"
 )
 
 // fault is something that goes wrong: a row of the table.
@@ -19,6 +20,8 @@ type fault struct {
 	atOnce bool
 	// brief means that Pillion mends it before anybody can look.
 	brief bool
+	// escapes means that nobody may be there to capture, for a moment.
+	escapes bool
 	// loose means that connections may suffer at any time while it lasts.
 	loose bool
 	// news is what becomes of new connections otherwise than falls says, by kind;
@@ -54,5 +57,83 @@ func table() []fault {
 			name: "handler stopped", how: "SIGSTOP", mended: "SIGCONT; a liveness probe restarts one that hangs",
 			falls: true, open: waits, breaks: stop, mends: proceed,
 		},
+		{
+			name: "handler does not accept", how: "SIGSTOP, and an accept queue of four that fills at once", mended: "SIGCONT",
+			falls: true, open: waits, prepare: shortQueue("4"), breaks: stop, mends: proceed,
+		},
+		{
+			name: "accept queue full", how: "no descriptors for accept(2), and an accept queue of 16", mended: "by itself, when there are some",
+			falls: true, prepare: shortQueue("16"), breaks: noFiles, mends: files, check: busy,
+		},
+		{
+			name: "canary does not arrive", how: "a firewall drops what goes to slots", mended: "by itself, when the rule is gone",
+			falls: true, open: waits, breaks: firewall, mends: noFirewall,
+		},
+		{
+			name: "slot route deleted", how: "ip route del, both families", mended: "Pillion adds it again at the news of it",
+			brief: true, breaks: unroute,
+		},
+		{
+			name: "events ring full", how: "a record that is never committed, before the reader", mended: "by itself; what was lost is counted",
+			breaks: fillRing, check: ringLoses, mends: undo, after: recorded,
+		},
+		{
+			name: "live full", how: "limits.connections: 60, and a crowd", mended: "by itself, as connections end",
+			config: "limits: {connections: 60, connections_per_container: 60}\n",
+			falls:  true, breaks: crowd, mends: disperse, check: full("live_full"),
+		},
+		{
+			name: "container's connections full", how: "limits.connections_per_container: 60, and a crowd", mended: "by itself, as connections end",
+			config: "limits: {connections_per_container: 60}\n",
+			falls:  true, breaks: crowd, mends: disperse, check: full("conn_quota"),
+		},
+		{
+			name: "slots full", how: "every slot is named; connections to addresses that have none yet", mended: "by itself, as slots are not used any more",
+			news: map[string]word{toUnnamed: ""}, prepare: manyServers, targets: newAddresses,
+			breaks: noSlots, check: full("no_slot"), mends: undo,
+		},
+		{
+			name: "endpoints full", how: "a source tells more endpoints than a service may have", mended: "by itself, when there are fewer; until then the last ones stay",
+			prepare: someEndpoints, breaks: tooManyEndpoints, mends: fewerEndpoints,
+		},
+		{
+			name: "bpffs unmounted", how: "umount -l, in a mount namespace of its own", mended: "Pillion mounts it and pins everything again, within a second",
+			prepare: ownPins, breaks: unmount, check: pinnedAgain, after: takenOver,
+		},
+		{
+			name: "pins deleted", how: "rm -r of the instance's directory", mended: "Pillion pins everything again, within a second",
+			breaks: unpin, check: pinnedAgain, after: takenOver,
+		},
+		{
+			name: "cgroup removed and made again", how: "the application moves elsewhere, rmdir, mkdir; another one starts in the new one", mended: "Pillion attaches to the new one, within a second",
+			brief: true, escapes: true, breaks: renewScope,
+		},
+		{
+			name: "clock jumps ahead", how: "ten years, in what the process reads", mended: "nothing to mend",
+			prepare: ownClock, breaks: jumps(10 * year), check: jumped, mends: setBack,
+		},
+		{
+			name: "clock jumps back", how: "ten years, in what the process reads", mended: "nothing to mend",
+			prepare: ownClock, breaks: jumps(-10 * year), check: jumped, mends: setBack,
+		},
+		{
+			name: "disk full", how: "the flow log is on a full file system of 32 KiB", mended: "by itself, when there is room; lines that were lost are counted",
+			config: "flow_log: " + flowLog + "\n", prepare: logOnDisk,
+			breaks: fillDisk, check: diskIsFull, mends: rotate, after: logsAgain,
+		},
+		{
+			name: "admin socket removed", how: "rm", mended: "Pillion makes it again, within a second",
+			breaks: removeSocket, after: answersAgain,
+		},
+		{
+			name: "second instance, same name", how: "pillion run once more", mended: "nothing to mend: it is refused",
+			breaks: sameName,
+		},
+		{
+			name: "second instance, other name", how: "pillion run --name other, without services", mended: "SIGTERM of either",
+			news: map[string]word{toDirect: carried, toPass: carried}, breaks: otherName, mends: endOther,
+		},
 	}
 }
+
+const year = 365 * 24 * time.Hour

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -76,6 +77,9 @@ type Rig struct {
 	Home testutil.Place
 	// Runtime is the runtime directory of every pillion in the rig.
 	Runtime string
+	// Wrap, if set, is what every pillion run is started by: a command that
+	// executes what follows it, as the same process.
+	Wrap []string
 
 	instances *atomic.Int64 // that have not finished
 }
@@ -220,7 +224,8 @@ func (r *Rig) Run(t testing.TB, config string, flags ...string) *Instance {
 // ready.
 func (i *Instance) Launch(t testing.TB) {
 	t.Helper()
-	i.Cmd = exec.Command(Binary(t), i.args...)
+	line := slices.Concat(i.rig.Wrap, []string{Binary(t)}, i.args)
+	i.Cmd = exec.Command(line[0], line[1:]...)
 	i.Cmd.Stdout, i.Cmd.Stderr = i.log, i.log
 	if err := i.rig.home().Start(i.Cmd); err != nil {
 		t.Fatal(err)

@@ -87,16 +87,39 @@ func openCgroup(t testing.TB, path string) *Cgroup {
 			t.Errorf("remove cgroup: %v", err)
 		}
 	})
-	var err error
-	if c.dir, err = os.Open(path); err != nil {
+	if err := c.open(); err != nil {
 		t.Fatalf("open cgroup: %v", err)
 	}
-	h, _, err := unix.NameToHandleAt(unix.AT_FDCWD, path, 0)
+	return c
+}
+
+func (c *Cgroup) open() (err error) {
+	if c.dir, err = os.Open(c.Path); err != nil {
+		return err
+	}
+	h, _, err := unix.NameToHandleAt(unix.AT_FDCWD, c.Path, 0)
 	if err != nil {
-		t.Fatalf("read id of cgroup %s: %v", path, err)
+		return fmt.Errorf("read id of %s: %w", c.Path, err)
 	}
 	c.ID = binary.NativeEndian.Uint64(h.Bytes())
-	return c
+	return nil
+}
+
+// Renew removes the cgroup, which must be empty, and makes it again: the same
+// path, and another cgroup.
+func (c *Cgroup) Renew(t testing.TB) {
+	t.Helper()
+	c.dir.Close()
+	err := os.Remove(c.Path)
+	if err == nil {
+		err = os.Mkdir(c.Path, 0o755)
+	}
+	if err == nil {
+		err = c.open()
+	}
+	if err != nil {
+		t.Fatalf("renew cgroup: %v", err)
+	}
 }
 
 // FD returns the descriptor of the cgroup's directory, which c keeps and closes.

@@ -1,0 +1,87 @@
+package loader
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+
+	"github.com/cilium/ebpf"
+)
+
+// repin brings back what somebody removed of the pins that no link is: the file
+// system, the directory and its lock, the maps. Without them all would end with
+// this process, and the next one would know nothing. It returns the names of
+// what it made again. The caller holds linkMu.
+func (d *Datapath) repin() ([]string, error) {
+	var mended []string
+	if !same(d.dir.file, d.dir.path) {
+		if err := d.renewDir(); err != nil {
+			return nil, err
+		}
+		mended = append(mended, "the directory")
+	}
+	v := reflect.ValueOf(d.maps)
+	// The record is the first pin, whatever the order of the maps: see create.
+	names, all := []string{instancePin}, map[string]*ebpf.Map{}
+	for i := range v.NumField() {
+		name := v.Type().Field(i).Tag.Get("ebpf")
+		all[name] = v.Field(i).Interface().(*ebpf.Map)
+		if name != instancePin {
+			names = append(names, name)
+		}
+	}
+	for _, name := range names {
+		pin := d.dir.pin(name)
+		if _, err := os.Stat(pin); err == nil {
+			continue
+		} else if !errors.Is(err, os.ErrNotExist) {
+			return mended, fmt.Errorf("look at pin: %w", err)
+		}
+		// Else it takes itself for pinned.
+		_ = all[name].Unpin()
+		if err := all[name].Pin(pin); err != nil {
+			return mended, fmt.Errorf("pin map %s again: %w", name, err)
+		}
+		mended = append(mended, name)
+	}
+	return mended, nil
+}
+
+// renewDir makes the directory of the pins again, and locks it. It fails with
+// [ErrInUse] when another process was faster.
+func (d *Datapath) renewDir() error {
+	if err := mountBPFFS(d.options.BPFFS); err != nil {
+		return err
+	}
+	root, err := lockRoot(d.options.BPFFS)
+	if err != nil {
+		return err
+	}
+	defer root.unlock()
+	path := filepath.Join(root.path, d.options.Name)
+	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("create pins again: %w", err)
+	}
+	locked, err := lockDir(path, false)
+	if err != nil {
+		return err
+	}
+	d.dir.unlock()
+	d.dir = locked
+	return nil
+}
+
+// follow notes the scope's cgroup when that was made anew: the links are attached
+// to the new one, and an instance of a cgroup that is gone would be swept. The
+// caller holds linkMu.
+func (d *Datapath) follow() error {
+	id, err := cgroupID(d.options.Scope.dir())
+	if err != nil || id == d.instance.Cgroup {
+		return err
+	}
+	d.options.Log.Warn("the cgroup was removed and made again", "cgroup", d.options.Scope.Path)
+	d.instance.Cgroup = id
+	return d.putInstance()
+}

@@ -1,0 +1,235 @@
+package failure
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+func parseNet(p netip.Prefix) (net.IP, *net.IPNet, error) { return net.ParseCIDR(p.String()) }
+
+// ownMounts has the instance see a file system that nobody else does.
+func ownMounts(mount string) []string {
+	return []string{"unshare", "-m", "--propagation", "private", "sh", "-c", mount + ` && exec "$@"`, "sh"}
+}
+
+// ownPins gives the instance a bpf file system of its own.
+func ownPins(t *testing.T, s *stage) string {
+	testutil.Need(t, "unshare", "nsenter")
+	s.Wrap = ownMounts("mount -t bpf -o mode=0700 bpf /sys/fs/bpf")
+	return ""
+}
+
+// inMounts runs a program where the instance's mounts are.
+func (s *stage) inMounts(t *testing.T, args ...string) string {
+	t.Helper()
+	args = append([]string{"-t", fmt.Sprint(s.Cmd.Process.Pid), "-m", "--"}, args...)
+	out, err := exec.Command("nsenter", args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("nsenter %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+// unmount takes the file system of the pins away.
+func unmount(t *testing.T, s *stage) {
+	notePins(t, s)
+	s.inMounts(t, "umount", "-l", "/sys/fs/bpf")
+}
+
+// pinList are the pins that the instance has, where it sees them.
+func (s *stage) pinList(t *testing.T) string { return s.inMounts(t, "ls", s.pins()) }
+
+// notePins remembers which pins there are.
+func notePins(t *testing.T, s *stage) {
+	if s.extra = s.pinList(t); !strings.Contains(s.extra.(string), "link_pl_connect4\n") {
+		t.Fatalf("pins: %s", s.extra)
+	}
+}
+
+// pinnedAgain waits until all pins are there again. Then the next process takes
+// over what this one had, which it counts on.
+func pinnedAgain(t *testing.T, s *stage) {
+	start := time.Now()
+	testutil.Eventually(t, rig.Limit, func() bool {
+		out, err := exec.Command("nsenter", "-t", fmt.Sprint(s.Cmd.Process.Pid), "-m", "--", "ls", s.pins()).Output()
+		return err == nil && string(out) == s.extra
+	}, "the pins are there again")
+	t.Logf("the pins are there again after %v", time.Since(start).Round(time.Millisecond))
+}
+
+// takenOver kills the instance: what was pinned again holds, and is taken over.
+func takenOver(t *testing.T, s *stage) {
+	before := s.counted(t, "service")
+	s.do(t, order{Do: "quiet"})
+	s.Kill(t)
+	for _, kind := range kinds {
+		s.tries(t, s.app, kind, byFailure(kind, s.setting))
+	}
+	launch(t, s)
+	if after := s.counted(t, "service"); after < before {
+		t.Errorf("%d connections to services are counted, before %d: it started over", after, before)
+	}
+}
+
+// unpin removes every pin, and the directory.
+func unpin(t *testing.T, s *stage) {
+	notePins(t, s)
+	if err := os.RemoveAll(s.pins()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// logOnDisk has the flow log on a file system of 32 KiB.
+func logOnDisk(t *testing.T, s *stage) string {
+	testutil.Need(t, "unshare", "nsenter")
+	dir := filepath.Dir(flowLog)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(dir) })
+	s.Wrap = ownMounts("mount -t tmpfs -o size=32k tmpfs " + dir)
+	return ""
+}
+
+// flowLog is a path that only an instance with mounts of its own has something at.
+const flowLog = "/tmp/pillion-test-flowlog/flows.json"
+
+// fillDisk waits until the disk is full, which records alone see to.
+func fillDisk(t *testing.T, s *stage) {
+	testutil.Eventually(t, rig.Limit, func() bool {
+		s.do(t, order{Do: "try", To: s.to[toDirect], Count: 50, Patience: patience})
+		return s.Metric(t, `pillion_records_lost_total{where="flowlog"}`) > 0
+	}, "lines are lost")
+}
+
+func diskIsFull(t *testing.T, s *stage) { s.says(t, "The flow log cannot be written") }
+
+// rotate makes room, as logrotate does with copytruncate.
+func rotate(t *testing.T, s *stage) { s.inMounts(t, "truncate", "-s", "0", flowLog) }
+
+// logged again wants whole lines.
+func logsAgain(t *testing.T, s *stage) {
+	testutil.Eventually(t, rig.Limit, func() bool {
+		s.do(t, order{Do: "try", To: s.to[toDirect], Count: 1, Patience: patience})
+		lines := bytes.Split(bytes.TrimSpace([]byte(s.inMounts(t, "cat", flowLog))), []byte("\n"))
+		return len(lines) > 2 && json.Valid(lines[len(lines)-2])
+	}, "the flow log has lines again")
+}
+
+// removeSocket removes the admin socket.
+func removeSocket(t *testing.T, s *stage) {
+	if err := os.Remove(filepath.Join(s.Runtime, s.Name+".sock")); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// answersAgain waits until status can be asked.
+func answersAgain(t *testing.T, s *stage) {
+	start := time.Now()
+	testutil.Eventually(t, rig.Limit, func() bool {
+		_, err := s.Status(context.Background())
+		return err == nil
+	}, "status answers")
+	t.Logf("status answers again after %v", time.Since(start).Round(time.Millisecond))
+}
+
+// sameName starts another run of the same name: it is refused.
+func sameName(t *testing.T, s *stage) {
+	_, err := s.Pillion(t, "run", "--name", s.Name, "--cgroup", s.Scope.Path)
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	if !ok || exit.ExitCode() != 1 || !strings.Contains(err.Error(), "running") {
+		t.Errorf("a second run: %v", err)
+	}
+}
+
+// otherName starts another run of the same scope, with a configuration that
+// says nothing.
+func otherName(t *testing.T, s *stage) {
+	s.extra = s.Rig.Run(t, "on_failure: "+s.setting)
+	s.extra.(*rig.Instance).Prefer(t)
+}
+
+func endOther(t *testing.T, s *stage) {
+	other := s.extra.(*rig.Instance)
+	other.Conserved(t)
+	if err := other.Stop(t); err != nil {
+		t.Errorf("the other: %v", err)
+	}
+}
+
+// tooMany has a source tell more endpoints than there is room for.
+func someEndpoints(t *testing.T, s *stage) string {
+	file := filepath.Join(t.TempDir(), "endpoints.json")
+	s.extra = file
+	endpoints(t, file, 3)
+	return fmt.Sprintf("  - {name: crowded, address: \"10.96.9.9:80\", discover: {file: %q}}\n", file)
+}
+
+func endpoints(t *testing.T, file string, n int) {
+	t.Helper()
+	targets := make([]string, n)
+	for k := range targets {
+		targets[k] = fmt.Sprintf("10.%d.%d.%d:80", 100+k>>16, k>>8&255, k&255)
+	}
+	text, err := json.Marshal([]any{map[string]any{"targets": targets}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file+".next", text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(file+".next", file); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func tooManyEndpoints(t *testing.T, s *stage) {
+	endpoints(t, s.extra.(string), bpf.SetEndpoints+1)
+	testutil.Eventually(t, rig.Limit, func() bool { return strings.Contains(s.crowded(t), "want at most") }, "status says that there are too many")
+}
+
+func fewerEndpoints(t *testing.T, s *stage) {
+	endpoints(t, s.extra.(string), 3)
+	testutil.Eventually(t, rig.Limit, func() bool { return s.crowded(t) == "" }, "status says that all is well")
+}
+
+// crowded is what is wrong with the source of the service with the many.
+func (s *stage) crowded(t *testing.T) string {
+	for _, v := range s.status(t).Services {
+		if v.Name == "crowded" {
+			return v.Source.Error
+		}
+	}
+	return ""
+}
+
+// renewScope removes the scope's cgroup, when the application has moved
+// elsewhere, and makes it again. Then another application starts there.
+func renewScope(t *testing.T, s *stage) {
+	s.do(t, order{Do: "quiet"})
+	root := filepath.Join(testutil.CgroupRoot(t), "cgroup.procs")
+	if err := put(root, fmt.Sprint(s.app.cmd.Process.Pid)); err != nil {
+		t.Fatal(err)
+	}
+	s.Scope.Renew(t)
+	s.former = s.app
+	s.app = newApp(t, s.Rig)
+	for _, kind := range kinds {
+		s.do(t, order{Do: "stream", Key: kind, To: s.to[kind], Every: pace, Patience: letGo})
+	}
+}
