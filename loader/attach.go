@@ -182,27 +182,26 @@ func (d *Datapath) Reattach() ([]string, error) {
 	}
 	// Without a place for pins a link that is gone is made again all the same.
 	mended, lost := d.repin()
-	links := 0
+	gone := d.follow()
 	for _, name := range attachOrder(d.holds) {
 		if attached(d.links[name]) && (lost != nil || d.pinned(name)) {
 			continue
 		}
 		if err := d.reattach(name); err != nil {
-			return mended, errors.Join(fmt.Errorf("attach %s again: %w", name, err), lost)
+			return mended, errors.Join(fmt.Errorf("attach %s again: %w", name, err), lost, gone)
 		}
 		mended = append(mended, name)
-		links++
 	}
-	if links > 0 {
-		lost = errors.Join(lost, d.follow())
-	}
-	return mended, lost
+	return mended, errors.Join(lost, gone)
 }
 
 // standing tells whether every link is attached.
 func (d *Datapath) standing() bool {
 	d.linkMu.Lock()
 	defer d.linkMu.Unlock()
+	if _, err := cgroupID(d.options.Scope.dir()); err != nil {
+		return false // perhaps attached still, to a cgroup that nobody can be in
+	}
 	return !slices.ContainsFunc(attachOrder(d.holds), func(name string) bool { return !attached(d.links[name]) })
 }
 

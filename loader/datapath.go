@@ -91,6 +91,7 @@ type Datapath struct {
 	maps     bpf.Maps
 	programs map[string]*ebpf.Program
 	links    map[string]link.Link
+	former   []link.Link // to cgroups that were removed: see follow
 	state    *sharedState
 
 	liveFD, departedFD int
@@ -234,6 +235,9 @@ func (d *Datapath) Events() *ebpf.Map { return d.maps.Events }
 func (d *Datapath) Close() error {
 	var errs []error
 	for _, l := range d.links {
+		errs = append(errs, l.Close())
+	}
+	for _, l := range d.former {
 		errs = append(errs, l.Close())
 	}
 	for _, p := range d.programs {

@@ -6,8 +6,11 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/pillion-project/pillion/bpf"
 )
 
 // repin brings back what somebody removed of the pins that no link is: the file
@@ -73,15 +76,37 @@ func (d *Datapath) renewDir() error {
 	return nil
 }
 
-// follow notes the scope's cgroup when that was made anew: the links are attached
-// to the new one, and an instance of a cgroup that is gone would be swept. The
-// caller holds linkMu.
+// follow looks whether the scope's cgroup was removed and made again. Links do not
+// tell: while a socket of the removed one is open, the kernel keeps it, and they
+// stay attached to it. They are kept for such sockets, and pl_ programs are to be
+// attached to the new cgroup; the record then names that, since an instance of a
+// cgroup that is gone would be swept. The caller holds linkMu.
 func (d *Datapath) follow() error {
 	id, err := cgroupID(d.options.Scope.dir())
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%w: %s was removed", ErrNoScope, d.options.Scope.Path)
+	}
 	if err != nil || id == d.instance.Cgroup {
 		return err
 	}
 	d.options.Log.Warn("the cgroup was removed and made again", "cgroup", d.options.Scope.Path)
+	d.former = slices.DeleteFunc(d.former, func(l link.Link) bool {
+		if attached(l) {
+			return false
+		}
+		l.Close()
+		return true
+	})
+	for _, name := range attachOrder(d.holds) {
+		if name == bpf.ProgLookup || name == bpf.ProgHold || d.links[name] == nil {
+			continue
+		}
+		d.former = append(d.former, d.links[name])
+		delete(d.links, name)
+		if err := os.Remove(d.dir.pin(linkPrefix + name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("remove the link to a cgroup that is gone: %w", err)
+		}
+	}
 	d.instance.Cgroup = id
 	return d.putInstance()
 }

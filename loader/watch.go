@@ -143,8 +143,8 @@ func (d *Datapath) mendNetwork() {
 
 func (d *Datapath) mendLinks() {
 	names, err := d.Reattach()
-	for _, name := range names {
-		d.options.Log.Warn("mended a link or a pin", "name", name)
+	if len(names) > 0 {
+		d.options.Log.Warn("mended a link or a pin", "names", names)
 	}
 	d.detached.Store(err != nil && !d.standing())
 	d.unpinned.Store(err != nil && !d.detached.Load())

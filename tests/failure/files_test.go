@@ -11,9 +11,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/tests/rig"
@@ -22,41 +25,51 @@ import (
 
 func parseNet(p netip.Prefix) (net.IP, *net.IPNet, error) { return net.ParseCIDR(p.String()) }
 
-// ownMounts has the instance see a file system that nobody else does.
-func ownMounts(mount string) []string {
-	return []string{"unshare", "-m", "--propagation", "private", "sh", "-c", mount + ` && exec "$@"`, "sh"}
+// ownMounts gives the instance a mount namespace of its own, with one more file
+// system. Somebody stays in it, so that it outlives the instance.
+func (s *stage) ownMounts(t *testing.T, mount string) {
+	t.Helper()
+	testutil.Need(t, "unshare", "nsenter")
+	p := rig.StartProcess(t, s.World, exec.Command("unshare", "-m", "--propagation", "private", "sh", "-c", mount+" && echo mounted && exec sleep inf"), unix.SIGKILL)
+	testutil.Eventually(t, rig.Limit, func() bool { p.Running(t); return strings.Contains(p.Log.String(), "mounted") }, mount)
+	s.Wrap = []string{"nsenter", "-t", fmt.Sprint(p.Cmd.Process.Pid), "-m", "--"}
 }
 
 // ownPins gives the instance a bpf file system of its own.
 func ownPins(t *testing.T, s *stage) string {
-	testutil.Need(t, "unshare", "nsenter")
-	s.Wrap = ownMounts("mount -t bpf -o mode=0700 bpf /sys/fs/bpf")
+	s.ownMounts(t, "mount -t bpf -o mode=0700 bpf /sys/fs/bpf")
 	return ""
 }
 
 // inMounts runs a program where the instance's mounts are.
-func (s *stage) inMounts(t *testing.T, args ...string) string {
-	t.Helper()
-	args = append([]string{"-t", fmt.Sprint(s.Cmd.Process.Pid), "-m", "--"}, args...)
-	out, err := exec.Command("nsenter", args...).CombinedOutput()
+func (s *stage) inMounts(args ...string) (string, error) {
+	line := append(slices.Clone(s.Wrap), args...)
+	out, err := exec.Command(line[0], line[1:]...).CombinedOutput()
 	if err != nil {
-		t.Fatalf("nsenter %s: %v\n%s", strings.Join(args, " "), err, out)
+		err = fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, out)
 	}
-	return string(out)
+	return string(out), err
+}
+
+// mustIn is inMounts for a program that must not fail.
+func (s *stage) mustIn(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := s.inMounts(args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
 }
 
 // unmount takes the file system of the pins away.
 func unmount(t *testing.T, s *stage) {
 	notePins(t, s)
-	s.inMounts(t, "umount", "-l", "/sys/fs/bpf")
+	s.mustIn(t, "umount", "-l", "/sys/fs/bpf")
 }
-
-// pinList are the pins that the instance has, where it sees them.
-func (s *stage) pinList(t *testing.T) string { return s.inMounts(t, "ls", s.pins()) }
 
 // notePins remembers which pins there are.
 func notePins(t *testing.T, s *stage) {
-	if s.extra = s.pinList(t); !strings.Contains(s.extra.(string), "link_pl_connect4\n") {
+	if s.extra = s.mustIn(t, "ls", s.pins()); !strings.Contains(s.extra.(string), "link_pl_connect4\n") {
 		t.Fatalf("pins: %s", s.extra)
 	}
 }
@@ -66,8 +79,8 @@ func notePins(t *testing.T, s *stage) {
 func pinnedAgain(t *testing.T, s *stage) {
 	start := time.Now()
 	testutil.Eventually(t, rig.Limit, func() bool {
-		out, err := exec.Command("nsenter", "-t", fmt.Sprint(s.Cmd.Process.Pid), "-m", "--", "ls", s.pins()).Output()
-		return err == nil && string(out) == s.extra
+		out, err := s.inMounts("ls", s.pins())
+		return err == nil && out == s.extra
 	}, "the pins are there again")
 	t.Logf("the pins are there again after %v", time.Since(start).Round(time.Millisecond))
 }
@@ -96,18 +109,13 @@ func unpin(t *testing.T, s *stage) {
 
 // logOnDisk has the flow log on a file system of 32 KiB.
 func logOnDisk(t *testing.T, s *stage) string {
-	testutil.Need(t, "unshare", "nsenter")
-	dir := filepath.Dir(flowLog)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.Remove(dir) })
-	s.Wrap = ownMounts("mount -t tmpfs -o size=32k tmpfs " + dir)
+	// On a directory that is there, and that nothing else in the test needs.
+	s.ownMounts(t, "mount -t tmpfs -o size=32k tmpfs "+filepath.Dir(flowLog))
 	return ""
 }
 
 // flowLog is a path that only an instance with mounts of its own has something at.
-const flowLog = "/tmp/pillion-test-flowlog/flows.json"
+const flowLog = "/mnt/flows.json"
 
 // fillDisk waits until the disk is full, which records alone see to.
 func fillDisk(t *testing.T, s *stage) {
@@ -120,13 +128,13 @@ func fillDisk(t *testing.T, s *stage) {
 func diskIsFull(t *testing.T, s *stage) { s.says(t, "The flow log cannot be written") }
 
 // rotate makes room, as logrotate does with copytruncate.
-func rotate(t *testing.T, s *stage) { s.inMounts(t, "truncate", "-s", "0", flowLog) }
+func rotate(t *testing.T, s *stage) { s.mustIn(t, "truncate", "-s", "0", flowLog) }
 
 // logged again wants whole lines.
 func logsAgain(t *testing.T, s *stage) {
 	testutil.Eventually(t, rig.Limit, func() bool {
 		s.do(t, order{Do: "try", To: s.to[toDirect], Count: 1, Patience: patience})
-		lines := bytes.Split(bytes.TrimSpace([]byte(s.inMounts(t, "cat", flowLog))), []byte("\n"))
+		lines := bytes.Split(bytes.TrimSpace([]byte(s.mustIn(t, "cat", flowLog))), []byte("\n"))
 		return len(lines) > 2 && json.Valid(lines[len(lines)-2])
 	}, "the flow log has lines again")
 }

@@ -163,6 +163,14 @@ func (s *stage) afterwards(t *testing.T, r *results) {
 	}
 }
 
+// mayBe tells what else becomes of new connections on account of the fault: what
+// it says of them, also before and after we know, and what a second instance does
+// when it ends.
+func (s *stage) mayBe(kind string, is word) bool {
+	_, ok := s.fault.news[kind]
+	return ok && (is == s.want(kind) || is == byFailure(toUnnamed, s.setting))
+}
+
 // judge looks at every connection of the stream: when they began to go as they
 // were to, and that none met what it must not.
 func (s *stage) judge(t *testing.T, began, during int64, w window) figures {
@@ -180,7 +188,7 @@ func (s *stage) judge(t *testing.T, began, during int64, w window) figures {
 			case o.Start >= w.mended && o.Word != usual(kind):
 				lastAway = max(lastAway, o.Start+1)
 			}
-			if o.Word == usual(kind) || o.Word == fallen {
+			if o.Word == usual(kind) || o.Word == fallen || s.mayBe(kind, o.Word) && o.Done > w.from {
 				continue
 			}
 			f.felt++

@@ -63,7 +63,7 @@ func table() []fault {
 		},
 		{
 			name: "accept queue full", how: "no descriptors for accept(2), and an accept queue of 16", mended: "by itself, when there are some",
-			falls: true, prepare: shortQueue("16"), breaks: noFiles, mends: files, check: busy,
+			falls: true, prepare: shortQueue("16"), breaks: noFiles, mends: files, after: busy,
 		},
 		{
 			name: "canary does not arrive", how: "a firewall drops what goes to slots", mended: "by itself, when the rule is gone",
