@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -105,7 +106,101 @@ func limitFiles(t *testing.T, s *stage, n uint64) {
 	}
 }
 
-// busy wants the accept queue, and nothing else, to be the reason.
+// hang stops the handler's only worker, and no other thread.
+func hang(t *testing.T, s *stage) {
+	tid := worker(t, s.Cmd.Process.Pid)
+	stopped, done := make(chan error), make(chan struct{})
+	go holdThread(tid, stopped, done)
+	if err := <-stopped; err != nil {
+		t.Fatal(err)
+	}
+	s.undo = sync.OnceFunc(func() {
+		close(done)
+		if err := <-stopped; err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(s.undo)
+}
+
+// holdThread stops a thread until done is closed. It tells when it is stopped,
+// and when it goes on.
+func holdThread(tid int, stopped chan<- error, done <-chan struct{}) {
+	runtime.LockOSThread() // whoever seizes it must let it go
+	defer runtime.UnlockOSThread()
+	err := unix.PtraceSeize(tid)
+	if err == nil {
+		err = unix.PtraceInterrupt(tid)
+	}
+	if err == nil {
+		_, err = unix.Wait4(tid, nil, unix.WALL, nil)
+	}
+	stopped <- err
+	if err != nil {
+		return
+	}
+	<-done
+	stopped <- unix.PtraceDetach(tid)
+}
+
+// worker finds the thread that waits for connections.
+func worker(t *testing.T, pid int) (tid int) {
+	t.Helper()
+	testutil.Eventually(t, rig.Limit, func() bool {
+		tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, task := range tasks {
+			call, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/syscall", pid, task.Name()))
+			if err != nil {
+				continue
+			}
+			var nr, epfd int
+			if n, _ := fmt.Sscanf(string(call), "%d %v", &nr, &epfd); n < 2 || nr != unix.SYS_EPOLL_PWAIT && nr != epollWait {
+				continue
+			}
+			info, err := os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%d", pid, epfd))
+			if err == nil && listens(pid, string(info)) {
+				tid, err = strconv.Atoi(task.Name())
+				return err == nil
+			}
+		}
+		return false
+	}, "the worker waits")
+	return tid
+}
+
+// epollWait is the call that not every architecture has.
+const epollWait = 232
+
+// listens tells whether an epoll instance looks at a TCP socket that listens: only
+// the workers' do.
+func listens(pid int, fdinfo string) bool {
+	var tables strings.Builder
+	for _, name := range []string{"tcp", "tcp6"} {
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", pid, name))
+		tables.Write(b)
+	}
+	listening := map[string]bool{}
+	for line := range strings.Lines(tables.String()) {
+		if w := strings.Fields(line); len(w) > 9 && w[3] == "0A" {
+			listening["socket:["+w[9]+"]"] = true
+		}
+	}
+	for line := range strings.Lines(fdinfo) {
+		var fd int
+		if n, _ := fmt.Sscanf(line, "tfd: %d", &fd); n < 1 {
+			continue
+		}
+		if what, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", pid, fd)); listening[what] {
+			return true
+		}
+	}
+	return false
+}
+
+// busy wants the accept queue to be the reason, before anything else is.
 func busy(t *testing.T, s *stage) {
 	if n := s.counted(t, "handler_busy"); n == 0 {
 		t.Error("nothing is counted as handler_busy")
@@ -254,9 +349,10 @@ func fillRing(t *testing.T, s *stage) {
 		prog.Close()
 	})
 	t.Cleanup(s.undo)
-	// Small records, many at once: the open connections' are some 200 bytes.
+	// A connection that is denied is a record, and next to no work.
+	nowhere := []netip.AddrPort{netip.MustParseAddrPort("100.64.0.1:80")}
 	testutil.Eventually(t, rig.Limit, func() bool {
-		s.do(t, order{Do: "try", To: s.to[toDirect], Count: 500, Patience: patience})
+		s.do(t, order{Do: "try", To: nowhere, Count: 1000, Patience: patience})
 		return s.lostInRing(t) > 0
 	}, "records are lost")
 }

@@ -62,8 +62,12 @@ func table() []fault {
 			falls: true, open: waits, prepare: shortQueue("4"), breaks: stop, mends: proceed,
 		},
 		{
-			name: "accept queue full", how: "no descriptors for accept(2), and an accept queue of 16", mended: "by itself, when there are some",
-			falls: true, prepare: shortQueue("16"), breaks: noFiles, mends: files, after: busy,
+			name: "accept queue full", how: "the worker's thread is stopped, and the queue holds 16", mended: "by itself, when the worker goes on",
+			falls: true, open: waits, prepare: shortQueue("16"), breaks: hang, mends: undo, after: busy,
+		},
+		{
+			name: "no descriptors", how: "RLIMIT_NOFILE of 8", mended: "by itself, when there are some",
+			falls: true, breaks: noFiles, mends: files,
 		},
 		{
 			name: "canary does not arrive", how: "a firewall drops what goes to slots", mended: "by itself, when the rule is gone",
@@ -75,7 +79,7 @@ func table() []fault {
 		},
 		{
 			name: "events ring full", how: "a record that is never committed, before the reader", mended: "by itself; what was lost is counted",
-			breaks: fillRing, check: ringLoses, mends: undo, after: recorded,
+			config: "deny: [100.64.0.0/10]\n", breaks: fillRing, check: ringLoses, mends: undo, after: recorded,
 		},
 		{
 			name: "live full", how: "limits.connections: 60, and a crowd", mended: "by itself, as connections end",
