@@ -38,7 +38,7 @@ func (d *Datapath) decided(f func(*socket, *bpf.Decision)) error {
 // and no more.
 func (d *Datapath) Connections() ([]flow.Record, error) {
 	var all []flow.Record
-	now, wall := monotonic(), time.Now()
+	now, wall := d.monotonic(), time.Now()
 	err := d.decided(func(s *socket, v *bpf.Decision) {
 		if path := flow.Path(v.Path); path == flow.PathDirect || path == flow.PathPass {
 			all = append(all, openRecord(s, v, now, wall))

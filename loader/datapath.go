@@ -93,6 +93,7 @@ type Datapath struct {
 	links    map[string]link.Link
 	former   []link.Link // to cgroups that were removed: see follow
 	state    *sharedState
+	clock    bpf.Clock
 
 	liveFD, departedFD int
 

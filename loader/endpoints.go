@@ -230,7 +230,7 @@ func (d *Datapath) EndpointStates(service netip.AddrPort) ([]EndpointState, erro
 	if err != nil || own == nil {
 		return nil, err
 	}
-	now := monotonic()
+	now := d.monotonic()
 	all := make([]EndpointState, 0, len(own.endpoints))
 	for _, e := range own.endpoints {
 		_, out := s.out[e.index]

@@ -62,7 +62,7 @@ func (d *Datapath) tidy() error {
 // agent's may have cleared ours. Missing twice in a row is gone: a dump of the
 // sockets is no snapshot.
 func (d *Datapath) reconcile() error {
-	old := uint64(monotonic()) - uint64(liveMinAge)
+	old := uint64(d.monotonic()) - uint64(liveMinAge)
 	suspects := map[bpf.LiveKey]bpf.Live{}
 	var k bpf.LiveKey
 	var l bpf.Live
@@ -128,7 +128,7 @@ func (d *Datapath) liveAddrs() (map[bpf.IPAddr]bool, error) {
 // retireSlots takes slots out of use that were idle for long, and frees those
 // that have been out of use for long enough.
 func (d *Datapath) retireSlots(used map[bpf.IPAddr]bool) error {
-	now := monotonic()
+	now := d.monotonic()
 	return d.eachSlot(func(n uint32, s *bpf.Slot) error {
 		switch s.State {
 		case bpf.SlotNamed:

@@ -76,7 +76,7 @@ func lookupLive(fd int, key bpf.LiveKey) (l bpf.Live, ok bool) {
 
 // AdmitCanary lets one test connection in, from source to the canary's slot.
 func (d *Datapath) AdmitCanary(source, slot netip.AddrPort) error {
-	err := d.maps.Live.Put(liveKey(source, slot), bpf.Live{Canary: 1, Opened: uint64(monotonic())})
+	err := d.maps.Live.Put(liveKey(source, slot), bpf.Live{Canary: 1, Opened: uint64(d.monotonic())})
 	if err != nil {
 		return fmt.Errorf("admit canary: %w", err)
 	}
@@ -164,11 +164,11 @@ var (
 )
 
 // monotonic is bpf_ktime_get_ns().
-func monotonic() int64 {
+func (d *Datapath) monotonic() int64 {
 	var ts unix.Timespec
 	// It cannot fail with this clock.
 	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
-	return ts.Nano()
+	return d.clock.Kernel(ts.Nano())
 }
 
 // Beat publishes the handler's sign of life, which holds for maxAge ns from
@@ -177,7 +177,7 @@ func monotonic() int64 {
 func (d *Datapath) Beat(alive, busy bool, maxAge int64) error {
 	b := bpf.Beat{MaxAge: uint64(maxAge)}
 	if alive {
-		b.Stamp = uint64(monotonic())
+		b.Stamp = uint64(d.monotonic())
 	}
 	if busy {
 		b.Busy = 1

@@ -275,7 +275,7 @@ func (d *Datapath) Answered(dst netip.AddrPort, lasts time.Duration) {
 	key := bpf.EndpointKey{Addr: bpf.FromAddr(dst.Addr()), Port: dst.Port()}
 	attr := mapAttr{mapFD: uint32(d.maps.Answered.FD()), key: unsafe.Pointer(&key)}
 	call := uintptr(unix.BPF_MAP_DELETE_ELEM)
-	until := uint64(monotonic() + int64(lasts))
+	until := uint64(d.monotonic() + int64(lasts))
 	if lasts > 0 {
 		call, attr.value = unix.BPF_MAP_UPDATE_ELEM, unsafe.Pointer(&until)
 	}

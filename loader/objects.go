@@ -230,6 +230,10 @@ func sharedMaps(specs []*ebpf.CollectionSpec) map[string]*ebpf.MapSpec {
 func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map) error {
 	var tag [8]byte
 	defer d.keepMaps(have)
+	var err error
+	if d.clock, err = bpf.NewClock(); err != nil {
+		return err
+	}
 	d.holds = probe.TCX() == nil
 	if !d.holds {
 		d.options.Log.Warn("this kernel has no tcx: connects succeed before their dial has", "connect", "early")
@@ -273,7 +277,6 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 			return err
 		}
 	}
-	var err error
 	d.state, err = mapState(have["state"])
 	if err != nil {
 		return err

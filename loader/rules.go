@@ -187,7 +187,7 @@ func (d *Datapath) Unavailable(service netip.AddrPort, wait time.Duration) error
 	}
 	s.Unavailable = 0
 	if wait > 0 {
-		s.Unavailable = uint64(monotonic() + int64(wait))
+		s.Unavailable = uint64(d.monotonic() + int64(wait))
 	}
 	if err := d.maps.Services.Update(key, s, ebpf.UpdateExist); err != nil {
 		return fmt.Errorf("write service %s: %w", service, err)
@@ -264,7 +264,7 @@ func (d *Datapath) reserveSlots(services []Service) error {
 	if len(want) > reservedSlots {
 		return ErrTooManyServices
 	}
-	now := uint64(monotonic())
+	now := uint64(d.monotonic())
 	free := []uint32{}
 	for n := uint32(bpf.SlotFirst); n < bpf.SlotFirst+reservedSlots; n++ {
 		var s bpf.Slot

@@ -72,7 +72,7 @@ func (d *Datapath) Stats() (Stats, error) {
 	}
 	s.Busy, s.BeatAge = b.Busy != 0, -1
 	if b.Stamp != 0 {
-		s.BeatAge = time.Duration(monotonic() - int64(b.Stamp))
+		s.BeatAge = time.Duration(d.monotonic() - int64(b.Stamp))
 	}
 	return s, nil
 }

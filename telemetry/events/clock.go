@@ -5,12 +5,13 @@ import (
 	"math"
 	"time"
 
+	"github.com/pillion-project/pillion/bpf"
 	"golang.org/x/sys/unix"
 )
 
 // clock turns the kernel side's times into wall clock.
 type clock struct {
-	offset int64 // wall clock minus CLOCK_MONOTONIC, in nanoseconds
+	offset int64 // wall clock minus bpf_ktime_get_ns(), in nanoseconds
 }
 
 // newClock measures the offset. It is measured once, so that the order of the
@@ -20,10 +21,14 @@ func newClock() (clock, error) {
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
 		return clock{}, fmt.Errorf("read monotonic clock: %w", err)
 	}
-	return clock{offset: time.Now().UnixNano() - ts.Nano()}, nil
+	kernel, err := bpf.NewClock()
+	if err != nil {
+		return clock{}, err
+	}
+	return clock{offset: time.Now().UnixNano() - kernel.Kernel(ts.Nano())}, nil
 }
 
-// wall converts nanoseconds of CLOCK_MONOTONIC.
+// wall converts nanoseconds of bpf_ktime_get_ns().
 func (c clock) wall(monotonic uint64) time.Time {
 	return time.Unix(0, int64(monotonic)+c.offset)
 }

@@ -9,13 +9,16 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
 	"unsafe"
 
+	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 
+	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
@@ -240,3 +243,42 @@ func jumped(t *testing.T, s *stage) {
 
 // setBack has the clock be right again.
 func setBack(_ *testing.T, s *stage) { s.extra.(*wallClock).jump.Store(0) }
+
+// inTime has the instance see another monotonic clock than the kernel's programs
+// do, as a container that was restored from a checkpoint does.
+func inTime(seconds string) func(*testing.T, *stage) string {
+	return func(t *testing.T, s *stage) string {
+		testutil.Need(t, "unshare")
+		s.Wrap = []string{"unshare", "-T", "--monotonic", seconds, "--"}
+		return ""
+	}
+}
+
+// TestOneClock: the kernel's programs go by one clock, which nobody can set.
+func TestOneClock(t *testing.T) {
+	specs, err := bpf.Specs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	others := []asm.BuiltinFunc{asm.FnKtimeGetBootNs, asm.FnKtimeGetCoarseNs, asm.FnKtimeGetTaiNs, asm.FnJiffies64}
+	reads := 0
+	for _, spec := range specs {
+		for name, prog := range spec.Programs {
+			for _, ins := range prog.Instructions {
+				if !ins.IsBuiltinCall() {
+					continue
+				}
+				f := asm.BuiltinFunc(ins.Constant)
+				if slices.Contains(others, f) {
+					t.Errorf("%s calls %v", name, f)
+				}
+				if f == asm.FnKtimeGetNs {
+					reads++
+				}
+			}
+		}
+	}
+	if reads == 0 {
+		t.Error("no program reads a clock: the test tests nothing")
+	}
+}

@@ -121,6 +121,14 @@ func table() []fault {
 			prepare: ownClock, breaks: jumps(-10 * year), check: jumped, mends: setBack,
 		},
 		{
+			name: "handler stopped, its clock a day ahead", how: "SIGSTOP, in a time namespace of its own", mended: "SIGCONT",
+			falls: true, open: waits, prepare: inTime("86400"), breaks: stop, mends: proceed,
+		},
+		{
+			name: "handler stopped, its clock an hour behind", how: "SIGSTOP, in a time namespace of its own", mended: "SIGCONT",
+			falls: true, open: waits, prepare: inTime("-3600"), breaks: stop, mends: proceed,
+		},
+		{
 			name: "disk full", how: "the flow log is on a full file system of 32 KiB", mended: "by itself, when there is room; lines that were lost are counted",
 			config: "flow_log: " + flowLog + "\n", prepare: logOnDisk,
 			breaks: fillDisk, check: diskIsFull, mends: rotate, after: logsAgain,
