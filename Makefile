@@ -20,7 +20,7 @@ KERNEL_PKGS := ./bpf/... ./loader/... ./cmd/pillion
 BLACKBOX    := ./tests/...
 
 .DEFAULT_GOAL := build
-.PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes stress traps suites bench demo image install clean
+.PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes stress traps failure suites bench demo image install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench: build ## what a hop costs, and what none does, beside peers (as root, ten
 traps: build ## the trap suite, also against HAProxy, nginx and Envoy: writes docs/traps.md (as root, some minutes)
 	@scripts/setup.sh traps
 	PILLION=$(abspath $(PILLION)) PILLION_TRAPS=$(abspath docs/traps.md) $(GO) test -count=1 -timeout 15m -run TestTraps ./tests/traps
+
+failure: build ## what faults do to connections: writes docs/failure.md (as root, a minute)
+	PILLION=$(abspath $(PILLION)) PILLION_FAILURE=$(abspath docs/failure.md) $(GO) test -count=1 -timeout 10m ./tests/failure
 
 demo: build ## real programs, redirected and balanced (as root, under a minute)
 	@scripts/setup.sh demo

@@ -1,7 +1,6 @@
 package failure
 
 import (
-	"fmt"
 	"slices"
 	"sync"
 	"testing"
@@ -56,6 +55,10 @@ func TestMatrix(t *testing.T) {
 			}
 		}
 	})
+	// All of it, and not a part that was asked for.
+	if !t.Failed() && len(r.figures) == 2*len(all) {
+		r.report(t, all)
+	}
 }
 
 func (f *fault) test(t *testing.T, setting string, r *results) {
@@ -129,8 +132,8 @@ func (s *stage) becomes(t *testing.T, start int64, want func(kind string) word) 
 func (s *stage) look(t *testing.T, r *results) {
 	t.Helper()
 	for _, kind := range kinds {
-		r.put(cell{s.fault.name, s.setting, kind, false}, s.tries(t, s.app, kind, s.want(kind)))
-		want, limit := s.wantOpen(kind), patience
+		r.put(cell{s.fault.name, s.setting, kind, false}, s.tries(t, s.app, kind, s.fault.want(kind, s.setting)))
+		want, limit := s.fault.wantOpen(kind), patience
 		if want == waits {
 			limit = quickly
 		}
@@ -150,7 +153,7 @@ func (s *stage) afterwards(t *testing.T, r *results) {
 		if s.fault.brief {
 			r.put(cell{s.fault.name, s.setting, kind, false}, seen)
 		}
-		want, open := s.wantOpen(kind), tally{}
+		want, open := s.fault.wantOpen(kind), tally{}
 		for _, o := range s.asks(t, kind, patience) {
 			if want == waits && o.Word == unaffected {
 				o.Word = waits // it is now
@@ -168,7 +171,7 @@ func (s *stage) afterwards(t *testing.T, r *results) {
 // when it ends.
 func (s *stage) mayBe(kind string, is word) bool {
 	_, ok := s.fault.news[kind]
-	return ok && (is == s.want(kind) || is == byFailure(toUnnamed, s.setting))
+	return ok && (is == s.fault.want(kind, s.setting) || is == byFailure(toUnnamed, s.setting))
 }
 
 // judge looks at every connection of the stream: when they began to go as they
@@ -208,5 +211,3 @@ func (s *stage) judge(t *testing.T, began, during int64, w window) figures {
 	t.Logf("noticed after %v, back after %v, %d connections felt it", f.notice.Round(time.Millisecond), f.back.Round(time.Millisecond), f.felt)
 	return f
 }
-
-func (c cell) String() string { return fmt.Sprintf("%s/%s/%s/%v", c.fault, c.setting, c.kind, c.open) }

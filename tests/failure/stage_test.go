@@ -134,23 +134,23 @@ func newStage(t *testing.T, f *fault, setting string) *stage {
 }
 
 // want is what becomes of new connections in the fault.
-func (s *stage) want(kind string) word {
-	if w, ok := s.fault.news[kind]; ok {
+func (f *fault) want(kind, setting string) word {
+	if w, ok := f.news[kind]; ok {
 		if w == "" {
-			return byFailure(kind, s.setting)
+			return byFailure(kind, setting)
 		}
 		return w
 	}
-	if s.fault.falls {
-		return byFailure(kind, s.setting)
+	if f.falls {
+		return byFailure(kind, setting)
 	}
 	return usual(kind)
 }
 
 // wantOpen is what becomes of open ones.
-func (s *stage) wantOpen(kind string) word {
-	if w := s.fault.open; w != "" && usual(kind) == carried {
-		return w
+func (f *fault) wantOpen(kind string) word {
+	if f.open != "" && usual(kind) == carried {
+		return f.open
 	}
 	return unaffected
 }

@@ -1,0 +1,19 @@
+package failure
+
+// notes are what the tables cannot say.
+const notes = `- *Handler killed*: a SYN that is on its way when the last listener closes (some 50 us) is refused also with ` + "`on_failure: open`" + `
+  (docs/design.md, section 8). Connections that the handler carried are reset; *direct* and *pass* do not know of it.
+- *Handler stopped*: connections that begin before it is noticed are with a handler that does nothing, and wait for it, or for
+  the application's own patience.
+- *Slots full*: only addresses that had none yet need a slot; services have theirs reserved.
+- *Events ring full*, *disk full*: records are lost, counted in ` + "`pillion_records_lost_total`" + `, and status says so. No connection is.
+- *Pins deleted*, *bpffs unmounted*: what is attached stays attached as long as the process lives. After it was pinned again the
+  process is killed in the test: ` + "`on_failure`" + ` decides, and the next one takes over what there was. Killed within the second before
+  that, all of it would end with the process, and connections would go to where they were going, whatever ` + "`on_failure`" + ` says. Where the
+  process may not mount, status says so, and an operator has to.
+- *Cgroup removed and made again*: until Pillion attaches to the new one, nobody captures there. Open connections of an
+  application that was moved out before are unaffected.
+- *Second instance, other name*: both are attached, and the older one decides first. Here the younger one knows no service: what the
+  older one lets go to an endpoint (*direct*) or to where it was going (*pass*) is for it a connection that no service names.
+- *Clock jumps*: the kernel's programs read CLOCK_MONOTONIC alone, and the process goes by it too; the wall clock is for showing.
+`
