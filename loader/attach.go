@@ -187,7 +187,7 @@ func (d *Datapath) Reattach() ([]string, error) {
 		if attached(d.links[name]) && (lost != nil || d.pinned(name)) {
 			continue
 		}
-		if err := d.reattach(name); err != nil {
+		if err := d.reattach(name); err != nil && (lost == nil || !attached(d.links[name])) {
 			return mended, errors.Join(fmt.Errorf("attach %s again: %w", name, err), lost, gone)
 		}
 		mended = append(mended, name)

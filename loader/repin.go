@@ -76,6 +76,15 @@ func (d *Datapath) renewDir() error {
 	return nil
 }
 
+// renewed tells whether the scope's cgroup is another one than the links are
+// attached to.
+func (d *Datapath) renewed() bool {
+	d.linkMu.Lock()
+	defer d.linkMu.Unlock()
+	id, err := cgroupID(d.options.Scope.dir())
+	return err == nil && id != d.instance.Cgroup
+}
+
 // follow looks whether the scope's cgroup was removed and made again. Links do not
 // tell: while a socket of the removed one is open, the kernel keeps it, and they
 // stay attached to it. They are kept for such sockets, and pl_ programs are to be

@@ -18,6 +18,9 @@ const (
 	// lookEvery is how often links and pins are looked at: somebody may have
 	// removed one, which gives no news.
 	lookEvery = time.Second
+	// scopeEvery is how often the scope's cgroup is: whoever starts in one that was
+	// made again is not captured until then.
+	scopeEvery = 250 * time.Millisecond
 	// syncEvery is how often addresses and routes are read without news.
 	syncEvery = 30 * time.Second
 )
@@ -104,8 +107,9 @@ func (d *Datapath) Watch(ctx context.Context) error {
 	done := make(chan struct{})
 	go d.listen(ctx, news, done)
 	defer func() { <-done }()
-	look, sync := time.NewTicker(lookEvery), time.NewTicker(syncEvery)
+	look, sync, scope := time.NewTicker(lookEvery), time.NewTicker(syncEvery), time.NewTicker(scopeEvery)
 	defer look.Stop()
+	defer scope.Stop()
 	defer sync.Stop()
 	for {
 		select {
@@ -113,6 +117,11 @@ func (d *Datapath) Watch(ctx context.Context) error {
 			return nil
 		case <-look.C:
 			d.mendLinks()
+			continue
+		case <-scope.C:
+			if d.renewed() {
+				d.mendLinks()
+			}
 			continue
 		case <-news:
 			pause(ctx, settle)

@@ -15,10 +15,11 @@ const (
 	// every is the time between two beats.
 	every = 100 * time.Millisecond
 	// MaxAge is how old a beat may be before the connect hook takes the handler
-	// for gone. It is all of the half second that noticing may take but the
-	// last bit: on a busy machine beats are late, and a handler that is late
-	// is better than none.
-	MaxAge = 450 * time.Millisecond
+	// for gone. With the beat that may still come when all is over, proved by what
+	// came in before or by the other family, it is all of the half second that
+	// noticing may take: on a busy machine beats are late, and a handler that is
+	// late is better than none.
+	MaxAge = 500*time.Millisecond - every
 	// canaryLimit is how long a canary may take.
 	canaryLimit = 300 * time.Millisecond
 	// busyAbove and busyBelow are fills of the accept queue. They are apart, so

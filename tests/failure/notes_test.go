@@ -1,8 +1,8 @@
 package failure
 
 // notes are what the tables cannot say.
-const notes = `- *Handler killed*: a SYN that is on its way when the last listener closes (some 50 us) is refused also with ` + "`on_failure: open`" + `
-  (docs/design.md, section 8). Connections that the handler carried are reset; *direct* and *pass* do not know of it.
+const notes = `- *Handler killed*: connections that the handler carried are reset, one that it had only just accepted with them. *direct* and
+  *pass* do not know of it.
 - *Handler stopped*: connections that begin before it is noticed are with a handler that does nothing, and wait for it, or for
   the application's own patience.
 - *Slots full*: only addresses that had none yet need a slot; services have theirs reserved.
@@ -14,6 +14,7 @@ const notes = `- *Handler killed*: a SYN that is on its way when the last listen
 - *Cgroup removed and made again*: until Pillion attaches to the new one, nobody captures there. Open connections of an
   application that was moved out before are unaffected.
 - *Second instance, other name*: both are attached, and the older one decides first. Here the younger one knows no service: what the
-  older one lets go to an endpoint (*direct*) or to where it was going (*pass*) is for it a connection that no service names.
+  older one lets go to an endpoint (*direct*) or to where it was going (*pass*) is for it a connection that no service names,
+  which it relays, or refuses while it drains if it is *closed*. Under its own name (` + "`pillion run`" + ` makes one of the scope) it is refused.
 - *Clock jumps*: the kernel's programs read CLOCK_MONOTONIC alone, and the process goes by it too; the wall clock is for showing.
 `

@@ -33,7 +33,7 @@ unaccounted for (the conservation law), and nothing be left behind.
   going; *refused*, at once. Open ones: *unaffected*; *waits*, until the fault is mended, and then all bytes are there, once and in
   order; *reset*.
 - The number is how many were tried, and all of them came out so. Connections on *direct* and *pass* never fail, also
-  in the moment of the fault: of those that the application makes all the time, not one did.
+  in the moment of the fault: of those that the application makes all the time, not one did (but see the second instance).
 
 `
 

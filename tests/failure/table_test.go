@@ -109,7 +109,7 @@ func table() []fault {
 			breaks: unpin, check: pinnedAgain, after: takenOver,
 		},
 		{
-			name: "cgroup removed and made again", how: "the application moves elsewhere, rmdir, mkdir; another one starts in the new one", mended: "Pillion attaches to the new one, within a second",
+			name: "cgroup removed and made again", how: "the application moves elsewhere, rmdir, mkdir; another one starts in the new one", mended: "Pillion attaches to the new one, within half a second",
 			brief: true, escapes: true, breaks: renewScope,
 		},
 		{
