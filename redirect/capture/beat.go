@@ -212,13 +212,18 @@ func (b *Beat) workersMove() error {
 // come in needs no canary.
 func (b *Beat) slotsArrive(ctx context.Context) error {
 	v4, v6 := b.handler.Accepted()
+	// Of all, also of who does not fly this time: what came in before the last
+	// beat proves nothing now.
+	for _, c := range b.probes {
+		c.look(v4, v6)
+	}
 	for range b.probes {
 		c := b.probes[b.next%len(b.probes)]
 		b.next++
 		if !b.kernel.Usable(c.slot.Addr().Is6()) {
 			continue
 		}
-		if b.alive && c.seen(v4, v6) {
+		if b.alive && c.seen {
 			break
 		}
 		if err := c.fly(ctx); err != nil {

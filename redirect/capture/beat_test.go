@@ -222,6 +222,25 @@ func TestConnectionsProveTheWay(t *testing.T) {
 	}
 }
 
+// TestOldConnectionsProveNothing: what came in before the last beat is no proof for
+// the family whose turn it is now.
+func TestOldConnectionsProveNothing(t *testing.T) {
+	k, h := &kernel{}, &life{}
+	b := newBeat(t, k, h, loopback4, loopback6)
+	once(t, b) // not alive yet: both fly
+	h.accepted = 7
+	once(t, b) // IPv4's turn: it needs no canary
+	once(t, b) // IPv6's
+	h.accepted = 9
+	b.next = 1
+	once(t, b) // IPv6's again, while IPv4 comes in
+	flown := k.exempt
+	once(t, b)
+	if k.exempt == flown {
+		t.Error("no canary of IPv4 flew, for what came in two beats ago")
+	}
+}
+
 // TestExempt: what the canary opens is the handler's own.
 func TestExempt(t *testing.T) {
 	k := &kernel{}

@@ -28,8 +28,9 @@ type canary struct {
 	// It changes with the namespace's addresses.
 	source netip.Addr
 	// accepted is how many connections of the family had come in when last
-	// looked.
+	// looked, and seen whether these were more than the time before.
 	accepted uint64
+	seen     bool
 }
 
 var (
@@ -73,15 +74,14 @@ func (c *canary) listen() error {
 	return os.NewSyscallError("listen", unix.Listen(fd, 16))
 }
 
-// seen tells whether a connection of the family has come in since the last call.
-func (c *canary) seen(v4, v6 uint64) bool {
+// look notes whether a connection of the family has come in since the last look.
+func (c *canary) look(v4, v6 uint64) {
 	now := v4
 	if c.slot.Addr().Is6() {
 		now = v6
 	}
-	before := c.accepted
+	c.seen = now != c.accepted
 	c.accepted = now
-	return now != before
 }
 
 func (c *canary) close() {
