@@ -2,15 +2,17 @@ package failure
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
 	"os"
 	"strings"
 	"sync"
-	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -46,6 +48,8 @@ var words = []word{carried, direct, passed, refused, unaffected, waits, reset, s
 const (
 	origin   = "origin"
 	endpoint = "endpoint"
+	// The application itself, on the ports that it dials.
+	itself = "itself"
 )
 
 // order is what an application is told.
@@ -92,9 +96,8 @@ func now() int64 {
 
 // application is the process's state.
 type application struct {
-	out  *json.Encoder
-	mu   sync.Mutex // guards out
-	next atomic.Int64
+	out *json.Encoder
+	mu  sync.Mutex // guards out
 
 	keepMu  sync.Mutex // guards kept and streams
 	kept    map[string][]*kept
@@ -105,6 +108,10 @@ type application struct {
 // appMain is the application process, until stdin ends.
 func appMain() {
 	a := &application{out: json.NewEncoder(os.Stdout), kept: map[string][]*kept{}, streams: map[string]chan struct{}{}}
+	if err := listen(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 	in := json.NewDecoder(bufio.NewReader(os.Stdin))
 	for {
 		var o order
@@ -120,6 +127,37 @@ func appMain() {
 		} else {
 			a.obey(&o)
 		}
+	}
+}
+
+// listen has the application serve what it dials, on every address that it has:
+// a slot is one of these, to a program that does not know better.
+func listen() error {
+	shared := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		control := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) })
+		return errors.Join(control, err)
+	}}
+	shared.SetMultipathTCP(false)
+	for _, port := range []int{servicePort, unnamedPort, manyPort} {
+		for _, network := range []string{"tcp4", "tcp6"} {
+			ln, err := shared.Listen(context.Background(), network, fmt.Sprintf(":%d", port))
+			if err != nil {
+				return err
+			}
+			go answerAs(ln, itself) // for the life of the process
+		}
+	}
+	return nil
+}
+
+func answerAs(ln net.Listener, name string) {
+	for {
+		c, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		go introduce(name)(c)
 	}
 }
 
@@ -242,12 +280,17 @@ func open(to netip.AddrPort, patience time.Duration) (*kept, outcome) {
 		err = k.connected(end)
 	}
 	own, line := "", ""
+	peer := to
 	if err == nil {
-		own = sockname(fd).String()
+		own, peer = sockname(unix.Getsockname(fd)).String(), sockname(unix.Getpeername(fd))
 		line, err = k.line(end)
 	}
 	o.Done = now()
 	o.Word, o.Why = meaning(line, own, err)
+	// None once it was reset.
+	if peer != to && peer.IsValid() {
+		o.Word, o.Why = lost, "getpeername says "+peer.String()
+	}
 	if err != nil {
 		unix.Close(fd)
 		return nil, o
@@ -270,6 +313,8 @@ func meaning(line, own string, err error) (word, string) {
 	}
 	name, seen, _ := strings.Cut(line, " ")
 	switch {
+	case name == itself:
+		return lost, "the application reached itself"
 	case seen != own:
 		return carried, line
 	case name == origin:
@@ -366,8 +411,7 @@ func (k *kept) ask(patience time.Duration) (o outcome) {
 	return o
 }
 
-func sockname(fd int) netip.AddrPort {
-	sa, err := unix.Getsockname(fd)
+func sockname(sa unix.Sockaddr, err error) netip.AddrPort {
 	if err != nil {
 		return netip.AddrPort{}
 	}

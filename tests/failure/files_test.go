@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/pillion-project/pillion/bpf"
@@ -103,6 +104,36 @@ func takenOver(t *testing.T, s *stage) {
 func unpin(t *testing.T, s *stage) {
 	notePins(t, s)
 	if err := os.RemoveAll(s.pins()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// unpinLookup ends the instance and, with it, the program that brings
+// connections to slots.
+func unpinLookup(t *testing.T, s *stage) {
+	stop(t, s)
+	if err := os.Remove(filepath.Join(s.pins(), "link_pl_lookup")); err != nil {
+		t.Fatal(err)
+	}
+	s.Kill(t)
+}
+
+func detachLookup(t *testing.T, s *stage) { s.detach(t, "link_pl_lookup") }
+
+func detachConnect(t *testing.T, s *stage) {
+	s.detach(t, "link_pl_connect4")
+	s.detach(t, "link_pl_connect6")
+}
+
+// detach takes a program away from what it is attached to.
+func (s *stage) detach(t *testing.T, pin string) {
+	t.Helper()
+	l, err := link.LoadPinnedLink(filepath.Join(s.pins(), pin), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := l.(interface{ Detach() error }).Detach(); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -251,7 +251,7 @@ func manyServers(t *testing.T, s *stage) string {
 		}
 		return netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: dst, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: unix.RT_SCOPE_HOST})
 	})
-	s.Serve(t, netip.MustParseAddrPort("0.0.0.0:7070"), introduce(origin))
+	s.Serve(t, netip.AddrPortFrom(netip.IPv4Unspecified(), manyPort), introduce(origin))
 	s.extra = new(int)
 	return ""
 }
@@ -267,7 +267,7 @@ func newAddresses(s *stage, kind string) []netip.AddrPort {
 		*n++
 		a := freshNet.Addr().As4()
 		binary.BigEndian.PutUint16(a[2:], uint16(*n))
-		all = append(all, netip.AddrPortFrom(netip.AddrFrom4(a), 7070))
+		all = append(all, netip.AddrPortFrom(netip.AddrFrom4(a), manyPort))
 	}
 	return all
 }

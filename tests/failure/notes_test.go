@@ -11,6 +11,8 @@ const notes = `- *Handler killed*: connections that the handler carried are rese
   process is killed in the test: ` + "`on_failure`" + ` decides, and the next one takes over what there was. Killed within the second before
   that, all of it would end with the process, and connections would go to where they were going, whatever ` + "`on_failure`" + ` says. Where the
   process may not mount, status says so, and an operator has to.
+- *Connect hooks detached*: until they are attached again nobody captures, and every connection goes to where it was going. That
+  takes CAP_NET_ADMIN and the pins, which are Pillion's user's alone.
 - *Cgroup removed and made again*: until Pillion attaches to the new one, nobody captures there. Open connections of an
   application that was moved out before are unaffected.
 - *Second instance, other name*: both are attached, and the older one decides first. Here the younger one knows no service: what the

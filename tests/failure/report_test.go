@@ -26,12 +26,13 @@ IPv6 in turn. While it lasts, %d connections are made to each kind of destinatio
 Where Pillion mends it before anybody could look, both is done afterwards. In the end all must be as before, nothing may be
 unaccounted for (the conservation law), and nothing be left behind.
 
-- *relay*: a service on that path, with endpoints; *relay, itself*: one whose own ` + "`on_failure`" + ` is the opposite of the
+- *relay*: a service on that path, with endpoints; *relay, other*: one whose own ` + "`on_failure`" + ` is the opposite of the
   configuration's, which the second column has; *relay, unnamed*: an address that no service names; *direct*, *pass*: services on
   these paths.
 - New connections: *carried* by the handler; *direct*, by the kernel to an endpoint; *passed*, by the kernel to where they were
   going; *refused*, at once. Open ones: *unaffected*; *waits*, until the fault is mended, and then all bytes are there, once and in
   order; *reset*.
+- The application listens on the ports that it dials, on all of its addresses, and never reaches itself; getpeername(2) says what it asked for.
 - The number is how many were tried, and all of them came out so. Connections on *direct* and *pass* never fail, also
   in the moment of the fault: of those that the application makes all the time, not one did (but see the second instance).
 
@@ -76,7 +77,7 @@ func (c tally) String() string {
 func render(all []fault, get func(cell) tally) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, head, attempts, openPer)
-	b.WriteString("| fault | on_failure | new: relay | relay, itself | relay, unnamed | direct | pass | open: relay | direct | pass |\n")
+	b.WriteString("| fault | on_failure | new: relay | relay, other | relay, unnamed | direct | pass | open: relay | direct | pass |\n")
 	b.WriteString("|---|---|---|---|---|---|---|---|---|---|\n")
 	for _, f := range all {
 		b.WriteString(f.rows(get))

@@ -15,20 +15,31 @@ import (
 
 // The kinds of destination. Each is there in both families.
 const (
-	toRelay    = "relay"         // a service on relay
-	toOther    = "relay, itself" // one whose on_failure is the other one, against the default
-	toUnnamed  = "relay, unnamed"
-	toDirect   = "direct"
-	toPass     = "pass"
-	onOpen     = "open"
-	onClosed   = "closed"
-	attempts   = 20 // per cell
-	openPer    = 4  // open connections per kind
-	patience   = 10 * time.Second
-	pace       = 40 * time.Millisecond // of the stream to each kind
-	letGo      = 2 * time.Second       // how long a connection of the stream waits
-	quickly    = 300 * time.Millisecond
-	unnamedTCP = 7000
+	toRelay   = "relay"        // a service on relay
+	toOther   = "relay, other" // one whose on_failure is the opposite of the default
+	toUnnamed = "relay, unnamed"
+	toDirect  = "direct"
+	toPass    = "pass"
+)
+
+// The settings of on_failure.
+const (
+	onOpen   = "open"
+	onClosed = "closed"
+)
+
+const (
+	attempts = 20 // per cell
+	openPer  = 4  // open connections per kind
+	// patience is the application's, but letGo that of a connection of the
+	// stream, which has one to each kind every pace; quickly is enough to see
+	// that nothing comes.
+	patience = 10 * time.Second
+	letGo    = 2 * time.Second
+	pace     = 40 * time.Millisecond
+	quickly  = 300 * time.Millisecond
+
+	servicePort, unnamedPort, manyPort = 80, 7000, 7070
 )
 
 // kinds are all, and redirected those that the handler carries.
@@ -110,7 +121,7 @@ func newStage(t *testing.T, f *fault, setting string) *stage {
 		one := s.Serve(t, netip.AddrPortFrom(family.far, 7001), introduce(endpoint))
 		two := s.Serve(t, netip.AddrPortFrom(family.far, 7002), introduce(endpoint))
 		for n, kind := range []string{toRelay, toOther, toDirect, toPass} {
-			at := s.Serve(t, netip.AddrPortFrom(netip.MustParseAddr(fmt.Sprintf(family.vip, n+1)), 80), introduce(origin))
+			at := s.Serve(t, netip.AddrPortFrom(netip.MustParseAddr(fmt.Sprintf(family.vip, n+1)), servicePort), introduce(origin))
 			s.to[kind] = append(s.to[kind], at)
 			more := map[string]string{
 				toOther: ", on_failure: " + opposite(setting), toDirect: ", path: direct", toPass: ", path: pass",
@@ -120,14 +131,13 @@ func newStage(t *testing.T, f *fault, setting string) *stage {
 			}
 			config += fmt.Sprintf("  - {address: %q%s}\n", at, more)
 		}
-		s.to[toUnnamed] = append(s.to[toUnnamed], s.Serve(t, netip.AddrPortFrom(family.far, unnamedTCP), introduce(origin)))
+		s.to[toUnnamed] = append(s.to[toUnnamed], s.Serve(t, netip.AddrPortFrom(family.far, unnamedPort), introduce(origin)))
 	}
-	var flags []string
 	if f.prepare != nil {
 		more := f.prepare(t, s)
 		config = strings.Replace(config, "services:\n", "services:\n"+more, 1)
 	}
-	s.Instance = s.Run(t, config, flags...)
+	s.Instance = s.Run(t, config)
 	s.Prefer(t)
 	s.app = newApp(t, s.Rig)
 	return s

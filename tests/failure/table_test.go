@@ -58,8 +58,8 @@ func table() []fault {
 			falls: true, open: waits, breaks: stop, mends: proceed,
 		},
 		{
-			name: "handler does not accept", how: "SIGSTOP, and an accept queue of four that fills at once", mended: "SIGCONT",
-			falls: true, open: waits, prepare: shortQueue("4"), breaks: stop, mends: proceed,
+			name: "handler does not accept", how: "SIGSTOP, and an accept queue of 16 that fills meanwhile", mended: "SIGCONT",
+			falls: true, open: waits, prepare: shortQueue("16"), breaks: stop, mends: proceed,
 		},
 		{
 			name: "accept queue full", how: "the worker's thread is stopped, and the queue holds 16", mended: "by itself, when the worker goes on",
@@ -107,6 +107,18 @@ func table() []fault {
 		{
 			name: "pins deleted", how: "rm -r of the instance's directory", mended: "Pillion pins everything again, within a second",
 			breaks: unpin, check: pinnedAgain, after: takenOver,
+		},
+		{
+			name: "look-up pin deleted, handler killed", how: "rm of one link's pin while it is stopped, and kill -9: nothing brings connections to slots any more", mended: "whoever started it starts it again",
+			falls: true, atOnce: true, open: reset, breaks: unpinLookup, mends: launch,
+		},
+		{
+			name: "look-up detached", how: "by bpf_link_detach", mended: "Pillion attaches it again, within a second",
+			brief: true, breaks: detachLookup,
+		},
+		{
+			name: "connect hooks detached", how: "by bpf_link_detach", mended: "Pillion attaches them again, within a second",
+			brief: true, escapes: true, breaks: detachConnect,
 		},
 		{
 			name: "cgroup removed and made again", how: "the application moves elsewhere, rmdir, mkdir; another one starts in the new one", mended: "Pillion attaches to the new one, within half a second",
