@@ -19,8 +19,7 @@ const (
 // outlived waits until applications have run in the scope and none does any more.
 // It tells whether that came before ctx was done.
 func (i *instance) outlived(ctx context.Context) bool {
-	active, close := i.applications()
-	defer close()
+	active := i.applications()
 	tick := time.NewTicker(outliveEvery)
 	defer tick.Stop()
 	var ran bool
@@ -52,11 +51,27 @@ func (i *instance) endWithScope(ctx context.Context, end func()) {
 	}
 }
 
+// listen has the births of the pod's containers heard from now on, which is before
+// programs are loaded: applications may run, and end, while that takes seconds. The
+// caller calls what it returns when nobody wants to know any more.
+func (p *plan) listen() (close func()) {
+	if p.pod == nil {
+		return func() {}
+	}
+	births, err := p.pod.Births()
+	if err != nil {
+		p.log.Error("cannot see applications that end at once", "error", err)
+		return func() {}
+	}
+	p.births = births
+	return func() { births.Close() }
+}
+
 // applications returns what tells whether an application runs in the scope, or did
 // since it was asked last.
-func (i *instance) applications() (active func() (bool, error), close func()) {
+func (i *instance) applications() (active func() (bool, error)) {
 	if i.pod == nil {
-		return func() (bool, error) { return i.scope.Populated(), nil }, func() {}
+		return func() (bool, error) { return i.scope.Populated(), nil }
 	}
 	sandbox := i.pod.Sandbox
 	if sandbox == 0 {
@@ -66,16 +81,14 @@ func (i *instance) applications() (active func() (bool, error), close func()) {
 	if sandbox == 0 {
 		i.log.Warn("it is not known which container is the pod's sandbox, if it has one: run pillion init before the applications")
 	}
-	births, err := i.pod.Births()
-	if err != nil {
-		i.log.Error("cannot see applications that end at once", "error", err)
-		return func() (bool, error) { return i.pod.Active(sandbox) }, func() {}
+	if i.births == nil {
+		return func() (bool, error) { return i.pod.Active(sandbox) }
 	}
 	return func() (bool, error) {
-		born, err := births.Any()
+		born, err := i.births.Any()
 		runs, err2 := i.pod.Active(sandbox)
 		return born || runs, errors.Join(err, err2)
-	}, func() { births.Close() }
+	}
 }
 
 // canOutlive fails where this process itself keeps the scope from being empty.

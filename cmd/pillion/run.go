@@ -100,6 +100,9 @@ func daemon(g *global, f *runFlags) error {
 	if err := p.locate(stop, f, false); err != nil {
 		return err
 	}
+	if f.withScope {
+		defer p.listen()()
+	}
 	if f.takeOver {
 		if p.taking, err = takeFrom(stop, &p); err != nil {
 			return err

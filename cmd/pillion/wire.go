@@ -42,7 +42,8 @@ type plan struct {
 	kind    loader.Kind
 	cgroups string // where cgroup v2 is mounted; empty: nowhere
 	scope   loader.Scope
-	pod     *loader.Pod // that scope is all of; nil: it is no pod, or not ours
+	pod     *loader.Pod    // that scope is all of; nil: it is no pod, or not ours
+	births  *loader.Births // of the pod's containers; nil: nobody wants to know, or can
 	config  *config.Config
 	// file is where the configuration came from; empty: there is none. reread
 	// reads it again, and hangups are the signals to do so.

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"crypto/sha256"
+	_ "embed"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -18,50 +19,58 @@ const (
 	Pillion = "ghcr.io/pillion-project/pillion:devel"
 	// App is that of tests/node/app.
 	App = "localhost/app:1"
-	// pause is what holds a sandbox together: the same program.
+	// pause is that of sandboxes, of pause/pause.c.
 	pause = "localhost/pause:1"
 )
 
-// appImage builds the application and writes its images into one archive.
-func appImage(dir string) (string, error) {
-	bin := filepath.Join(dir, "app")
-	cmd := exec.Command("go", "build", "-trimpath", "-o", bin, "github.com/pillion-project/pillion/tests/node/app")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
+//go:embed pause/pause.c
+var pauseSource []byte
+
+// images builds the programs of tests and writes their images into one archive.
+func images(dir string) (string, error) {
+	app, sandbox := filepath.Join(dir, "app"), filepath.Join(dir, "pause")
+	build := exec.Command("go", "build", "-trimpath", "-o", app, "github.com/pillion-project/pillion/tests/node/app")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the application: %w\n%s", err, out)
 	}
-	content, err := os.ReadFile(bin)
-	if err != nil {
-		return "", err
-	}
-	var layer bytes.Buffer
-	if err := writeTar(&layer, []entry{{"app", 0o755, content}}); err != nil {
-		return "", err
+	build = exec.Command("gcc", "-static", "-Os", "-s", "-o", sandbox, "-x", "c", "-")
+	build.Stdin = bytes.NewReader(pauseSource)
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the sandbox's program: %w\n%s", err, out)
 	}
 	var files []entry
 	var index []any
-	for name, args := range map[string][]string{App: nil, pause: {"pause"}} {
+	for name, bin := range map[string]string{App: app, pause: sandbox} {
+		content, err := os.ReadFile(bin)
+		if err != nil {
+			return "", err
+		}
+		var layer bytes.Buffer
+		if err := writeTar(&layer, []entry{{filepath.Base(bin), 0o755, content}}); err != nil {
+			return "", err
+		}
 		config, err := json.Marshal(map[string]any{
 			"architecture": runtime.GOARCH, "os": "linux",
-			"config": map[string]any{"Entrypoint": []string{"/app"}, "Cmd": args},
+			"config": map[string]any{"Entrypoint": []string{"/" + filepath.Base(bin)}},
 			"rootfs": map[string]any{"type": "layers", "diff_ids": []string{fmt.Sprintf("sha256:%x", sha256.Sum256(layer.Bytes()))}},
 		})
 		if err != nil {
 			return "", err
 		}
-		file := fmt.Sprintf("%x.json", sha256.Sum256(config))
-		files = append(files, entry{file, 0o644, config})
-		index = append(index, map[string]any{"Config": file, "RepoTags": []string{name}, "Layers": []string{"layer.tar"}})
+		names := fmt.Sprintf("%x", sha256.Sum256(config))
+		files = append(files, entry{names + ".json", 0o644, config}, entry{names + ".tar", 0o644, layer.Bytes()})
+		index = append(index, map[string]any{"Config": names + ".json", "RepoTags": []string{name}, "Layers": []string{names + ".tar"}})
 	}
 	manifest, err := json.Marshal(index)
 	if err != nil {
 		return "", err
 	}
 	var archive bytes.Buffer
-	if err := writeTar(&archive, append(files, entry{"layer.tar", 0o644, layer.Bytes()}, entry{"manifest.json", 0o644, manifest})); err != nil {
+	if err := writeTar(&archive, append(files, entry{"manifest.json", 0o644, manifest})); err != nil {
 		return "", err
 	}
-	name := filepath.Join(dir, "app.tar")
+	name := filepath.Join(dir, "images.tar")
 	return name, os.WriteFile(name, archive.Bytes(), 0o600)
 }
 

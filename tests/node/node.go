@@ -141,7 +141,7 @@ func tail(name string, lines int) string {
 // containerd starts it, and gives it the images.
 func (n *Node) containerd() {
 	n.t.Helper()
-	testutil.Need(n.t, "containerd", "ctr", "runc")
+	testutil.Need(n.t, "containerd", "ctr", "runc", "gcc")
 	runc, err := exec.LookPath("runc")
 	if err != nil {
 		n.t.Fatal(err)
@@ -189,7 +189,7 @@ state = "/run/containerd/state"
 		_, err := n.ctr("version")
 		return err == nil
 	})
-	app, err := appImage(n.Dir)
+	app, err := images(n.Dir)
 	if err != nil {
 		n.t.Fatal(err)
 	}

@@ -84,6 +84,8 @@ func (o Options) containers(ends bool) (first, beside dict) {
 	beside = o.container(sidecarName, "run", "--config", configFile, "--drain-timeout", "25s")
 	beside["startupProbe"] = probe("ready", 1, 2, 120)
 	beside["livenessProbe"] = probe("live", 10, 5, 3)
+	// A process that hangs does not drain.
+	beside["livenessProbe"].(dict)["terminationGracePeriodSeconds"] = 5
 	switch {
 	case o.Form == Sidecar:
 		beside["restartPolicy"] = "Always"

@@ -12,7 +12,7 @@ import (
 // order is that of keys, as people write them. Others come behind.
 var order = []string{
 	"name", "image", "restartPolicy", "args", "env", "valueFrom", "startupProbe", "livenessProbe",
-	"exec", "periodSeconds", "timeoutSeconds", "failureThreshold", "securityContext",
+	"exec", "periodSeconds", "timeoutSeconds", "failureThreshold", "terminationGracePeriodSeconds", "securityContext",
 	"runAsUser", "runAsGroup", "runAsNonRoot", "privileged", "allowPrivilegeEscalation",
 	"readOnlyRootFilesystem", "capabilities", "drop", "add", "seccompProfile", "resources", "volumeMounts",
 	"mountPath", "path", "type",

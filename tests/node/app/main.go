@@ -1,5 +1,5 @@
 // Command app is what stands in the pods of tests: an application that knows
-// nothing of Pillion, a server, and the container that holds a pod together.
+// nothing of Pillion, or a server.
 //
 // A server tells its name in a line, and answers each further line with itself.
 package main
@@ -35,14 +35,12 @@ func main() {
 		command = os.Args[1]
 	}
 	switch command {
-	case "pause":
-		<-ended
 	case "work":
 		os.Exit(work(os.Args[2:], ended))
 	case "serve":
 		os.Exit(serve(os.Args[2:], ended))
 	default:
-		fmt.Fprintln(os.Stderr, "usage: app pause|work|serve")
+		fmt.Fprintln(os.Stderr, "usage: app work|serve")
 		os.Exit(2)
 	}
 }
