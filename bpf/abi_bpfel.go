@@ -153,11 +153,11 @@ type abiEndpointKey struct {
 }
 
 type abiEndpointName struct {
-	_    structs.HostLayout
-	Addr abiIpAddr
-	Set  uint32
-	Port uint16
-	Zero uint16
+	_      structs.HostLayout
+	Addr   abiIpAddr
+	Set    uint32
+	Port   uint16
+	Weight uint16
 }
 
 type abiEventKind uint32

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -147,7 +148,7 @@ func checkRound(t *testing.T, d *Datapath, turn int) {
 			if err := d.maps.EndpointNames.Lookup(i, &name); err != nil {
 				t.Fatal(err)
 			}
-			if name != nameOf(id, addr) {
+			if name.Weight = 0; name != nameOf(id, addr, 0) {
 				t.Errorf("turn %d: index %d is of %+v, want %s of %d", turn, i, name, addr, id)
 			}
 			if other, taken := whose[i]; taken {
@@ -180,4 +181,78 @@ func checkRound(t *testing.T, d *Datapath, turn int) {
 		}
 		break
 	}
+}
+
+// TestKept: who takes over knows the endpoints of every service, and those only that
+// were in its last set; rules may leave a set as it is.
+func TestKept(t *testing.T) {
+	p := newPlace(t)
+	d := p.create(t, "one")
+	defer func() { p.unload(t, d) }()
+	weighted := func(weights ...uint16) *flow.Set {
+		var addrs []netip.AddrPort
+		for n, w := range weights {
+			if w > 0 {
+				addrs = append(addrs, roundEndpoint(n))
+			}
+		}
+		set := setOf(addrs...)
+		for n := range set.Endpoints {
+			b := addrs[n].Addr().As4()
+			set.Endpoints[n].Weight = weights[b[3]]
+		}
+		return set
+	}
+	other, empty := netip.AddrPortFrom(shop.Addr(), 81), netip.AddrPortFrom(shop.Addr(), 82)
+	kept := func(service netip.AddrPort, want bool, weights ...uint16) {
+		t.Helper()
+		got, ok := d.Kept(service)
+		var all []KeptEndpoint
+		for n, w := range weights {
+			if w > 0 {
+				all = append(all, KeptEndpoint{Addr: roundEndpoint(n), Weight: w})
+			}
+		}
+		if ok != want || !slices.Equal(got, all) {
+			t.Errorf("service %s: %v, %v; want %v, %v", service, ok, got, want, all)
+		}
+	}
+	setRules(t, d, withServices(map[netip.AddrPort]*flow.Set{shop: weighted(1, 2, 3), other: weighted(5, 5), empty: setOf()}))
+	kept(shop, false) // it is its own
+	// One goes, one comes, one weighs something else, one comes back.
+	setEndpoints(t, d, map[netip.AddrPort]*flow.Set{shop: weighted(0, 2, 7, 4)})
+	setEndpoints(t, d, map[netip.AddrPort]*flow.Set{shop: weighted(9, 2, 7, 0)})
+	d = p.restart(t, d)
+	kept(shop, true, 9, 2, 7)
+	kept(other, true, 5, 5)
+	kept(empty, true)
+	kept(netip.MustParseAddrPort("192.0.2.1:1"), false)
+	inner, id := innerOf(t, d, shop), entry(t, d, shop).Id
+	rules := plain
+	rules.Services = []Service{{Addr: shop, Path: flow.PathRelay, Keep: true}, {Addr: other, Path: flow.PathDirect, Set: weighted(5, 6)}}
+	setRules(t, d, rules)
+	if got := entry(t, d, shop); got.Id != id || innerOf(t, d, shop) != inner || uint32(got.Path) != bpf.PathRelay {
+		t.Errorf("the set is another: %+v", got)
+	}
+	kept(shop, true, 9, 2, 7)
+	kept(other, false)
+	kept(empty, false)
+	states, err := d.EndpointStates(shop)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range states {
+		if e.InSet != (e.Addr != roundEndpoint(3)) {
+			t.Errorf("%s is in the set: %v", e.Addr, e.InSet)
+		}
+	}
+	d = p.restart(t, d)
+	kept(shop, true, 9, 2, 7)
+	setRules(t, d, withServices(map[netip.AddrPort]*flow.Set{shop: weighted(0, 0, 1)}))
+	kept(shop, false)
+	d = p.restart(t, d)
+	kept(shop, true, 0, 0, 1)
+	// Without a word of it, it goes.
+	setRules(t, d, plain)
+	kept(shop, false)
 }

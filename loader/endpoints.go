@@ -38,8 +38,10 @@ type EndpointState struct {
 	Last flow.Reason
 }
 
-func nameOf(set uint32, addr netip.AddrPort) bpf.EndpointName {
-	return bpf.EndpointName{Addr: bpf.FromAddr(addr.Addr()), Set: set, Port: addr.Port()}
+// nameOf is what endpoint_names has of an endpoint of that weight; of one that was
+// removed it is 0.
+func nameOf(set uint32, addr netip.AddrPort, weight uint16) bpf.EndpointName {
+	return bpf.EndpointName{Addr: bpf.FromAddr(addr.Addr()), Set: set, Port: addr.Port(), Weight: weight}
 }
 
 // endpointTable is the maps endpoints and endpoint_names: who has which index, and
@@ -109,7 +111,7 @@ func (t *endpointTable) release(i uint32) error {
 
 // recover reads who has which index, and calls f with each. What f does not want is
 // nobody's.
-func (t *endpointTable) recover(f func(set uint32, addr netip.AddrPort, i uint32) bool) error {
+func (t *endpointTable) recover(f func(name bpf.EndpointName, i uint32) bool) error {
 	var cursor ebpf.MapBatchCursor
 	keys, names := make([]uint32, chunkEndpoints), make([]bpf.EndpointName, chunkEndpoints)
 	var nobodys []uint32
@@ -119,8 +121,7 @@ func (t *endpointTable) recover(f func(set uint32, addr netip.AddrPort, i uint32
 			return fmt.Errorf("read map endpoint_names: %w", err)
 		}
 		for k, i := range keys[:n] {
-			addr := netip.AddrPortFrom(bpf.ToAddr(names[k].Addr), names[k].Port)
-			if addr.Port() == 0 || !f(names[k].Set, addr, i) {
+			if names[k].Port == 0 || !f(names[k], i) {
 				nobodys = append(nobodys, i)
 				continue
 			}
@@ -234,9 +235,36 @@ func (d *Datapath) EndpointStates(service netip.AddrPort) ([]EndpointState, erro
 	all := make([]EndpointState, 0, len(own.endpoints))
 	for _, e := range own.endpoints {
 		_, out := s.out[e.index]
-		all = append(all, s.table.at(e.index).state(e.addr(), !out, now))
+		inSet := !out && s.members[e.index].weight > 0
+		all = append(all, s.table.at(e.index).state(e.addr(), inSet, now))
 	}
 	return all, nil
+}
+
+// KeptEndpoint is an endpoint that an earlier process published.
+type KeptEndpoint struct {
+	Addr   netip.AddrPort
+	Weight uint16
+}
+
+// Kept returns the endpoints of a service as an earlier process published them last,
+// sorted by address, and whether they are what the kernel side goes by still: nothing
+// was published for it since. Their zones are not known.
+func (d *Datapath) Kept(service netip.AddrPort) ([]KeptEndpoint, bool) {
+	s := &d.sets
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	own := s.byAddr[unmapped(service)]
+	if own == nil || own.published || !own.gone.IsZero() {
+		return nil, false
+	}
+	all := make([]KeptEndpoint, 0, len(own.endpoints))
+	for _, e := range own.endpoints {
+		if w := s.members[e.index].weight; w > 0 {
+			all = append(all, KeptEndpoint{Addr: e.addr(), Weight: w})
+		}
+	}
+	return all, true
 }
 
 // SetDown tells the connect hook whether a health check says that an endpoint is

@@ -45,6 +45,9 @@ type publishing struct {
 	// What has an index now that had none.
 	added []uint32
 	names []bpf.EndpointName
+	// What has one, and another name.
+	renamed  []uint32
+	newNames []bpf.EndpointName
 	// What index needs for a while, used again for the next set.
 	list, fresh []enrolled
 }
@@ -118,12 +121,16 @@ func (p *publishing) index(c *change) error {
 		for len(had) > 0 && had[0].compare(e) < 0 {
 			had = had[1:]
 		}
+		weight := c.set.Endpoints[place].Weight
 		if len(had) > 0 && had[0].compare(e) == 0 {
 			e.index = had[0].index
-			p.members[e.index].round = p.round
+			m := &p.members[e.index]
+			if m.round = p.round; m.weight != weight {
+				p.renamed, p.newNames = append(p.renamed, e.index), append(p.newNames, nameOf(c.own.id, e.addr(), weight))
+			}
 		} else {
 			var err error
-			if e.index, err = p.add(nameOf(c.own.id, e.addr())); err != nil {
+			if e.index, err = p.add(nameOf(c.own.id, e.addr(), weight)); err != nil {
 				return err
 			}
 			added = append(added, e)
@@ -145,7 +152,7 @@ func (p *publishing) add(name bpf.EndpointName) (uint32, error) {
 	for len(p.members) <= int(i) {
 		p.members = append(p.members, member{})
 	}
-	p.members[i] = member{round: p.round}
+	p.members[i] = member{round: p.round, weight: name.Weight}
 	return i, nil
 }
 
@@ -168,8 +175,10 @@ func (p *publishing) commit() error {
 		return nil
 	}
 	err := p.replace()
+	p.renamed, p.newNames = p.renamed[:0], p.newNames[:0] // from here on those that are removed
 	for n := range p.changes {
 		c := &p.changes[n]
+		c.own.published = true
 		if err != nil {
 			// Which of them the kernel has is not known.
 			c.own.set = nil
@@ -178,7 +187,24 @@ func (p *publishing) commit() error {
 		}
 		p.published(c)
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return p.rename()
+}
+
+// rename writes names again. Who takes over sees by them what is in the last set.
+func (p *publishing) rename() error {
+	if len(p.renamed) == 0 {
+		return nil
+	}
+	if _, err := p.table.names.BatchUpdate(p.renamed, p.newNames, nil); err != nil {
+		return fmt.Errorf("rename %d endpoints: %w", len(p.renamed), err)
+	}
+	for n, i := range p.renamed {
+		p.members[i].weight = p.newNames[n].Weight
+	}
+	return nil
 }
 
 // rewrite writes in place what differs.
@@ -208,6 +234,9 @@ func (p *publishing) replace() error {
 		builders.Go(func() { p.build(part) })
 	}
 	builders.Wait()
+	if err := p.rename(); err != nil && p.changes[0].err == nil {
+		p.changes[0].err = err
+	}
 	ids, fds := make([]uint32, len(p.changes)), make([]uint32, len(p.changes))
 	for n := range p.changes {
 		c := &p.changes[n]
@@ -282,8 +311,11 @@ func (p *publishing) published(c *change) {
 	for _, e := range own.endpoints {
 		if p.members[e.index].round == p.round {
 			delete(p.out, e.index)
-		} else {
-			p.remove(own, e, now)
+			continue
+		}
+		p.remove(own, e, now)
+		if p.members[e.index].weight > 0 {
+			p.renamed, p.newNames = append(p.renamed, e.index), append(p.newNames, nameOf(own.id, e.addr(), 0))
 		}
 	}
 }

@@ -47,6 +47,8 @@ type Service struct {
 	// Set is what the connect hook picks from on flow.PathDirect, and on
 	// flow.PathRelay when the handler is gone. Nil: there is none.
 	Set *flow.Set
+	// Keep leaves the set that an earlier process has published; see [Datapath.Kept].
+	Keep bool
 }
 
 // Rule names destinations: a prefix, and one port or any (0).
@@ -76,8 +78,8 @@ func (d *Datapath) SetRules(r Rules) error {
 	}
 	err = errors.Join(
 		d.replaceServices(services),
-		replace(d.maps.Deny, ruleKeys(r.Deny)),
-		replace(d.maps.Exclude, ruleKeys(r.Exclude)),
+		replace(d.maps.Deny, ruleKeys(r.Deny), nil),
+		replace(d.maps.Exclude, ruleKeys(r.Exclude), nil),
 	)
 	if err != nil {
 		return err
@@ -105,15 +107,21 @@ func (d *Datapath) publishAll(services []Service) (map[bpf.EndpointKey]bpf.Servi
 			Id: noSet, OnFailure: uint8(onFailure(s.Closed)),
 			Connect: uint8(d.connect(s.Connect)), NoEndpoint: uint8(s.NoEndpoint), Path: uint8(servicePath(s.Path)),
 		}
-		if s.Set != nil {
-			own := d.sets.byAddr[unmapped(s.Addr)]
+		own := d.sets.byAddr[unmapped(s.Addr)]
+		switch {
+		case s.Set != nil:
 			own.gone = time.Time{}
+			v.Id = own.id
+		case s.keeps(own):
 			v.Id = own.id
 		}
 		entries[serviceKey(s.Addr)] = v
 	}
 	return entries, nil
 }
+
+// keeps tells whether a service stays with the set that it has.
+func (s *Service) keeps(own *serviceSet) bool { return s.Keep && own != nil && own.gone.IsZero() }
 
 func serviceKey(a netip.AddrPort) bpf.EndpointKey {
 	return bpf.EndpointKey{Addr: bpf.FromAddr(a.Addr()), Port: a.Port()}
@@ -133,7 +141,8 @@ func servicePath(p flow.Path) uint32 {
 func (d *Datapath) replaceServices(services map[bpf.EndpointKey]bpf.Service) error {
 	d.servicesMu.Lock()
 	defer d.servicesMu.Unlock()
-	return replace(d.maps.Services, services)
+	// That a service has no endpoint for a while is not the rules' to say.
+	return replace(d.maps.Services, services, func(old bpf.Service, v *bpf.Service) { v.Unavailable = old.Unavailable })
 }
 
 func (d *Datapath) applySettings(r Rules) error {
@@ -225,8 +234,9 @@ func ruleKeys(rules []Rule) map[bpf.RuleKey]uint32 {
 	return keys
 }
 
-// replace makes a map hold what want has, and nothing else.
-func replace[K comparable, V comparable](m *ebpf.Map, want map[K]V) error {
+// replace makes a map hold what want has, and nothing else. keep, unless it is nil, has
+// a value take over what it has of the old one.
+func replace[K comparable, V comparable](m *ebpf.Map, want map[K]V, keep func(old V, v *V)) error {
 	have := map[K]V{}
 	var k K
 	var v V
@@ -234,7 +244,11 @@ func replace[K comparable, V comparable](m *ebpf.Map, want map[K]V) error {
 		have[k] = v
 	}
 	for k, v := range want {
-		if old, ok := have[k]; ok && old == v {
+		old, ok := have[k]
+		if ok && keep != nil {
+			keep(old, &v)
+		}
+		if ok && old == v {
 			continue
 		}
 		if err := m.Put(k, v); err != nil {

@@ -42,6 +42,32 @@ func TestUnavailable(t *testing.T) {
 	}
 }
 
+// TestRulesKeepUnavailable: that a service has no endpoint for a while is not taken
+// back by rules that say something else of it.
+func TestRulesKeepUnavailable(t *testing.T) {
+	p := newPlace(t)
+	d := p.create(t, "one")
+	defer p.unload(t, d)
+	rules := plain
+	rules.Services = []Service{{Addr: shop, Connect: flow.ConnectMirror}}
+	setRules(t, d, rules)
+	if err := d.Unavailable(shop, time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	rules.Services = []Service{{Addr: shop, Connect: flow.ConnectEarly, Closed: true}}
+	setRules(t, d, rules)
+	if s := entry(t, d, shop); s.Unavailable == 0 || uint32(s.OnFailure) != bpf.OnFailureClosed {
+		t.Errorf("%+v", s)
+	}
+	rules.Services = nil
+	setRules(t, d, rules)
+	rules.Services = []Service{{Addr: shop}}
+	setRules(t, d, rules)
+	if s := entry(t, d, shop); s.Unavailable != 0 {
+		t.Errorf("it is a new service, and unavailable: %+v", s)
+	}
+}
+
 // TestDraining: rules that come while it drains do not send the handler new
 // connections, and who takes over drains with the rules that were in force, and is
 // not draining itself.

@@ -44,9 +44,11 @@ type serviceSet struct {
 	id   uint32
 	addr netip.AddrPort // not valid: an earlier process removed it
 	// set is what was published last, and spill what was written since. nil:
-	// nothing, or an earlier process has.
+	// nothing, or an earlier process has, or it is not known what.
 	set   *flow.Set
 	spill uint32
+	// published: this process has, or has tried to.
+	published bool
 	// inner is open only where something is written in place, or handed on to the
 	// next set: a descriptor for each would be too many.
 	inner *ebpf.Map
@@ -61,6 +63,7 @@ type member struct {
 	round      uint32 // of publishing, in which it was in a set the last time
 	told, down bool   // what that set said of it
 	released   bool   // the index is nobody's
+	weight     uint16 // as endpoint_names has it; 0: it was removed
 }
 
 // removedEndpoint is one that is in no set.
@@ -135,14 +138,16 @@ func (s *setTable) recover(services *ebpf.Map) error {
 		return s.add(id, netip.AddrPort{})
 	}
 	seen := map[bpf.EndpointName]bool{}
-	err := s.table.recover(func(set uint32, addr netip.AddrPort, i uint32) bool {
-		name := nameOf(set, addr)
-		if set >= bpf.Sets || seen[name] {
+	weights := map[uint32]uint16{}
+	err := s.table.recover(func(name bpf.EndpointName, i uint32) bool {
+		weight := name.Weight
+		name.Weight = 0
+		if name.Set >= bpf.Sets || seen[name] {
 			return false // to name it failed half-way
 		}
-		seen[name] = true
-		own := known(set)
-		own.endpoints = append(own.endpoints, enroll(addr, i))
+		seen[name], weights[i] = true, weight
+		own := known(name.Set)
+		own.endpoints = append(own.endpoints, enroll(netip.AddrPortFrom(bpf.ToAddr(name.Addr), name.Port), i))
 		return true
 	})
 	if err != nil {
@@ -157,6 +162,9 @@ func (s *setTable) recover(services *ebpf.Map) error {
 		}
 	}
 	s.members = make([]member, s.table.next)
+	for i, w := range weights {
+		s.members[i].weight = w
+	}
 	return nil
 }
 
@@ -214,11 +222,12 @@ func (s *setTable) take(addr netip.AddrPort) (*serviceSet, error) {
 func (s *setTable) use(services []Service) error {
 	pointed := map[*serviceSet]bool{}
 	s.services = make(map[netip.AddrPort]bool, len(services))
-	for _, v := range services {
+	for n := range services {
+		v := &services[n]
 		addr := unmapped(v.Addr)
 		s.services[addr] = true
-		if v.Set != nil {
-			pointed[s.byAddr[addr]] = true
+		if own := s.byAddr[addr]; v.Set != nil || v.keeps(own) {
+			pointed[own] = true
 		}
 	}
 	var unused []*serviceSet

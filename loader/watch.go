@@ -81,7 +81,7 @@ func (d *Datapath) syncNetwork() error {
 	for p, w := range routes {
 		ways[prefixKey(p)] = bpf.Route{Kind: w.kind, Source: bpf.FromAddr(w.source)}
 	}
-	return errors.Join(replace(d.maps.OwnAddrs, own), replace(d.maps.Routes, ways))
+	return errors.Join(replace(d.maps.OwnAddrs, own, nil), replace(d.maps.Routes, ways, nil))
 }
 
 func prefixKey(p netip.Prefix) bpf.PrefixKey {

@@ -274,7 +274,7 @@ struct endpoint_name {
 	struct ip_addr addr;
 	__u32 set; /* service.id */
 	__u16 port; /* never 0 */
-	__u16 zero;
+	__u16 weight; /* in the last set; 0: removed from it */
 };
 
 enum on_failure {
