@@ -143,10 +143,13 @@ func (c *control) run(ctx context.Context) error {
 				return nil
 			}
 		case done := <-c.settled:
+			last := c.left()
 			c.unsettled = false
 			c.update()
 			if t := c.i.taking; t != nil {
 				c.inherit(&t.state)
+			} else {
+				c.removedBefore(last)
 			}
 			close(done)
 		case <-c.i.hangups:
@@ -283,7 +286,7 @@ func (c *control) answers(ctx context.Context) error {
 		select {
 		case <-answered:
 		case <-late:
-			c.i.log.Warn("not every source has told its endpoints yet: their services go by on_failure")
+			c.i.log.Warn("not every source has told its endpoints yet: their services keep the last ones, or go by on_failure")
 			late = nil
 		case <-ctx.Done():
 			return cause(ctx)

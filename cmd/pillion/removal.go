@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"net/netip"
 	"slices"
 	"time"
@@ -11,8 +12,9 @@ import (
 // removals ends connections to endpoints that are gone, at once or after a time.
 // It belongs to the goroutine of control.
 type removals struct {
-	// end ends the connections of a service to an endpoint.
-	end     func(gone)
+	// end ends the connections of a service to an endpoint. It may wait for those
+	// that carry them until ctx is done.
+	end     func(ctx context.Context, g gone)
 	pending []removal // by time
 	timer   *time.Timer
 }
@@ -30,11 +32,15 @@ type removal struct {
 	at time.Time
 }
 
+// endLimit is how long one change waits in all for the handler's workers to end
+// connections: what they do later is done, and not counted.
+const endLimit = 250 * time.Millisecond
+
 // add does what a service wants to become of connections to an endpoint.
-func (r *removals) add(g gone, how config.OnRemove, after time.Duration) {
+func (r *removals) add(ctx context.Context, g gone, how config.OnRemove, after time.Duration) {
 	switch how {
 	case config.OnRemoveReset:
-		r.end(g)
+		r.end(ctx, g)
 		r.later(g, lateConnects)
 	case config.OnRemoveClose:
 		r.later(g, after)
@@ -75,9 +81,11 @@ func (r *removals) due() <-chan time.Time {
 
 // endDue ends what is due.
 func (r *removals) endDue() {
+	ctx, cancel := context.WithTimeout(context.Background(), endLimit)
+	defer cancel()
 	now := time.Now()
 	for len(r.pending) > 0 && !r.pending[0].at.After(now) {
-		r.end(r.pending[0].gone)
+		r.end(ctx, r.pending[0].gone)
 		r.pending = r.pending[1:]
 	}
 	r.arm()
@@ -145,6 +153,8 @@ func (c *control) removed(before, now []service) {
 		return sets[s][endpoint]
 	}
 	there := func(g gone) bool { return in(byName[g.service], g.endpoint) || in(byAddr[g.addr], g.endpoint) }
+	ctx, cancel := context.WithTimeout(context.Background(), endLimit)
+	defer cancel()
 	former := c.former
 	c.former = formerPlaces(former, before, now)
 	for i := range before {
@@ -167,15 +177,41 @@ func (c *control) removed(before, now []service) {
 			if there(g) {
 				continue
 			}
-			c.removals.add(g, by.OnRemove, by.RemoveAfter)
+			c.removals.add(ctx, g, by.OnRemove, by.RemoveAfter)
 			for _, p := range former[s.Name] {
 				if g := (gone{p.name, p.addr, e.Addr}); !there(g) {
-					c.removals.add(g, by.OnRemove, by.RemoveAfter)
+					c.removals.add(ctx, g, by.OnRemove, by.RemoveAfter)
 				}
 			}
 		}
 	}
 	c.removals.spare(there)
+}
+
+// left are the services in force, with the endpoints that an earlier process left.
+func (c *control) left() []service {
+	var all []service
+	for _, s := range c.list() {
+		if kept, ok := c.kept(s.Addr); ok && len(kept) > 0 {
+			s.endpoints = kept
+			all = append(all, s)
+		}
+	}
+	return all
+}
+
+// removedBefore does what services want to become of connections to endpoints that
+// were removed while no process was there. Of a service that is gone nobody knows what
+// it wanted, and one whose endpoints are not known has lost none.
+func (c *control) removedBefore(left []service) {
+	now := c.list()
+	left = slices.DeleteFunc(left, func(s service) bool {
+		is := same(now, &s)
+		return is == nil || !is.known
+	})
+	former := c.former
+	c.removed(left, now)
+	c.former = former
 }
 
 func addrsOf(s *service) map[netip.AddrPort]bool {

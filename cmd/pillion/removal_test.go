@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"net/netip"
 	"testing"
 	"testing/synctest"
@@ -14,12 +15,19 @@ import (
 func TestRemovals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ended := map[string]int{}
-		r := removals{end: func(g gone) { ended[g.service]++ }}
+		r := removals{end: func(ctx context.Context, g gone) {
+			if limit, ok := ctx.Deadline(); !ok || time.Until(limit) > endLimit {
+				t.Errorf("%s: it may take until %s", g.service, limit)
+			}
+			ended[g.service]++
+		}}
+		ctx, cancel := context.WithTimeout(t.Context(), endLimit)
+		defer cancel()
 		at := netip.MustParseAddrPort("10.0.0.1:80")
-		r.add(gone{"reset", at, at}, config.OnRemoveReset, time.Hour)
-		r.add(gone{"close", at, at}, config.OnRemoveClose, time.Minute)
-		r.add(gone{"keep", at, at}, config.OnRemoveKeep, 0)
-		r.add(gone{"back", at, at}, config.OnRemoveReset, 0)
+		r.add(ctx, gone{"reset", at, at}, config.OnRemoveReset, time.Hour)
+		r.add(ctx, gone{"close", at, at}, config.OnRemoveClose, time.Minute)
+		r.add(ctx, gone{"keep", at, at}, config.OnRemoveKeep, 0)
+		r.add(ctx, gone{"back", at, at}, config.OnRemoveReset, 0)
 		wants := func(when string, reset, closed int) {
 			t.Helper()
 			if ended["reset"] != reset || ended["close"] != closed || ended["keep"] != 0 || ended["back"] != 1 {

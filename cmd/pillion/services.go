@@ -29,7 +29,11 @@ type service struct {
 	found bool
 	// known is false while its source has never told anything: its connections
 	// go by on_failure, since nobody can say that it has no endpoints.
-	known     bool
+	known bool
+	// kept is true while it has what an earlier process published, since its source
+	// has not told yet. The zones of its endpoints are then not known, and its set is
+	// the kernel side's alone.
+	kept      bool
 	endpoints []discover.Endpoint
 	cluster   *upstream.Cluster
 	set       *flow.Set // of the family of its address; nil: it has none
@@ -117,6 +121,10 @@ func (c *control) serviceOf(next *config.Config, v *config.Service) service {
 		if s.known {
 			return s
 		}
+		if kept, ok := c.kept(s.Addr); ok {
+			s.endpoints, s.known, s.kept = kept, true, true
+			return s
+		}
 		// A source that is new has not told yet: what the service had holds.
 		if was := same(c.list(), &s); was != nil && was.known && len(was.endpoints) > 0 {
 			s.endpoints, s.known = was.endpoints, true
@@ -127,6 +135,20 @@ func (c *control) serviceOf(next *config.Config, v *config.Service) service {
 		s.endpoints = append(s.endpoints, discover.Endpoint{Addr: e.Addr, Weight: e.Weight, Zone: e.Zone})
 	}
 	return s
+}
+
+// kept returns what an earlier process published for a service, if nobody has
+// published anything since.
+func (c *control) kept(service netip.AddrPort) ([]discover.Endpoint, bool) {
+	if c.i.datapath == nil {
+		return nil, false // it is the start
+	}
+	last, ok := c.i.datapath.Kept(service)
+	all := make([]discover.Endpoint, 0, len(last))
+	for _, e := range last {
+		all = append(all, discover.Endpoint{Addr: e.Addr, Weight: uint32(e.Weight)})
+	}
+	return all, ok
 }
 
 // same returns the one of services that is s: of its name, or else of its address;
@@ -297,7 +319,7 @@ func (c *control) arrange(services []service, snapshot *upstream.Snapshot) {
 	for i := range services {
 		s := &services[i]
 		s.cluster = snapshot.Cluster(s.Name)
-		if s.path == flow.PathPass || !s.known {
+		if s.path == flow.PathPass || !s.known || s.kept {
 			continue
 		}
 		if s.set = had[at{s.cluster, s.Addr}]; s.set == nil {
@@ -453,7 +475,7 @@ func (c *control) setDown(change check.Change) {
 		}
 		e.SetDown(down)
 		c.i.log.Info("health check", "service", s.Name, "endpoint", e.Addr, "state", change.State, "error", change.Err)
-		if s.set == nil {
+		if s.set == nil && !s.kept {
 			continue
 		}
 		err := c.i.datapath.SetDown(s.Addr, e.Addr, down)
@@ -503,13 +525,8 @@ func (c *control) overflow() {
 	}
 }
 
-// endLimit is how long the handler's workers have to end connections.
-const endLimit = 5 * time.Second
-
 // endConnections ends the connections to an endpoint that is gone.
-func (i *instance) endConnections(g gone) {
-	ctx, cancel := context.WithTimeout(context.Background(), endLimit)
-	defer cancel()
+func (i *instance) endConnections(ctx context.Context, g gone) {
 	n := i.handler.End(ctx, g.service, g.endpoint)
 	direct, err := i.datapath.End(g.addr, g.endpoint)
 	switch {

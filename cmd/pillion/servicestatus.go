@@ -95,7 +95,7 @@ func (c *control) checks() map[string][]check.Status {
 // endpoints of a service.
 func (c *control) know(s *service, checks map[string][]check.Status) *knowledge {
 	k := &knowledge{endpoints: s.endpoints, checks: checks[s.Name]}
-	if s.set != nil {
+	if s.set != nil || s.kept {
 		// An error: it is gone meanwhile.
 		k.kernel, _ = c.i.datapath.EndpointStates(s.Addr)
 	}

@@ -33,9 +33,13 @@ func (c *control) Sets() metrics.SetStats {
 		Publishes: s.publishes.Load(), Failures: s.failures.Load(), Ended: s.ended.Load(), PublishTime: time.Duration(s.took.Load()),
 	}
 	for _, v := range c.list() {
-		if v.set != nil {
+		switch {
+		case v.set != nil:
 			m.Sets++
 			m.SetEndpoints += len(v.set.Endpoints)
+		case v.kept:
+			m.Sets++
+			m.SetEndpoints += len(v.endpoints)
 		}
 	}
 	return m

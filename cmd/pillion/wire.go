@@ -356,7 +356,7 @@ func (i *instance) rules(c *config.Config, services []service) loader.Rules {
 		}
 		r.Services = append(r.Services, loader.Service{
 			Addr: s.Addr, Path: path, Closed: closed, Connect: cmp.Or(s.Connect, c.Connect).Mode(),
-			NoEndpoint: errnoOf(cmp.Or(s.NoEndpoint, c.NoEndpoint)), Set: s.set,
+			NoEndpoint: errnoOf(cmp.Or(s.NoEndpoint, c.NoEndpoint)), Set: s.set, Keep: s.kept,
 		})
 	}
 	for _, d := range c.Deny {
