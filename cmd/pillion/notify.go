@@ -1,10 +1,16 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"os"
+	"strconv"
+	"time"
 )
+
+// notifyLimit is how long systemd's queue may be full.
+const notifyLimit = 5 * time.Second
 
 // notify tells systemd of a change of state, if it asked for that: one datagram
 // to the socket that it named (sd_notify(3)).
@@ -18,8 +24,57 @@ func notify(state string) error {
 		return fmt.Errorf("tell systemd %s: %w", state, err)
 	}
 	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(notifyLimit))
 	if _, err := conn.Write([]byte(state)); err != nil {
 		return fmt.Errorf("tell systemd %s: %w", state, err)
 	}
 	return nil
+}
+
+// watchdogEvery is how often systemd is to be told that this process works: twice in
+// the time after which it takes it for dead (sd_watchdog_enabled(3)). 0: it does not
+// want to know.
+func watchdogEvery() (time.Duration, error) {
+	text := os.Getenv("WATCHDOG_USEC")
+	if text == "" {
+		return 0, nil
+	}
+	if pid := os.Getenv("WATCHDOG_PID"); pid != "" && pid != strconv.Itoa(os.Getpid()) {
+		return 0, nil // it is about a process that started this one
+	}
+	usec, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || usec <= 1 {
+		return 0, fmt.Errorf("WATCHDOG_USEC=%s is no number of microseconds", text)
+	}
+	return time.Duration(usec) * time.Microsecond / 2, nil
+}
+
+// watchdog tells systemd every so often that the process works, until ctx is done. It
+// says nothing while stuck does: then only a new process helps.
+func watchdog(ctx context.Context, every time.Duration, stuck func() error) error {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		if stuck() == nil {
+			if err := notify("WATCHDOG=1"); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// beWatched lets systemd's watchdog watch the instance, also while it drains.
+func (i *instance) beWatched(ctx context.Context) {
+	every, err := watchdogEvery()
+	if err == nil && every > 0 {
+		err = watchdog(ctx, every, i.stuck)
+	}
+	if err != nil {
+		i.log.Error("systemd's watchdog is not told", "error", err)
+	}
 }

@@ -129,6 +129,9 @@ func daemon(g *global, f *runFlags) error {
 	if f.withScope {
 		watch.Go(func() { i.endWithScope(stop, end) })
 	}
+	watched, unwatch := context.WithCancel(context.Background())
+	defer unwatch()
+	watch.Go(func() { i.beWatched(watched) })
 	var cut atomic.Int64
 	unarm := context.AfterFunc(stop, func() {
 		// The second signal is the default's: it ends the process.

@@ -1,0 +1,9 @@
+package systemd
+
+import (
+	"testing"
+
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+func TestMain(m *testing.M) { testutil.Main(m) }
