@@ -33,7 +33,7 @@ const (
 
 // order is what the application is told to do, one line of JSON each.
 type order struct {
-	Do string // dial, open, talk, ended, load, unload, first
+	Do string // dial, open, talk, ended, close, load, unload, first
 	To []netip.AddrPort
 	// ID names a connection that stays open.
 	ID string
@@ -232,6 +232,9 @@ func (p *player) play(o order) result {
 		}
 		c.Close()
 		return result{Errno: errnoOf(err)}
+	case "close":
+		p.conns[o.ID].Close()
+		return result{}
 	case "load":
 		p.stop = make(chan struct{})
 		p.sum = totals{Connects: map[string]int{}}

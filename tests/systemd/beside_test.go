@@ -21,6 +21,7 @@ func TestBeside(t *testing.T) {
 	m.beside(t, "shop", shop, fmt.Sprintf("Environment=%s=%s %s=%s", envFirst, relayed, envLast, relayed))
 	m.must(t, "systemctl", "start", "shop.service")
 	m.serves(t, "shop")
+	m.app(t, "shop.service") // it has made its first connection when it listens
 	t.Run("Restarted", m.testRestarted)
 	t.Run("Stopped", m.testStopped)
 	t.Run("Order", m.testOrder)
