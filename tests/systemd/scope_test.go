@@ -3,6 +3,7 @@ package systemd
 import (
 	"context"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -55,10 +56,16 @@ func TestBare(t *testing.T) {
 	a.goes(t, relayed, server(5))
 	m.conserved(t, "plain")
 
-	// A process that is killed while there is no cgroup: the next one starts when there
-	// is one again, and anew.
+	// It cannot start while there is no cgroup, and is no use then. Once there is one
+	// again it can, anew.
 	m.must(t, "systemctl", "stop", "plain.service")
-	m.must(t, "systemctl", "restart", "--no-block", "bare.service")
+	if code, _ := m.code(t, "systemctl", "restart", "bare.service"); code == 0 {
+		t.Error("it started without a cgroup")
+	}
+	if journal := m.journal(t, "bare.service"); !strings.Contains(journal, "no such cgroup: "+dir) {
+		t.Errorf("the journal does not tell:\n%s", journal)
+	}
+	m.must(t, "systemctl", "start", "--no-block", "bare.service")
 	m.must(t, "systemctl", "start", "plain.service")
 	a = m.app(t, "plain.service")
 	m.serves(t, "plain")

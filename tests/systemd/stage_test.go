@@ -82,12 +82,13 @@ func (m *machine) status(t testing.TB, name string) admin.Status {
 	return s
 }
 
-// serves waits until an instance is ready and carries connections.
+// serves waits until an instance captures and carries connections.
 func (m *machine) serves(t testing.TB, name string) {
 	t.Helper()
 	testutil.Eventually(t, rig.Limit, func() bool {
 		s, err := m.instance(name).Status(context.Background())
-		return err == nil && s.Ready && s.State == admin.StateServing
+		// Status tells of the start, Ready of now.
+		return err == nil && s.Ready && s.State == admin.StateServing && m.instance(name).Ready(context.Background()) == nil
 	}, name, " is ready")
 }
 

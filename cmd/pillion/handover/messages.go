@@ -85,7 +85,11 @@ func Listen(path string) (net.Listener, error) {
 	if err := unix.Listen(fd, 1); err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, os.NewSyscallError("listen", err))
 	}
-	return Inherit(fd)
+	ln, err := Inherit(fd)
+	if err == nil {
+		ln.(*net.UnixListener).SetUnlinkOnClose(true) // a file that was made here
+	}
+	return ln, err
 }
 
 // Inherit makes a listener of a descriptor, which stays the caller's. Closed, it
