@@ -155,7 +155,7 @@ func (n *node) configure(t *testing.T) {
 		}
 	}
 	for name, text := range map[string]string{
-		"config.toml":         fmt.Sprintf(containerdConfig, n.dir, pauseName, binary),
+		"config.toml":          fmt.Sprintf(containerdConfig, n.dir, pauseName, binary),
 		"cni/10-pods.conflist": fmt.Sprintf(networkConfig, n.dir),
 	} {
 		path := filepath.Join(n.dir, name)

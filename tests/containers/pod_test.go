@@ -1,8 +1,10 @@
 package containers
 
 import (
+	"cmp"
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -39,6 +41,7 @@ type pod struct {
 	config message
 	spec   podSpec
 	count  int
+	gone   bool
 }
 
 // podSpec is what differs between pods.
@@ -106,7 +109,10 @@ func (p *pod) sandbox(t *testing.T) {
 	metadata := message(nil).text(1, "p").text(2, p.uid).text(3, "default").number(4, int64(p.count))
 	security := message(nil).message(1, p.namespaces()).flag(6, p.spec.privileged).message(9, nil)
 	linux := message(nil).text(1, "/"+p.top+"/kubepods/burstable/"+p.parent).message(2, security)
-	p.config = message(nil).message(1, metadata).text(2, "pod").text(3, filepath.Join(p.dir, "logs")).message(8, linux)
+	p.config = message(nil).message(1, metadata).text(3, filepath.Join(p.dir, "logs")).message(8, linux)
+	if !p.spec.hostNetwork {
+		p.config = p.config.text(2, "pod")
+	}
 	f, err := p.call(limited(t), "RuntimeService/RunPodSandbox", message(nil).message(1, p.config))
 	if err != nil {
 		t.Fatalf("%v\n%s", err, tail(p.log.String(), 20))
@@ -127,10 +133,14 @@ func (p *pod) sandbox(t *testing.T) {
 	p.ip = string(network.bytes[1])
 }
 
-// remove deletes the pod, as a kubelet does: containers, sandbox, cgroup. To do it
-// again is no harm.
+// remove deletes the pod, as a kubelet does: containers, sandbox, cgroup. Once it is
+// gone, it does nothing.
 func (p *pod) remove(t *testing.T) {
 	t.Helper()
+	if p.gone {
+		return
+	}
+	p.gone = true
 	for _, method := range []string{"StopPodSandbox", "RemovePodSandbox"} {
 		if _, err := p.call(limited(t), "RuntimeService/"+method, message(nil).text(1, p.id)); err != nil {
 			t.Error(err)
@@ -143,7 +153,7 @@ func (p *pod) remove(t *testing.T) {
 	}
 }
 
-// kubeUID is the uid as Pillion names instances.
+// instance is what Pillion calls its own for the pod.
 func (p *pod) instance() string { return "pod-" + strings.ReplaceAll(p.uid, "-", "") }
 
 // container is what is run in a pod, and what is known of it.
@@ -158,10 +168,10 @@ type container struct {
 type spec struct {
 	image      string // empty: Pillion's
 	args       []string
-	env        []string // NAME=VALUE
+	uid        string // what POD_UID says; empty: the pod's
 	privileged bool
 	caps       []string
-	unconfined bool // no seccomp profile
+	seccomp    string // empty: the runtime's default; none; or a file
 	mounts     []mount
 	memory     int64 // bytes; 0: no limit
 }
@@ -194,11 +204,11 @@ func application(args ...string) spec { return spec{image: appName, args: args} 
 func (p *pod) encode(name string, attempt int, s spec) message {
 	image := s.image
 	var mounts []mount
-	env := s.env
+	var env []string
 	if image == "" {
 		image = p.image
 		mounts = []mount{{at: "/run/pillion", from: filepath.Join(p.dir, "run")}, {at: "/etc/pillion", from: filepath.Join(p.dir, "conf"), readOnly: true}}
-		env = append([]string{"POD_UID=" + p.uid}, env...)
+		env = []string{"POD_UID=" + cmp.Or(s.uid, p.uid)}
 	}
 	c := message(nil).message(1, message(nil).text(1, name).number(2, int64(attempt))).message(2, message(nil).text(1, image)).text(4, s.args...)
 	for _, e := range env {
@@ -216,14 +226,23 @@ func (p *pod) encode(name string, attempt int, s spec) message {
 	security := message(nil).flag(2, s.privileged).message(3, p.namespaces())
 	if !s.privileged {
 		security = security.message(1, message(nil).text(1, s.caps...).text(2, "ALL")).message(5, nil).flag(7, true).flag(11, true)
-		profile := message(nil)
-		if s.unconfined {
-			profile = profile.number(1, 1)
-		}
-		security = security.message(15, profile)
+		security = security.message(15, profile(s.seccomp))
 	}
 	resources := message(nil).number(4, s.memory)
 	return c.message(15, message(nil).message(1, resources).message(2, security))
+}
+
+// unconfined is no seccomp profile.
+const unconfined = "none"
+
+func profile(name string) message {
+	switch name {
+	case "":
+		return nil
+	case unconfined:
+		return message(nil).number(1, 1)
+	}
+	return message(nil).number(1, 2).text(2, "localhost/"+name)
 }
 
 // run makes and starts a container. It is not waited for.
@@ -285,7 +304,7 @@ func (c *container) wait(t *testing.T) status {
 func (c *container) output(t *testing.T) string {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join(c.pod.dir, "logs", c.name+".log"))
-	if err != nil {
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)
 	}
 	var lines []string
@@ -405,3 +424,24 @@ func (p *pod) ask(t *testing.T, times int, to string) []string {
 	c.wait(t)
 	return strings.Split(c.output(t), "\n")
 }
+
+// answers is ask for a pod that has a sidecar: who is refused asks again, since a
+// handler that a busy machine does not let run is taken for gone.
+func (p *pod) answers(t *testing.T, times int, to string) []string {
+	t.Helper()
+	var all []string
+	for end := time.Now().Add(rig.Limit); len(all) < times; {
+		for _, line := range p.ask(t, times-len(all), to) {
+			if !strings.HasPrefix(line, "refused true") {
+				all = append(all, line)
+			}
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%s answers %d times, want %d: %q", to, len(all), times, all)
+		}
+	}
+	return all
+}
+
+// answer is what an application of the pod prints.
+func answer(name string, p *pod, to string) string { return fmt.Sprintf("%s %s %s", name, p.ip, to) }
