@@ -22,6 +22,7 @@ BLACKBOX    := ./tests/...
 .DEFAULT_GOAL := build
 .PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes stress traps failure suites bench demo image install clean
 .PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes test-systemd stress traps suites bench demo image install clean
+.PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes test-containers stress traps suites bench demo image install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +66,10 @@ test-kubernetes: ## discovery against a real kube-apiserver and etcd (built once
 test-systemd: build ## the unit and the drop-in under a real systemd in a container (as root, some minutes)
 	@scripts/setup.sh systemd
 	root=$$(scripts/systemd.sh) && PILLION_SYSTEMD_ROOT=$$root PILLION=$(abspath $(PILLION)) $(GO) test -count=1 -v -timeout 15m ./tests/systemd
+test-containers: ## the image in real pods: containerd over CRI, and podman (as root, two minutes)
+	@scripts/setup.sh containers
+	$(GO) run ./scripts/image -o $(BUILD)/image
+	PILLION_IMAGE=$(abspath $(BUILD)/image) $(GO) test -count=1 -v -timeout 15m ./tests/containers
 
 stress: build ## 5,000 connections for two minutes while endpoints come and go (as root)
 	PILLION=$(abspath $(PILLION)) $(GO) test -count=1 -v -timeout 15m ./tests/model -run TestStress -stress 2m

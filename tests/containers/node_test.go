@@ -287,11 +287,18 @@ func keepControllers(t *testing.T) {
 			return
 		}
 		for _, c := range strings.Fields(string(after)) {
-			if !contains(had, c) {
-				// Busy while another test has it on below: then that one's to take.
-				if err := os.WriteFile(file, []byte("-"+c), 0); err != nil {
-					t.Logf("give back %s: %v", c, err)
+			if contains(had, c) {
+				continue
+			}
+			// Busy for a moment after the last cgroup below has gone, or for as long
+			// as another test has it on: then that one gives it back.
+			for end := time.Now().Add(rig.Limit / 10); ; time.Sleep(50 * time.Millisecond) {
+				if err = os.WriteFile(file, []byte("-"+c), 0); err == nil || time.Now().After(end) {
+					break
 				}
+			}
+			if err != nil {
+				t.Logf("give back %s: %v", c, err)
 			}
 		}
 	})
