@@ -56,7 +56,11 @@ func mountBPFFS(dir string) error {
 		return nil
 	}
 	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-	if err := unix.Mount("bpf", dir, "bpf", flags, "mode=0700"); err != nil {
+	err := unix.Mount("bpf", dir, "bpf", flags, "mode=0700")
+	if errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("mount the bpf file system on %s, which takes CAP_SYS_ADMIN, or in a pod a hostPath volume with mountPropagation: HostToContainer: %w", dir, err)
+	}
+	if err != nil {
 		return fmt.Errorf("mount the bpf file system on %s: %w", dir, err)
 	}
 	return nil

@@ -40,6 +40,9 @@ func (m *machine) scope() (dir, root string, err error) {
 func checkAttach(ctx context.Context, m *machine) []Finding {
 	const name = "attach"
 	dir, _, err := m.scope()
+	if errors.Is(err, ErrUnsupported) {
+		return []Finding{noMount(name)}
+	}
 	if err != nil {
 		return []Finding{failure(name, "name a cgroup of the v2 hierarchy", "%v", err)}
 	}

@@ -109,7 +109,7 @@ func (m *machine) unchecked(name string, err error) Finding {
 func (m *machine) whyDenied() string {
 	var why []string
 	if m.status("Seccomp") == "2" {
-		why = append(why, "allow bpf(2) in this process's seccomp profile")
+		why = append(why, "allow bpf(2) in this process's seccomp profile: RuntimeDefault of containerd and CRI-O does with CAP_BPF; podman's and docker's may with CAP_SYS_ADMIN alone, there give that or set seccomp=unconfined")
 	}
 	if text, err := m.read("/sys/kernel/security/lockdown"); err == nil && strings.Contains(text, "[confidentiality]") {
 		why = append(why, "boot with lockdown=integrity instead of confidentiality")

@@ -109,6 +109,9 @@ func TCX() error {
 }
 
 func checkFeatures(ctx context.Context, m *machine) []Finding {
+	if !m.callable(ctx) {
+		return []Finding{noCalls("features")}
+	}
 	var found []Finding
 	for _, f := range features() {
 		if err := ctx.Err(); err != nil {
@@ -153,6 +156,9 @@ func checkPrograms(ctx context.Context, m *machine) []Finding {
 	}
 	if !m.capabilities().enough() {
 		return []Finding{m.unchecked(name, errors.New("the capabilities are missing"))}
+	}
+	if !m.callable(ctx) {
+		return []Finding{noCalls(name)}
 	}
 	shared := map[string]*ebpf.Map{}
 	defer closeAll(shared)

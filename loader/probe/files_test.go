@@ -64,28 +64,37 @@ func TestFiles(t *testing.T) {
 		want  []string
 		says  string
 	}{
-		"btf":             {checkBTF, map[string]string{btfFile: "x"}, nil, btfFile},
-		"no btf":          {checkBTF, nil, []string{"fail btf"}, "no type information"},
-		"empty btf":       {checkBTF, map[string]string{btfFile: ""}, []string{"fail btf"}, "empty"},
-		"release":         {checkKernel, sysctl("kernel/osrelease", "4.4.0\n"), nil, "Linux 4.4.0"},
-		"no release":      {checkKernel, nil, nil, "unknown"},
-		"unified":         {checkCgroup, map[string]string{"/proc/self/mountinfo": unifiedLine}, nil, "mounted on /sys/fs/cgroup"},
-		"hybrid":          {checkCgroup, map[string]string{"/proc/self/mountinfo": tmpfsLine + cpuLine + hybridLine}, nil, "beside cgroup v1"},
-		"v1 only":         {checkCgroup, map[string]string{"/proc/self/mountinfo": tmpfsLine + cpuLine}, []string{"fail cgroup v2"}, "only cgroup v1"},
-		"no cgroups":      {checkCgroup, map[string]string{"/proc/self/mountinfo": rootLine}, []string{"fail cgroup v2"}, "not mounted"},
-		"no proc":         {checkCgroup, nil, []string{"fail cgroup v2"}, "mountinfo"},
-		"net_cls":         {checkCgroup, map[string]string{"/proc/self/mountinfo": hybridLine + "9 4 0:9 / /sys/fs/cgroup/net rw - cgroup cgroup rw,net_cls,net_prio\n"}, []string{"warn cgroup v1 net_cls"}, "5.15"},
-		"user namespace":  {checkCapabilities, map[string]string{"/proc/self/uid_map": "0 100000 65536\n", "/proc/thread-self/status": allCaps}, []string{"fail user namespace"}, "user namespace"},
-		"init namespace":  {checkCapabilities, map[string]string{"/proc/self/uid_map": "         0          0 4294967295\n", "/proc/thread-self/status": twoCaps}, nil, "fine"},
-		"no caps":         {checkCapabilities, map[string]string{"/proc/thread-self/status": "CapEff:\t0\n"}, []string{"fail CAP_BPF", "fail CAP_NET_ADMIN"}, "missing"},
-		"unreadable caps": {checkCapabilities, nil, []string{"fail CAP_BPF", "fail CAP_NET_ADMIN"}, "missing"},
-		"ports":           {checkSysctls, sysctl("net/ipv4/ip_local_port_range", "32768\t60999\n"), nil, "28232 ports"},
-		"few ports":       {checkSysctls, sysctl("net/ipv4/ip_local_port_range", "50000\t50009\n"), []string{"warn net.ipv4.ip_local_port_range"}, "10 ports"},
-		"strange ports":   {checkSysctls, sysctl("net/ipv4/ip_local_port_range", "many"), nil, "not known"},
-		"reuse":           {checkSysctls, sysctl("net/ipv4/tcp_tw_reuse", "1\n"), nil, "used again"},
-		"no jit":          {checkSysctls, sysctl("net/core/bpf_jit_enable", "0\n"), []string{"warn net.core.bpf_jit_enable"}, "interpreted"},
-		"open bpf":        {checkSysctls, sysctl("kernel/unprivileged_bpf_disabled", "0"), nil, "any user"},
-		"pipes":           {checkSysctls, sysctl("fs/pipe-user-pages-soft", "16384"), nil, "1024 connections"},
+		"btf":        {checkBTF, map[string]string{btfFile: "x"}, nil, btfFile},
+		"no btf":     {checkBTF, nil, []string{"fail btf"}, "no type information"},
+		"empty btf":  {checkBTF, map[string]string{btfFile: ""}, []string{"fail btf"}, "empty"},
+		"release":    {checkKernel, sysctl("kernel/osrelease", "4.4.0\n"), nil, "Linux 4.4.0"},
+		"no release": {checkKernel, nil, nil, "unknown"},
+		"unified":    {checkCgroup, map[string]string{"/proc/self/mountinfo": unifiedLine}, nil, "mounted on /sys/fs/cgroup"},
+		"hybrid":     {checkCgroup, map[string]string{"/proc/self/mountinfo": tmpfsLine + cpuLine + hybridLine}, nil, "beside cgroup v1"},
+		"v1 only":    {checkCgroup, map[string]string{"/proc/self/mountinfo": tmpfsLine + cpuLine}, []string{"fail cgroup v2"}, "only cgroup v1"},
+		"hidden": {checkCgroup, map[string]string{
+			"/proc/self/mountinfo": tmpfsLine + cpuLine, "/proc/self/cgroup": "2:cpu:/x\n0::/x\n", "/proc/thread-self/status": twoCaps,
+		}, []string{"fail cgroup v2"}, "no mount of this container shows it, and"},
+		"hidden, may mount": {checkCgroup, map[string]string{
+			"/proc/self/mountinfo": tmpfsLine + cpuLine, "/proc/self/cgroup": "0::/\n", "/proc/thread-self/status": allCaps,
+		}, []string{"warn cgroup v2"}, "for itself"},
+		"v1 only, listed":   {checkCgroup, map[string]string{"/proc/self/mountinfo": tmpfsLine + cpuLine, "/proc/self/cgroup": "10::/\n2:cpu:/x\n"}, []string{"fail cgroup v2"}, "only cgroup v1"},
+		"nowhere to attach": {checkAttach, map[string]string{"/proc/self/mountinfo": rootLine}, []string{"warn attach"}, "not mounted"},
+		"nowhere to look":   {checkForeign, map[string]string{"/proc/self/mountinfo": rootLine}, []string{"warn foreign programs"}, "not mounted"},
+		"no cgroups":        {checkCgroup, map[string]string{"/proc/self/mountinfo": rootLine}, []string{"fail cgroup v2"}, "not mounted"},
+		"no proc":           {checkCgroup, nil, []string{"fail cgroup v2"}, "mountinfo"},
+		"net_cls":           {checkCgroup, map[string]string{"/proc/self/mountinfo": hybridLine + "9 4 0:9 / /sys/fs/cgroup/net rw - cgroup cgroup rw,net_cls,net_prio\n"}, []string{"warn cgroup v1 net_cls"}, "5.15"},
+		"user namespace":    {checkCapabilities, map[string]string{"/proc/self/uid_map": "0 100000 65536\n", "/proc/thread-self/status": allCaps}, []string{"fail user namespace"}, "user namespace"},
+		"init namespace":    {checkCapabilities, map[string]string{"/proc/self/uid_map": "         0          0 4294967295\n", "/proc/thread-self/status": twoCaps}, nil, "fine"},
+		"no caps":           {checkCapabilities, map[string]string{"/proc/thread-self/status": "CapEff:\t0\n"}, []string{"fail CAP_BPF", "fail CAP_NET_ADMIN"}, "missing"},
+		"unreadable caps":   {checkCapabilities, nil, []string{"fail CAP_BPF", "fail CAP_NET_ADMIN"}, "missing"},
+		"ports":             {checkSysctls, sysctl("net/ipv4/ip_local_port_range", "32768\t60999\n"), nil, "28232 ports"},
+		"few ports":         {checkSysctls, sysctl("net/ipv4/ip_local_port_range", "50000\t50009\n"), []string{"warn net.ipv4.ip_local_port_range"}, "10 ports"},
+		"strange ports":     {checkSysctls, sysctl("net/ipv4/ip_local_port_range", "many"), nil, "not known"},
+		"reuse":             {checkSysctls, sysctl("net/ipv4/tcp_tw_reuse", "1\n"), nil, "used again"},
+		"no jit":            {checkSysctls, sysctl("net/core/bpf_jit_enable", "0\n"), []string{"warn net.core.bpf_jit_enable"}, "interpreted"},
+		"open bpf":          {checkSysctls, sysctl("kernel/unprivileged_bpf_disabled", "0"), nil, "any user"},
+		"pipes":             {checkSysctls, sysctl("fs/pipe-user-pages-soft", "16384"), nil, "1024 connections"},
 		"lo without v6": {checkSysctls, map[string]string{
 			"/proc/sys/net/ipv6/conf/lo/disable_ipv6": "1", "/proc/sys/net/ipv6/conf/all/disable_ipv6": "0", "/proc/sys/net/ipv6/conf/eth0/disable_ipv6": "0",
 		}, []string{"warn net.ipv6.conf.lo.disable_ipv6"}, "eth0 speaks"},
@@ -96,7 +105,7 @@ func TestFiles(t *testing.T) {
 		"read-only bpffs": {checkBPFFS, map[string]string{"/proc/self/mountinfo": sysLine + "9 2 0:9 / /sys/fs/bpf ro - bpf none rw\n"}, []string{"fail bpffs"}, "read-only"},
 		"foreign bpffs":   {checkBPFFS, map[string]string{"/proc/self/mountinfo": sysLine + "9 2 0:9 / /sys/fs/bpf rw - tmpfs none rw\n"}, []string{"fail bpffs"}, "tmpfs"},
 		"no bpffs":        {checkBPFFS, map[string]string{"/proc/self/mountinfo": sysLine, "/sys/fs/bpf/x": "", "/proc/thread-self/status": allCaps}, nil, "mounts it"},
-		"cannot mount":    {checkBPFFS, map[string]string{"/proc/self/mountinfo": sysLine, "/sys/fs/bpf/x": "", "/proc/thread-self/status": twoCaps}, []string{"warn bpffs"}, "CAP_SYS_ADMIN"},
+		"cannot mount":    {checkBPFFS, map[string]string{"/proc/self/mountinfo": sysLine, "/sys/fs/bpf/x": "", "/proc/thread-self/status": twoCaps}, []string{"fail bpffs"}, "CAP_SYS_ADMIN"},
 		"no directory":    {checkBPFFS, map[string]string{"/proc/self/mountinfo": sysLine}, []string{"fail bpffs"}, "no directory"},
 	}
 	for name, tt := range tests {
@@ -198,6 +207,28 @@ func TestScope(t *testing.T) {
 		m.cgroup = cgroup
 		if _, _, err := m.scope(); (err == nil) != good {
 			t.Errorf("%q: %v", cgroup, err)
+		}
+	}
+}
+
+// What bpf(2) answers tells a kernel without it from one that does not let us.
+func TestJudgeBPF(t *testing.T) {
+	able := map[string]string{"/proc/thread-self/status": twoCaps + "Seccomp:\t2\n"}
+	for name, c := range map[string]struct {
+		files map[string]string
+		err   error
+		level Level
+		says  string
+	}{
+		"there":           {able, unix.EINVAL, OK, "may be called"},
+		"a sandbox's":     {able, unix.ENOSYS, Fail, "runtimeClassName"},
+		"a profile":       {able, unix.EPERM, Fail, "seccomp=unconfined"},
+		"no capabilities": {nil, unix.EPERM, Warn, "CAP_BPF"},
+	} {
+		f := fake(c.files).judgeBPF(c.err)
+		wellFormed(t, []Finding{f})
+		if f.Level != c.level || !strings.Contains(f.Detail+f.Cure, c.says) {
+			t.Errorf("%s: %+v, want level %s, and that it says %q", name, f, c.level, c.says)
 		}
 	}
 }

@@ -77,8 +77,14 @@ func (a attached) String() string {
 func checkForeign(ctx context.Context, m *machine) []Finding {
 	const name = "foreign programs"
 	dir, root, err := m.scope()
+	if errors.Is(err, ErrUnsupported) {
+		return []Finding{noMount(name)}
+	}
 	if err != nil {
 		return []Finding{failure(name, "name a cgroup of the v2 hierarchy", "%v", err)}
+	}
+	if !m.callable(ctx) {
+		return []Finding{noCalls(name)}
 	}
 	var all []attached
 	// The kernel runs the programs of a child before those of its parent.

@@ -122,6 +122,9 @@ func checkCgroup(_ context.Context, m *machine) []Finding {
 	}
 	v1 := slices.ContainsFunc(all, func(o mount) bool { return o.fstype == "cgroup" })
 	root, err := m.cgroupRoot()
+	if errors.Is(err, ErrUnsupported) && m.hidden() {
+		return []Finding{m.judgeHidden(name)}
+	}
 	if errors.Is(err, ErrUnsupported) {
 		what := "it is not mounted"
 		if v1 {
@@ -138,6 +141,30 @@ func checkCgroup(_ context.Context, m *machine) []Finding {
 			"mounted: on kernels before 5.15 a socket that gets a class or priority from it loses its cgroup v2, so its connections are not captured"))
 	}
 	return found
+}
+
+// hidden tells whether the machine has cgroup v2 mounted, and this process is in one:
+// the kernel lists it then, also where no mount shows it, as in a container on a
+// node with v1 beside v2.
+func (m *machine) hidden() bool {
+	text, err := m.read("/proc/self/cgroup")
+	return err == nil && strings.Contains("\n"+text, "\n0::")
+}
+
+// judgeHidden is no failure where Pillion may mount it for itself, which it does to
+// find its pod.
+func (m *machine) judgeHidden(name string) Finding {
+	const cure = "mount the node's /sys/fs/cgroup (in a pod: a hostPath volume, read-only will do)"
+	if m.capabilities().has(capSysAdmin) {
+		return warning(name, cure+" to use --cgroup or pillion exec, or ignore this", "no mount of this container shows it: Pillion makes one for itself when it looks for its pod")
+	}
+	return failure(name, cure+", or give CAP_SYS_ADMIN", "no mount of this container shows it, and without CAP_SYS_ADMIN Pillion cannot mount it")
+}
+
+// noMount is the finding of a check that needs a mount of cgroup v2. That there is
+// none stands already.
+func noMount(name string) Finding {
+	return warning(name, "see cgroup v2", "not checked: cgroup v2 is not mounted here")
 }
 
 // netControllers names a v1 controller that shares the socket's cgroup pointer.
@@ -171,7 +198,7 @@ func checkBPFFS(_ context.Context, m *machine) []Finding {
 	case !m.exists(m.bpffs):
 		return []Finding{failure(name, "mount sysfs on /sys, or give another directory", "there is no directory %s", m.bpffs)}
 	case !m.capabilities().has(capSysAdmin):
-		return []Finding{warning(name, mountCure+" (in a pod: a hostPath volume with mountPropagation: HostToContainer)",
+		return []Finding{failure(name, mountCure+" (in a pod: a hostPath volume with mountPropagation: HostToContainer)",
 			"not mounted on %s, and without CAP_SYS_ADMIN Pillion cannot mount it: nothing can be pinned", m.bpffs)}
 	}
 	return []Finding{good(name, "not mounted on %s yet: Pillion mounts it", m.bpffs)}

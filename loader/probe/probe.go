@@ -123,6 +123,7 @@ var checks = []check{
 	{"cgroup v2", checkCgroup},
 	{"bpffs", checkBPFFS},
 	{"capabilities", checkCapabilities},
+	{"bpf(2)", checkBPF},
 	{"features", checkFeatures},
 	{"programs", checkPrograms},
 	{"attach", checkAttach},
@@ -159,8 +160,8 @@ func (c check) answer(ctx context.Context, m *machine) (found []Finding) {
 	return c.run(ctx, m)
 }
 
-// Required is the part of [Run] that every loader needs: BTF, cgroup v2 and
-// capabilities. It reads a few files and takes less than 20 ms. Whether the
+// Required is the part of [Run] that every loader needs: BTF, cgroup v2,
+// capabilities and bpf(2). It reads a few files and takes less than 20 ms. Whether the
 // kernel takes the programs is left to loading them. The error wraps
 // [ErrUnsupported] and names the cure of each problem.
 func Required(ctx context.Context) error { return required(ctx, newMachine(Options{})) }
@@ -168,11 +169,11 @@ func Required(ctx context.Context) error { return required(ctx, newMachine(Optio
 // RequiredInPod is Required for who finds its pod by itself: a container may have no
 // mount of cgroup v2, and need none.
 func RequiredInPod(ctx context.Context) error {
-	return requires(ctx, newMachine(Options{}), checkBTF, checkCapabilities)
+	return requires(ctx, newMachine(Options{}), checkBTF, checkCapabilities, checkBPF)
 }
 
 func required(ctx context.Context, m *machine) error {
-	return requires(ctx, m, checkBTF, checkCgroup, checkCapabilities)
+	return requires(ctx, m, checkBTF, checkCgroup, checkCapabilities, checkBPF)
 }
 
 func requires(ctx context.Context, m *machine, checks ...func(context.Context, *machine) []Finding) error {
