@@ -47,6 +47,7 @@ func TestContainerd(t *testing.T) {
 				{"beside", beside},
 				{"first connect", firstConnect},
 				{"deleted", deleted},
+				{"doctor", doctor},
 			} {
 				t.Run(c.name, func(t *testing.T) { c.test(t, w) })
 			}

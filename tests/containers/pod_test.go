@@ -172,6 +172,7 @@ type spec struct {
 	privileged bool
 	caps       []string
 	seccomp    string // empty: the runtime's default; none; or a file
+	masked     []string
 	mounts     []mount
 	memory     int64 // bytes; 0: no limit
 }
@@ -226,7 +227,7 @@ func (p *pod) encode(name string, attempt int, s spec) message {
 	security := message(nil).flag(2, s.privileged).message(3, p.namespaces())
 	if !s.privileged {
 		security = security.message(1, message(nil).text(1, s.caps...).text(2, "ALL")).message(5, nil).flag(7, true).flag(11, true)
-		security = security.message(15, profile(s.seccomp))
+		security = security.text(13, s.masked...).message(15, profile(s.seccomp))
 	}
 	resources := message(nil).number(4, s.memory)
 	return c.message(15, message(nil).message(1, resources).message(2, security))
