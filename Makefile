@@ -20,9 +20,7 @@ KERNEL_PKGS := ./bpf/... ./loader/... ./cmd/pillion
 BLACKBOX    := ./tests/...
 
 .DEFAULT_GOAL := build
-.PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes stress traps failure suites bench demo image install clean
-.PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes test-systemd stress traps suites bench demo image install clean
-.PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes test-containers stress traps suites bench demo image install clean
+.PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes stress traps failure suites bench demo image install clean test-systemd test-containers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -2,8 +2,7 @@
 # Installs what a target of the Makefile needs on Debian 12 and is not there.
 #
 #   scripts/setup.sh GROUP...     build generate check demo test bench traps vm image
-#                                 systemd
-#                              containers
+#                                 systemd containers
 #
 # It says nothing and needs no privilege when nothing is missing. It starts no
 # service: a service that its package starts is Debian's, not a test's.
@@ -146,9 +145,8 @@ main() {
 		vm) needs+=("${vm[@]}") ;;
 		image) needs+=("${image[@]}") ;;
 		systemd) needs+=("${systemd[@]}") ;;
-		*) die "no group $group: build generate check demo test bench traps vm image systemd" ;;
 		containers) needs+=("${containers[@]}") ;;
-		*) die "no group $group: build generate check demo test bench traps vm image containers" ;;
+		*) die "no group $group: build generate check demo test bench traps vm image systemd containers" ;;
 		esac
 	done
 	check_go
