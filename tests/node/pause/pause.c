@@ -1,3 +1,5 @@
+//go:build ignore
+
 // What holds a pod's sandbox together: one thread that waits, as Kubernetes' own.
 #include <signal.h>
 #include <unistd.h>
