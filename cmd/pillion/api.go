@@ -66,6 +66,7 @@ func (i *instance) status(context.Context) (admin.Status, error) {
 		OnFailure:   string(i.control.inForce().OnFailure),
 		Connect:     string(i.connect()),
 		Started:     i.started,
+		TakenOver:   i.taking.status(),
 		Live:        i.handler.Stats().Live,
 		Counters:    map[string]uint64{},
 		Unaccounted: stats.Unaccounted(),

@@ -123,6 +123,10 @@ func printStatus(w io.Writer, s *admin.Status, now time.Time) error {
 	if err != nil {
 		return err
 	}
+	if o := s.TakenOver; o != nil {
+		fmt.Fprintf(w, "  taken over %s ago from pid %d (%s), with %d open connections, which paused for %s\n",
+			now.Sub(o.At).Round(time.Second), o.Pid, o.Version, o.Connections, o.Pause.Round(100*time.Microsecond))
+	}
 	for _, p := range s.Problems {
 		fmt.Fprintf(w, "  ! %s\n", p)
 	}

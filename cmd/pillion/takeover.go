@@ -21,6 +21,7 @@ import (
 	"github.com/pillion-project/pillion/redirect/capture"
 	"github.com/pillion-project/pillion/redirect/l4"
 	"github.com/pillion-project/pillion/redirect/upstream/discover"
+	"github.com/pillion-project/pillion/telemetry/admin"
 	"golang.org/x/sys/unix"
 )
 
@@ -50,7 +51,18 @@ type taking struct {
 	state handed // once it is there
 	lock  *os.File
 	given *l4.Given
-	at    time.Time // when the instance became ours
+	at    time.Time     // when the instance became ours
+	pause time.Duration // how long connections stood still, once that is over
+}
+
+// status is for the admin socket.
+func (t *taking) status() *admin.TakenOver {
+	if t == nil {
+		return nil
+	}
+	return &admin.TakenOver{
+		At: t.at, Pid: t.welcome.Pid, Version: t.welcome.Build, Connections: len(t.given.Conns), Pause: t.pause,
+	}
 }
 
 func (g *global) takeoverPath(name string) string { return filepath.Join(g.runtime, name+".takeover") }
@@ -227,12 +239,12 @@ func (i *instance) takeOver(ctx context.Context) error {
 func (t *taking) receive() error {
 	t.given = &l4.Given{}
 	t.conn.Within(stateLimit)
-	if err := t.conn.Send(handover.KindFreeze, nil, nil); err != nil {
-		return hungUp(err)
+	if err := t.conn.Send(handover.KindFreeze, nil, nil); err != nil && !hungUp(err) {
+		return err
 	}
 	f, err := t.conn.Expect(handover.KindState)
 	if err != nil {
-		return hungUp(err)
+		return err
 	}
 	if len(f.FDs) == 0 {
 		return errors.New("the lock is missing")
@@ -249,22 +261,16 @@ func (t *taking) receive() error {
 	}
 	t.lock, t.given = lock, given
 	t.conn.Within(commitLimit)
-	if err := t.conn.Send(handover.KindHave, nil, nil); err != nil {
-		return hungUp(err)
+	if err := t.conn.Send(handover.KindHave, nil, nil); err != nil && !hungUp(err) {
+		return err
 	}
-	if _, err := t.conn.Expect(handover.KindCommit); err != nil {
-		return hungUp(err)
-	}
-	return nil
-}
-
-// hungUp makes io.EOF of an error of sending that means the same.
-func hungUp(err error) error {
-	if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
-		return io.EOF
-	}
+	// Also when the other end is closed: it may have given up, and said so.
+	_, err = t.conn.Expect(handover.KindCommit)
 	return err
 }
+
+// hungUp tells whether a frame could not be sent because the other end is closed.
+func hungUp(err error) bool { return errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) }
 
 // takeCharge writes what was not to be written before, and begins to beat. When it
 // fails, the instance is left as by a crash.
@@ -284,9 +290,8 @@ func (i *instance) writeFirst(ctx context.Context, beat *circle) error {
 	case <-ctx.Done():
 		// Told to stop: it takes charge all the same, to drain in the usual way.
 	}
-	pause := time.Duration(0)
 	if t.state.At > 0 {
-		pause = time.Duration(monotonicNow() - t.state.At)
+		t.pause = time.Duration(monotonicNow() - t.state.At)
 	}
 	lock := t.lock
 	t.lock = nil
@@ -305,7 +310,7 @@ func (i *instance) writeFirst(ctx context.Context, beat *circle) error {
 	}
 	i.collector.Adopt(t.state.Halves)
 	i.log.Info("taken over", "instance", i.name, "from", t.welcome.Pid, "version", t.welcome.Build,
-		"connections", len(t.given.Conns), "pause", pause.Round(time.Microsecond))
+		"connections", len(t.given.Conns), "pause", t.pause.Round(time.Microsecond))
 	i.ready.Store(true)
 	return nil
 }

@@ -45,6 +45,9 @@ type Status struct {
 	Slots4  string    `json:"slots4,omitempty"`
 	Slots6  string    `json:"slots6,omitempty"`
 	Started time.Time `json:"started"`
+	// TakenOver is how the process came to the instance; nil: it started it, or found
+	// it without one.
+	TakenOver *TakenOver `json:"taken_over,omitempty"`
 	// Live is how many connections are open on relay.
 	Live int `json:"live"`
 	// Configuration is which one holds, and what of the last one does not.
@@ -57,6 +60,16 @@ type Status struct {
 	Services    []ServiceStatus `json:"services"`
 	// Problems are sentences about what is wrong now.
 	Problems []string `json:"problems"`
+}
+
+// TakenOver tells of the process that the instance was taken over from.
+type TakenOver struct {
+	At      time.Time `json:"at"`
+	Pid     int       `json:"pid"`
+	Version string    `json:"version"`
+	// Connections is how many were open, and Pause how long they stood still.
+	Connections int           `json:"connections"`
+	Pause       time.Duration `json:"pause_ns"`
 }
 
 // ConfigurationStatus tells which configuration holds.

@@ -25,6 +25,12 @@ func (i *Instance) Replace(t testing.TB, binary string) {
 	if i.err != nil {
 		t.Fatalf("the process before ended: %v\n%s", i.err, i.log)
 	}
+	i.await(t, cmd, after)
+}
+
+// await makes cmd the process of the instance, when it is ready.
+func (i *Instance) await(t testing.TB, cmd *exec.Cmd, after chan struct{}) {
+	t.Helper()
 	i.Cmd, i.done = cmd, after
 	go i.wait(cmd, after)
 	testutil.Eventually(t, Limit, func() bool {
@@ -49,4 +55,18 @@ func (i *Instance) Successor(t testing.TB, binary string, flags ...string) *exec
 		t.Fatal(err)
 	}
 	return cmd
+}
+
+// Inherits is Replace for a process before that is killed meanwhile.
+func (i *Instance) Inherits(t testing.TB, binary string) {
+	t.Helper()
+	before, after := i.done, make(chan struct{})
+	cmd := i.Successor(t, binary)
+	select {
+	case <-before:
+	case <-time.After(Limit):
+		cmd.Process.Kill()
+		t.Fatalf("the process before does not end\n%s", i.log)
+	}
+	i.await(t, cmd, after)
 }

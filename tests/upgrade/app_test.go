@@ -269,7 +269,7 @@ func (p *player) play(c net.Conn, h head, up, down *stream, slow *atomic.Int64) 
 }
 
 // talkEvery is how long an echoing connection waits for its next message.
-const talkEvery = 40 * time.Millisecond
+const talkEvery = 250 * time.Millisecond
 
 // talk exchanges messages until the end.
 func (p *player) talk(c net.Conn, h head, up, down *stream, buf []byte, slow *atomic.Int64) error {
@@ -311,7 +311,7 @@ func (p *player) visit(worker int) {
 		select {
 		case <-p.end:
 			return
-		case <-time.After(4 * time.Millisecond):
+		case <-time.After(10 * time.Millisecond):
 		}
 		h := head{kindEcho, uint32(1_000_000 + worker*100_000 + n)}
 		c, err := net.DialTimeout("tcp", p.To.String(), rig.Limit)

@@ -134,7 +134,8 @@ func sendUrgent(c net.Conn) error {
 
 // far is the server's side of everything.
 type far struct {
-	end chan struct{} // closed when those that do not read are to read
+	end   chan struct{} // closed when those that do not read are to read
+	ended sync.Once
 
 	mu     sync.Mutex
 	counts map[uint32]counts
@@ -145,6 +146,8 @@ type far struct {
 type counts struct{ Up, Down uint64 }
 
 func newFar() *far { return &far{end: make(chan struct{}), counts: map[uint32]counts{}} }
+
+func (f *far) finish() { f.ended.Do(func() { close(f.end) }) }
 
 func (f *far) serve(c net.Conn) {
 	buf := make([]byte, 16<<10)
@@ -228,4 +231,4 @@ func pace(end <-chan struct{}, send func(n int) error) error {
 }
 
 // pacing is how often a connection that sends by itself does.
-const pacing = 60 * time.Millisecond
+const pacing = 150 * time.Millisecond

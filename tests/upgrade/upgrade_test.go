@@ -56,6 +56,7 @@ func newStage(t *testing.T, more string, q task) *stage {
 	for _, e := range ends {
 		s.Serve(t, e, s.far.serve)
 	}
+	t.Cleanup(s.far.finish)
 	s.log = filepath.Join(s.dir, "flows")
 	s.Instance = s.Run(t, fmt.Sprintf("flow_log: %s\n%s", s.log, more))
 	q.To = vip
@@ -67,7 +68,7 @@ func newStage(t *testing.T, more string, q task) *stage {
 // of each connection.
 func (s *stage) finish(t *testing.T, q task) outcome {
 	t.Helper()
-	close(s.far.end)
+	s.far.finish()
 	o := s.end(t)
 	if len(o.Conns) != q.Conns {
 		t.Errorf("%d connections have ended, want %d", len(o.Conns), q.Conns)

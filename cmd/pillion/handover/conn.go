@@ -182,7 +182,8 @@ func (c *Conn) Receive() (Frame, error) {
 func (c *Conn) read(buf, oob []byte) (n int, fds []int, flags int, err error) {
 	n, oobn, flags, _, err := c.c.ReadMsgUnix(buf, oob)
 	if errors.Is(err, syscall.ECONNRESET) {
-		err = io.EOF // it closed without reading all
+		// It closed without reading all. What it said before comes after that.
+		n, oobn, flags, _, err = c.c.ReadMsgUnix(buf, oob)
 	}
 	if err != nil || oobn == 0 {
 		return n, nil, flags, err
