@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -16,7 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf/link"
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
@@ -71,151 +69,42 @@ func (w window) touches(o *outcome) bool { return o.Start < w.to && o.Done > w.f
 // not answer, with slack for a busy machine.
 const settling = 750 * time.Millisecond
 
-// faulty is a running instance, and the load on it.
-type faulty struct {
-	*ground
-	*rig.Instance
-	load    *load
-	unbreak func()
-}
-
-// fault is something that goes wrong.
-type fault struct {
-	// breaks makes it so, and mends undoes it; nil: Pillion mends it.
-	breaks, mends func(*testing.T, *faulty)
-	// felt is how long after it connections may suffer.
-	felt time.Duration
-	// patience, if set, is how long a connection may take to be served.
-	patience time.Duration
-	// brief means that Pillion is quick to mend it, and that the setting of
-	// on_failure may go unnoticed; vague that it may take effect at times only.
-	brief, vague bool
-	// escapes means that nobody is there to refuse.
-	escapes bool
-	// workers, if set, is how many connect at once.
-	workers int
-	// prepare, if set, comes before the start.
-	prepare func(*testing.T, *ground)
-}
-
-var faults = map[string]fault{
-	"killed": {
-		breaks: func(t *testing.T, f *faulty) { f.Kill(t) },
-		mends:  func(t *testing.T, f *faulty) { f.Launch(t) },
-	},
-	"stopped": {
-		breaks: func(t *testing.T, f *faulty) {
-			f.Signal(t, unix.SIGSTOP)
-			waitState(t, f.Cmd.Process.Pid, "T")
-		},
-		mends: func(t *testing.T, f *faulty) { f.Signal(t, unix.SIGCONT) },
-		felt:  500 * time.Millisecond,
-	},
-	"throttled": {
-		breaks: func(t *testing.T, f *faulty) { f.unbreak = throttle(t, f.Cmd.Process.Pid) },
-		mends:  func(_ *testing.T, f *faulty) { f.unbreak() },
-		vague:  true, patience: 20 * time.Second,
-	},
-	"accept queue full": {
-		prepare: func(t *testing.T, g *ground) { g.App.Sysctl(t, "net/core/somaxconn", "16") },
-		breaks:  func(t *testing.T, f *faulty) { limitFiles(t, f.Cmd.Process.Pid, 8) },
-		mends:   func(t *testing.T, f *faulty) { limitFiles(t, f.Cmd.Process.Pid, 20000) },
-		felt:    settling, workers: 48, // more than the queue holds
-	},
-	"lookup link detached": {breaks: func(t *testing.T, f *faulty) { detachPin(t, f.Name, "link_pl_lookup") }, brief: true, felt: settling},
-	"lookup pin removed": {breaks: func(t *testing.T, f *faulty) {
-		pin := filepath.Join(pinDir(f.Name), "link_pl_lookup")
-		if err := os.Remove(pin); err != nil {
-			t.Fatal(err)
-		}
-		testutil.Eventually(t, rig.Limit, func() bool { _, err := os.Stat(pin); return err == nil }, "the pin is back")
-	}, brief: true},
-	"lookup pin removed and killed": {
-		breaks: func(t *testing.T, f *faulty) {
-			f.Signal(t, unix.SIGSTOP)
-			waitState(t, f.Cmd.Process.Pid, "T")
-			if err := os.Remove(filepath.Join(pinDir(f.Name), "link_pl_lookup")); err != nil {
-				t.Fatal(err)
-			}
-			f.Kill(t)
-		},
-		mends: func(t *testing.T, f *faulty) { f.Launch(t) },
-	},
-	"connect links detached": {breaks: func(t *testing.T, f *faulty) {
-		detachPin(t, f.Name, "link_pl_connect4")
-		detachPin(t, f.Name, "link_pl_connect6")
-	}, brief: true, escapes: true, felt: 2 * time.Second}, // links are looked at each second
-	"route removed": {breaks: func(t *testing.T, f *faulty) {
-		f.ground.command(t, "ip", "route", "del", "table", "local", f.status(t).Slots4)
-		f.ground.command(t, "ip", "-6", "route", "del", "table", "local", f.status(t).Slots6)
-	}, brief: true, felt: settling},
-	"firewall": {
-		breaks: func(t *testing.T, f *faulty) {
-			s := f.status(t)
-			f.ground.command(t, "nft", "add table inet faults; add chain inet faults in { type filter hook input priority 0; }; "+
-				"add rule inet faults in ip daddr "+s.Slots4+" drop; add rule inet faults in ip6 daddr "+s.Slots6+" drop")
-		},
-		mends: func(t *testing.T, f *faulty) { f.ground.command(t, "nft", "delete table inet faults") },
-		felt:  settling,
-	},
-}
-
-// TestFaults breaks Pillion in every way there is, under load, in both settings
-// of on_failure. With open nothing fails, but for a moment where the kernel
-// side cannot know; with closed what is not redirected is refused at once; and
-// it comes back by itself. At no time does the application reach itself.
-func TestFaults(t *testing.T) {
-	for name, f := range faults {
-		for _, setting := range []string{"open", "closed"} {
-			t.Run(name+"/"+setting, func(t *testing.T) { f.test(t, setting) })
-		}
+// TestThrottled leaves Pillion next to no processor time, under load, in both
+// settings of on_failure: what it cannot carry goes by that, and all is well
+// again afterwards. At no time does the application reach itself. Other faults
+// are in tests/failure.
+func TestThrottled(t *testing.T) {
+	for _, setting := range []string{"open", "closed"} {
+		t.Run(setting, func(t *testing.T) {
+			g := newGround(t)
+			i := g.Run(t, "on_failure: "+setting+"\nrelay: {workers: 1}")
+			j := g.job()
+			j.Patience = 20 * time.Second // an open connection may wait for it
+			l := startLoad(t, g.Rig, j)
+			l.becomes(t, "relayed", (*outcome).relayed)
+			w := window{from: now()}
+			end := throttle(t, i.Cmd.Process.Pid)
+			w.to = now()
+			l.some(t, 3*time.Second)
+			end()
+			l.becomes(t, "relayed again", (*outcome).relayed)
+			judge(t, l.stop(t), setting, w)
+		})
 	}
-}
-
-func (f fault) test(t *testing.T, setting string) {
-	g := newGround(t)
-	if f.prepare != nil {
-		f.prepare(t, g)
-	}
-	i := g.Run(t, "on_failure: "+setting+"\nrelay: {workers: 1}")
-	j := g.job()
-	j.Patience = f.patience
-	if f.workers > 0 {
-		j.Workers, j.Pause = f.workers, 50*time.Millisecond
-	}
-	h := &faulty{ground: g, Instance: i, load: startLoad(t, g.Rig, j)}
-	h.load.becomes(t, "relayed", (*outcome).relayed)
-
-	w := window{from: now()}
-	f.breaks(t, h)
-	w.to = now() + int64(f.felt)
-	switch {
-	case f.brief:
-	case f.vague:
-		h.some(t, 3*time.Second)
-	case setting == "open":
-		h.load.becomes(t, "passed", (*outcome).passed)
-	default:
-		h.load.becomes(t, "refused", (*outcome).refused)
-	}
-	if f.mends != nil {
-		f.mends(t, h)
-	}
-	h.load.becomes(t, "relayed again", (*outcome).relayed)
-	f.judge(t, h.load.stop(t), setting, w)
 }
 
 // some waits until there were connections for a while.
-func (f *faulty) some(t *testing.T, d time.Duration) {
+func (l *load) some(t *testing.T, d time.Duration) {
+	t.Helper()
 	start := now()
 	testutil.Eventually(t, rig.Limit, func() bool {
-		return now()-start > int64(d) && len(f.load.since(start)) > 20
+		return now()-start > int64(d) && len(l.since(start)) > 20
 	}, "some connections")
 }
 
 // judge looks at every outcome. In the window a connection may suffer; it never
 // reaches who it is not for.
-func (f fault) judge(t *testing.T, all []outcome, setting string, w window) {
+func judge(t *testing.T, all []outcome, setting string, w window) {
 	t.Helper()
 	counts := map[string]int{}
 	defer func() { t.Logf("%d connections: %v", len(all), counts) }()
@@ -229,20 +118,17 @@ func (f fault) judge(t *testing.T, all []outcome, setting string, w window) {
 		switch {
 		case o.relayed():
 			counts["relayed"]++
-		case o.passed() && (setting == "open" || f.escapes && w.touches(&o)):
+		case o.passed() && setting == "open":
 			counts["passed"]++
 		case o.refused() && setting == "closed":
 			counts["refused"]++
-			if time.Duration(o.Took) > 300*time.Millisecond && !f.vague && !w.touches(&o) {
-				t.Errorf("not refused at once: %s", &o)
-			}
 		case w.touches(&o) && !o.connected():
 			counts["failed"]++
 		case w.touches(&o):
 			counts["unserved"]++
 		default:
 			if counts["wrong"]++; counts["wrong"] < 5 {
-				t.Errorf("%v after the fault, %v after its window: %s", time.Duration(o.Start-w.from), time.Duration(o.Start-w.to), &o)
+				t.Errorf("%v after the fault: %s", time.Duration(o.Start-w.from), &o)
 			}
 		}
 	}
@@ -258,30 +144,6 @@ func waitState(t *testing.T, pid int, state string) {
 		fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
 		return fields[0] == state
 	}, "process state ", state)
-}
-
-func limitFiles(t *testing.T, pid int, n uint64) {
-	t.Helper()
-	var old unix.Rlimit
-	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &old); err != nil {
-		t.Fatal(err)
-	}
-	old.Cur = min(n, old.Max)
-	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &old, nil); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func detachPin(t *testing.T, name, pin string) {
-	t.Helper()
-	l, err := link.LoadPinnedLink(filepath.Join(pinDir(name), pin), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	if err := l.(interface{ Detach() error }).Detach(); err != nil {
-		t.Fatal(err)
-	}
 }
 
 // quotas are the ways to leave a process five milliseconds of a second.
@@ -370,14 +232,4 @@ func busy(t *testing.T, pid int) (end func()) {
 	}
 	t.Cleanup(end)
 	return end
-}
-
-func (f *faulty) status(t *testing.T) (s struct{ Slots4, Slots6 string }) {
-	t.Helper()
-	got, err := f.Status(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.Slots4, s.Slots6 = got.Slots4, got.Slots6
-	return s
 }
