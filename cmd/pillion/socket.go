@@ -92,3 +92,19 @@ func (i *instance) renewSocket(ctx context.Context) (net.Listener, error) {
 		}
 	}
 }
+
+// closeFiles closes what listens, and what reads the ring of events.
+func (i *instance) closeFiles() error {
+	var errs []error
+	for _, ln := range []net.Listener{i.adminSocket(), i.takers, i.public, i.probes} {
+		if ln != nil {
+			if err := ln.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	if i.collector != nil {
+		errs = append(errs, i.collector.Close())
+	}
+	return errors.Join(errs...)
+}

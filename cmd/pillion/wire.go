@@ -411,21 +411,6 @@ func (i *instance) abandon() error {
 	return errors.Join(errs...)
 }
 
-func (i *instance) closeFiles() error {
-	var errs []error
-	for _, ln := range []net.Listener{i.adminSocket(), i.takers, i.public, i.probes} {
-		if ln != nil {
-			if err := ln.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
-				errs = append(errs, err)
-			}
-		}
-	}
-	if i.collector != nil {
-		errs = append(errs, i.collector.Close())
-	}
-	return errors.Join(errs...)
-}
-
 // serve runs the instance until stop is done, then drains it until force is
 // done, and calls attached once applications are captured. What it returns on
 // is an error of one of its parts, which ends all.
