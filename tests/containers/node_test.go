@@ -29,7 +29,7 @@ const (
 // cgroupDir is where every node has its cgroups.
 const cgroupDir = "/sys/fs/cgroup"
 
-// node is a containerd in mount, process and network namespaces of its own, with
+// node is a runtime in mount, process and network namespaces of its own, with
 // directories of its own: nothing of it is outside but cgroups, which are below one
 // name.
 type node struct {
@@ -45,18 +45,13 @@ type node struct {
 
 var nodes atomic.Int64
 
-// newNode starts a node. It ends with the test, and takes its cgroups along.
+// newNode starts a node with containerd. It ends with the test, and takes its cgroups
+// along.
 func newNode(t *testing.T, view string) *node {
 	t.Helper()
-	testutil.RequireRoot(t)
 	testutil.Need(t, "containerd", "ctr", "runc")
+	n := emptyNode(t, view)
 	images := layouts(t)
-	n := &node{dir: shortDir(t), view: view, log: &rig.Log{}, ended: make(chan struct{}), image: images.pillionName}
-	n.top = fmt.Sprintf("pillion-node-%d-%d", os.Getpid(), nodes.Add(1))
-	if view == viewUnified {
-		keepControllers(t)
-	}
-	t.Cleanup(func() { forgetCgroups(t, n.top) })
 	n.start(t)
 	for _, archive := range []string{images.pillion, images.app, images.pause} {
 		out, err := exec.Command("ctr", "--address", n.socket(), "--namespace", "k8s.io", "images", "import", archive).CombinedOutput()
@@ -70,6 +65,19 @@ func newNode(t *testing.T, view string) *node {
 			return err == nil && f.bytes[1] != nil
 		}, "the runtime has the image "+image)
 	}
+	return n
+}
+
+// emptyNode is one where nothing runs yet.
+func emptyNode(t *testing.T, view string) *node {
+	t.Helper()
+	testutil.RequireRoot(t)
+	n := &node{dir: shortDir(t), view: view, log: &rig.Log{}, ended: make(chan struct{}), image: layouts(t).pillionName}
+	n.top = fmt.Sprintf("pillion-node-%d-%d", os.Getpid(), nodes.Add(1))
+	if view == viewUnified {
+		keepControllers(t)
+	}
+	t.Cleanup(func() { forgetCgroups(t, n.top) })
 	return n
 }
 
@@ -90,12 +98,30 @@ func shortDir(t *testing.T) string {
 
 func (n *node) socket() string { return filepath.Join(n.dir, "c.sock") }
 
-// start runs containerd as the first process of the namespaces.
+// start runs containerd.
 func (n *node) start(t *testing.T) {
 	t.Helper()
 	n.configure(t)
+	n.launch(t, "/usr/bin/containerd", "--config", filepath.Join(n.dir, "config.toml"))
+	n.runtimeClient = dialRuntime(n.socket())
+	t.Cleanup(n.close)
+	testutil.Eventually(t, rig.Limit, func() bool {
+		select {
+		case <-n.ended:
+			t.Fatalf("containerd ended\n%s", n.log)
+		default:
+		}
+		_, err := n.call(t.Context(), "RuntimeService/Version", nil)
+		return err == nil
+	}, "containerd answers\n", n.log)
+}
+
+// launch makes the namespaces, with a command in them, and the first process that
+// waits for it. They end with the test.
+func (n *node) launch(t *testing.T, command ...string) {
+	t.Helper()
 	n.cmd = exec.Command("/proc/self/exe")
-	n.cmd.Env = append(os.Environ(), envNode+"="+n.dir+"|"+n.view)
+	n.cmd.Env = append(os.Environ(), envNode+"="+strings.Join(append([]string{n.dir, n.view}, command...), "|"))
 	n.cmd.Stdout, n.cmd.Stderr = n.log, n.log
 	n.cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWIPC}
 	// It ends when nobody holds the other end: with this process at the latest.
@@ -108,26 +134,13 @@ func (n *node) start(t *testing.T) {
 	}
 	go n.wait()
 	t.Cleanup(func() {
-		if n.runtimeClient != nil {
-			n.close()
-		}
 		n.cmd.Process.Kill() // and everybody in its namespace of processes
 		<-n.ended
 		hold.Close()
 		if t.Failed() {
-			t.Logf("log of containerd:\n%s", tail(n.log.String(), 15))
+			t.Logf("log of the node:\n%s", tail(n.log.String(), 15))
 		}
 	})
-	n.runtimeClient = dialRuntime(n.socket())
-	testutil.Eventually(t, rig.Limit, func() bool {
-		select {
-		case <-n.ended:
-			t.Fatalf("containerd ended\n%s", n.log)
-		default:
-		}
-		_, err := n.call(t.Context(), "RuntimeService/Version", nil)
-		return err == nil
-	}, "containerd answers\n", n.log)
 }
 
 func (n *node) wait() {
@@ -200,15 +213,15 @@ const networkConfig = `{
 }
 `
 
-// inside returns how a path of the node is reached from here.
-func (n *node) inside(path string) string {
+// path returns how a path of the node is reached from here.
+func (n *node) path(path string) string {
 	return filepath.Join("/proc", strconv.Itoa(n.cmd.Process.Pid), "root", path)
 }
 
 // pins are the names of the instances on the node.
 func (n *node) pins(t *testing.T) []string {
 	t.Helper()
-	entries, err := os.ReadDir(n.inside("/sys/fs/bpf/pillion"))
+	entries, err := os.ReadDir(n.path("/sys/fs/bpf/pillion"))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		t.Fatal(err)
 	}

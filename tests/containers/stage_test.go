@@ -15,7 +15,7 @@ import (
 )
 
 const (
-	// envNode makes this test binary the first process of a node: directory and view.
+	// envNode makes this test binary the first process of a node: see stage.
 	envNode = "PILLION_TEST_NODE"
 	// shimName makes it the runtime that containerd calls where it sees v2 alone.
 	shimName = "runc-unified"
@@ -35,15 +35,12 @@ func TestMain(m *testing.M) {
 	os.Exit(1)
 }
 
-// stage is the first process of new namespaces: it makes them a node's, starts
-// containerd or the words that follow, and waits for it, and for orphans.
+// stage is the first process of new namespaces: it makes them a node's, starts a
+// command, and waits for it, and for orphans. words are directory, view and command.
 func stage(words []string) error {
 	dir, view, command := words[0], words[1], words[2:]
 	if err := furnish(view); err != nil {
 		return err
-	}
-	if len(command) == 0 {
-		command = []string{"/usr/bin/containerd", "--config", filepath.Join(dir, "config.toml")}
 	}
 	env := append(os.Environ(), "TMPDIR="+dir)
 	p, err := os.StartProcess(command[0], command, &os.ProcAttr{Env: env, Files: []*os.File{nil, os.Stdout, os.Stderr}})
