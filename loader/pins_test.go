@@ -2,9 +2,17 @@ package loader
 
 import (
 	"errors"
+	"os/exec"
+	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
+
+	"github.com/pillion-project/pillion/tests/testutil"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // TestOpenBeside takes an instance over and over while others look at it and sweep:
@@ -58,4 +66,82 @@ func TestOpenBeside(t *testing.T) {
 			t.Fatalf("time %d: %v", n, err)
 		}
 	}
+}
+
+// TestSweepNamespaceGone sweeps an instance whose cgroup is there still, as podman
+// leaves it, when nothing is in it and its network namespace is gone; and not one of
+// the same cgroup whose namespace is not.
+func TestSweepNamespaceGone(t *testing.T) {
+	p := newPlace(t)
+	stays := p.create(t, "stays")
+	setRules(t, stays, plain)
+	p.attach(t, stays)
+	if err := stays.Close(); err != nil {
+		t.Fatal(err)
+	}
+	inside := exec.Command("sleep", "1000")
+	if err := (testutil.Place{Cgroup: p.scope}).Start(inside); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go p.makeAndGo("goes", done)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	var swept []string
+	look := func() bool {
+		err := p.do(t, "goes", func(Options) (err error) {
+			swept, err = Sweep(p.bpffs, p.root)
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		return len(swept) > 0
+	}
+	for range 5 {
+		if look() {
+			t.Errorf("swept %v, and something is in the cgroup", swept)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	inside.Process.Kill()
+	_ = inside.Wait()
+	testutil.Eventually(t, 30*time.Second, look, "it is swept")
+	if !slices.Equal(swept, []string{"goes"}) {
+		t.Errorf("swept %v", swept)
+	}
+	if look() {
+		t.Errorf("swept %v", swept)
+	}
+	if err := p.do(t, "stays", func(Options) error { return Remove(p.bpffs, p.root, "stays") }); err != nil {
+		t.Error(err)
+	}
+}
+
+// makeAndGo makes an instance in a network namespace that ends with this goroutine's
+// thread: it does not let go of it.
+func (p *place) makeAndGo(name string, done chan<- error) {
+	runtime.LockOSThread()
+	done <- func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return err
+		}
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		if err := netlink.LinkSetUp(lo); err != nil {
+			return err
+		}
+		o, err := p.options(name)
+		if err != nil {
+			return err
+		}
+		d, err := Create(o)
+		if err != nil {
+			return err
+		}
+		return errors.Join(d.SetRules(plain), d.AttachLookup(), d.Close())
+	}()
 }

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/cilium/ebpf/link"
 	"github.com/pillion-project/pillion/bpf"
 )
 
@@ -92,7 +93,7 @@ func Remove(bpffs, cgroups, name string) error {
 	if err := CheckName(name); err != nil {
 		return err
 	}
-	err := removeIf(bpffs, cgroups, name, func(*bpf.Instance) bool { return true })
+	err := removeIf(bpffs, cgroups, name, func(*dir, *bpf.Instance) bool { return true })
 	removeRoot(bpffs)
 	return err
 }
@@ -100,7 +101,7 @@ func Remove(bpffs, cgroups, name string) error {
 // removeIf removes an instance that nobody runs, if its record is as it must
 // be. One without a readable record is removed too: its maker died before
 // anything was attached.
-func removeIf(bpffs, cgroups, name string, want func(*bpf.Instance) bool) error {
+func removeIf(bpffs, cgroups, name string, want func(*dir, *bpf.Instance) bool) error {
 	if _, err := os.Stat(pinRoot(bpffs)); err != nil {
 		return fmt.Errorf("%w: %s", ErrNotFound, name)
 	}
@@ -122,7 +123,7 @@ func removeIf(bpffs, cgroups, name string, want func(*bpf.Instance) bool) error 
 		return fmt.Errorf("instance %s: %w", name, err)
 	}
 	m.Close()
-	if !want(&i) {
+	if !want(held, &i) {
 		return nil
 	}
 	return removeAll(held, cgroups, &i)
@@ -195,7 +196,8 @@ const ExecCgroupPrefix = "pillion-"
 
 // Sweep removes the instances that are provably dead and ours: those around a
 // command whose maker is gone and whose cgroup is empty or gone, standing ones
-// whose cgroup is gone, and those that were never finished. It returns their
+// whose cgroup is gone, or empty with their network namespace gone, and those that
+// were never finished. It returns their
 // names.
 func Sweep(bpffs, cgroups string) ([]string, error) {
 	found, err := List(bpffs, cgroups)
@@ -209,9 +211,9 @@ func Sweep(bpffs, cgroups string) ([]string, error) {
 			continue
 		}
 		removed := false
-		err := removeIf(bpffs, cgroups, f.Name, func(i *bpf.Instance) bool {
+		err := removeIf(bpffs, cgroups, f.Name, func(held *dir, i *bpf.Instance) bool {
 			// Nobody holds it, so whoever was to finish it is gone.
-			removed = i.Families == 0 || dead(cgroups, i)
+			removed = i.Families == 0 || dead(held, cgroups, i)
 			return removed
 		})
 		switch {
@@ -226,13 +228,17 @@ func Sweep(bpffs, cgroups string) ([]string, error) {
 	return swept, errors.Join(errs...)
 }
 
-func dead(cgroups string, i *bpf.Instance) bool {
+func dead(held *dir, cgroups string, i *bpf.Instance) bool {
 	path, err := cgroupPath(cgroups, i.Cgroup)
 	if errors.Is(err, ErrNoScope) {
 		return true
 	}
-	if err != nil || Kind(i.Kind) != KindExec {
+	if err != nil {
 		return false
+	}
+	if Kind(i.Kind) != KindExec {
+		// podman leaves the cgroups of pods that it removes.
+		return CgroupEmpty(path) && netnsGone(held)
 	}
 	start, err := processStart(int(i.Pid))
 	if err == nil && start == i.PidStart {
@@ -242,6 +248,22 @@ func dead(cgroups string, i *bpf.Instance) bool {
 		return false
 	}
 	return CgroupEmpty(path)
+}
+
+// netnsGone tells whether the network namespace of an instance is gone: the link to
+// it then leads nowhere.
+func netnsGone(held *dir) bool {
+	l, err := link.LoadPinnedLink(held.pin(linkPrefix+bpf.ProgLookup), nil)
+	if err != nil {
+		return false
+	}
+	defer l.Close()
+	info, err := l.Info()
+	if err != nil {
+		return false
+	}
+	ns := info.NetNs()
+	return ns != nil && ns.NetnsInode == 0
 }
 
 // CgroupEmpty tells whether no process is in a cgroup or below it.
