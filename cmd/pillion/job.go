@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"time"
+
+	"github.com/pillion-project/pillion/redirect/flow"
 )
 
 const (
@@ -22,7 +24,7 @@ func (i *instance) outlived(ctx context.Context) bool {
 	active := i.applications()
 	tick := time.NewTicker(outliveEvery)
 	defer tick.Stop()
-	var ran bool
+	ran := i.connected()
 	var quiet time.Time // since when; zero: something runs
 	for {
 		switch now, err := active(); {
@@ -89,6 +91,23 @@ func (i *instance) applications() (active func() (bool, error)) {
 		runs, err2 := i.pod.Active(sandbox)
 		return born || runs, errors.Join(err, err2)
 	}
+}
+
+// connected tells whether an application has connected since the programs are
+// attached, which pillion init did before any could run: it may have ended before
+// births were listened for.
+func (i *instance) connected() bool {
+	s, err := i.datapath.Stats()
+	if err != nil {
+		i.log.Error("cannot see whether applications have connected", "error", err)
+		return false
+	}
+	for r, n := range s.Reasons {
+		if n > 0 && flow.Reason(r) != flow.ReasonSelf && flow.Reason(r) != flow.ReasonNetns {
+			return true
+		}
+	}
+	return false
 }
 
 // canOutlive fails where this process itself keeps the scope from being empty.

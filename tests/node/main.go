@@ -69,8 +69,9 @@ func Main(m *testing.M, binary string, layouts ...Layout) {
 // inside runs the tests in namespaces of their own, and removes what these do not
 // take with them.
 func inside(l Layout) (err error) {
-	dir, err := os.MkdirTemp("", prefix)
-	if err != nil {
+	name := prefix + strconv.Itoa(os.Getpid())
+	dir := filepath.Join(os.TempDir(), name)
+	if err := os.Mkdir(dir, 0o700); err != nil {
 		return fmt.Errorf("make a directory: %w", err)
 	}
 	defer os.Remove(dir) // empty, for those out here
@@ -78,7 +79,6 @@ func inside(l Layout) (err error) {
 	if os.Mkdir(cni, 0o755) == nil {
 		defer os.Remove(cni)
 	}
-	name := prefix + strconv.Itoa(os.Getpid())
 	defer func() {
 		if e := removeCgroups(name); e != nil && err == nil {
 			err = e
@@ -147,14 +147,15 @@ func isCgroup(dir string) bool {
 	return err == nil
 }
 
-// sweep removes the cgroups of those that were killed.
+// sweep removes the cgroups and directories of those that were killed.
 func sweep() {
-	for _, h := range hierarchies() {
-		dirs, _ := filepath.Glob(filepath.Join(h, prefix+"*"))
+	for _, parent := range append(hierarchies(), os.TempDir()) {
+		dirs, _ := filepath.Glob(filepath.Join(parent, prefix+"*"))
 		for _, d := range dirs {
 			pid, err := strconv.Atoi(strings.TrimPrefix(filepath.Base(d), prefix))
 			if err == nil && syscall.Kill(pid, 0) == syscall.ESRCH {
 				_ = removeCgroups(filepath.Base(d)) // the next one tries again
+				_ = os.Remove(d)
 			}
 		}
 	}
