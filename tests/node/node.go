@@ -104,7 +104,7 @@ func (n *Node) start(cmd *exec.Cmd, name string) *Process {
 	n.t.Cleanup(func() {
 		p.Kill()
 		if n.t.Failed() {
-			n.t.Logf("the end of %s's log:\n%s", name, tail(log.Name(), 25))
+			n.t.Logf("the end of %s's log:\n%s", name, tail(log.Name(), 12))
 		}
 	})
 	return p

@@ -53,7 +53,7 @@ func (o Options) plan(pod dict) ([]edit, error) {
 	if err := o.suits(spec, ours); err != nil {
 		return nil, err
 	}
-	p := planner{pod: pod}
+	p := planner{pod: pod, spare: annotations[Injected] == o.Version}
 	first, beside := o.containers(spec["restartPolicy"] == "Never" || spec["restartPolicy"] == "OnFailure")
 	inits, containers := seq{first}, seq(nil)
 	if o.Form == Sidecar {
@@ -103,6 +103,10 @@ func (o Options) suits(spec dict, ours bool) error {
 type planner struct {
 	pod   dict
 	edits []edit
+	// spare tells that what is there was put there by this version: what others
+	// have added to it since stays. An API server calls a webhook again when
+	// others changed the pod, and gives containers a token and limits itself.
+	spare bool
 }
 
 func (p *planner) do(e edit) {
@@ -174,7 +178,8 @@ func (p *planner) trim(key string, from int) {
 
 func (p *planner) renew(key string, from int, want seq) {
 	for i, w := range want {
-		if !same(seqOf(dictOf(p.pod["spec"])[key])[from+i], w) {
+		have := seqOf(dictOf(p.pod["spec"])[key])[from+i]
+		if !same(have, w) && !(p.spare && covers(plain(have), plain(w))) {
 			p.do(edit{replace, []string{"spec", key, strconv.Itoa(from + i)}, w})
 		}
 	}
@@ -245,6 +250,32 @@ func apply(v any, e edit) (any, error) {
 
 // same compares what was decoded: numbers by their value, whatever their type.
 func same(a, b any) bool { return reflect.DeepEqual(plain(a), plain(b)) }
+
+// covers tells whether have is all of want, and maybe more: further keys, and
+// further elements of lists of mappings. Both are plain.
+func covers(have, want any) bool {
+	switch w := want.(type) {
+	case dict:
+		h := dictOf(have)
+		for k := range w {
+			if _, ok := h[k]; !ok || !covers(h[k], w[k]) {
+				return false
+			}
+		}
+		return h != nil
+	case seq:
+		if len(w) == 0 || dictOf(w[0]) == nil {
+			return reflect.DeepEqual(have, want)
+		}
+		for _, e := range w {
+			if !slices.ContainsFunc(seqOf(have), func(h any) bool { return covers(h, e) }) {
+				return false
+			}
+		}
+		return true
+	}
+	return reflect.DeepEqual(have, want)
+}
 
 // plain returns a copy in which every whole number is an int64.
 func plain(v any) any {

@@ -2,6 +2,7 @@ package inject
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"flag"
 	"os"
@@ -172,6 +173,60 @@ func TestAlone(t *testing.T) {
 		out, _, err := options().Manifest([]byte(text))
 		if err != nil || string(out) != text {
 			t.Errorf("%q becomes %q: %v", text, out, err)
+		}
+	}
+}
+
+// TestSpared leaves what an API server adds to our containers and volumes where it
+// is, when it asks again; not what another version had put there.
+func TestSpared(t *testing.T) {
+	o := options()
+	text, _, err := o.Manifest([]byte(`{"apiVersion":"v1","kind":"Pod","metadata":{"name":"a"},"spec":{"containers":[{"name":"a"}]}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	change := func(f func(pod, sidecar dict)) []byte {
+		t.Helper()
+		v, err := decodeJSON(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		inits := seqOf(dictOf(dictOf(v)["spec"])["initContainers"])
+		f(dictOf(v), dictOf(inits[len(inits)-1]))
+		b, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	admitted := func(pod, sidecar dict) {
+		token := dict{"name": "kube-api-access-x", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount", "readOnly": true}
+		sidecar["volumeMounts"] = append(seqOf(sidecar["volumeMounts"]), token)
+		dictOf(sidecar["resources"])["limits"] = dict{"memory": "1Gi"}
+		sidecar["terminationMessagePath"] = "/dev/termination-log"
+		volumes := seqOf(dictOf(pod["spec"])["volumes"])
+		dictOf(dictOf(volumes[len(volumes)-1])["configMap"])["defaultMode"] = 420
+		dictOf(pod["spec"])["volumes"] = append(volumes, dict{"name": "kube-api-access-x"})
+	}
+	for name, tt := range map[string]struct {
+		f       func(pod, sidecar dict)
+		changes bool
+	}{
+		"nothing":  {func(dict, dict) {}, false},
+		"admitted": {admitted, false},
+		"its argument": {func(_, sidecar dict) {
+			sidecar["args"] = append(seqOf(sidecar["args"]), "--cgroup", "auto")
+		}, true},
+		"its privilege": {func(_, sidecar dict) { dictOf(sidecar["securityContext"])["privileged"] = true }, true},
+		"its mount":     {func(_, sidecar dict) { sidecar["volumeMounts"] = seqOf(sidecar["volumeMounts"])[1:] }, true},
+		"its version": {func(pod, sidecar dict) {
+			admitted(pod, sidecar)
+			dictOf(dictOf(pod["metadata"])["annotations"])[Injected] = "0.9"
+		}, true},
+	} {
+		patch, err := o.Patch(change(tt.f))
+		if err != nil || (patch != nil) != tt.changes {
+			t.Errorf("%s: %v, %s, want a patch: %v", name, err, patch, tt.changes)
 		}
 	}
 }
