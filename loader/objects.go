@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/loader/probe"
+	"github.com/pillion-project/pillion/redirect/flow"
 	"golang.org/x/sys/unix"
 )
 
@@ -21,7 +22,7 @@ import (
 const instancePin = "instance"
 
 // reservedSlots are kept for services: the first of the range.
-const reservedSlots = 4096
+const reservedSlots = flow.ServiceSlots
 
 // create makes everything but the links.
 func (d *Datapath) create() error {

@@ -66,6 +66,10 @@ const (
 	SetTable     = 131072 // entries of one table, at most
 )
 
+// ServiceSlots is how many addresses services on relay may have, all together: each
+// has a slot reserved.
+const ServiceSlots = 4096
+
 // PickTurns and PickDraws bound how many turns (PolicyRoundRobin) and draws (all
 // policies) a pick spends until it looks at every endpoint of a tier. With half of
 // the weight left, 16 draws find nothing once in 65536 picks.

@@ -258,7 +258,7 @@ func TestParseHostile(t *testing.T) {
 func TestParseManyServices(t *testing.T) {
 	const n = 5000
 	var b strings.Builder
-	b.WriteString("services:\n")
+	b.WriteString("path: direct\nservices:\n")
 	for i := range n {
 		fmt.Fprintf(&b, "  - {name: s%d, address: 10.1.%d.%d:80, endpoints: [192.0.2.1:80, 192.0.2.2:80]}\n", i, i/250, i%250)
 	}
@@ -271,6 +271,23 @@ func TestParseManyServices(t *testing.T) {
 	}
 	if got := c.Services[n-1].Name; got != fmt.Sprintf("s%d", n-1) {
 		t.Errorf("the last is %s", got)
+	}
+	// On relay, those beyond the last for which there is room are named, each with its
+	// place.
+	text := strings.Replace(b.String(), "path: direct", "path: relay", 1)
+	_, err = Parse("x", []byte(text))
+	all := Problems(err)
+	if len(all) != maxProblems+1 {
+		t.Fatalf("%d problems, want %d", len(all), maxProblems+1)
+	}
+	if p := all[0]; p.Line != maxRelayAddrs+3 || p.Column != 28 || p.Path != "services[4096].address" || p.File != "x" {
+		t.Errorf("the first is %+v", p)
+	}
+	// A running instance takes those for which there is room.
+	last := Default()
+	got, refused, err := parsePartial("x", []byte(text), &last)
+	if err != nil || len(got.Services) != maxRelayAddrs || len(refused) != n-maxRelayAddrs {
+		t.Errorf("%d services taken, %d refused: %v", len(got.Services), len(refused), err)
 	}
 }
 
@@ -326,7 +343,25 @@ func TestValidatePaths(t *testing.T) {
 		"probes taken":      {func(c *Config) { c.Metrics, c.Probes = addr("[::]:9090"), addr("[::]:9090") }, "probes: [::]:9090 is taken by metrics"},
 		"metrics anywhere":  {func(c *Config) { c.Metrics = addr("[::]:9090") }, ""},
 		"too many services": {func(c *Config) { c.Services = manyServices(maxServices + 1) }, "services: 65537 services: the kernel side has room for 65536"},
-		"too many rules":    {func(c *Config) { c.Deny = slices.Repeat([]Rule{rule("10.0.0.0/8")}, maxRules+1) }, "deny: 16385 rules: the kernel side has room for 16384"},
+		"addresses on relay": {func(c *Config) {
+			c.Services = manyServices(maxRelayAddrs + 1)
+			c.Services[7].Path = PathDirect
+			again := c.Services[0] // another port of an address takes no other slot
+			again.Name, again.Addr = "again", netip.AddrPortFrom(again.Addr.Addr(), 81)
+			c.Services = append(c.Services, again)
+		}, ""},
+		"too many addresses on relay": {func(c *Config) { c.Services = manyServices(maxRelayAddrs + 1) },
+			"services[4096].address: 10.0.16.0: services on relay have 4096 addresses before this one, and there is room for no more: want path: direct, or another instance"},
+		"too many sets": {func(c *Config) { c.Path, c.Services = PathDirect, manyServices(maxSets+1) },
+			"services[16384]: 16384 services that have endpoints are before this one: the kernel side has room for no more"},
+		"too many endpoints": {func(c *Config) {
+			c.Path, c.Services = PathDirect, manyServices(10)
+			for i := range c.Services {
+				c.Services[i].Endpoints = manyEndpoints(maxEndpoints/8 - 1)
+			}
+			c.Services[9].Endpoints = manyEndpoints(8) // these have room still
+		}, "services[8].endpoints: 16383 endpoints: of the 131072 that the kernel side has room for, the services before this one leave 8"},
+		"too many rules": {func(c *Config) { c.Deny = slices.Repeat([]Rule{rule("10.0.0.0/8")}, maxRules+1) }, "deny: 16385 rules: the kernel side has room for 16384"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := Default()
@@ -351,6 +386,14 @@ func manyServices(n int) []Service {
 	return all
 }
 
+func manyEndpoints(n int) []Endpoint {
+	all := make([]Endpoint, n)
+	for i := range all {
+		all[i] = Endpoint{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 80), Weight: 1}
+	}
+	return all
+}
+
 // The zero value says nothing that is wanted, and every line says which.
 func TestValidateZero(t *testing.T) {
 	err := new(Config).Validate()
@@ -369,7 +412,7 @@ func TestRoomIsThatOfTheMaps(t *testing.T) {
 	}
 	for name, want := range map[string]uint32{
 		"services": maxServices, "deny": maxRules, "exclude": maxRules,
-		"slots": maxSlots, "live": maxConnections, // Those of the workers, and of the canary, of two families.
+		"sets": maxSets, "endpoints": maxEndpoints, "slots": maxSlots, "live": maxConnections, // Those of the workers, and of the canary, of two families.
 		"listeners": 2*maxWorkers + 2,
 	} {
 		m := specs[0].Maps[name]

@@ -99,6 +99,7 @@ func (c *Config) Diff(old *Config) Changes {
 		if was := m.was[i]; was >= 0 {
 			before := old.Effective(&old.Services[was])
 			change = diffService(&before, &s)
+			change.Fields = withoutImplied(change.Fields, &old.Services[was], &c.Services[i])
 		} else {
 			change = diffService(&Service{}, &s)
 			change.Kind = ServiceAdded
@@ -146,6 +147,24 @@ func diffService(old, s *Service) ServiceChange {
 		d.Kind = ServiceChanged
 	}
 	return d
+}
+
+// ofRelay are the fields that only services on relay have, which take them from
+// outside where they say nothing.
+var ofRelay = []string{"attempts", "idle_timeout", "max_lifetime", "connect"}
+
+// withoutImplied leaves out what comes and goes with the path: neither the old service
+// nor the new one says it.
+func withoutImplied(fields []Change, old, s *Service) []Change {
+	if !slices.ContainsFunc(fields, func(c Change) bool { return c.Key == "path" }) {
+		return fields
+	}
+	before, after := byKey(flatten(old.object())), byKey(flatten(s.object()))
+	return slices.DeleteFunc(fields, func(c Change) bool {
+		_, was := before[c.Key]
+		_, is := after[c.Key]
+		return slices.Contains(ofRelay, c.Key) && (c.Old == "" || c.New == "") && !was && !is
+	})
 }
 
 // fieldsOf returns the values of a service, and of its endpoints those that are

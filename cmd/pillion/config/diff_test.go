@@ -2,6 +2,7 @@ package config
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -60,11 +61,7 @@ services:
 					{Key: "health_check.command", New: `["probe","a"]`},
 					{Key: "on_remove", Old: "reset", New: "keep"},
 					{Key: "endpoints[10.0.0.2:80].weight", Old: "1", New: "2"},
-					{Key: "attempts", Old: "3"},
-					{Key: "idle_timeout", Old: "0s"},
-					{Key: "max_lifetime", Old: "0s"},
 					{Key: "health_check.tcp", Old: "{}"},
-					{Key: "connect", Old: "adaptive"},
 				},
 				Added: []netip.AddrPort{addr("10.0.0.4:80")}, Removed: []netip.AddrPort{addr("10.0.0.3:80")},
 				OnRemove: OnRemoveKeep,
@@ -116,6 +113,12 @@ func TestDiffOfSections(t *testing.T) {
 	}
 	if diff := cmp.Diff([]Change{{Key: "path", Old: "relay", New: "auto"}}, d.Settings); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
+	}
+	// What comes and goes with the path is no change of its own; what was said is.
+	d = parsed(t, services+"path: direct").Diff(parsed(t, strings.Replace(services, "[10.0.0.1:80]}", "[10.0.0.1:80], attempts: 2}", 1)))
+	want := []Change{{Key: "path", Old: "relay", New: "direct"}, {Key: "attempts", Old: "2"}}
+	if len(d.Services) != 1 || !slices.Equal(d.Services[0].Fields, want) {
+		t.Errorf("%+v, want %+v", d.Services, want)
 	}
 	// What path: direct says in other words is no change of a service.
 	if d := parsed(t, services+"path: direct").Diff(c); len(d.Services) != 0 || len(d.Settings) != 1 {

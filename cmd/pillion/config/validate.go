@@ -120,6 +120,8 @@ func (k *check) services(c *Config) {
 	services := c.Services
 	if len(services) > maxServices {
 		k.add("services", "%d services: the kernel side has room for %d", len(services), maxServices)
+	} else {
+		k.room(c)
 	}
 	addrs := make(map[netip.AddrPort]int, len(services))
 	names := make(map[string]int, len(services))
