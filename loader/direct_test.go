@@ -441,7 +441,7 @@ func TestDryRun(t *testing.T) {
 	for dst, want := range map[netip.AddrPort]Verdict{
 		shop:     {Path: flow.PathDirect, Reason: flow.ReasonService, Rule: -1, Service: shop, Endpoint: at},
 		relayed:  {Path: flow.PathRelay, Reason: flow.ReasonService, Rule: -1, Service: relayed, Endpoint: at},
-		denied:   {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 1},
+		denied:   {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 1, Errno: unix.ECONNREFUSED},
 		excluded: {Path: flow.PathPass, Reason: flow.ReasonExcluded},
 		far:      {Path: flow.PathRelay, Reason: flow.ReasonDefault, Rule: -1},
 	} {
@@ -458,7 +458,7 @@ func TestDryRun(t *testing.T) {
 	if err := d.SetDown(shop, at, true); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := d.DryRun(netip.Addr{}, shop); err != nil || got.Path != flow.PathDeny || got.Reason != flow.ReasonNoEndpoint || got.Endpoint.IsValid() {
+	if got, err := d.DryRun(netip.Addr{}, shop); err != nil || got.Path != flow.PathDeny || got.Reason != flow.ReasonNoEndpoint || got.Endpoint.IsValid() || got.Errno == 0 {
 		t.Errorf("all are down: %+v, %v", got, err)
 	}
 }

@@ -3,6 +3,7 @@ package loader
 import (
 	"fmt"
 	"net/netip"
+	"syscall"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
@@ -23,6 +24,8 @@ type Verdict struct {
 	// and Tier is which it is in. It is not valid when there is nothing to pick.
 	Endpoint netip.AddrPort
 	Tier     int
+	// Errno is what connect(2) returns at once, on flow.PathDeny; else 0.
+	Errno syscall.Errno
 }
 
 // Before the question stands an Ethernet header, all zero: the kernel wants one.
@@ -35,7 +38,7 @@ func (d *Datapath) DryRun(source netip.Addr, dst netip.AddrPort) (Verdict, error
 	if err != nil {
 		return Verdict{}, fmt.Errorf("ask the connect hook about %s: %w", dst, err)
 	}
-	verdict := Verdict{Path: flow.Path(v.Path), Reason: flow.Reason(v.Reason), Rule: -1, Tier: int(v.Tier)}
+	verdict := Verdict{Path: flow.Path(v.Path), Reason: flow.Reason(v.Reason), Rule: -1, Tier: int(v.Tier), Errno: syscall.Errno(v.Err)}
 	if v.Ruled != 0 {
 		verdict.Rule = int(v.Rule)
 	}

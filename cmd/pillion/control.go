@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/redirect/upstream"
 	"github.com/pillion-project/pillion/redirect/upstream/discover/watch"
 	"github.com/pillion-project/pillion/redirect/upstream/health/check"
 	"github.com/pillion-project/pillion/telemetry/admin"
@@ -48,6 +49,7 @@ type control struct {
 	again    time.Time
 	tooMany  []admin.Refusal // services for whose endpoints there is no room
 	services []service
+	departed map[string][]*upstream.Endpoint // removed ones that had connections, by service
 }
 
 const (

@@ -20,6 +20,7 @@ import (
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
+	"golang.org/x/sys/unix"
 )
 
 const explainYAML = `default: relay
@@ -75,12 +76,12 @@ func newExplainer(t *testing.T) (*explainer, *kernelSide, *config.Config) {
 	web, shop := netip.MustParseAddrPort("10.96.0.12:80"), netip.MustParseAddrPort("10.96.0.12:443")
 	k := &kernelSide{verdicts: map[string]loader.Verdict{
 		"10.96.0.12:80":     {Path: flow.PathDirect, Reason: flow.ReasonService, Rule: -1, Service: web, Endpoint: netip.MustParseAddrPort("10.1.0.2:8080"), Tier: 1},
-		"10.96.0.12:443":    {Path: flow.PathDeny, Reason: flow.ReasonNoEndpoint, Rule: -1, Service: shop},
-		"10.96.0.14:80":     {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 1},
-		"10.9.1.1:22":       {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 0},
-		"10.9.1.2:22":       {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 7},
+		"10.96.0.12:443":    {Path: flow.PathDeny, Reason: flow.ReasonNoEndpoint, Rule: -1, Service: shop, Errno: unix.EHOSTUNREACH},
+		"10.96.0.14:80":     {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 1, Errno: unix.ECONNREFUSED},
+		"10.9.1.1:22":       {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 0, Errno: unix.ECONNREFUSED},
+		"10.9.1.2:22":       {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 7, Errno: unix.ECONNREFUSED},
 		"127.0.0.1:80":      {Path: flow.PathPass, Reason: flow.ReasonLoopback, Rule: -1},
-		"240.0.0.9:80":      {Path: flow.PathDeny, Reason: flow.ReasonSlotAddress, Rule: -1},
+		"240.0.0.9:80":      {Path: flow.PathDeny, Reason: flow.ReasonSlotAddress, Rule: -1, Errno: unix.ECONNREFUSED},
 		"[2001:db8:1::9]:0": {Path: flow.PathPass, Reason: flow.ReasonExcluded, Rule: 0},
 	}}
 	e := &explainer{

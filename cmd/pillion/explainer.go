@@ -17,6 +17,7 @@ import (
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
+	"golang.org/x/sys/unix"
 )
 
 // lookUpLimit is how long a host name may take to resolve. The one who asked is
@@ -185,10 +186,7 @@ func explanation(c *config.Config, v *loader.Verdict, dst netip.AddrPort, servic
 	}
 	x.Rule = ruleOf(c, v, x.Service)
 	if v.Path == flow.PathDeny {
-		x.Errno = "ECONNREFUSED"
-		if v.Reason == flow.ReasonNoEndpoint {
-			x.Errno = cmp.Or(own.NoEndpoint, c.NoEndpoint)
-		}
+		x.Errno = unix.ErrnoName(v.Errno)
 	}
 	return x
 }

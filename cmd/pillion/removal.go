@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/redirect/upstream"
 )
 
 // removals ends connections to endpoints that are gone, at once or after a time.
@@ -212,6 +213,25 @@ func (c *control) removedBefore(left []service) {
 	former := c.former
 	c.removed(left, now)
 	c.former = former
+}
+
+// departed are the endpoints that were removed and that the handler has connections to.
+func departed(last map[string][]*upstream.Endpoint, gone []upstream.Removal) map[string][]*upstream.Endpoint {
+	next := make(map[string][]*upstream.Endpoint)
+	add := func(service string, e *upstream.Endpoint) {
+		if e.Live() > 0 {
+			next[service] = append(next[service], e)
+		}
+	}
+	for service, all := range last {
+		for _, e := range all {
+			add(service, e)
+		}
+	}
+	for _, g := range gone {
+		add(g.Cluster, g.Endpoint)
+	}
+	return next
 }
 
 func addrsOf(s *service) map[netip.AddrPort]bool {

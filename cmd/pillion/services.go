@@ -200,6 +200,7 @@ func (c *control) publish(next *config.Config) error {
 	c.mu.Lock()
 	before := c.services
 	c.services, c.tooMany = services, refused
+	c.departed = departed(c.departed, upstream.Removed(old, snapshot))
 	c.mu.Unlock()
 	c.removed(before, services)
 	if err := c.checker.Set(targets(services)); err != nil {

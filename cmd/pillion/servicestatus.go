@@ -104,6 +104,11 @@ func (c *control) know(s *service, checks map[string][]check.Status) *knowledge 
 			k.handler = append(k.handler, e.State())
 		}
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.departed[s.Name] {
+		k.departed = append(k.departed, e.State())
+	}
 	return k
 }
 

@@ -201,15 +201,15 @@ func refusedText(r *admin.Refusal) string {
 // printServices prints one line per endpoint. Columns in which nothing stands
 // are left out.
 func printServices(w io.Writer, services []admin.ServiceStatus, now time.Time) error {
-	t := newTable("service", "address", "path", "policy", "source", "endpoint", "zone", "weight", "state", "open", "connects", "failures", "last failure")
+	t := newTable("service", "address", "path", "policy", "source", "endpoint", "zone", "weight", "state", "checks", "open", "connects", "failures", "last failure")
 	t.SuppressEmptyColumns()
 	for _, s := range services {
 		row := []any{s.Name, s.Address, pathText(&s), s.Policy, sourceText(&s.Source, now)}
 		for _, e := range s.Endpoints {
-			t.AppendRow(append(slices.Clone(row), e.Address, zoneText(&e), e.Weight, stateText(&e), e.Live, e.Connects, e.Failures, e.LastReason.String()))
+			t.AppendRow(append(slices.Clone(row), e.Address, zoneText(&e), e.Weight, stateText(&e), checksText(&e), e.Live, e.Connects, e.Failures, e.LastReason.String()))
 		}
 		if len(s.Endpoints) == 0 {
-			t.AppendRow(append(row, "-", "", "-", "-", "-", "-", "-", "-"))
+			t.AppendRow(append(row, "-", "", "-", "-", "", "-", "-", "-", "-"))
 		}
 	}
 	return printTable(w, t)
@@ -262,6 +262,14 @@ func stateText(e *admin.EndpointStatus) string {
 		state += " (" + e.CheckError + ")"
 	}
 	return state
+}
+
+// checksText counts the health checks of an endpoint; there are none where it has none.
+func checksText(e *admin.EndpointStatus) string {
+	if e.ChecksPassed+e.ChecksFailed == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%d passed, %d failed", e.ChecksPassed, e.ChecksFailed)
 }
 
 func newResolve(g *global) *cobra.Command {

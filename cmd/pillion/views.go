@@ -23,6 +23,9 @@ type knowledge struct {
 	// kernel is what the connect hook counts, handler what the handler does.
 	kernel  []loader.EndpointState
 	handler []upstream.EndpointState
+	// departed is what the handler has of endpoints that were removed and still have
+	// connections.
+	departed []upstream.EndpointState
 	// checks are the active ones, of the service's cluster.
 	checks []check.Status
 }
@@ -36,6 +39,7 @@ type endpointView struct {
 	connectTime                   time.Duration
 	last                          flow.Reason
 	checkError                    string
+	checksPassed, checksFailed    uint64
 }
 
 // views joins what is known, in the order of the endpoints; those that were
@@ -64,6 +68,13 @@ func (k *knowledge) views(path flow.Path) []endpointView {
 			all[i].addHandler(&s, path == flow.PathRelay)
 		}
 	}
+	for _, s := range k.departed {
+		if i, ok := at[s.Addr]; ok {
+			all[i].live += s.Live // it is back; its counts began anew
+		} else if s.Live > 0 {
+			all[removed(s.Addr)].addHandler(&s, path == flow.PathRelay)
+		}
+	}
 	for _, s := range k.kernel {
 		i, ok := at[s.Addr]
 		if !ok && s.Live > 0 {
@@ -77,6 +88,7 @@ func (k *knowledge) views(path flow.Path) []endpointView {
 		if i, ok := at[s.Addr]; ok && !all[i].removed {
 			all[i].down = all[i].down || s.State == check.StateDown
 			all[i].checkError = s.Err
+			all[i].checksPassed, all[i].checksFailed = s.Passed, s.Failed
 		}
 	}
 	return all
@@ -133,6 +145,9 @@ func (v *endpointView) status(local string) admin.EndpointStatus {
 		Failures:   v.failures,
 		LastReason: v.last,
 		CheckError: v.checkError,
+
+		ChecksPassed: v.checksPassed,
+		ChecksFailed: v.checksFailed,
 	}
 }
 

@@ -19,7 +19,8 @@ import (
 var (
 	endpoint1 = netip.MustParseAddrPort("10.1.0.1:80")
 	endpoint2 = netip.MustParseAddrPort("10.1.0.2:80")
-	departed  = netip.MustParseAddrPort("10.1.0.9:80")
+	departure = netip.MustParseAddrPort("10.1.0.5:80")
+	away      = netip.MustParseAddrPort("10.1.0.9:80")
 )
 
 // testKnowledge has something of everybody about two endpoints and one that was
@@ -30,19 +31,24 @@ func testKnowledge() *knowledge {
 		kernel: []loader.EndpointState{
 			{Addr: endpoint1, InSet: true, Live: 3, Connects: 10, Failed: 4, Ejections: 1, Ejected: time.Second, Last: flow.ReasonDialTimeout},
 			{Addr: endpoint2, InSet: true, Down: true},
-			{Addr: departed, Live: 5, Connects: 6, Ejected: time.Second},
+			{Addr: away, Live: 5, Connects: 6, Ejected: time.Second},
 			{Addr: netip.MustParseAddrPort("10.1.0.8:80"), Connects: 7}, // nobody is there any more
 		},
 		handler: []upstream.EndpointState{
 			{Addr: endpoint1, Live: 1, Connects: 20, Failures: 2, Ejections: 3, ConnectTime: time.Millisecond, LastReason: flow.ReasonDialRefused},
 			{Addr: endpoint2, Ejected: true, LastReason: flow.ReasonDialUnreachable},
-			{Addr: departed, Live: 1},
+			{Addr: away, Live: 1},
 			{Addr: netip.MustParseAddrPort("10.1.0.7:80"), Connects: 7}, // nor here
 		},
+		departed: []upstream.EndpointState{
+			{Addr: departure, Live: 2, Connects: 9},
+			{Addr: endpoint2, Live: 1, Connects: 50},                    // it came back
+			{Addr: netip.MustParseAddrPort("10.1.0.6:80"), Connects: 7}, // its last has ended
+		},
 		checks: []check.Status{
-			{Addr: endpoint1, State: check.StateUp, Err: "slow"},
+			{Addr: endpoint1, State: check.StateUp, Err: "slow", Passed: 3, Failed: 1},
 			{Addr: endpoint2, State: check.StateDown, Err: "status 500"},
-			{Addr: departed, State: check.StateDown},
+			{Addr: away, State: check.StateDown},
 		},
 	}
 }
@@ -58,13 +64,14 @@ func TestEndpointStatus(t *testing.T) {
 	want := []admin.EndpointStatus{
 		{
 			Address: "10.1.0.1:80", Weight: 2, Zone: "a", Local: true, State: admin.EndpointEjected, Ejected: true,
-			Live: 4, Connects: 30, Failures: 6, LastReason: flow.ReasonDialTimeout, CheckError: "slow",
+			Live: 4, Connects: 30, Failures: 6, LastReason: flow.ReasonDialTimeout, CheckError: "slow", ChecksPassed: 3, ChecksFailed: 1,
 		},
 		{
 			Address: "10.1.0.2:80", Weight: 1, State: admin.EndpointDown, Down: true,
-			LastReason: flow.ReasonDialUnreachable, CheckError: "status 500",
+			Live: 1, LastReason: flow.ReasonDialUnreachable, CheckError: "status 500",
 		},
 		{Address: "10.1.0.9:80", State: admin.EndpointRemoved, Ejected: true, Live: 6, Connects: 6},
+		{Address: "10.1.0.5:80", State: admin.EndpointRemoved, Live: 2, Connects: 9},
 	}
 	if diff := cmp.Diff(want, statuses(flow.PathDirect)); diff != "" {
 		t.Errorf("direct: want -, got +:\n%s", diff)
@@ -90,8 +97,9 @@ func TestEndpointStats(t *testing.T) {
 			Cluster: "web", Addr: netip.MustParseAddrPort("10.1.0.1:80"), Weight: 2, Zone: "a", Path: flow.PathDirect, Ejected: true,
 			Live: 4, Connects: 30, Failures: 6, Ejections: 4, ConnectTime: time.Millisecond,
 		},
-		{Cluster: "web", Addr: netip.MustParseAddrPort("10.1.0.2:80"), Weight: 1, Path: flow.PathDirect, Down: true},
+		{Cluster: "web", Addr: netip.MustParseAddrPort("10.1.0.2:80"), Weight: 1, Path: flow.PathDirect, Down: true, Live: 1},
 		{Cluster: "web", Addr: netip.MustParseAddrPort("10.1.0.9:80"), Path: flow.PathDirect, Ejected: true, Live: 6, Connects: 6},
+		{Cluster: "web", Addr: departure, Path: flow.PathDirect, Live: 2, Connects: 9},
 	}
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 		t.Errorf("want -, got +:\n%s", diff)

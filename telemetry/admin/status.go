@@ -187,8 +187,11 @@ type EndpointStatus struct {
 	Failures uint64 `json:"failures"`
 	// LastReason is why the last failed dial failed, or none.
 	LastReason flow.Reason `json:"last_reason"`
-	// CheckError is what the last health check that failed said.
-	CheckError string `json:"check_error,omitempty"`
+	// CheckError is what the last health check that failed said. ChecksPassed and
+	// ChecksFailed count them, since the check was set.
+	CheckError   string `json:"check_error,omitempty"`
+	ChecksPassed uint64 `json:"checks_passed,omitempty"`
+	ChecksFailed uint64 `json:"checks_failed,omitempty"`
 }
 
 // StateOf names the state of an endpoint.

@@ -97,6 +97,9 @@ func checked(t *testing.T, ward func(testing.TB, *rig.Rig) patients, more string
 	s.has(t, "s1", "1 down", "2")
 	s.goes(t, 1, 2)
 	for _, e := range s.service(t, "s1").Endpoints {
+		if e.ChecksPassed == 0 && !e.Down || e.ChecksFailed == 0 && e.Down {
+			t.Errorf("endpoint %s: %d checks passed, %d failed", e.Address, e.ChecksPassed, e.ChecksFailed)
+		}
 		if e.Down != (e.CheckError != "") {
 			t.Errorf("%+v", e)
 		}

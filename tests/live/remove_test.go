@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
@@ -98,6 +99,18 @@ func onRemove(t *testing.T, by, path string) {
 	lives("old", 4)
 	for n := range fates {
 		lives("new", n)
+	}
+	// What is no endpoint any more is listed for as long as it has connections.
+	for n, want := range map[int]int64{1: 1, 2: 0, 3: 0, 4: 1} {
+		testutil.Eventually(t, rig.Limit, func() bool {
+			live := int64(0)
+			for _, e := range s.service(t, fmt.Sprintf("s%d", n)).Endpoints {
+				if e.State == admin.EndpointRemoved && e.Address == far(1).String() {
+					live += e.Live
+				}
+			}
+			return live == want
+		}, fates[n], ": connections to the endpoint that is gone: ", want)
 	}
 	set(1, 2)
 	set(1, 2)

@@ -78,6 +78,10 @@ func TestThresholds(t *testing.T) {
 				if s.State != last || s.Against != tt.against {
 					t.Errorf("state %s with %d against it, want %s with %d", s.State, s.Against, last, tt.against)
 				}
+				passed, failed := strings.Count(tt.results, "+"), strings.Count(tt.results, "-")
+				if s.Passed != uint64(passed) || s.Failed != uint64(failed) {
+					t.Errorf("%d passed, %d failed, want %d and %d", s.Passed, s.Failed, passed, failed)
+				}
 				if good := strings.HasSuffix(tt.results, "+"); good != (s.Err == "") {
 					t.Errorf("the last error is %q", s.Err)
 				}
@@ -114,10 +118,10 @@ func TestStatus(t *testing.T) {
 		}
 		const latency = 30 * time.Millisecond
 		want := []Status{
-			{Cluster: "a", Addr: addr(1), State: StateUp, Latency: latency},
-			{Cluster: "a", Addr: addr(2), State: StateUp, Latency: latency},
-			{Cluster: "a", Addr: addr(3), State: StateUp, Latency: latency},
-			{Cluster: "b", Addr: addr(1), State: StateDown, Latency: latency, Err: "not well"},
+			{Cluster: "a", Addr: addr(1), State: StateUp, Latency: latency, Passed: 1},
+			{Cluster: "a", Addr: addr(2), State: StateUp, Latency: latency, Passed: 1},
+			{Cluster: "a", Addr: addr(3), State: StateUp, Latency: latency, Passed: 1},
+			{Cluster: "b", Addr: addr(1), State: StateDown, Latency: latency, Err: "not well", Failed: 1},
 		}
 		if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 			t.Errorf("(-want +got):\n%s", diff)

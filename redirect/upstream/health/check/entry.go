@@ -34,6 +34,11 @@ func (e *entry) judge(now time.Time, err error) (Change, bool) {
 		}
 		found, enough = StateDown, spec.Unhealthy
 	}
+	if found == StateUp {
+		s.Passed++
+	} else {
+		s.Failed++
+	}
 	if found == s.State {
 		s.Against = 0
 		return Change{}, false

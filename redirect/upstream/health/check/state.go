@@ -61,4 +61,7 @@ type Status struct {
 	Err string
 	// Against is how many checks in a row have spoken against the state.
 	Against int
+	// Passed and Failed count the checks that ended, since the target or its Spec was
+	// set. One whose failure is not the endpoint's is in neither.
+	Passed, Failed uint64
 }
