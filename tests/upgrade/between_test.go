@@ -199,8 +199,10 @@ func TestTakerDies(t *testing.T) {
 // TestGiverDies kills the process that gives. From the moment in which the other one
 // has the connections it goes on with them; before, with all else.
 func TestGiverDies(t *testing.T) {
-	for _, at := range []handover.Kind{handover.KindFreeze, handover.KindHave, handover.KindCommit} {
-		t.Run(fmt.Sprint(at), func(t *testing.T) {
+	for name, at := range map[string]handover.Kind{
+		"before it stands still": handover.KindFreeze, "with all sent": handover.KindHave, "with its last word": handover.KindCommit,
+	} {
+		t.Run(name, func(t *testing.T) {
 			q := task{Conns: 40}
 			s := newStage(t, service(ends...), q)
 			b := newBetween(t, s.Runtime, s.Name)
