@@ -48,15 +48,8 @@ type handed struct {
 	At          int64
 	Connections []byte // of l4.Given
 	Halves      []events.Half
-	Services    []handedService
+	Services    []handover.Service
 	Removals    []handedRemoval
-}
-
-// handedService is a service with the endpoints that it had.
-type handedService struct {
-	Name      string
-	Addr      netip.AddrPort
-	Endpoints []netip.AddrPort
 }
 
 // handedRemoval is an endpoint whose connections are to be ended, after so long.
@@ -207,7 +200,7 @@ func (i *instance) welcome(conn *handover.Conn) error {
 	v4, v6 := i.handler.Listeners()
 	w := handover.Welcome{
 		Build: buildVersion(), Pid: os.Getpid(), FrameTag: h.FrameTag,
-		Listeners: [2]int{len(v4), len(v6)}, Rings: len(h.Rings),
+		Listeners: [2]int{len(v4), len(v6)}, Rings: len(h.Rings), Services: i.control.tell(),
 	}
 	var fds []int
 	for _, list := range [][]int{v4, v6, h.Rings} {
@@ -233,6 +226,21 @@ func (i *instance) welcome(conn *handover.Conn) error {
 		unix.Close(fd)
 	}
 	return err
+}
+
+// tell returns the services in force for a taker.
+func (c *control) tell() []handover.Service {
+	var all []handover.Service
+	for _, v := range c.list() {
+		h := handover.Service{Name: v.Name, Addr: v.Addr}
+		for _, e := range v.endpoints {
+			h.Endpoints = append(h.Endpoints, handover.Endpoint{Addr: e.Addr, Weight: e.Weight, Zone: e.Zone})
+		}
+		if v.known {
+			all = append(all, h)
+		}
+	}
+	return all
 }
 
 // namedSocket is one that serves over HTTP, or takers.
@@ -324,14 +332,7 @@ func (i *instance) give(conn *handover.Conn, s *standstill) (connections int, er
 	if err != nil {
 		return 0, err
 	}
-	state := handed{Connections: data, Halves: s.halve, At: monotonicNow() - int64(time.Since(s.since))}
-	for _, v := range i.control.list() {
-		h := handedService{Name: v.Name, Addr: v.Addr}
-		for _, e := range v.endpoints {
-			h.Endpoints = append(h.Endpoints, e.Addr)
-		}
-		state.Services = append(state.Services, h)
-	}
+	state := handed{Connections: data, Services: i.control.tell(), Halves: s.halve, At: monotonicNow() - int64(time.Since(s.since))}
 	for _, r := range i.control.removals.pending {
 		state.Removals = append(state.Removals, handedRemoval{
 			Service: r.service, Addr: r.addr, Endpoint: r.endpoint, After: time.Until(r.at),

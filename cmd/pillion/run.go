@@ -58,9 +58,15 @@ other containers, also those that start later. SIGTERM drains: new connections g
 may end, then everything is taken away; the exit code is 75 where some had to be
 ended. What a killed run leaves is taken over
 by the next one of the same name; until then on_failure decides. A change of the
-configuration file is taken over while it runs, as by SIGHUP or pillion reload.`,
+configuration file is taken over while it runs, as by SIGHUP or pillion reload.
+
+With --take-over a process that runs the instance hands it over, with its open
+connections and all that is on its way in them, and ends with exit code 0: so an
+upgrade, or a downgrade, loses no connection. Where nobody is, it starts as
+usual. Until it has everything, the other one goes on if this one fails.`,
 		Example: `  pillion run --config /etc/pillion/pillion.yaml
-  pillion run --cgroup /sys/fs/cgroup/system.slice/shop.service --config /etc/pillion.yaml`,
+  pillion run --cgroup /sys/fs/cgroup/system.slice/shop.service --config /etc/pillion.yaml
+  pillion run --take-over --config /etc/pillion/pillion.yaml`,
 		Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error { return daemon(g, f) },
 	}

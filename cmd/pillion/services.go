@@ -125,6 +125,10 @@ func (c *control) serviceOf(next *config.Config, v *config.Service) service {
 			s.endpoints, s.known, s.kept = kept, true, true
 			return s
 		}
+		if last, ok := c.i.taking.told(&s.Service); ok {
+			s.endpoints, s.known = last, true
+			return s
+		}
 		// A source that is new has not told yet: what the service had holds.
 		if was := same(c.list(), &s); was != nil && was.known && len(was.endpoints) > 0 {
 			s.endpoints, s.known = was.endpoints, true

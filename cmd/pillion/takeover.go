@@ -12,10 +12,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
 	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/cmd/pillion/handover"
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/redirect/capture"
@@ -270,7 +272,9 @@ func (t *taking) receive() error {
 }
 
 // hungUp tells whether a frame could not be sent because the other end is closed.
-func hungUp(err error) bool { return errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) }
+func hungUp(err error) bool {
+	return errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET)
+}
 
 // takeCharge writes what was not to be written before, and begins to beat. When it
 // fails, the instance is left as by a crash.
@@ -344,6 +348,27 @@ func (i *instance) hearFarewell(ctx context.Context) error {
 	return nil
 }
 
+// told returns what the other process said of a service whose source has not told this
+// one anything yet.
+func (t *taking) told(v *config.Service) ([]discover.Endpoint, bool) {
+	if t == nil {
+		return nil, false
+	}
+	n := slices.IndexFunc(t.welcome.Services, func(s handover.Service) bool { return s.Name == v.Name && s.Addr == v.Addr })
+	if n < 0 {
+		return nil, false
+	}
+	return endpointsOf(&t.welcome.Services[n]), true
+}
+
+func endpointsOf(s *handover.Service) []discover.Endpoint {
+	all := make([]discover.Endpoint, 0, len(s.Endpoints))
+	for _, e := range s.Endpoints {
+		all = append(all, discover.Endpoint{Addr: e.Addr, Weight: e.Weight, Zone: e.Zone})
+	}
+	return all
+}
+
 // inherit goes on with what the control of the other process had begun.
 func (c *control) inherit(h *handed) {
 	before := make([]service, 0, len(h.Services))
@@ -353,9 +378,7 @@ func (c *control) inherit(h *handed) {
 		if now := same(c.list(), &was); now != nil {
 			was.OnRemove, was.RemoveAfter = now.OnRemove, now.RemoveAfter
 		}
-		for _, e := range s.Endpoints {
-			was.endpoints = append(was.endpoints, discover.Endpoint{Addr: e})
-		}
+		was.endpoints = endpointsOf(&s)
 		before = append(before, was)
 	}
 	for _, r := range h.Removals {

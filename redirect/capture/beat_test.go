@@ -329,3 +329,46 @@ func TestRunCannotPublish(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 }
+
+// Frozen, a heartbeat publishes one sign of life and no more; thawed, it goes on; left
+// to another process, it does not say that it has ended either.
+func TestFreeze(t *testing.T) {
+	k := &kernel{}
+	b := &Beat{kernel: k, alive: true, log: slog.New(slog.DiscardHandler)}
+	publish := func() {
+		if err := b.inTurn(func() error { return k.Beat(true, false, 1) }); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, left := range []bool{false, true} {
+		end, err := b.Freeze(time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := len(k.beats)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			publish()
+		}()
+		select {
+		case <-done:
+			t.Fatal("it beats although it is frozen")
+		case <-time.After(20 * time.Millisecond):
+		}
+		end(left)
+		<-done
+		if beats := len(k.beats) - before; beats == 0 != left {
+			t.Errorf("left %v: %d beats", left, beats)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	before := len(k.beats)
+	if err := b.Run(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if len(k.beats) != before {
+		t.Error("it says that it has ended, and another process beats")
+	}
+}

@@ -297,6 +297,27 @@ func TestNobodyThere(t *testing.T) {
 	}
 }
 
+// TestSilentSource takes over while a source has nothing to say: what the service had
+// stays.
+func TestSilentSource(t *testing.T) {
+	s := &stage{Rig: rig.New(t), far: newFar()}
+	s.far.finish()
+	s.Serve(t, ends[0], s.far.serve)
+	file := filepath.Join(t.TempDir(), "endpoints.json")
+	if err := os.WriteFile(file, fmt.Appendf(nil, `[{"targets": [%q]}]`, ends[0]), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.Instance = s.Run(t, fmt.Sprintf("services:\n  - {name: s, address: %q, discover: {file: %s}}\n", vip, file))
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		s.Replace(t, rig.Binary(t))
+		newApp(t, s.Rig, task{To: vip, Conns: 3}).end(t)
+	}
+	rig.Relayed(t, s.Ended(t, 6))
+}
+
 // TestRemovalsGoOn has endpoints removed just before, and between, whose connections
 // are to end after a while: they do, and no others.
 func TestRemovalsGoOn(t *testing.T) {

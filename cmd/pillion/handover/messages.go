@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"syscall"
 
@@ -35,6 +36,22 @@ type Welcome struct {
 	Listeners [2]int   `json:"listeners"` // how many, by family
 	Rings     int      `json:"rings"`
 	Sockets   []string `json:"sockets"` // what each is for
+	// Services are the giver's, with the endpoints that they have.
+	Services []Service `json:"services"`
+}
+
+// Service is one with its endpoints.
+type Service struct {
+	Name      string         `json:"name"`
+	Addr      netip.AddrPort `json:"address"`
+	Endpoints []Endpoint     `json:"endpoints"`
+}
+
+// Endpoint is one of a service.
+type Endpoint struct {
+	Addr   netip.AddrPort `json:"address"`
+	Weight uint32         `json:"weight"`
+	Zone   string         `json:"zone,omitempty"`
 }
 
 // Refusal says why there is nothing to be taken over. Its form is the same in every
