@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime/debug"
 	"time"
 
 	"github.com/pillion-project/pillion/bpf"
@@ -258,6 +259,7 @@ type standstill struct {
 	i     *instance
 	since time.Time
 	ends  []func(left bool) error // in the order in which it was made
+	loud  func()                  // ends that no garbage is collected
 	relay *l4.Frozen
 	halve []events.Half
 }
@@ -268,9 +270,10 @@ type standstill struct {
 func (i *instance) comeToRest(ctx context.Context) (*standstill, error) {
 	ctx, cancel := context.WithTimeout(ctx, restLimit)
 	defer cancel()
-	s := &standstill{i: i}
+	s := &standstill{i: i, loud: quiet()}
 	end, err := i.control.freeze(ctx)
 	if err != nil {
+		s.goOn()
 		return nil, err
 	}
 	s.ends = append(s.ends, func(left bool) error { end(left); return nil })
@@ -300,6 +303,7 @@ func (i *instance) comeToRest(ctx context.Context) (*standstill, error) {
 
 // goOn undoes comeToRest.
 func (s *standstill) goOn() {
+	defer s.loud()
 	if s.relay != nil {
 		s.relay.Thaw()
 	}
@@ -310,6 +314,7 @@ func (s *standstill) goOn() {
 
 // leave lets go of everything for good, and returns the history of flows.
 func (s *standstill) leave() ([]flow.Record, error) {
+	defer s.loud()
 	s.relay.Leave()
 	s.i.gone.Store(true)
 	for _, n := range s.i.sockets() {
@@ -354,6 +359,13 @@ func (i *instance) give(conn *handover.Conn, s *standstill) (connections int, er
 		return 0, fmt.Errorf("hand over: %w", err)
 	}
 	return len(given.Conns), nil
+}
+
+// quiet has no garbage collected until the returned function is called: it would take
+// its share of a pause that is as short as one.
+func quiet() (loud func()) {
+	before := debug.SetGCPercent(-1)
+	return func() { debug.SetGCPercent(before) }
 }
 
 func monotonicNow() int64 {

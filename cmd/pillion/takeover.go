@@ -55,6 +55,7 @@ type taking struct {
 	given *l4.Given
 	at    time.Time     // when the instance became ours
 	pause time.Duration // how long connections stood still, once that is over
+	loud  func()        // ends that no garbage is collected
 }
 
 // status is for the admin socket.
@@ -209,6 +210,7 @@ func (i *instance) takeOver(ctx context.Context) error {
 		return fmt.Errorf("take over %s: told to stop before that", i.name)
 	}
 	i.log.Debug("prepared to take over")
+	t.loud = quiet()
 	err := t.receive()
 	if errors.Is(err, io.EOF) {
 		// It died, or else it has its lock still.
@@ -294,6 +296,7 @@ func (i *instance) writeFirst(ctx context.Context, beat *circle) error {
 	case <-ctx.Done():
 		// Told to stop: it takes charge all the same, to drain in the usual way.
 	}
+	t.loud()
 	if t.state.At > 0 {
 		t.pause = time.Duration(monotonicNow() - t.state.At)
 	}
