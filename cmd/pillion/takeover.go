@@ -210,6 +210,7 @@ func (i *instance) takeOver(ctx context.Context) error {
 		return fmt.Errorf("take over %s: told to stop before that", i.name)
 	}
 	i.log.Debug("prepared to take over")
+	t.makeRoom()
 	t.loud = quiet()
 	err := t.receive()
 	if errors.Is(err, io.EOF) {
@@ -236,6 +237,16 @@ func (i *instance) takeOver(ctx context.Context) error {
 	}
 	i.adopted = done
 	return nil
+}
+
+// makeRoom has the table of descriptors grow before they come: in a process of many
+// threads each doubling waits for RCU, some ten milliseconds.
+func (t *taking) makeRoom() {
+	// Pipes and new connections take some as well.
+	most := otherDescriptors + 2*t.welcome.Live + t.welcome.Live/2
+	if fd, err := unix.FcntlInt(0, unix.F_DUPFD_CLOEXEC, most); err == nil {
+		unix.Close(fd)
+	}
 }
 
 // receive asks for everything and says that it is here. What it has is in t, also when

@@ -30,12 +30,14 @@ type Hello struct {
 // Welcome is the giver's answer. With it come the listeners of the workers, of IPv4
 // and then of IPv6, their rings, and the sockets of Sockets.
 type Welcome struct {
-	Build     string   `json:"build"`
-	Pid       int      `json:"pid"`
-	FrameTag  uint64   `json:"frame_tag"`
-	Listeners [2]int   `json:"listeners"` // how many, by family
-	Rings     int      `json:"rings"`
-	Sockets   []string `json:"sockets"` // what each is for
+	Build     string `json:"build"`
+	Pid       int    `json:"pid"`
+	FrameTag  uint64 `json:"frame_tag"`
+	Listeners [2]int `json:"listeners"` // how many, by family
+	Rings     int    `json:"rings"`
+	// Live is how many connections are open, so that there is room for them.
+	Live    int      `json:"live"`
+	Sockets []string `json:"sockets"` // what each is for
 	// Services are the giver's, with the endpoints that they have.
 	Services []Service `json:"services"`
 }
