@@ -112,6 +112,9 @@ type Datapath struct {
 	unpinned    atomic.Bool // only pins are
 	linkTrouble string      // why, as it was logged; Watch's own
 
+	pinsChanged time.Time // of their directory, when they were last looked at
+	pinsLooked  int
+
 	// servicesMu orders changes of services. It is taken after mu, which is held
 	// while all sockets of the namespace are listed, and never for long.
 	servicesMu sync.Mutex

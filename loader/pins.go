@@ -125,10 +125,12 @@ func lockInstance(bpffs, name string) (*dir, error) {
 
 func same(f *os.File, path string) bool {
 	now, err := os.Stat(path)
-	if err != nil {
-		return false
-	}
-	then, err := f.Stat()
+	return err == nil && (&dir{file: f}).is(now)
+}
+
+// is tells whether d is what was found at its path.
+func (d *dir) is(now os.FileInfo) bool {
+	then, err := d.file.Stat()
 	return err == nil && os.SameFile(now, then)
 }
 

@@ -13,17 +13,27 @@ import (
 	"github.com/pillion-project/pillion/bpf"
 )
 
+// allPinsEvery is how many looks it is from one at every pin to the next, where the
+// time of their directory says that none was removed: its grain is coarse.
+const allPinsEvery = 16
+
 // repin brings back what somebody removed of the pins that no link is: the file
 // system, the directory and its lock, the maps. Without them all would end with
 // this process, and the next one would know nothing. It returns the names of
 // what it made again. The caller holds linkMu.
 func (d *Datapath) repin() ([]string, error) {
 	var mended []string
-	if !same(d.dir.file, d.dir.path) {
+	now, err := os.Stat(d.dir.path)
+	if err != nil || !d.dir.is(now) {
 		if err := d.renewDir(); err != nil {
 			return nil, err
 		}
 		mended = append(mended, "the directory")
+	} else if d.pinsLooked++; now.ModTime().Equal(d.pinsChanged) && d.pinsLooked%allPinsEvery != 0 {
+		return nil, nil
+	} else {
+		// What is pinned below changes it again: one look more.
+		d.pinsChanged = now.ModTime()
 	}
 	v := reflect.ValueOf(d.maps)
 	// The record is the first pin, whatever the order of the maps: see create.

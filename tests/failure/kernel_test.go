@@ -81,6 +81,10 @@ func firewall(t *testing.T, s *stage) {
 
 func noFirewall(t *testing.T, s *stage) { s.command(t, "nft", "delete table inet faults") }
 
+// loDown switches the interface off that slots are reached by.
+func loDown(t *testing.T, s *stage) { s.command(t, "ip", "link", "set", "lo", "down") }
+func loUp(t *testing.T, s *stage)   { s.command(t, "ip", "link", "set", "lo", "up") }
+
 // shortQueue bounds the accept queue of the namespace's listeners.
 func shortQueue(length string) func(*testing.T, *stage) string {
 	return func(t *testing.T, s *stage) string {

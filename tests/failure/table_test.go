@@ -74,6 +74,10 @@ func table() []fault {
 			falls: true, open: waits, breaks: firewall, mends: noFirewall,
 		},
 		{
+			name: "loopback interface down", how: "ip link set lo down", mended: "by itself, when it is up: Pillion adds the slots' routes again",
+			falls: true, open: waits, breaks: loDown, mends: loUp,
+		},
+		{
 			name: "slot route deleted", how: "ip route del, both families", mended: "Pillion adds it again at the news of it",
 			brief: true, breaks: unroute,
 		},
