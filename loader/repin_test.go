@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -93,6 +94,9 @@ func TestCgroupRenewed(t *testing.T) {
 	if err := p.connect(t, far); err != nil {
 		t.Errorf("captured: %v", err)
 	}
+	if !d.standing() {
+		t.Error("it says that the programs are not attached")
+	}
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -105,6 +109,22 @@ func TestCgroupRenewed(t *testing.T) {
 	})
 	if err := p.do(t, "one", func(o Options) (err error) { d, err = Open(o); return err }); err != nil {
 		t.Fatal(err)
+	}
+	p.unload(t, d)
+	p.clean(t)
+}
+
+// TestCgroupRemoved: a scope that is gone is told, and no link says so.
+func TestCgroupRemoved(t *testing.T) {
+	p := newPlace(t)
+	d := p.create(t, "one")
+	setRules(t, d, plain)
+	p.attach(t, d)
+	if err := os.Remove(p.scope.Path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Reattach(); !errors.Is(err, ErrNoScope) || d.standing() || d.renewed() {
+		t.Errorf("%v, standing %v, another cgroup %v", err, d.standing(), d.renewed())
 	}
 	p.unload(t, d)
 	p.clean(t)

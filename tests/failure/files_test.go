@@ -161,7 +161,7 @@ func diskIsFull(t *testing.T, s *stage) { s.says(t, "The flow log cannot be writ
 // rotate makes room, as logrotate does with copytruncate.
 func rotate(t *testing.T, s *stage) { s.mustIn(t, "truncate", "-s", "0", flowLog) }
 
-// logged again wants whole lines.
+// logsAgain wants whole lines.
 func logsAgain(t *testing.T, s *stage) {
 	testutil.Eventually(t, rig.Limit, func() bool {
 		s.do(t, order{Do: "try", To: s.to[toDirect], Count: 1, Patience: patience})
@@ -211,7 +211,7 @@ func endOther(t *testing.T, s *stage) {
 	}
 }
 
-// tooMany has a source tell more endpoints than there is room for.
+// someEndpoints has one more service, whose endpoints a file tells.
 func someEndpoints(t *testing.T, s *stage) string {
 	file := filepath.Join(t.TempDir(), "endpoints.json")
 	s.extra = file
@@ -257,6 +257,12 @@ func (s *stage) crowded(t *testing.T) string {
 	return ""
 }
 
+// renewAlone has the scope's cgroup made again while nobody is there to see it.
+func renewAlone(t *testing.T, s *stage) {
+	s.Kill(t)
+	renewScope(t, s)
+}
+
 // renewScope removes the scope's cgroup, when the application has moved
 // elsewhere, and makes it again. Then another application starts there.
 func renewScope(t *testing.T, s *stage) {
@@ -268,7 +274,5 @@ func renewScope(t *testing.T, s *stage) {
 	s.Scope.Renew(t)
 	s.former = s.app
 	s.app = newApp(t, s.Rig)
-	for _, kind := range kinds {
-		s.do(t, order{Do: "stream", Key: kind, To: s.to[kind], Every: pace, Patience: letGo})
-	}
+	s.streams(t)
 }

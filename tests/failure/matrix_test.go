@@ -71,10 +71,8 @@ func (f *fault) test(t *testing.T, setting string, r *results) {
 			}
 		}
 	}
-	for _, kind := range kinds {
-		s.do(t, order{Do: "stream", Key: kind, To: s.to[kind], Every: pace, Patience: letGo})
-	}
 	began := now()
+	s.streams(t)
 	w := window{from: now()}
 	f.breaks(t, s)
 	w.broken = now()

@@ -14,7 +14,8 @@ const notes = `- *Handler killed*: connections that the handler carried are rese
 - *Connect hooks detached*: until they are attached again nobody captures, and every connection goes to where it was going. That
   takes CAP_NET_ADMIN and the pins, which are Pillion's user's alone.
 - *Cgroup removed and made again*: until Pillion attaches to the new one, nobody captures there. Open connections of an
-  application that was moved out before are unaffected.
+  application that was moved out before are unaffected. Where the handler is killed first, nobody captures in the new one until
+  the next handler is there, and ` + "`closed`" + ` cannot hold: the programs are attached to a cgroup, and it is gone.
 - *Second instance, other name*: both are attached, and the older one decides first. Here the younger one knows no service: what the
   older one lets go to an endpoint (*direct*) or to where it was going (*pass*) is for it a connection that no service names,
   which it relays, or refuses while it drains if it is *closed*. Under its own name (` + "`pillion run`" + ` makes one of the scope) it is refused.

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
@@ -17,7 +18,9 @@ import (
 func kill(t *testing.T, s *stage) { s.Kill(t) }
 
 func launch(t *testing.T, s *stage) {
+	start := time.Now()
 	s.Launch(t)
+	t.Logf("the next one is ready %v after its start", time.Since(start).Round(time.Millisecond))
 	s.Prefer(t)
 }
 

@@ -165,6 +165,14 @@ func (f *fault) wantOpen(kind string) word {
 	return unaffected
 }
 
+// streams has the application connect to every kind of destination, all the time.
+func (s *stage) streams(t *testing.T) {
+	t.Helper()
+	for _, kind := range kinds {
+		s.do(t, order{Do: "stream", Key: kind, To: s.to[kind], Every: pace, Patience: letGo})
+	}
+}
+
 // tally counts what connections met.
 type tally map[word]int
 

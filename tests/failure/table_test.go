@@ -129,6 +129,11 @@ func table() []fault {
 			brief: true, escapes: true, breaks: renewScope,
 		},
 		{
+			name: "handler killed, cgroup made again", how: "both of the above, while nobody is there to see the second", mended: "the next one removes what is of a cgroup that is gone, and begins anew",
+			news: map[string]word{toRelay: passed, toOther: passed, toUnnamed: passed, toDirect: passed},
+			open: reset, escapes: true, breaks: renewAlone, mends: launch,
+		},
+		{
 			name: "clock jumps ahead", how: "ten years, in what the process reads", mended: "nothing to mend",
 			prepare: ownClock, breaks: jumps(10 * year), check: jumped, mends: setBack,
 		},
