@@ -23,10 +23,19 @@ func (w *world) withDirect(more string) string {
 		"services:\n- {name: fast, address: %q, path: direct, endpoints: [%q, %q]}\n", direct, w.at(portA), w.at(portB)), 1)
 }
 
+// settings are those of on_failure that are tried on a node: what it is depends on the
+// view no more than which pod is found.
+func (w *world) settings() []string {
+	if w.view == viewHybrid {
+		return []string{"open", "closed"}
+	}
+	return []string{"closed"}
+}
+
 // failure is the table of docs/design.md, section 6, for a sidecar that is killed:
 // by a signal, and where there is a controller of memory by the kernel.
 func failure(t *testing.T, w *world) {
-	for _, setting := range []string{"open", "closed"} {
+	for _, setting := range w.settings() {
 		t.Run(setting, func(t *testing.T) {
 			p := w.newPod(t, podSpec{config: w.withDirect("on_failure: " + setting)})
 			p.prepare(t, w.minimal(initArgs...))
@@ -128,7 +137,7 @@ func (s *sidecar) exhaust(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	eater := exec.Command("sh", "-c", `echo $$ >"$1/cgroup.procs" && exec "$0" eat`, layouts(t).binary, group)
+	eater := exec.Command("sh", "-c", `echo $$ >"$1/cgroup.procs" && exec "$0" eat`, s.pod.binary, group)
 	log := &rig.Log{}
 	eater.Stdout, eater.Stderr = log, log
 	if err := eater.Start(); err != nil {
@@ -147,7 +156,7 @@ func (s *sidecar) exhaust(t *testing.T) {
 // drain is what SIGTERM does: new connections go by on_failure, open ones may end
 // by themselves, or are ended; then nothing is left.
 func drain(t *testing.T, w *world) {
-	for _, setting := range []string{"open", "closed"} {
+	for _, setting := range w.settings() {
 		t.Run(setting, func(t *testing.T) {
 			p := w.newPod(t, podSpec{config: w.withDirect("on_failure: " + setting)})
 			s := p.sidecar(t, w.minimal(runArgs...))

@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"sync"
 	"testing"
 
 	"github.com/pillion-project/pillion/tests/testutil"
@@ -38,23 +37,26 @@ type images struct {
 	binary               string // app, for who wants it in another container
 }
 
-var made = sync.OnceValues(makeImages)
-
-// layouts skips the test without the image.
-func layouts(t *testing.T) images {
+// newImages makes archives in a directory.
+func newImages(t *testing.T, dir string) images {
 	t.Helper()
-	if os.Getenv(envImage) == "" {
-		t.Skip(envImage + " is not set: make test-containers builds the image and runs this")
-	}
 	testutil.Need(t, "gcc")
-	i, err := made()
+	i, err := makeImages(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return i
 }
 
-func makeImages() (images, error) {
+// needImage skips the test without it.
+func needImage(t *testing.T) {
+	t.Helper()
+	if os.Getenv(envImage) == "" {
+		t.Skip(envImage + " is not set: make test-containers builds the image and runs this")
+	}
+}
+
+func makeImages(dir string) (images, error) {
 	layout := os.Getenv(envImage)
 	i := images{pillion: layout + ".tar"}
 	b, err := os.ReadFile(filepath.Join(layout, "index.json"))
@@ -68,10 +70,6 @@ func makeImages() (images, error) {
 		return i, fmt.Errorf("read the image: %d manifests, %w", len(index.Manifests), err)
 	}
 	i.pillionName = index.Manifests[0].Annotations["io.containerd.image.name"]
-	dir := filepath.Join(os.TempDir(), fmt.Sprintf("pillion-images-%d", os.Getpid()))
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return i, err
-	}
 	i.binary, i.app, i.pause = filepath.Join(dir, "app"), filepath.Join(dir, "app.tar"), filepath.Join(dir, "pause.tar")
 	build := exec.Command("go", "build", "-o", i.binary, "./app")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -85,10 +83,6 @@ func makeImages() (images, error) {
 		}
 	}
 	return i, errors.Join(archive(i.app, appName, i.binary), archive(i.pause, pauseName, hold))
-}
-
-func forgetImages() error {
-	return os.RemoveAll(filepath.Join(os.TempDir(), fmt.Sprintf("pillion-images-%d", os.Getpid())))
 }
 
 // archive writes an image of one program, which is also what it starts, as an

@@ -103,7 +103,7 @@ func life(t *testing.T, w *world) {
 		t.Errorf("between init and run an application got %q, want that it is refused", got)
 	}
 	side := w.minimal(runArgs...)
-	side.mounts = append(side.mounts, mount{at: "/app", from: layouts(t).binary, readOnly: true})
+	side.mounts = append(side.mounts, mount{at: "/app", from: w.binary, readOnly: true})
 	s := p.sidecar(t, side)
 
 	// One application container is there before the other, and has a connection.

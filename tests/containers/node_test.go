@@ -40,7 +40,7 @@ type node struct {
 	cmd   *exec.Cmd
 	log   *rig.Log
 	ended chan struct{}
-	image string // of Pillion
+	images
 }
 
 var nodes atomic.Int64
@@ -49,9 +49,9 @@ var nodes atomic.Int64
 // along.
 func newNode(t *testing.T, view string) *node {
 	t.Helper()
-	testutil.Need(t, "containerd", "ctr", "runc")
 	n := emptyNode(t, view)
-	images := layouts(t)
+	testutil.Need(t, "containerd", "ctr", "runc")
+	images := n.images
 	n.start(t)
 	for _, archive := range []string{images.pillion, images.app, images.pause} {
 		out, err := exec.Command("ctr", "--address", n.socket(), "--namespace", "k8s.io", "images", "import", archive).CombinedOutput()
@@ -71,8 +71,10 @@ func newNode(t *testing.T, view string) *node {
 // emptyNode is one where nothing runs yet.
 func emptyNode(t *testing.T, view string) *node {
 	t.Helper()
+	needImage(t)
 	testutil.RequireRoot(t)
-	n := &node{dir: shortDir(t), view: view, log: &rig.Log{}, ended: make(chan struct{}), image: layouts(t).pillionName}
+	n := &node{dir: shortDir(t), view: view, log: &rig.Log{}, ended: make(chan struct{})}
+	n.images = newImages(t, n.dir)
 	n.top = fmt.Sprintf("pillion-node-%d-%d", os.Getpid(), nodes.Add(1))
 	if view == viewUnified {
 		keepControllers(t)

@@ -207,7 +207,7 @@ func (p *pod) encode(name string, attempt int, s spec) message {
 	var mounts []mount
 	var env []string
 	if image == "" {
-		image = p.image
+		image = p.pillionName
 		mounts = []mount{{at: "/run/pillion", from: filepath.Join(p.dir, "run")}, {at: "/etc/pillion", from: filepath.Join(p.dir, "conf"), readOnly: true}}
 		env = []string{"POD_UID=" + cmp.Or(s.uid, p.uid)}
 	}
@@ -295,7 +295,7 @@ func (c *container) wait(t *testing.T) status {
 		if time.Now().After(end) {
 			t.Fatalf("%s does not end\n%s", c.name, c.output(t))
 		}
-		time.Sleep(10 * time.Millisecond)
+		time.Sleep(20 * time.Millisecond)
 	}
 	return s
 }
@@ -376,13 +376,17 @@ func (p *pod) sidecar(t *testing.T, s spec) *sidecar {
 	t.Helper()
 	c := p.run(t, "pillion", s)
 	side := &sidecar{container: c, Client: admin.Dial(filepath.Join(p.dir, "run", p.instance()+".sock"))}
-	testutil.Eventually(t, rig.Limit, func() bool {
-		if st := c.status(t); st.state == stateExited {
-			t.Fatalf("pillion run ended with %d\n%s", st.code, c.output(t))
+	for end := time.Now().Add(rig.Limit); ; time.Sleep(20 * time.Millisecond) {
+		if st, err := side.Status(t.Context()); err == nil && st.Ready {
+			break
 		}
-		_, code := c.exec(t, "/pillion", "ready")
-		return code == 0
-	}, "pillion is ready")
+		if st := c.status(t); st.state == stateExited || time.Now().After(end) {
+			t.Fatalf("pillion run is not ready: state %d, exit code %d\n%s", st.state, st.code, c.output(t))
+		}
+	}
+	if out, code := c.exec(t, "/pillion", "ready"); code != 0 {
+		t.Errorf("it is ready, and the probe says %q", out)
+	}
 	return side
 }
 

@@ -33,9 +33,9 @@ const hostAddr, podAddr = "10.202.0.1", "10.202.0.2"
 // host has both.
 func newHost(t *testing.T) *host {
 	t.Helper()
-	testutil.Need(t, "podman", "runc", "nsenter", "ip")
 	h := &host{node: emptyNode(t, viewHybrid)}
-	images := layouts(t)
+	testutil.Need(t, "podman", "runc", "nsenter", "ip")
+	images := h.images
 	h.launch(t, "/bin/sleep", "infinity")
 	text := "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\npids_limit = 0\n[engine]\nevents_logger = \"file\"\ninfra_image = \"" + pauseName + "\"\n"
 	if err := os.WriteFile(filepath.Join(h.dir, "containers.conf"), []byte(text), 0o600); err != nil {
@@ -153,17 +153,17 @@ func (h *host) ask(t *testing.T, times int, to string) []string {
 // sidecar starts Pillion, and waits until it is ready.
 func (h *host) sidecar(t *testing.T, args ...string) (id string, c *admin.Client) {
 	t.Helper()
-	words := append(h.flags(append([]string{"--detach"}, podmanMinimal...)...), h.image)
+	words := append(h.flags(append([]string{"--detach"}, podmanMinimal...)...), h.pillionName)
 	id = h.podman(t, append(words, append(slices.Clone(runArgs), args...)...)...)
+	c = admin.Dial(filepath.Join(h.dir, "run", h.instance()+".sock"))
 	testutil.Eventually(t, rig.Limit, func() bool {
-		if out, _ := h.try(t, "inspect", "--format", "{{.State.Running}}", id); out != "true" {
-			log, _ := h.try(t, "logs", id)
-			t.Fatalf("pillion run ended\n%s", log)
-		}
-		_, code := h.try(t, "exec", id, "/pillion", "ready")
-		return code == 0
+		st, err := c.Status(t.Context())
+		return err == nil && st.Ready
 	}, "pillion is ready")
-	return id, admin.Dial(filepath.Join(h.dir, "run", h.instance()+".sock"))
+	if out, code := h.try(t, "exec", id, "/pillion", "ready"); code != 0 {
+		t.Errorf("it is ready, and the probe says %q", out)
+	}
+	return id, c
 }
 
 // exited waits for the end of a container, and returns its exit code.
@@ -174,7 +174,6 @@ func (h *host) exited(t *testing.T, id string) string {
 
 // TestPodman is a pod of podman's: which privileges it takes, and its life.
 func TestPodman(t *testing.T) {
-	layouts(t) // skips first
 	h := newHost(t)
 	t.Run("privileges", func(t *testing.T) { podmanPrivileges(t, h) })
 	t.Run("life", func(t *testing.T) { podmanLife(t, h) })
@@ -195,7 +194,7 @@ func podmanPrivileges(t *testing.T, h *host) {
 		{"privileged", podmanPrivileged, 0, "attached instance=pod-"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			out, code := h.try(t, append(append(h.flags(append([]string{"--rm"}, c.flags...)...), h.image), initArgs...)...)
+			out, code := h.try(t, append(append(h.flags(append([]string{"--rm"}, c.flags...)...), h.pillionName), initArgs...)...)
 			t.Logf("exit code %d: %s", code, out)
 			if code != c.code || !strings.Contains(out, c.says) {
 				t.Errorf("exit code %d, want %d, and that it says %q", code, c.code, c.says)
@@ -273,14 +272,14 @@ func podmanJob(t *testing.T, h *host) {
 	if out, _ := h.try(t, "logs", id); !strings.Contains(out, "the applications have ended") {
 		t.Errorf("it does not say why it ended:\n%s", out)
 	}
-	h.podman(t, append(append(h.flags(append([]string{"--rm"}, podmanMinimal...)...), h.image), initArgs...)...)
+	h.podman(t, append(append(h.flags(append([]string{"--rm"}, podmanMinimal...)...), h.pillionName), initArgs...)...)
 	gone := h.instance()
 	h.podman(t, "pod", "rm", "--force", "--time", "0", "shop")
 	if diff := cmp.Diff([]string{gone}, h.pins(t)); diff != "" {
 		t.Errorf("what stays of a pod that was removed: %s", diff)
 	}
 	h.create(t)
-	h.podman(t, append(append(h.flags(append([]string{"--rm"}, podmanMinimal...)...), h.image), initArgs...)...)
+	h.podman(t, append(append(h.flags(append([]string{"--rm"}, podmanMinimal...)...), h.pillionName), initArgs...)...)
 	if diff := cmp.Diff([]string{h.instance()}, h.pins(t)); diff != "" {
 		t.Errorf("what is there when the next has started: %s", diff)
 	}

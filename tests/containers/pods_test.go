@@ -46,46 +46,43 @@ func job(t *testing.T, w *world) {
 }
 
 // beside is two pods that are told different things of one address, and one without
-// Pillion, each in a network of its own, and all on the node's.
+// Pillion: on one node each in a network of its own, and on one all in the node's.
 func beside(t *testing.T, w *world) {
-	for _, host := range []bool{false, true} {
-		t.Run(fmt.Sprintf("hostNetwork %v", host), func(t *testing.T) {
-			ports := map[string]int{"a": portA, "b": portB}
-			pods := map[string]*pod{"host": w.newPod(t, podSpec{hostNetwork: host})}
-			sidecars := map[string]*sidecar{}
-			for name, port := range ports {
-				config := fmt.Sprintf("services: [{name: web, address: %q, endpoints: [%q]}]", w.at(portHost), w.at(port))
-				pods[name] = w.newPod(t, podSpec{hostNetwork: host, config: config})
-				pods[name].prepare(t, w.minimal(initArgs...))
-				sidecars[name] = pods[name].sidecar(t, w.minimal(runArgs...))
-			}
-			for name, p := range pods {
-				want := strings.TrimSuffix(strings.Repeat(name+"\n", 3), "\n")
-				var got []string
-				for _, line := range p.ask(t, 3, w.at(portHost)) {
-					first, _, _ := strings.Cut(line, " ")
-					got = append(got, first)
-				}
-				if diff := cmp.Diff(want, strings.Join(got, "\n")); diff != "" {
-					t.Errorf("pod %s: %s", name, diff)
-				}
-			}
-			for name, s := range sidecars {
-				if n := len(s.flows(t, 3)); n != 3 {
-					t.Errorf("the sidecar of %s has %d records, want 3", name, n)
-				}
-				s.conserved(t)
-			}
-			// One goes, and the other stays as it is.
-			if st := sidecars["a"].stop(t, 30); st.code != 0 {
-				t.Errorf("it ended with %d", st.code)
-			}
-			for name, want := range map[string]string{"a": "host ", "b": "b "} {
-				if got := pods[name].ask(t, 1, w.at(portHost)); !strings.HasPrefix(got[0], want) {
-					t.Errorf("without the sidecar of a, pod %s got %q", name, got)
-				}
-			}
-		})
+	host := w.view == viewUnified
+	ports := map[string]int{"a": portA, "b": portB}
+	pods := map[string]*pod{"host": w.newPod(t, podSpec{hostNetwork: host})}
+	sidecars := map[string]*sidecar{}
+	for name, port := range ports {
+		config := fmt.Sprintf("services: [{name: web, address: %q, endpoints: [%q]}]", w.at(portHost), w.at(port))
+		pods[name] = w.newPod(t, podSpec{hostNetwork: host, config: config})
+		pods[name].prepare(t, w.minimal(initArgs...))
+		sidecars[name] = pods[name].sidecar(t, w.minimal(runArgs...))
+	}
+	for name, p := range pods {
+		want := strings.TrimSuffix(strings.Repeat(name+"\n", 3), "\n")
+		var got []string
+		for _, line := range p.ask(t, 3, w.at(portHost)) {
+			first, _, _ := strings.Cut(line, " ")
+			got = append(got, first)
+		}
+		if diff := cmp.Diff(want, strings.Join(got, "\n")); diff != "" {
+			t.Errorf("pod %s: %s", name, diff)
+		}
+	}
+	for name, s := range sidecars {
+		if n := len(s.flows(t, 3)); n != 3 {
+			t.Errorf("the sidecar of %s has %d records, want 3", name, n)
+		}
+		s.conserved(t)
+	}
+	// One goes, and the other stays as it is.
+	if st := sidecars["a"].stop(t, 30); st.code != 0 {
+		t.Errorf("it ended with %d", st.code)
+	}
+	for name, want := range map[string]string{"a": "host ", "b": "b "} {
+		if got := pods[name].ask(t, 1, w.at(portHost)); !strings.HasPrefix(got[0], want) {
+			t.Errorf("without the sidecar of a, pod %s got %q", name, got)
+		}
 	}
 }
 
