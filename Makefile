@@ -19,8 +19,11 @@ GOBUILD := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=$(VCS)
 KERNEL_PKGS := ./bpf/... ./loader/... ./cmd/pillion
 BLACKBOX    := ./tests/...
 
+# Tests on a node of their own, with the image that is shipped.
+ONNODE := PILLION_REQUIRE_ROOT=1 PILLION=$(abspath $(PILLION)) PILLION_IMAGE=$(abspath $(BUILD)/image) $(GO) test -count=1 -v
+
 .DEFAULT_GOAL := build
-.PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes stress traps failure suites bench demo image install clean test-systemd test-containers
+.PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes stress traps failure suites bench demo image install clean test-systemd test-containers test-kubelet test-cluster
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +54,7 @@ test-unit: ## the tests that need no kernel, under the race detector
 
 test-kernel: build ## the tests that use the kernel and real programs (as root)
 	$(GO) test -race -p 1 -count=1 -timeout 10m $$($(GO) list $(KERNEL_PKGS))
+	@echo 'tests/kubelet, tests/cluster: skipped, they need a kubelet: make test-kubelet test-cluster'
 	@[ -n "$$PILLION_KUBE_BIN" ] || echo 'tests/kubernetes: skipped, it needs an API server: make test-kubernetes'
 	PILLION=$(abspath $(PILLION)) $(GO) test -p 1 -parallel 6 -count=1 -timeout 15m $(BLACKBOX)
 
@@ -64,10 +68,21 @@ test-kubernetes: ## discovery against a real kube-apiserver and etcd (built once
 test-systemd: build ## the unit and the drop-in under a real systemd in a container (as root, some minutes)
 	@scripts/setup.sh systemd
 	root=$$(scripts/systemd.sh) && PILLION_SYSTEMD_ROOT=$$root PILLION=$(abspath $(PILLION)) $(GO) test -count=1 -v -timeout 15m ./tests/systemd
+
 test-containers: ## the image in real pods: containerd over CRI, and podman (as root, two minutes)
 	@scripts/setup.sh containers
 	$(GO) run ./scripts/image -o $(BUILD)/image
 	PILLION_IMAGE=$(abspath $(BUILD)/image) $(GO) test -count=1 -v -timeout 15m ./tests/containers
+
+test-kubelet: build ## the manifests of deploy/ on a real kubelet and containerd (as root; built once, some minutes)
+	@scripts/setup.sh node
+	$(GO) run ./scripts/image -o $(BUILD)/image
+	bin=$$(scripts/kubernetes.sh kubelet) && PILLION_KUBELET_BIN=$$bin $(ONNODE) -timeout 20m ./tests/kubelet
+
+test-cluster: build ## webhook, discovery and rollouts in a whole cluster of one node (as root; built once, some minutes)
+	@scripts/setup.sh node
+	$(GO) run ./scripts/image -o $(BUILD)/image
+	bin=$$(scripts/kubernetes.sh node) && PILLION_NODE_BIN=$$bin $(ONNODE) -timeout 20m ./tests/cluster
 
 stress: build ## 5,000 connections for two minutes while endpoints come and go (as root)
 	PILLION=$(abspath $(PILLION)) $(GO) test -count=1 -v -timeout 15m ./tests/model -run TestStress -stress 2m

