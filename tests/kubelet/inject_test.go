@@ -38,6 +38,7 @@ spec:
 		t.Errorf("the first connect got %q", r.First)
 	}
 	p.more(t, 20)
+	checkPrivileges(t, k.Pid(t, g, "pillion"), unix.CAP_BPF, unix.CAP_NET_ADMIN)
 	if err := unix.Kill(k.Pid(t, g, "pillion"), unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}

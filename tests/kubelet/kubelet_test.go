@@ -41,16 +41,19 @@ type kubelet struct {
 	far, escaped *node.Server
 }
 
+// step is a test of one kubelet, which all share.
+type step struct {
+	name string
+	test func(*testing.T, *kubelet)
+}
+
 // TestKubelet is everything that needs one.
 func TestKubelet(t *testing.T) {
 	n := node.New(t, envKubelet, "make test-kubelet")
 	k := &kubelet{Node: n, far: n.Serve(t, far, "far"), escaped: n.Serve(t, relayed, "escaped")}
 	n.Serve(t, direct, "escaped")
 	n.Kubelet("")
-	tests := []struct {
-		name string
-		test func(*testing.T, *kubelet)
-	}{
+	tests := []step{
 		{"Gate", testGate},
 		{"Life", testLife},
 		{"Closed", testClosed},
@@ -60,11 +63,7 @@ func TestKubelet(t *testing.T) {
 	}
 	if n.Layout == node.Hybrid {
 		// What differs there is how the pod is found.
-		tests = tests[:0]
-		tests = append(tests, struct {
-			name string
-			test func(*testing.T, *kubelet)
-		}{"CgroupMount", testCgroupMount})
+		tests = []step{{"CgroupMount", testCgroupMount}}
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

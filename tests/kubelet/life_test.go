@@ -63,7 +63,7 @@ func testLife(t *testing.T, k *kubelet) {
 		t.Errorf("the first connect got %q", r.First)
 	}
 	p.more(t, 20)
-	checkPrivileges(t, k.Pid(t, g, "pillion"))
+	checkPrivileges(t, k.Pid(t, g, "pillion"), unix.CAP_BPF, unix.CAP_NET_ADMIN, unix.CAP_DAC_READ_SEARCH)
 	p.conserved(t)
 
 	for _, end := range []struct {
@@ -118,16 +118,19 @@ func (p *pod) served(t *testing.T, when string, before, now report) {
 }
 
 // checkPrivileges holds a running sidecar to what docs/deploy.md says it has.
-func checkPrivileges(t *testing.T, pid int) {
+func checkPrivileges(t *testing.T, pid int, caps ...uint) {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		t.Fatal(err)
 	}
-	caps := uint64(1<<unix.CAP_BPF | 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_DAC_READ_SEARCH)
+	var set uint64
+	for _, c := range caps {
+		set |= 1 << c
+	}
 	want := map[string]string{"Seccomp": "2", "NoNewPrivs": "1", "Uid": "0"}
 	for _, key := range []string{"CapEff", "CapPrm", "CapBnd"} {
-		want[key] = fmt.Sprintf("%016x", caps)
+		want[key] = fmt.Sprintf("%016x", set)
 	}
 	seen := 0
 	for line := range strings.Lines(string(b)) {

@@ -237,11 +237,14 @@ func (n *Node) ctr(args ...string) (string, error) {
 	return string(out), err
 }
 
+// lookEvery paces the looks of Eventually, each of which may be a process.
+const lookEvery = 50 * time.Millisecond
+
 // Eventually polls until ok, and fails the test when that takes longer than
 // [Limit].
 func (n *Node) Eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(Limit); !ok(); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(Limit); !ok(); time.Sleep(lookEvery) {
 		if time.Now().After(deadline) {
 			t.Fatalf("not within %v: %s", Limit, what)
 		}
