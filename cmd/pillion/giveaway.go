@@ -139,6 +139,11 @@ func (i *instance) talkTo(ctx context.Context, conn *handover.Conn) (gave bool, 
 	if err := i.suits(&hello); err != nil { // it may have begun to drain meanwhile
 		return false, refuse(conn, err)
 	}
+	i.giving.Lock()
+	defer i.giving.Unlock()
+	if i.gone.Load() {
+		return false, refuse(conn, errHandedOver)
+	}
 	still, err := i.comeToRest(ctx)
 	if err != nil {
 		return false, refuse(conn, err)
@@ -333,6 +338,22 @@ func (s *standstill) leave() ([]flow.Record, error) {
 // has it all. An error means that it has nothing.
 func (i *instance) give(conn *handover.Conn, s *standstill) (connections int, err error) {
 	conn.Within(haveLimit)
+	n, err := i.giveState(conn, s)
+	if err != nil {
+		return 0, err
+	}
+	if _, err := conn.Expect(handover.KindHave); err != nil {
+		return 0, fmt.Errorf("the taker has not said that it has everything: %w", err)
+	}
+	if err := conn.Send(handover.KindCommit, nil, nil); err != nil {
+		return 0, fmt.Errorf("hand over: %w", err)
+	}
+	return n, nil
+}
+
+// giveState sends what is not in the welcome, and returns how many connections that
+// is.
+func (i *instance) giveState(conn *handover.Conn, s *standstill) (connections int, err error) {
 	given := s.relay.Given()
 	data, fds, err := given.Encode()
 	if err != nil {
@@ -351,12 +372,6 @@ func (i *instance) give(conn *handover.Conn, s *standstill) (connections int, er
 	s.relay.Copied()
 	// The lock goes first.
 	if err := conn.Send(handover.KindState, b.Bytes(), append([]int{i.datapath.Lock()}, fds...)); err != nil {
-		return 0, fmt.Errorf("hand over: %w", err)
-	}
-	if _, err := conn.Expect(handover.KindHave); err != nil {
-		return 0, fmt.Errorf("the taker has not said that it has everything: %w", err)
-	}
-	if err := conn.Send(handover.KindCommit, nil, nil); err != nil {
 		return 0, fmt.Errorf("hand over: %w", err)
 	}
 	return len(given.Conns), nil

@@ -2,11 +2,15 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strconv"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // notifyLimit is how long systemd's queue may be full.
@@ -14,7 +18,10 @@ const notifyLimit = 5 * time.Second
 
 // notify tells systemd of a change of state, if it asked for that: one datagram
 // to the socket that it named (sd_notify(3)).
-func notify(state string) error {
+func notify(state string) error { return notifyWith(state) }
+
+// notifyWith is notify with descriptors, which stay the caller's.
+func notifyWith(state string, fds ...int) error {
 	path := os.Getenv("NOTIFY_SOCKET")
 	if path == "" {
 		return nil
@@ -25,8 +32,42 @@ func notify(state string) error {
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(notifyLimit))
-	if _, err := conn.Write([]byte(state)); err != nil {
+	var rights []byte
+	if len(fds) > 0 {
+		rights = unix.UnixRights(fds...)
+	}
+	raw, err := conn.SyscallConn()
+	if err == nil {
+		// Not WriteMsgUnix, which wants a socket that is not connected.
+		write := raw.Write(func(fd uintptr) bool {
+			err = unix.Sendmsg(int(fd), []byte(state), rights, nil, unix.MSG_NOSIGNAL)
+			return !errors.Is(err, unix.EAGAIN)
+		})
+		err = errors.Join(write, err)
+	}
+	if err != nil {
 		return fmt.Errorf("tell systemd %s: %w", state, err)
+	}
+	return nil
+}
+
+// notifyBarrier waits until systemd has taken note of what it was told before
+// (sd_notify_barrier(3)).
+func notifyBarrier(limit time.Duration) error {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return fmt.Errorf("wait for systemd: %w", err)
+	}
+	defer r.Close()
+	err = notifyWith("BARRIER=1", int(w.Fd()))
+	w.Close()
+	if err != nil {
+		return err
+	}
+	// It closes its copy, and then there is none.
+	r.SetReadDeadline(time.Now().Add(limit))
+	if _, err := r.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		return fmt.Errorf("wait for systemd: %w", err)
 	}
 	return nil
 }
@@ -72,7 +113,12 @@ func watchdog(ctx context.Context, every time.Duration, stuck func() error) erro
 func (i *instance) beWatched(ctx context.Context) {
 	every, err := watchdogEvery()
 	if err == nil && every > 0 {
-		err = watchdog(ctx, every, i.stuck)
+		err = watchdog(ctx, every, func() error {
+			if i.taking != nil && !i.ready.Load() {
+				return nil // it has no heartbeat yet
+			}
+			return i.stuck()
+		})
 	}
 	if err != nil {
 		i.log.Error("systemd's watchdog is not told", "error", err)

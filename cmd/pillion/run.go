@@ -25,6 +25,8 @@ type runFlags struct {
 	drain  time.Duration
 	// withScope ends the run when the applications have ended.
 	withScope bool
+	// keep has systemd keep what is open while it restarts the unit.
+	keep bool
 	// takeOver takes the instance over from the process that runs it.
 	takeOver bool
 }
@@ -73,6 +75,7 @@ usual. Until it has everything, the other one goes on if this one fails.`,
 	f.add(c)
 	flags := c.Flags()
 	flags.DurationVar(&f.drain, "drain-timeout", 30*time.Second, "how long open connections may go on after SIGTERM")
+	flags.BoolVar(&f.keep, "keep-on-restart", false, "have systemd keep what is open while it restarts the unit, which needs FileDescriptorStoreMax=1")
 	flags.BoolVar(&f.takeOver, "take-over", false, "take over from the process that runs the instance, with its connections; without one, start as usual")
 	flags.BoolVar(&f.withScope, "exit-with-scope", false, "end when the applications in scope have ended, as a Job's sidecar has to")
 	return c
@@ -97,20 +100,23 @@ func daemon(g *global, f *runFlags) error {
 	if err != nil {
 		return err
 	}
-	stop, end := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
+	told, deaf := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
+	defer deaf()
+	stop, end := context.WithCancel(context.Background())
 	defer end()
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, unix.SIGHUP)
 	defer signal.Stop(hangups)
 	p := plan{kind: loader.KindRun, config: c, global: g, log: log, file: f.file, reread: f.reread, hangups: hangups}
-	if err := p.locate(stop, f, false); err != nil {
+	if err := p.locate(told, f, false); err != nil {
 		return err
 	}
 	if f.withScope {
 		defer p.listen()()
 	}
-	if f.takeOver {
-		if p.taking, err = takeFrom(stop, &p); err != nil {
+	p.taking = takeStored(&p)
+	if f.takeOver && p.taking == nil {
+		if p.taking, err = takeFrom(told, &p); err != nil {
 			return err
 		}
 	}
@@ -139,10 +145,26 @@ func daemon(g *global, f *runFlags) error {
 	defer unwatch()
 	watch.Go(func() { i.beWatched(watched) })
 	var cut atomic.Int64
+	heard := make(chan struct{})
+	unhear := context.AfterFunc(told, func() {
+		defer close(heard)
+		if f.keep && stop.Err() == nil {
+			i.keepForRestart(watched, f)
+		}
+		end()
+	})
+	defer func() {
+		if !unhear() {
+			<-heard
+		}
+	}()
 	unarm := context.AfterFunc(stop, func() {
 		// The second signal is the default's: it ends the process.
-		end()
+		deaf()
 		notify("STOPPING=1")
+		if i.gone.Load() {
+			return
+		}
 		log.Info("draining", "timeout", f.drain)
 		time.AfterFunc(f.drain, func() {
 			cut.Store(int64(i.handler.Stats().Live))

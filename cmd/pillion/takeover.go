@@ -102,6 +102,11 @@ func (t *taking) hello(name string) error {
 	if err != nil {
 		return err
 	}
+	return t.welcomed()
+}
+
+// welcomed takes what is prepared with.
+func (t *taking) welcomed() error {
 	f, err := t.conn.Expect(handover.KindWelcome)
 	if err != nil {
 		return err

@@ -82,6 +82,7 @@ type instance struct {
 	sets      setStats
 	charge    atomic.Bool // nobody else has the instance,
 	gone      atomic.Bool // and another process has it by now
+	giving    sync.Mutex  // who holds it gives the instance away, if it is not gone
 	adopted   <-chan struct{}
 }
 

@@ -146,7 +146,8 @@ func (m *machine) find(nspawn int) bool {
 // end stops the machine as an operator would, and if that does not help, at once.
 func (m *machine) end(t *testing.T, nspawn *os.Process, done chan error) {
 	if t.Failed() && m.init != 0 {
-		out, _ := m.try("journalctl", "--no-pager", "-o", "short-monotonic", "-n", "200", "-u", "*.service")
+		out, _ := m.try("journalctl", "--no-pager", "-o", "short-monotonic", "-n", "200",
+			"-u", unit, "-u", "shop.service", "-u", "pillion@pay.service", "-u", "bare.service", "-u", "plain.service")
 		t.Logf("journal:\n%s", out)
 	}
 	if m.init != 0 {

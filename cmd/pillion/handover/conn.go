@@ -79,6 +79,42 @@ func Accept(ln net.Listener) (*Conn, error) {
 	return newConn(c)
 }
 
+// Pair makes a conversation that nobody is at the other end of: what is sent waits in
+// other, which may be given away, and is read after [Open].
+func Pair() (conn *Conn, other *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, nil, os.NewSyscallError("socketpair", err)
+	}
+	other = os.NewFile(uintptr(fds[1]), "handover")
+	// All of it has to fit.
+	if err = unix.SetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, frameMax/2); err != nil {
+		err = os.NewSyscallError("setsockopt", errors.Join(err, unix.Close(fds[0])))
+	} else {
+		conn, err = Open(fds[0])
+	}
+	if err != nil {
+		other.Close()
+		return nil, nil, err
+	}
+	return conn, other, nil
+}
+
+// Open makes an end of a descriptor, which is its own from then on, also on an error.
+func Open(fd int) (*Conn, error) {
+	f := os.NewFile(uintptr(fd), "handover")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, fmt.Errorf("open the other end: %w", err)
+	}
+	if _, ok := c.(*net.UnixConn); !ok {
+		c.Close()
+		return nil, errors.New("open the other end: it is no unix socket")
+	}
+	return newConn(c)
+}
+
 func newConn(c net.Conn) (*Conn, error) {
 	conn := &Conn{c: c.(*net.UnixConn)}
 	peer, err := conn.peer()
