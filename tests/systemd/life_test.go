@@ -339,6 +339,13 @@ func testStrict(t *testing.T, m *machine, a *app) {
 	if got := m.status(t, "shop").Pid; got != pid {
 		t.Errorf("process %d, then %d", pid, got)
 	}
+	// systemctl is asked, and the store is used.
+	a.open(t, "kept", relayed)
+	m.must(t, "systemctl", "restart", unit)
+	if got := a.talk(t, "kept"); got != "" {
+		t.Errorf("a connection that was open before the restart: %s", got)
+	}
+	a.do(t, order{Do: "close", ID: "kept"})
 	m.must(t, "systemctl", "stop", unit)
 	if got := m.show(t, unit, "Result"); got != "success" {
 		t.Errorf("it ended with %s", got)

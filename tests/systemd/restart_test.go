@@ -2,6 +2,9 @@ package systemd
 
 import (
 	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -9,6 +12,8 @@ import (
 
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
+	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
 )
 
 // TestRestart: systemctl restart, as after an upgrade, loses nothing: connections on
@@ -21,19 +26,26 @@ func TestRestart(t *testing.T) {
 	m.serves(t, "shop")
 	t.Run("Loaded", func(t *testing.T) { testRestartLoaded(t, m, a) })
 	t.Run("Idle", func(t *testing.T) { testRestartIdle(t, m, a) })
+	t.Run("Useless", func(t *testing.T) { testRestartUseless(t, m, a) })
 }
 
 // testRestartLoaded: with connections that send and receive all the time.
 func testRestartLoaded(t *testing.T, m *machine, a *app) {
-	const restarts, open = 5, 40
+	const restarts, open = 6, 40
+	builds := []string{rig.Binary(t), build(t, "next")}
 	a.load(t, 2, open, relayed, direct, unnamed)
-	links := m.links(t)
+	links, version := m.links(t), m.status(t, "shop").Version
 	seen := map[int]bool{m.status(t, "shop").Pid: true}
-	for range restarts {
+	for n := range restarts {
+		// An upgrade, and then a downgrade.
+		m.copy(t, builds[(n+1)%2], "/usr/local/bin/pillion", 0o755)
 		m.must(t, "systemctl", "restart", unit)
 		m.serves(t, "shop")
 		s := m.status(t, "shop")
 		seen[s.Pid] = true
+		if want := []string{version, "next"}[(n+1)%2]; s.Version != want {
+			t.Errorf("version %s runs, want %s", s.Version, want)
+		}
 		if got := m.show(t, unit, "NFileDescriptorStore"); got != "0" {
 			t.Errorf("%s descriptors are left in the store", got)
 		}
@@ -67,6 +79,18 @@ func testRestartLoaded(t *testing.T, m *machine, a *app) {
 	m.conserved(t, "shop")
 }
 
+// build compiles a pillion that calls itself by this version.
+func build(t *testing.T, version string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "pillion")
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-X main.version="+version, "-o", path, "github.com/pillion-project/pillion/cmd/pillion")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build pillion: %v\n%s", err, out)
+	}
+	return path
+}
+
 // testRestartIdle: what is open has one record, with all of its bytes, whichever
 // processes carried it; endpoints keep their counts.
 func testRestartIdle(t *testing.T, m *machine, a *app) {
@@ -89,11 +113,10 @@ func testRestartIdle(t *testing.T, m *machine, a *app) {
 	}
 	a.do(t, order{Do: "close", ID: "kept"})
 	var kept []flow.Record
-	for _, r := range m.records(t, "shop", relayed, 1) {
-		if r.Sent == 5 { // a line of one word
-			kept = append(kept, r)
-		}
-	}
+	testutil.Eventually(t, rig.Limit, func() bool {
+		kept = slices.DeleteFunc(m.records(t, "shop", relayed, 1), func(r flow.Record) bool { return r.Sent != 5 }) // a line of one word
+		return len(kept) > 0
+	}, "the connection is on record")
 	if len(kept) != 1 || kept[0].Received != uint64(len(server(1).String()+"\n"))+5 || kept[0].Path != flow.PathRelay {
 		t.Errorf("the records of the connection: %+v", kept)
 	}
@@ -106,5 +129,39 @@ func testRestartIdle(t *testing.T, m *machine, a *app) {
 	m.must(t, "systemctl", "start", unit)
 	if _, err := m.instance("shop").Flows(context.Background(), admin.FlowQuery{}); err != nil {
 		t.Error(err)
+	}
+}
+
+// testRestartUseless: where the next process would not start, and where there is no
+// store, a restart drains: it does not drop what is open at once.
+func testRestartUseless(t *testing.T, m *machine, a *app) {
+	for _, tt := range []struct {
+		name  string
+		spoil func()
+		log   string
+		then  string // the state in the end
+	}{
+		{"no store", func() { m.override(t, "FileDescriptorStoreMax=0") }, "has no FileDescriptorStoreMax", "active"},
+		{"broken file", func() { m.configure(t, shop+"- {name: broken}\n") }, "the next process will not start", "failed"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			m.serves(t, "shop")
+			a.open(t, tt.name, relayed)
+			tt.spoil()
+			m.must(t, "systemctl", "restart", "--no-block", unit)
+			testutil.Eventually(t, rig.Limit, func() bool {
+				s, err := m.instance("shop").Status(context.Background())
+				return err == nil && s.State == admin.StateDraining
+			}, "it drains")
+			if got := a.talk(t, tt.name); got != "" {
+				t.Errorf("while it drains: %s", got)
+			}
+			a.do(t, order{Do: "close", ID: tt.name})
+			testutil.Eventually(t, rig.Limit, func() bool { return m.show(t, unit, "ActiveState") == tt.then }, "it is ", tt.then)
+			if journal := m.journal(t, unit); !strings.Contains(journal, tt.log) {
+				t.Errorf("%q is not in the journal:\n%s", tt.log, journal)
+			}
+			m.override(t)
+		})
 	}
 }
