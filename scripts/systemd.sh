@@ -6,6 +6,7 @@ set -euo pipefail
 
 suite=bookworm
 # Where this machine has its packages from, if that is Debian 12 itself.
+# shellcheck disable=SC2016
 mirror=$(apt-get indextargets --format '$(CODENAME) $(ORIGIN) $(REPO_URI)' \
 	'Created-By: Packages' 2>/dev/null |
 	sed -n "s/^$suite Debian //p" | head -n 1)
