@@ -124,6 +124,7 @@ type Datapath struct {
 	lost     atomic.Uint32 // families without a route, as in slotRange
 	mu       sync.Mutex    // orders changes of the configuration and of slots
 	settings bpf.Settings
+	reserved map[bpf.IPAddr]bool  // addresses of which every one has a reserved slot; nil: not known
 	retiring map[uint32]time.Time // when each slot was taken out of use
 	missing  map[bpf.LiveKey]bool // live entries without a socket, when last looked
 	counts   counts

@@ -55,6 +55,7 @@ type publishing struct {
 // publish makes sets the kernel's, in one step after everything is prepared. The
 // services need not point to them yet. A set of nil is passed over.
 func (s *setTable) publish(sets map[netip.AddrPort]*flow.Set) error {
+	endpoints := 0
 	for service, set := range sets {
 		if set == nil {
 			continue
@@ -62,8 +63,16 @@ func (s *setTable) publish(sets map[netip.AddrPort]*flow.Set) error {
 		if err := checkSet(service, set); err != nil {
 			return err
 		}
+		// Who is new is not known yet: of a first round, all are.
+		if own := s.byAddr[unmapped(service)]; own == nil || len(own.endpoints) == 0 {
+			endpoints += len(set.Endpoints)
+		}
 	}
-	p := &publishing{setTable: s}
+	p := &publishing{
+		setTable: s, changes: make([]change, 0, len(sets)),
+		added: make([]uint32, 0, endpoints), names: make([]bpf.EndpointName, 0, endpoints),
+	}
+	s.members = slices.Grow(s.members, min(endpoints, bpf.Endpoints))
 	s.round++
 	for service, set := range sets {
 		if set == nil {

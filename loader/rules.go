@@ -3,6 +3,7 @@ package loader
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"syscall"
 	"time"
@@ -278,6 +279,11 @@ func (d *Datapath) reserveSlots(services []Service) error {
 	if len(want) > reservedSlots {
 		return ErrTooManyServices
 	}
+	// To look at all slots takes thousands of system calls, with every change.
+	if maps.Equal(want, d.reserved) {
+		return nil
+	}
+	d.reserved = nil
 	now := uint64(d.monotonic())
 	free := []uint32{}
 	for n := uint32(bpf.SlotFirst); n < bpf.SlotFirst+reservedSlots; n++ {
@@ -300,6 +306,9 @@ func (d *Datapath) reserveSlots(services []Service) error {
 		if free, err = d.reserve(addr, free, now); err != nil {
 			return err
 		}
+	}
+	if len(free) > 0 {
+		d.reserved = want // all of them have one
 	}
 	return nil
 }
