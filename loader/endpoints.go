@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -224,21 +225,45 @@ func failureReason(ending uint8) flow.Reason {
 // EndpointStates returns the endpoints of a service, sorted by address. It fails
 // with [ErrNoService].
 func (d *Datapath) EndpointStates(service netip.AddrPort) ([]EndpointState, error) {
+	return d.AppendEndpointStates(nil, service)
+}
+
+// AppendEndpointStates is EndpointStates for who asks of many services: it appends to
+// all.
+func (d *Datapath) AppendEndpointStates(all []EndpointState, service netip.AddrPort) ([]EndpointState, error) {
 	s := &d.sets
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	own, err := s.find(service)
 	if err != nil || own == nil {
-		return nil, err
+		return all, err
 	}
 	now := d.monotonic()
-	all := make([]EndpointState, 0, len(own.endpoints))
+	all = slices.Grow(all, len(own.endpoints))
 	for _, e := range own.endpoints {
 		_, out := s.out[e.index]
 		inSet := !out && s.members[e.index].weight > 0
 		all = append(all, s.table.at(e.index).state(e.addr(), inSet, now))
 	}
 	return all, nil
+}
+
+// Used sums up how many connects to the endpoints of a service have ended in one way or
+// the other, and how many connections are open. It fails with [ErrNoService].
+func (d *Datapath) Used(service netip.AddrPort) (connects uint64, live int, err error) {
+	s := &d.sets
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	own, err := s.find(service)
+	if err != nil || own == nil {
+		return 0, 0, err
+	}
+	for _, e := range own.endpoints {
+		v := s.table.at(e.index).load()
+		connects += v.Connects + v.Failed
+		live += int(v.Live)
+	}
+	return connects, live, nil
 }
 
 // KeptEndpoint is an endpoint that an earlier process published.

@@ -563,14 +563,12 @@ func (i *instance) used(addr netip.AddrPort) (connects uint64, live int) {
 			connects += state.Connects + state.Failures
 			live += int(state.Live)
 		}
-		states, err := i.datapath.EndpointStates(addr)
+		ended, open, err := i.datapath.Used(addr)
 		if err != nil {
 			continue // it has no set
 		}
-		for _, e := range states {
-			connects += e.Connects + e.Failed
-			live += e.Live
-		}
+		connects += ended
+		live += open
 	}
 	return connects, live
 }

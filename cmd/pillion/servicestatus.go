@@ -27,13 +27,15 @@ func (c *control) status() admin.ConfigurationStatus {
 func (c *control) serviceStatus() []admin.ServiceStatus {
 	all := []admin.ServiceStatus{}
 	cfg, checks := c.inForce(), c.checks()
+	var k knowledge
 	for _, s := range c.list() {
 		status := admin.ServiceStatus{
 			Name: s.Name, Address: s.Addr.String(), Policy: s.Policy.String(),
 			Path: s.path, PathAsked: string(askedPath(cfg, s.Name)), Why: why(cfg, &s.Service), Where: s.Where(""),
 			Source: c.sourceStatus(&s), Endpoints: []admin.EndpointStatus{},
 		}
-		for _, v := range c.know(&s, checks).views(s.path) {
+		c.know(&k, &s, checks)
+		for _, v := range k.views(s.path) {
 			status.Endpoints = append(status.Endpoints, v.status(cfg.Zone))
 		}
 		all = append(all, status)
@@ -91,13 +93,14 @@ func (c *control) checks() map[string][]check.Status {
 	return all
 }
 
-// know gathers what the handler, the connect hook and the checks know of the
+// know gathers in k what the handler, the connect hook and the checks know of the
 // endpoints of a service.
-func (c *control) know(s *service, checks map[string][]check.Status) *knowledge {
-	k := &knowledge{endpoints: s.endpoints, checks: checks[s.Name]}
+func (c *control) know(k *knowledge, s *service, checks map[string][]check.Status) {
+	k.endpoints, k.checks = s.endpoints, checks[s.Name]
+	k.kernel, k.handler, k.departed = k.kernel[:0], k.handler[:0], k.departed[:0]
 	if s.set != nil || s.kept {
 		// An error: it is gone meanwhile.
-		k.kernel, _ = c.i.datapath.EndpointStates(s.Addr)
+		k.kernel, _ = c.i.datapath.AppendEndpointStates(k.kernel, s.Addr)
 	}
 	if s.cluster != nil {
 		for _, e := range s.cluster.Endpoints {
@@ -109,7 +112,6 @@ func (c *control) know(s *service, checks map[string][]check.Status) *knowledge 
 	for _, e := range c.departed[s.Name] {
 		k.departed = append(k.departed, e.State())
 	}
-	return k
 }
 
 // Configuration implements [metrics.Configuration].
@@ -154,10 +156,18 @@ func (c *control) Discovery() []metrics.DiscoveryStats {
 
 // Endpoints implements [metrics.Endpoints].
 func (c *control) Endpoints() []metrics.EndpointStats {
-	var all []metrics.EndpointStats
-	for _, s := range c.list() {
+	services := c.list()
+	n := 0
+	for i := range services {
+		n += len(services[i].endpoints)
+	}
+	all := make([]metrics.EndpointStats, 0, n)
+	var k knowledge
+	for i := range services {
+		s := &services[i]
 		// What checks say is known to the handler, too.
-		for _, v := range c.know(&s, nil).views(s.path) {
+		c.know(&k, s, nil)
+		for _, v := range k.views(s.path) {
 			all = append(all, v.stats(s.Name, s.path))
 		}
 	}

@@ -28,6 +28,11 @@ type knowledge struct {
 	departed []upstream.EndpointState
 	// checks are the active ones, of the service's cluster.
 	checks []check.Status
+
+	// Of the last views, to be used again: of hundreds of services, what is made
+	// anew for each is megabytes.
+	all []endpointView
+	at  map[netip.AddrPort]int
 }
 
 // endpointView is one endpoint, joined.
@@ -45,10 +50,15 @@ type endpointView struct {
 // views joins what is known, in the order of the endpoints; those that were
 // removed and still have connections come last. Counts are sums: a service on
 // relay may have connections on direct from when the handler was gone. Whether an
-// endpoint is ejected says the one that picks on path.
+// endpoint is ejected says the one that picks on path. They are good until the next
+// call.
 func (k *knowledge) views(path flow.Path) []endpointView {
-	all := make([]endpointView, 0, len(k.endpoints))
-	at := make(map[netip.AddrPort]int, len(k.endpoints))
+	if k.at == nil {
+		k.at = make(map[netip.AddrPort]int, len(k.endpoints))
+	}
+	clear(k.at)
+	all, at := k.all[:0], k.at
+	defer func() { k.all = all }()
 	for _, e := range k.endpoints {
 		at[e.Addr] = len(all)
 		all = append(all, endpointView{Endpoint: e})
