@@ -55,6 +55,7 @@ func (m *mailbox) serve(c net.Conn) {
 
 // TestServerSpeaksFirst has clients that say nothing until they have heard.
 func TestServerSpeaksFirst(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "python3")
 	r := rig.New(t)
 	box := &mailbox{}
@@ -108,6 +109,7 @@ func sshServer(t testing.TB, r *rig.Rig) string {
 }
 
 func TestSSH(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "ssh", "ssh-keygen", "/usr/sbin/sshd")
 	r := rig.New(t)
 	key := sshServer(t, r)

@@ -62,6 +62,7 @@ func webSite() http.Handler {
 
 // TestCurl is HTTP as curl speaks it.
 func TestCurl(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "curl", "sha256sum", "ip")
 	r := rig.New(t)
 	r.ServeHTTP(t, at4(8080), webSite())

@@ -18,6 +18,7 @@ import (
 // TestGo has Go's HTTP client go by a name, and its dialer meet the kernel's no.
 // tests/matrix has all that its dialer does otherwise.
 func TestGo(t *testing.T) {
+	t.Parallel()
 	r := rig.New(t)
 	r.ServeHTTP(t, at4(8080), webSite())
 	r.ServeHTTP(t, at6(8080), webSite())

@@ -9,6 +9,7 @@ import (
 )
 
 func TestJava(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "java", "javac")
 	classes := t.TempDir()
 	if out, err := exec.Command("javac", "-d", classes, "testdata/Client.java").CombinedOutput(); err != nil {

@@ -157,6 +157,7 @@ func TestOnePort(t *testing.T) {
 // TestNobodyThere dials a closed port, and an address that nobody has: connect
 // fails as it would without Pillion, and the record says why.
 func TestNobodyThere(t *testing.T) {
+	t.Parallel()
 	r := rig.New(t)
 	r.Give(t, rig.Far4)
 	r.Give(t, rig.Far6)

@@ -11,6 +11,7 @@ import (
 
 // TestMariaDB is a protocol whose server speaks first.
 func TestMariaDB(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "mariadbd", "mariadb", "mariadb-install-db")
 	r := rig.New(t)
 	r.MariaDB(t)

@@ -52,6 +52,7 @@ func (s *stage) relayedBut(t testing.TB, relayed, unrouted int) {
 }
 
 func TestNode(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "node")
 	r := rig.New(t)
 	r.ServeHTTP(t, at4(8080), webSite())

@@ -13,6 +13,7 @@ import (
 )
 
 func TestPostgreSQL(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "psql", "pgbench")
 	r := rig.New(t)
 	r.PostgreSQL(t)

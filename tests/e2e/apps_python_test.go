@@ -8,6 +8,7 @@ import (
 )
 
 func TestPythonAsyncio(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "python3")
 	r := rig.New(t)
 	r.Serve(t, at4(7), echoBack)

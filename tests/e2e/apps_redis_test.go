@@ -30,6 +30,7 @@ func redisBenchmark(t testing.TB, r *rig.Rig, at netip.AddrPort, args ...string)
 const counter = "counter:__rand_int__"
 
 func TestRedis(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "redis-server", "redis-cli", "redis-benchmark")
 	r := rig.New(t)
 	r.Redis(t, at4(6379), at6(6379))
@@ -56,6 +57,7 @@ func TestRedis(t *testing.T) {
 
 // TestRedisService spreads one benchmark over two servers.
 func TestRedisService(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "redis-server", "redis-cli", "redis-benchmark")
 	r := rig.New(t)
 	// A server of each family behind an address of IPv4.

@@ -177,6 +177,7 @@ func (s *stage) endpoint(t testing.TB, b *backend) admin.EndpointStatus {
 
 // TestSpread spreads requests over three backends, in either policy.
 func TestSpread(t *testing.T) {
+	t.Parallel()
 	for policy, bounds := range map[string][2]int{"round_robin": {200, 200}, "least_connections": {130, 270}} {
 		t.Run(policy, func(t *testing.T) {
 			r := rig.New(t)
@@ -205,6 +206,7 @@ func TestSpread(t *testing.T) {
 
 // TestWeights gives one backend three times the weight of another.
 func TestWeights(t *testing.T) {
+	t.Parallel()
 	for policy, slack := range map[string]int{"round_robin": 0, "least_connections": 75} { // six sigma
 		t.Run(policy, func(t *testing.T) {
 			r := rig.New(t)
@@ -223,6 +225,7 @@ func TestWeights(t *testing.T) {
 // TestBackendDies has one of three backends die in mid-run: no request fails but
 // those that were in flight, and it is ejected; then it returns.
 func TestBackendDies(t *testing.T) {
+	t.Parallel()
 	r := rig.New(t)
 	all := backends(t, r)
 	s := play(t, r, threeOf("round_robin", "health: {base: 300ms, max: 600ms}", all))
@@ -284,6 +287,7 @@ func TestBackendDies(t *testing.T) {
 // TestAllDead has no endpoint left: the application's connect is refused, and the
 // record says why.
 func TestAllDead(t *testing.T) {
+	t.Parallel()
 	r := rig.New(t)
 	all := backends(t, r)
 	s := play(t, r, threeOf("round_robin", "", all))

@@ -19,6 +19,7 @@ import (
 // TestUDPUntouched has datagrams go their way: the server sees the application's
 // own socket.
 func TestUDPUntouched(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "python3")
 	r := rig.New(t)
 	for _, at := range []netip.AddrPort{at4(7000), at6(7000)} {
@@ -119,6 +120,7 @@ func (e *endings) servers() map[uint16]func(net.Conn) {
 
 // TestEnds ends connections in every way, and each side sees what the other did.
 func TestEnds(t *testing.T) {
+	t.Parallel()
 	for name, at := range map[string]func(uint16) netip.AddrPort{"IPv4": at4, "IPv6": at6} {
 		t.Run(name, func(t *testing.T) { testEnds(t, at) })
 	}

@@ -21,6 +21,7 @@ var needed = testutil.Place{}.With(unix.CAP_BPF, unix.CAP_NET_ADMIN)
 // TestAttackCapabilities runs Pillion with every other capability gone, through
 // all that it does.
 func TestAttackCapabilities(t *testing.T) {
+	t.Parallel()
 	r := rig.New(t)
 	r.Home = needed
 	s := newPreyIn(t, r, "existing: report")
@@ -58,6 +59,7 @@ func TestAttackCapabilities(t *testing.T) {
 // TestAttackCapabilitiesReset resets connections that are older, which is done
 // by socket diagnostics.
 func TestAttackCapabilitiesReset(t *testing.T) {
+	t.Parallel()
 	r := rig.New(t)
 	r.Home = needed
 	r.Serve(t, netip.AddrPortFrom(rig.Far4, sitePort), named("far"))
@@ -70,6 +72,7 @@ func TestAttackCapabilitiesReset(t *testing.T) {
 
 // TestAttackCapabilitiesExec runs a command, and sweeps what a killed one left.
 func TestAttackCapabilitiesExec(t *testing.T) {
+	t.Parallel()
 	r := rig.New(t)
 	r.Home = needed
 	// The root of the hierarchy has no write bit: to make a cgroup there would

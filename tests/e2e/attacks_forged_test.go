@@ -30,6 +30,7 @@ def forge(src, sport, dst, dport):
 // program lets in: from a socket beside the application, by raw packets, and
 // from another host. Nothing more arrives, and the connection does not suffer.
 func TestAttackForgedLive(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	routeSlots(t, s.Rig)
 	out := outsider(t, s.Rig)
@@ -108,6 +109,7 @@ def park(slot, port, app, at):
 // scope sees such a bind, but what such a socket sends is dropped on its way: the
 // application gets no answer, and never a wrong one.
 func TestAttackMeetsHalfWay(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	s.app.do("let_go()") // on the same port, the bait would stand in the way
 	out := outsider(t, s.Rig)

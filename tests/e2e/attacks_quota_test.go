@@ -123,6 +123,7 @@ func TestAttackConnectionFlood(t *testing.T) {
 // go at once, over and over: for the application they are over, the handler is
 // still dialing.
 func TestAttackAbandonedDials(t *testing.T) {
+	t.Parallel()
 	const quota = 40
 	s := newPrey(t, "on_failure: closed\nlimits: {connections_per_container: 40, connections: 100}")
 	one, two := s.Scope.Child(t, "one"), s.Scope.Child(t, "two")
@@ -143,6 +144,7 @@ func TestAttackAbandonedDials(t *testing.T) {
 // TestAttackMoves has a process move between containers. What it opened stays on
 // the account of the container that it was in, and is taken off that one.
 func TestAttackMoves(t *testing.T) {
+	t.Parallel()
 	const quota = 10
 	s := newPrey(t, "on_failure: closed\nlimits: {connections_per_container: 10}")
 	one, two := s.Scope.Child(t, "one"), s.Scope.Child(t, "two")
@@ -187,6 +189,7 @@ func TestAttackMoves(t *testing.T) {
 // TestAttackLeavesScope has a process leave the scope. Its old sockets belong to
 // the scope still, its new ones do not.
 func TestAttackLeavesScope(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	a := captive(t, s.Rig, s.Scope.Child(t, "one"))
 	elsewhere := testutil.NewCgroup(t)

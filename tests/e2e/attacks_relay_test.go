@@ -21,6 +21,7 @@ func tellsWhom(name string) func(net.Conn) {
 // TestAttackOpenRelay has the application dial what the handler could reach and
 // it must not: in every spelling, it is left alone, for the reason that it is.
 func TestAttackOpenRelay(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	metadata := netip.MustParseAddr("169.254.169.254")
 	s.Serve(t, netip.AddrPortFrom(metadata, sitePort), tellsWhom("metadata"))
@@ -87,6 +88,7 @@ def meet(a, port):
 // TestAttackLoopByConfig gives Pillion a configuration that would have it dial
 // itself, or stand between an application and its identity.
 func TestAttackLoopByConfig(t *testing.T) {
+	t.Parallel()
 	r := rig.New(t)
 	for name, tt := range map[string]struct{ config, says string }{
 		"an endpoint in the IPv4 slots":   {"services: [{name: a, address: 10.96.0.12:80, endpoints: [240.0.0.1:80]}]", "slot address"},
@@ -121,6 +123,7 @@ func TestAttackLoopByConfig(t *testing.T) {
 // TestAttackServiceRing has two services lead to each other's address, with the
 // sidecar in the scope that it captures: its own dials are not captured.
 func TestAttackServiceRing(t *testing.T) {
+	t.Parallel()
 	r := rig.New(t)
 	r.Serve(t, netip.MustParseAddrPort("198.51.100.1:8080"), named("one"))
 	r.Serve(t, netip.MustParseAddrPort("198.51.100.2:8080"), named("two"))

@@ -99,6 +99,7 @@ func (s *prey) undisturbed(t testing.TB, want float64) {
 // TestAttackDialSlots has the application dial slots of every kind, in every
 // form: each is refused, none arrives anywhere, and each is counted.
 func TestAttackDialSlots(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	elsewhere := slotRange{netip.MustParsePrefix("240.63.0.0/16"), netip.MustParsePrefix("fd70:696c:6c69:3f::/64")}
 	if s.slots.v4 == elsewhere.v4 {
@@ -125,6 +126,7 @@ func TestAttackDialSlots(t *testing.T) {
 // TestAttackDialForeignSlots has the application dial the slots of another
 // instance in the same namespace: its lookup program refuses them.
 func TestAttackDialForeignSlots(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	other := *s.Rig
 	other.Scope = testutil.NewCgroup(t)
@@ -156,6 +158,7 @@ func TestAttackDialForeignSlots(t *testing.T) {
 // TestAttackBindSlots has the application bind slots, to answer in the handler's
 // place.
 func TestAttackBindSlots(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	before := s.i.Reasons(t)
 	tries := uint64(0)
@@ -176,6 +179,7 @@ func TestAttackBindSlots(t *testing.T) {
 // TestAttackOutsiderDials has a process in the namespace that is not in the
 // scope dial slots, and send datagrams to them.
 func TestAttackOutsiderDials(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	out := outsider(t, s.Rig)
 	before := s.i.Reasons(t)
@@ -205,6 +209,7 @@ func TestAttackOutsiderDials(t *testing.T) {
 // TestAttackOutsiderListens has a process outside of the scope listen on slots:
 // applications still reach the handler, and nobody once it is dead.
 func TestAttackOutsiderListens(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	s.app.do("let_go()") // on the same port, the bait would stand in the way
 	out := outsider(t, s.Rig)
@@ -248,6 +253,7 @@ func routeSlots(t testing.TB, r *rig.Rig) {
 
 // TestAttackWorldDials has another host dial slots.
 func TestAttackWorldDials(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	routeSlots(t, s.Rig)
 	world := newActor(t, testutil.Place{NS: s.World}, nil)

@@ -14,6 +14,7 @@ import (
 // TestAttackSocketOptions has an application with every right try to get around
 // the capture by what it sets on its sockets: what escapes is counted as such.
 func TestAttackSocketOptions(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	s.Serve(t, netip.AddrPortFrom(rig.Far4, 7000), tellsWhom("far"))
 	s.Serve(t, netip.AddrPortFrom(rig.Far6, 7000), tellsWhom("far"))
@@ -52,6 +53,7 @@ def meet(a, opts, before=None):
 // TestAttackPassedSockets passes sockets between the scope and outside. The
 // kernel side goes by where a socket was made.
 func TestAttackPassedSockets(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	one := s.Scope.Child(t, "one")
 	a, out := captive(t, s.Rig, one), outsider(t, s.Rig)
@@ -97,6 +99,7 @@ def take(): return so.socket(fileno=so.recv_fds(q, 1, 1)[1][0])
 // TestAttackRawEscape sends a SYN past every hook, by a raw socket. No such
 // thing is a connection: it is neither captured nor missed by the law.
 func TestAttackRawEscape(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	s.app.learn("%s", forging)
 	before := arrived(t, s.i)

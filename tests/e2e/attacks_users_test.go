@@ -20,6 +20,7 @@ import (
 // TestAttackOtherUser has a user without rights try everything that the owner
 // can: none of it works, and all of it goes on.
 func TestAttackOtherUser(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	// Everything on the way to the socket is open to everybody.
 	for dir := filepath.Dir(s.Runtime); dir != "/" && dir != "/tmp"; dir = filepath.Dir(dir) {
@@ -163,6 +164,7 @@ func TestAttackUserStarts(t *testing.T) {
 // TestAttackSquat has another user make the directory of pins first, on a bpf
 // file system that everybody may write to: it is refused.
 func TestAttackSquat(t *testing.T) {
+	t.Parallel()
 	r := rig.New(t)
 	fs := t.TempDir()
 	if err := unix.Mount("bpf", fs, "bpf", 0, "mode=1777"); err != nil {
@@ -204,6 +206,7 @@ func TestAttackSquat(t *testing.T) {
 // TestAttackAdminGarbage sends the admin socket what is no request. It goes on,
 // and so do the connections.
 func TestAttackAdminGarbage(t *testing.T) {
+	t.Parallel()
 	s := newPrey(t, "")
 	path := filepath.Join(s.Runtime, s.i.Name+".sock")
 	pid := s.i.Cmd.Process.Pid

@@ -27,6 +27,7 @@ func hello(body string) func(net.Conn) {
 // TestUnnamedDestination is the default: a destination that no service names is
 // relayed to where it was going, for both families.
 func TestUnnamedDestination(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "curl")
 	r := rig.New(t)
 	at4 := r.Serve(t, netip.AddrPortFrom(rig.Far4, 8080), hello("four"))
@@ -49,6 +50,7 @@ func TestUnnamedDestination(t *testing.T) {
 
 // TestExecService is the first example of the README.
 func TestExecService(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "curl")
 	r := rig.New(t)
 	a := r.Serve(t, netip.AddrPortFrom(rig.Far4, 8081), hello("a"))

@@ -59,6 +59,7 @@ func traceless(t *testing.T, r *rig.Rig, bpffs string) {
 // TestExecExitCode hands the command's exit code on, or the shell's for what
 // could not be started or was killed.
 func TestExecExitCode(t *testing.T) {
+	t.Parallel()
 	r, bpffs := rig.New(t), ownBPFFS(t)
 	notExecutable := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(notExecutable, nil, 0o600); err != nil {
@@ -94,6 +95,7 @@ func TestExecExitCode(t *testing.T) {
 // TestExecSignals sends signals to pillion: they reach the command, which may
 // do as it likes, and only once.
 func TestExecSignals(t *testing.T) {
+	t.Parallel()
 	r, bpffs := rig.New(t), ownBPFFS(t)
 	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1} {
 		t.Run(unix.SignalName(sig), func(t *testing.T) {
@@ -129,6 +131,7 @@ while :; do sleep 0.02; done`)
 
 // TestExecPipes has the command read and write as if it stood there itself.
 func TestExecPipes(t *testing.T) {
+	t.Parallel()
 	r, bpffs := rig.New(t), ownBPFFS(t)
 	data := make([]byte, 4<<20)
 	rand.Read(data)
@@ -150,6 +153,7 @@ func TestExecPipes(t *testing.T) {
 // TestExecUser runs the command as somebody else: with that one's groups, no
 // privileges, and captured.
 func TestExecUser(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "curl")
 	r, bpffs := rig.New(t), ownBPFFS(t)
 	at := r.Serve(t, netip.AddrPortFrom(rig.Far4, 7070), hello("far"))
@@ -179,6 +183,7 @@ func TestExecUser(t *testing.T) {
 // TestExecDaemon leaves a process behind: exec ends with its command, says so,
 // and the process goes on uncaptured.
 func TestExecDaemon(t *testing.T) {
+	t.Parallel()
 	testutil.Need(t, "setsid")
 	r, bpffs := rig.New(t), ownBPFFS(t)
 	pid := filepath.Join(t.TempDir(), "pid")

@@ -16,6 +16,7 @@ import (
 // connects: new connections come from them, and they themselves are not
 // captured.
 func TestAddressChange(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	i := g.Run(t, "")
 	l := startLoad(t, g.Rig, g.job())
@@ -31,7 +32,10 @@ func TestAddressChange(t *testing.T) {
 	l.becomes(t, "relayed, from the new addresses", func(o *outcome) bool {
 		return o.relayed() && (o.Local.Addr() == new4 || o.Local.Addr() == new6)
 	})
-	for _, o := range l.stop(t) {
+	all := l.stop(t)
+	g.cutOff(t, "src", testutil.AppV4.Addr().String())
+	g.cutOff(t, "src", "["+testutil.AppV6.Addr().String()+"]")
+	for _, o := range all {
 		// One that uses an address when that goes away stays unserved.
 		if !o.served() && !w.touches(&o) {
 			t.Errorf("unserved: %s", &o)
@@ -43,7 +47,7 @@ func TestAddressChange(t *testing.T) {
 	j.Targets = []netip.AddrPort{netip.AddrPortFrom(new4, 7070), netip.AddrPortFrom(new6, 7070)}
 	l = startLoad(t, g.Rig, j)
 	l.becomes(t, "passed", (*outcome).passed)
-	all := l.stop(t)
+	all = l.stop(t)
 	for _, o := range all {
 		if !strings.HasPrefix(o.Said, selfName) {
 			t.Errorf("its own address: %s", &o)
@@ -60,6 +64,14 @@ func TestAddressChange(t *testing.T) {
 	}, "the old address is captured")
 }
 
+// cutOff ends the connections in the application's namespace that a test has
+// taken the address or the way from. Nobody hears of that: they would stay for as
+// long as the kernel sends again what cannot arrive, and the instance with them.
+func (g *ground) cutOff(t *testing.T, filter ...string) {
+	t.Helper()
+	inside(t, g.App, "ss", append([]string{"--tcp", "--kill"}, filter...)...)
+}
+
 // byFailure tells whether a connection went by on_failure.
 func byFailure(setting string, o *outcome) bool {
 	if setting == "open" {
@@ -71,6 +83,7 @@ func byFailure(setting string, o *outcome) bool {
 // TestNoIPv6 runs where IPv6 cannot be redirected, since it is off on the
 // loopback interface. IPv4 is relayed, IPv6 goes by on_failure.
 func TestNoIPv6(t *testing.T) {
+	t.Parallel()
 	for _, setting := range []string{"open", "closed"} {
 		t.Run(setting, func(t *testing.T) {
 			g := newGround(t)
@@ -95,6 +108,7 @@ func TestNoIPv6(t *testing.T) {
 // instance, and on again: meanwhile IPv6 goes by on_failure, and afterwards all
 // is redirected again.
 func TestIPv6Ends(t *testing.T) {
+	t.Parallel()
 	for _, setting := range []string{"open", "closed"} {
 		t.Run(setting, func(t *testing.T) {
 			g := newGround(t)
@@ -108,6 +122,7 @@ func TestIPv6Ends(t *testing.T) {
 			g.App.Sysctl(t, "net/ipv6/conf/lo/disable_ipv6", "0")
 			l.becomes(t, "relayed again", (*outcome).relayed)
 			l.stop(t)
+			g.cutOff(t, "--ipv6")
 		})
 	}
 }
@@ -115,6 +130,7 @@ func TestIPv6Ends(t *testing.T) {
 // TestIPv6EndsWhileAway switches IPv6 off while a killed run is away: the next
 // one takes over what it left, without IPv6.
 func TestIPv6EndsWhileAway(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	i := g.Run(t, "")
 	i.Kill(t)
@@ -133,6 +149,7 @@ func TestIPv6EndsWhileAway(t *testing.T) {
 // TestExisting has a connection that is older than the capture. It is reported
 // and left alone, or reset, so that the application comes back captured.
 func TestExisting(t *testing.T) {
+	t.Parallel()
 	for _, setting := range []string{"report", "reset"} {
 		t.Run(setting, func(t *testing.T) {
 			g := newGround(t)
@@ -223,6 +240,7 @@ func twoRuns(t *testing.T) (g *ground, a, b *rig.Rig, ia, ib *rig.Instance, vip 
 // TestTwoRuns has ten thousand connections to one address from two scopes of one
 // namespace: none of them comes to the other's server.
 func TestTwoRuns(t *testing.T) {
+	t.Parallel()
 	_, a, b, ia, ib, vip := twoRuns(t)
 	sa, err := ia.Status(context.Background())
 	if err != nil {
@@ -257,6 +275,7 @@ func TestTwoRuns(t *testing.T) {
 // TestNestedExec runs an exec in the scope of a run: its services come first,
 // and its handler's own connections are the run's.
 func TestNestedExec(t *testing.T) {
+	t.Parallel()
 	g, a, _, ia, ib, vip := twoRuns(t)
 	// The exec sends the address to one that the run knows as a service, too.
 	other := netip.MustParseAddrPort("10.96.0.13:80")

@@ -131,6 +131,7 @@ func nothingIn(t testing.TB, r *rig.Rig) {
 // TestDrain ends a run with SIGTERM: the live connection goes on, new ones go
 // by on_failure, and when the live one ends nothing is left.
 func TestDrain(t *testing.T) {
+	t.Parallel()
 	for _, setting := range []string{"open", "closed"} {
 		t.Run(setting, func(t *testing.T) {
 			g := newGround(t)
@@ -172,6 +173,7 @@ func TestDrain(t *testing.T) {
 // connection to: the handler's end of that has the port as its own, and must
 // not stand in the way.
 func TestListenOnDialedPort(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	g.Run(t, "")
 	for _, to := range []netip.AddrPort{g.at4, g.at6} {
@@ -191,6 +193,7 @@ func TestListenOnDialedPort(t *testing.T) {
 
 // TestDrainForced ends a run whose application does not let go.
 func TestDrainForced(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	i := g.Run(t, "", "--drain-timeout", "500ms")
 	s := newSession(t, g.Rig, g.at6)
@@ -277,6 +280,7 @@ func TestSecondInstance(t *testing.T) {
 // TestAdopt kills a run and starts it again: the slots, the counters and the
 // range are kept, and the connection that was open is accounted for.
 func TestAdopt(t *testing.T) {
+	t.Parallel()
 	g := newGround(t)
 	i := g.Run(t, "services: [{name: web, address: 10.96.0.12:80, endpoints: ["+g.at4.String()+"]}]")
 	// A busy machine may make the handler late: then it is the address's own.
@@ -327,6 +331,7 @@ func TestAdopt(t *testing.T) {
 
 // TestUnloadForce ends a run from outside, also one that does not react.
 func TestUnloadForce(t *testing.T) {
+	t.Parallel()
 	for name, hung := range map[string]bool{"running": false, "stopped": true} {
 		t.Run(name, func(t *testing.T) {
 			g := newGround(t)
@@ -360,6 +365,7 @@ func TestUnloadForce(t *testing.T) {
 // TestExitCodes gives every command what it cannot work with. It says so, ends
 // with the code of that, and has done nothing.
 func TestExitCodes(t *testing.T) {
+	t.Parallel()
 	r := rig.New(t)
 	file := func(text string) string {
 		path := filepath.Join(t.TempDir(), "config.yaml")

@@ -13,6 +13,7 @@ import (
 
 // TestQuickStart does what the README tells a newcomer to do, word for word.
 func TestQuickStart(t *testing.T) {
+	t.Parallel()
 	testutil.RequireRoot(t)
 	testutil.Need(t, "curl", "python3", "sh")
 	readme, err := os.ReadFile("../../README.md")
