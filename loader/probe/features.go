@@ -86,7 +86,7 @@ func features() []feature {
 		feature{name: "sk_lookup from a sockmap", since: "5.9", try: func() error {
 			return loadsWith(mapSpec(ebpf.SockMap, 4, 8, 1, 0), ebpf.SkLookup, ebpf.AttachSkLookup, assign)
 		}},
-		feature{name: "tcx", since: "6.6", optional: "connect: mirror (every connect succeeds before its dial has)", try: TCX})
+		feature{name: "tcx", since: "6.6", optional: "connect: mirror (every connect succeeds before its dial has), nor a second try for what is on its way to a handler that dies (refused)", try: TCX})
 }
 
 // TCX returns why programs cannot be attached to an interface by a link (Linux
