@@ -291,11 +291,28 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 	bpf_ringbuf_submit(e, event_flags());
 }
 
+/* is_news is false for what most calls are about: states that say nothing, and
+ * retransmissions after which the kernel goes on. Then the socket's entry is
+ * not looked up.
+ */
+static __always_inline bool is_news(__u32 op, __u32 to, __u32 expired)
+{
+	switch (op) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		return true;
+	case BPF_SOCK_OPS_RTO_CB:
+		return expired;
+	default:
+		return to == BPF_TCP_ESTABLISHED || to == BPF_TCP_FIN_WAIT2 ||
+		       to == BPF_TCP_CLOSE;
+	}
+}
+
 SEC("sockops")
 int pl_sockops(struct bpf_sock_ops *ctx)
 {
-	__u32 op = ctx->op, from = ctx->args[0], to = ctx->args[1];
-	struct bpf_sock *sk = ctx->sk;
+	__u32 op = ctx->op, from, to;
+	struct bpf_sock *sk;
 	struct decision *d;
 
 	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_STATE_CB &&
@@ -304,6 +321,11 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 		ctx->reply = -1;
 		return 1;
 	}
+	from = ctx->args[0];
+	to = ctx->args[1];
+	if (!is_news(op, to, ctx->args[2]))
+		return 1;
+	sk = ctx->sk;
 	if (!sk)
 		return 1;
 	d = bpf_sk_storage_get(&decisions, sk, NULL, 0);
@@ -311,7 +333,7 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 		on_open(ctx, d);
 	} else if (op == BPF_SOCK_OPS_RTO_CB) {
 		/* The kernel is about to give up. */
-		if (d && ctx->args[2])
+		if (d)
 			d->expired = true;
 	} else if (to == BPF_TCP_ESTABLISHED) {
 		on_established(d);
