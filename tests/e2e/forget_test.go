@@ -108,7 +108,6 @@ const lingers = 3 * time.Second
 // TestServerOutlivesApplication has an application that is gone while the
 // server still holds its end: one connection, one record.
 func TestServerOutlivesApplication(t *testing.T) {
-	t.Parallel()
 	testutil.Need(t, "python3")
 	r := rig.New(t)
 	r.Serve(t, at4(8080), func(c net.Conn) {
