@@ -12,7 +12,9 @@ PILLION := $(BUILD)/pillion
 
 # A checkout of another user makes git refuse, and the build with it.
 VCS     := $(shell git rev-parse HEAD >/dev/null 2>&1 && echo auto || echo false)
-GOBUILD := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=$(VCS)
+# The keeper of survive: crash begins before the Go runtime does; see cmd/pillion/keeper.
+KEEPER  := -E=github.com/pillion-project/pillion/cmd/pillion/keeper.entry
+GOBUILD := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=$(VCS) -ldflags=$(KEEPER)
 
 # Packages whose tests touch the kernel's global state (programs, cgroups,
 # namespaces) run one at a time; the others run side by side.

@@ -257,7 +257,7 @@ func withoutRestart(next, before *config.Config) *config.Config {
 	c.Limits.Connections = before.Limits.Connections
 	c.Limits.ConnectionsPerContainer = before.Limits.ConnectionsPerContainer
 	c.FlowLog, c.Metrics, c.Probes = before.FlowLog, before.Metrics, before.Probes
-	c.Existing, c.Kubernetes = before.Existing, before.Kubernetes
+	c.Existing, c.Survive, c.Kubernetes = before.Existing, before.Survive, before.Kubernetes
 	return &c
 }
 

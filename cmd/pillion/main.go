@@ -48,12 +48,17 @@ func main() { os.Exit(run(os.Args[1:])) }
 
 // run returns the exit code.
 func run(args []string) int {
+	left, err := survive()
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "pillion: %v\n", err)
+		return exitFailed
+	}
 	// exec passes signals on and run drains on the first, so both replace this.
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	defer stop()
-	cmd := newRoot()
+	cmd := newRoot(left)
 	cmd.SetArgs(args)
-	err := cmd.ExecuteContext(ctx)
+	err = cmd.ExecuteContext(ctx)
 	if err == nil {
 		return 0
 	}

@@ -73,7 +73,7 @@ func TestUsage(t *testing.T) {
 	for name, args := range tests {
 		t.Run(name, func(t *testing.T) {
 			args = append([]string{"--runtime-dir", dir}, args...)
-			cmd := newRoot()
+			cmd := newRoot(nil)
 			cmd.SetArgs(args)
 			err := cmd.ExecuteContext(t.Context())
 			exit, ok := errors.AsType[*exitError](err)

@@ -37,16 +37,18 @@ func buildVersion() string {
 	return "devel-" + revision[:min(12, len(revision))] + dirty
 }
 
-// global are the flags that every command has.
+// global are the flags that every command has, and what an earlier process left.
 type global struct {
 	logLevel  string
 	logFormat string
 	runtime   string
 	bpffs     string
+
+	survival *survival // nil: nobody keeps this process's descriptors
 }
 
-func newRoot() *cobra.Command {
-	g := &global{}
+func newRoot(left *survival) *cobra.Command {
+	g := &global{survival: left}
 	root := &cobra.Command{
 		Use:   "pillion",
 		Short: "Redirect an application's connections, balance them, and record every one",

@@ -100,6 +100,9 @@ func daemon(g *global, f *runFlags) error {
 	if err != nil {
 		return err
 	}
+	if err := g.startKeeper(c); err != nil {
+		return err
+	}
 	told, deaf := signal.NotifyContext(context.Background(), unix.SIGTERM, unix.SIGINT)
 	defer deaf()
 	stop, end := context.WithCancel(context.Background())
@@ -160,7 +163,7 @@ func daemon(g *global, f *runFlags) error {
 	}()
 	unarm := context.AfterFunc(stop, func() {
 		// The second signal is the default's: it ends the process.
-		deaf()
+		g.survival.onceMore(deaf)
 		notify("STOPPING=1")
 		if i.gone.Load() {
 			return
@@ -174,7 +177,7 @@ func daemon(g *global, f *runFlags) error {
 	defer unarm()
 	err = i.serve(stop, force, func() error {
 		log.Info("ready", "instance", i.name, "scope", i.scope.Path, "services", len(c.Services), "on_failure", c.OnFailure)
-		return notify(fmt.Sprintf("MAINPID=%d\nREADY=1", os.Getpid()))
+		return notify(fmt.Sprintf("MAINPID=%d\nREADY=1", g.survival.mainPID()))
 	})
 	if errors.Is(err, errHandedOver) {
 		err = nil

@@ -122,7 +122,7 @@ func TestPrintServicesPlain(t *testing.T) {
 func runCommand(t *testing.T, g *global, args ...string) (string, error) {
 	t.Helper()
 	var b strings.Builder
-	cmd := newRoot()
+	cmd := newRoot(nil)
 	cmd.SetOut(&b)
 	cmd.SetArgs(append([]string{"--runtime-dir", g.runtime}, args...))
 	err := cmd.ExecuteContext(t.Context())

@@ -21,7 +21,7 @@ import (
 func call(t *testing.T, args ...string) (string, error) {
 	t.Helper()
 	var out bytes.Buffer
-	cmd := newRoot()
+	cmd := newRoot(nil)
 	cmd.SetOut(&out)
 	cmd.SetArgs(args)
 	err := cmd.ExecuteContext(t.Context())

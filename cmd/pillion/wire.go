@@ -166,7 +166,8 @@ func (i *instance) assemble() error {
 	}
 	i.handler, err = handler.New(handler.Options{
 		Live: i.datapath, Table: i.table, Slots: loader.Supernets(),
-		Listen4: v4, Listen6: v6, Workers: workers, Inherited: i.taking.takeListeners(),
+		Listen4: v4, Listen6: v6, Workers: workers, Inherited: i.inherited(),
+		Registry: i.global.survival.memory(), AcceptLater: i.global.survival.revived(),
 		Limits: limits(&i.plan.config.Relay), MaxConns: rules.MaxConns,
 		MaxPerGroup: carried(rules.ConnQuota), Exempt: i.exempt(), Unnamed: i.control.sources.asked, Pending: i.control.sources.pending,
 		Queues: queues, Answered: i.datapath.Answered, Unavailable: i.unavailable,
@@ -194,6 +195,14 @@ func (i *instance) assemble() error {
 		return err
 	}
 	return i.datapath.AttachLookup()
+}
+
+// inherited are listeners of an earlier process.
+func (i *instance) inherited() [2][]int {
+	if i.taking != nil {
+		return i.taking.takeListeners()
+	}
+	return i.global.survival.listeners()
 }
 
 func limits(r *config.Relay) flow.Limits {
@@ -234,6 +243,7 @@ func (i *instance) tell() error {
 		}
 		sinks = append(sinks, i.flowLog)
 	}
+	sinks = i.global.survival.follow(sinks, i.flowLog)
 	if i.public, err = i.listen("metrics", i.plan.config.Metrics); err != nil {
 		return err
 	}
@@ -287,7 +297,7 @@ func (i *instance) forget(name string) {
 }
 
 func (i *instance) workers() int {
-	if n := i.taking.workers(); n > 0 {
+	if n := max(i.taking.workers(), i.global.survival.workers()); n > 0 {
 		return n // each has its listeners
 	}
 	n := i.plan.config.Relay.Workers
@@ -305,6 +315,9 @@ func (i *instance) maxConns() int {
 		// A hard limit may be infinite.
 		fds := int(min(limit.Cur, 1<<30))
 		most = min(most, max((fds-otherDescriptors)/2, 1))
+	}
+	if r := i.global.survival.memory(); r != nil {
+		most = min(most, r.Room())
 	}
 	return most
 }
@@ -426,6 +439,9 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 	helpers.run("control", i.control.run)
 	err := i.takeOver(live)
 	if err == nil {
+		err = i.revive()
+	}
+	if err == nil {
 		relay.run("handler", func(ctx context.Context) error { return i.handler.Run(ctx, force) })
 		err = i.takeCharge(live, beat)
 	} else {
@@ -436,11 +452,15 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 		err = i.control.settle(live)
 	}
 	if err == nil {
+		i.acceptAgain()
 		err = i.goLive(live)
 	}
 	if err == nil {
 		if i.taking == nil {
 			beat.run("heartbeat", i.beat.Run)
+		}
+		if i.global.survival != nil {
+			helpers.run("keeper", i.tellKeeper)
 		}
 		err = attached()
 	}

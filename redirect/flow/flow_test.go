@@ -31,8 +31,8 @@ func TestReasonNames(t *testing.T) {
 		}
 		seen[name] = r
 	}
-	if got := len(Reasons()); got != int(ReasonEndpointRemoved)+1 {
-		t.Errorf("%d reasons, want %d", got, ReasonEndpointRemoved+1)
+	if got := len(Reasons()); got != int(ReasonCrashed)+1 {
+		t.Errorf("%d reasons, want %d", got, ReasonCrashed+1)
 	}
 }
 

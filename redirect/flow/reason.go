@@ -101,6 +101,7 @@ const (
 	ReasonTimeout                                       // relay: the handler did not answer it
 	ReasonReset                                         // reset by either side (pass, direct: the kernel side cannot tell whose)
 	ReasonEndpointRemoved                               // its endpoint is no longer one of the cluster's
+	ReasonCrashed                                       // the handler died while it carried it, over and over, or could not go on with it
 
 	reasonCount
 )
@@ -168,6 +169,7 @@ var reasonNames = [reasonCount]string{
 	ReasonTimeout:         "timeout",
 	ReasonReset:           "reset",
 	ReasonEndpointRemoved: "endpoint_removed",
+	ReasonCrashed:         "crashed",
 }
 
 // Reasons returns every reason, in the order of their values.

@@ -30,6 +30,13 @@ func (h *Handler) Adopt(g *l4.Given) (done <-chan struct{}, err error) {
 	return done, nil
 }
 
+// Accept accepts connections, which [Options.AcceptLater] put off, and begins with
+// those that an earlier process has accepted.
+func (h *Handler) Accept(accepted []int) {
+	h.relay.Begin(accepted)
+	h.relay.Accept()
+}
+
 // placement finds what connections that were carried belong to.
 type placement struct {
 	table  *route.Table

@@ -39,6 +39,8 @@ type Options struct {
 	MaxConns, MaxPerGroup int
 	Exempt                func(fd int) error
 	Queues                []l4.Queue
+	Registry              *l4.Registry
+	AcceptLater           bool
 	Answered              func(dst netip.AddrPort, lasts time.Duration)
 	// Unnamed, if set, is told of every connection whose destination no service
 	// names. Workers call it, so it must not block.
@@ -94,9 +96,14 @@ func New(o Options) (*Handler, error) {
 		Answered:    o.Answered,
 		Unavailable: h.dialed,
 		Undecided:   undecided,
+		Registry:    o.Registry,
+		AcceptLater: o.AcceptLater,
 	}, h)
 	if err != nil {
 		return nil, fmt.Errorf("start relay: %w", err)
+	}
+	if o.Registry != nil {
+		o.Registry.SetListeners(h.listeners)
 	}
 	return h, nil
 }

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"syscall"
 
+	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/redirect/upstream"
 )
 
@@ -43,6 +44,7 @@ func (r *Relay) Adopt(g *Given, where func(*Carried) Target) (done <-chan struct
 		part := &parts[g.Refusals[i].Worker%len(parts)]
 		part.refusals = append(part.refusals, &g.Refusals[i])
 	}
+	r.workers[0].ledger.recover(r, g.ended)
 	var adopting sync.WaitGroup
 	for i, w := range r.workers {
 		adopting.Add(1)
@@ -98,6 +100,9 @@ func (w *worker) adoptAll(a *adoption) {
 	}
 	for i, c := range all {
 		if !c.dead && c.index >= 0 {
+			if a.conns[i].End == flow.ReasonNone {
+				w.lookAt(c)
+			}
 			w.carryOn(c, a.conns[i])
 		}
 	}
@@ -111,6 +116,9 @@ func (w *worker) adoptAll(a *adoption) {
 // takeUp makes a connection of what was carried. It is not watched yet.
 func (w *worker) takeUp(g *Carried, p *place) *conn {
 	c := w.start(p.target, nil)
+	if c.slot = g.slot; c.slot != nil {
+		c.slot.worker = uint32(w.index)
+	}
 	b := w.relay.base
 	c.opened, c.began, c.active, c.dialed = b.to(g.Opened), b.to(g.Began), b.to(g.Active), b.to(g.Dialed)
 	c.connected, c.last, c.errno, c.attempts, c.round = g.Connected, g.Last, g.Errno, g.Attempts, g.Round
@@ -144,9 +152,15 @@ func (w *worker) takeUp(g *Carried, p *place) *conn {
 		}
 	default:
 	}
+	if c.slot == nil {
+		w.keepAll(c)
+	}
 	if r := g.Released; r != nil {
+		// At once: its SYN may have come again meanwhile, and nobody answers that.
+		w.injected(w.queue.Release(r))
+		fd := c.sides[down].fd
 		w.released = append(w.released, release{
-			held: w.keep(r), fd: c.sides[down].fd, gen: c.sides[down].gen, at: w.now, left: g.Repeats,
+			held: w.keep(r), fd: fd, gen: c.sides[down].gen, at: w.now, left: g.Repeats, segments: max(sysSegmentsIn(fd), 2),
 		})
 	}
 	return c
@@ -158,6 +172,8 @@ func (w *worker) takeUpSide(c *conn, k int, g *CarriedSide) {
 		w.adopt(c, k, int32(g.FD))
 	}
 	switch n := len(g.Rest); {
+	case c.slot != nil:
+		s.rest = g.Rest // where it lies
 	case n > copySize: // of a build with other sizes
 		s.rest = slices.Clone(g.Rest)
 	case n > 0:
@@ -177,6 +193,21 @@ func (w *worker) takeUpSide(c *conn, k int, g *CarriedSide) {
 // there to be read, a FIN, an urgent mark, a reset, the answer to a dial: all that
 // the first event tells, since to watch a descriptor reports what it is at.
 func (w *worker) carryOn(c *conn, g *Carried) {
+	switch {
+	case g.End == flow.ReasonNone:
+	case g.Torn:
+		w.end(c, g.End, true)
+		return
+	case g.End == flow.ReasonDownstreamReset && !c.dialing:
+		w.broken(c, down)
+		return
+	case g.End == flow.ReasonUpstreamReset && !c.dialing:
+		w.broken(c, up)
+		return
+	default:
+		w.end(c, g.End, g.End != flow.ReasonClosed)
+		return
+	}
 	for k := range c.sides {
 		if c.sides[k].fd < 0 {
 			continue

@@ -22,6 +22,8 @@ type Given struct {
 	Workers  int
 	Conns    []Carried
 	Refusals []CarriedRefusal
+
+	ended []*slot // of a registry: records that nobody has
 }
 
 // Carried is one connection. Times are of CLOCK_MONOTONIC, in nanoseconds.
@@ -68,6 +70,13 @@ type Carried struct {
 	// often as Repeats says; nil: it has it.
 	Released *flow.Held
 	Repeats  int
+	// End, if set, is why it has to end, with a reset unless it is ReasonClosed. What
+	// was sent before a reset is passed on as far as it can be, unless it is Torn:
+	// some of it is missing.
+	End  flow.Reason
+	Torn bool
+
+	slot *slot // it is in the registry already
 }
 
 // CarriedSide is one socket of a connection, and what was read from it.
@@ -181,9 +190,7 @@ func (w *worker) carry(c *conn, index int) Carried {
 	if c.target.Cluster != nil {
 		g.Cluster = c.target.Cluster.Name
 	}
-	if c.endpoint != nil {
-		g.Endpoint = c.endpoint.Addr
-	}
+	g.Endpoint = endpointOf(c)
 	for _, e := range c.tried {
 		g.Tried = append(g.Tried, e.Addr)
 	}

@@ -59,6 +59,7 @@ type conn struct {
 	triedSpace [3]*upstream.Endpoint
 
 	held      *held // its handshake waits for the dial; see hold.go
+	slot      *slot // in the registry; nil: there is none
 	opened    int64 // ns of the worker's clock, like all below
 	began     int64 // when the present round of dials did
 	active    int64 // when bytes last moved

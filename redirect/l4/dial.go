@@ -36,8 +36,16 @@ func (w *worker) begin(fd int32) {
 		w.refuse(fd)
 		return
 	}
+	if target.Downstream.Waits && w.registry != nil && err == nil {
+		// The worker that answered it died before the application knew. Its SYN
+		// comes again.
+		discard(fd)
+		return
+	}
 	c := w.start(target, err)
+	w.keepConn(c)
 	w.adopt(c, down, fd)
+	fault(faultRegistered)
 	c.sides[down].tuned = true // inherited from the listener
 	if err == nil && !c.shared {
 		err = errShare
@@ -87,6 +95,7 @@ func (w *worker) adopt(c *conn, k int, fd int32) {
 	s := &c.sides[k]
 	s.fd, s.gen = fd, w.nextGen()
 	w.setFD(fd, c)
+	w.keepFD(c, k, fd)
 }
 
 // refuse resets a socket that is no connection of ours.
@@ -97,6 +106,7 @@ func (w *worker) refuse(fd int32) {
 
 func (w *worker) readFirst(c *conn) {
 	s := &c.sides[down]
+	w.reading(c, down)
 	n, e := sysRead(s.fd, w.buf)
 	switch {
 	case e == unix.EAGAIN:
@@ -107,7 +117,8 @@ func (w *worker) readFirst(c *conn) {
 	default:
 		// Not known to be all: the descriptor is not watched yet, so the
 		// first event says whether there is more.
-		s.rest, s.from = w.buffers.save(w.buf[:n]), 0
+		fault(faultRead)
+		w.saveRest(c, down, w.buf[:n])
 	}
 }
 
@@ -141,6 +152,7 @@ func (w *worker) dialOnce(c *conn) bool {
 		e.Begin()
 	}
 	c.attempts = min(c.attempts, math.MaxUint8-1) + 1
+	w.keepNames(c)
 	c.round++
 	w.dialing++
 	c.dialing, c.endless = true, c.held != nil && c.target.Cluster == nil
@@ -191,13 +203,16 @@ func (w *worker) connect(c *conn, to netip.AddrPort) syscall.Errno {
 	if e != 0 {
 		return e
 	}
+	fault(faultSocket)
 	w.adopt(c, up, fd)
 	if e := w.dress(fd, &c.target.Downstream, to.Addr()); e != 0 {
 		return e
 	}
 	w.mirrorTCP(c, fd)
 	w.addr.set(to)
+	fault(faultConnecting)
 	e = w.addr.connect(fd)
+	fault(faultConnected)
 	switch {
 	case e != 0 && e != unix.EINPROGRESS:
 		return e
@@ -245,6 +260,7 @@ func (w *worker) sendFirst(c *conn) syscall.Errno {
 	n, e := sysSend(s.fd, d.pending())
 	switch e {
 	case 0:
+		fault(faultSent)
 		w.established(c)
 		s.wrote = true
 		w.took(c, down, n)
@@ -308,6 +324,8 @@ func (w *worker) established(c *conn) {
 	c.connected = time.Duration(w.now - c.dialed)
 	c.active = w.now
 	w.dialed(c)
+	c.keepDialed()
+	fault(faultEstablished)
 	c.last = flow.ReasonNone
 	if c.endpoint != nil {
 		c.endpoint.Connected(c.connected)
@@ -349,6 +367,7 @@ func (w *worker) attemptFailed(c *conn, why flow.Reason) bool {
 	c.connected = 0
 	w.dialed(c)
 	last := c.endpoint
+	fault(faultRefused)
 	w.dropSide(c, up)
 	c.sides[up] = side{fd: -1, pipe: noPipe}
 	if last != nil {

@@ -19,21 +19,27 @@ func (w *worker) finish(c *conn, k int) {
 		return
 	}
 	s.done = true
+	fault(faultEOF)
+	c.keepFlag(keptDone << k)
+	fault(faultShutting)
 	if d.done && !w.unsent(c) {
 		// Both ends were seen and passed on; close sends the second FIN.
 		w.end(c, flow.ReasonClosed, false)
 		return
 	}
 	sysShutdownWrite(d.fd)
+	fault(faultShut)
 	if d.done {
 		// It has ended, and is on record; what is left is the kernel's work.
 		w.enter(c, flow.ReasonClosed)
 		c.lingers = true
+		c.keepFlag(keptLingers)
 	}
 }
 
 // enter puts an ended connection on record.
 func (w *worker) enter(c *conn, why flow.Reason) {
+	w.keepRecord(c, why)
 	r := w.record(c)
 	r.Open, r.End = false, why
 	w.ledger.add(&r)
@@ -92,6 +98,7 @@ func (w *worker) end(c *conn, why flow.Reason, reset bool) {
 		w.enter(c, why)
 	}
 	c.dead = true
+	c.keepEnd(why, reset)
 	if c.held != nil {
 		w.refuseHeld(c, why)
 	}
@@ -109,11 +116,15 @@ func (w *worker) end(c *conn, why flow.Reason, reset bool) {
 		for k := range c.sides {
 			if c.sides[k].fd >= 0 {
 				w.abort(c.sides[k].fd)
+				fault(faultAborting)
 			}
 		}
+	} else if c.slot != nil && c.sides[down].moved+c.sides[up].moved == 0 && c.sides[down].fd >= 0 {
+		markTouched(c.sides[down].fd)
 	}
 	w.dropSide(c, down)
 	w.dropSide(c, up)
+	w.keepClosed(c)
 	last := w.conns[len(w.conns)-1]
 	w.conns[c.index] = last
 	last.index = c.index
@@ -172,15 +183,18 @@ func (w *worker) dropSide(c *conn, k int) {
 	s := &c.sides[k]
 	if s.fd >= 0 {
 		w.byFD[s.fd] = nil
+		c.forgetFD(k)
+		fault(faultClosing)
 		if w.relay.copied.Load() {
 			sysShutdown(s.fd)
 		}
 		sysClose(s.fd)
+		fault(faultClosed)
 		s.fd = -1
 	}
 	if c.dead {
-		w.buffers.release(s.rest)
-		s.rest, s.from = nil, 0
+		w.releaseRest(c, k)
+		c.keepPipe(k, noPipe)
 		w.pipes.put(s.pipe, s.inPipe)
 		s.pipe, s.inPipe = noPipe, 0
 	}

@@ -76,6 +76,9 @@ type release struct {
 	gen  uint32
 	at   int64
 	left int
+	// segments is how many had come when it was given the answer: its SYN, and what
+	// ended the handshake in its name, but for SYNs that came again.
+	segments int
 }
 
 // refusal is one that the application's kernel has missed so far.
@@ -127,6 +130,8 @@ func (w *worker) hold(h *flow.Held) {
 	}
 	c := w.start(target, err)
 	c.held, c.mirrored = w.keep(h), true
+	w.keepConn(c)
+	c.keepFlag(keptMirrored)
 	w.held[keyOf(h)] = c
 	if err == nil && !c.shared {
 		err = errShare
@@ -205,15 +210,21 @@ func (w *worker) arrive(c *conn, fd int32) {
 	h := c.held
 	delete(w.held, keyOf(&h.Held))
 	c.held = nil
+	answered := !c.dialing && !h.silent
+	if answered {
+		c.keepHeld(&h.Held)
+	}
 	w.adopt(c, down, fd)
+	fault(faultArrived)
 	c.sides[down].tuned = true // inherited from the listener
-	if c.dialing || h.silent {
+	if !answered {
 		w.let(h)
 		w.arriveEarly(c)
 		return
 	}
 	w.injected(w.queue.Release(&h.Held))
-	w.released = append(w.released, release{held: h, fd: fd, gen: c.sides[down].gen, at: w.now, left: releases})
+	fault(faultReleased)
+	w.released = append(w.released, release{held: h, fd: fd, gen: c.sides[down].gen, at: w.now, left: releases, segments: 2})
 	w.follow(c, down)
 	if c.dead {
 		return
@@ -234,7 +245,10 @@ func (w *worker) releaseAgain() {
 		r := w.released[0]
 		w.released = w.released[1:]
 		c := w.byFD[r.fd]
-		if r.left == 0 || c == nil || c.sides[down].gen != r.gen || c.heard() {
+		if r.left == 0 || c == nil || c.sides[down].gen != r.gen || c.heard(r.segments) {
+			if c != nil && c.sides[down].gen == r.gen {
+				c.heardOf()
+			}
 			w.let(r.held)
 			continue
 		}
@@ -248,11 +262,10 @@ func (w *worker) releaseAgain() {
 	}
 }
 
-// heard tells whether the application has sent anything since its SYN. That, and
-// what ended the handshake in its name, are two segments.
-func (c *conn) heard() bool {
+// heard tells whether the application has sent anything but so many segments.
+func (c *conn) heard(segments int) bool {
 	s := &c.sides[down]
-	return s.moved > 0 || s.fin || s.eof || sysSegmentsIn(s.fd) > 2
+	return s.moved > 0 || s.fin || s.eof || sysSegmentsIn(s.fd) > segments
 }
 
 // arriveEarly goes on as if the connection had never been held: its answer was

@@ -20,6 +20,7 @@ func (w *worker) mirrorTCP(c *conn, fd int32) {
 		name := d.Congestion
 		sysSetString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, name[:])
 		c.sides[up].chosen = true
+		c.keepFlag(keptChosen)
 	}
 }
 

@@ -20,6 +20,7 @@ func (w *worker) ready(c *conn, k int, events uint32) {
 	}
 	if events&unix.EPOLLPRI != 0 {
 		s.urgent = true
+		c.keepFlag(keptUrgent << k)
 	}
 	if k == up && c.dialing {
 		if !w.answered(c, events) {
@@ -171,8 +172,7 @@ func (w *worker) took(c *conn, k, n int) {
 	s.moved += uint64(n)
 	c.active = w.now
 	if s.from == len(s.rest) {
-		w.buffers.release(s.rest)
-		s.rest, s.from, s.restUrgent = nil, 0, false
+		w.releaseRest(c, k)
 	}
 }
 
@@ -185,6 +185,7 @@ func (w *worker) copyOnce(c *conn, k int, budget *int) bool {
 	}
 	// Read before the call: a FIN seen by then is behind all the data.
 	fin := s.fin
+	w.reading(c, k)
 	n, e := sysRead(s.fd, w.buf)
 	switch {
 	case e == unix.EAGAIN:
@@ -209,13 +210,14 @@ func (w *worker) copyOnce(c *conn, k int, budget *int) bool {
 			w.owe(c)
 		}
 	}
+	fault(faultRead)
 	*budget -= n
 	c.active = w.now
 	for b := w.buf[:n]; len(b) > 0; {
 		m, e := w.write(d, b)
 		switch {
 		case e == unix.EAGAIN:
-			s.rest, s.from = w.buffers.save(b), 0
+			w.saveRest(c, k, b)
 			w.block(d)
 			return false
 		case e != 0:
@@ -224,6 +226,7 @@ func (w *worker) copyOnce(c *conn, k int, budget *int) bool {
 			return false
 		}
 		s.moved += uint64(m)
+		fault(faultWritten)
 		b = b[m:]
 	}
 	if k == up {

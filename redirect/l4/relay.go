@@ -74,6 +74,12 @@ type Options struct {
 	// second. It gives the target the cluster and the terms that were found. Every
 	// worker calls it, so it must not block.
 	Undecided func(t *Target) bool
+	// Registry, if set, is where the relay writes down what another process needs
+	// to go on after a kill.
+	Registry *Registry
+	// AcceptLater has connections accepted, and dialed, from the call of
+	// [Relay.Accept] on.
+	AcceptLater bool
 }
 
 // Stats counts since the start, but for Live and Pipes, which are of now.
@@ -118,7 +124,7 @@ func New(o Options, d Director) (*Relay, error) {
 	r.base = base(monotonic())
 	err := o.check()
 	for i, fds := range o.Listeners {
-		w := newWorker(r, fds)
+		w := newWorker(r, i, fds)
 		if i < len(o.Queues) {
 			w.queue = o.Queues[i]
 		}
@@ -149,11 +155,16 @@ func (o *Options) check() error {
 		return fmt.Errorf("attempts %d: want 1 to %d", o.Attempts, maxAttempts)
 	case o.DialTimeout <= 0 || o.DialBudget <= 0:
 		return errors.New("the time to dial is not bounded")
+	case o.Registry != nil && len(o.Listeners) > registryWorkers:
+		return fmt.Errorf("%d workers: a registry has room for %d", len(o.Listeners), registryWorkers)
 	case o.MaxConns <= 0:
 		return fmt.Errorf("connections %d: want at least 1", o.MaxConns)
 	}
 	return nil
 }
+
+// Accept is when connections are accepted, with [Options.AcceptLater].
+func (r *Relay) Accept() { r.each((*worker).accept) }
 
 // Close closes the listeners of a relay that is never run; Run does it itself.
 func (r *Relay) Close() {
@@ -311,6 +322,7 @@ const ledgerSize = 1 << 15
 // ledger holds the records of ended connections until they are taken.
 type ledger struct {
 	mu      sync.Mutex // held for an append or a swap only: the worker must not wait
+	slots   []*slot    // of the registry, of records that wait
 	records []flow.Record
 	spare   []flow.Record
 	lost    atomic.Uint64

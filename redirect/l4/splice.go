@@ -19,6 +19,8 @@ func (w *worker) startSplicing(c *conn, k int) {
 		if s.pipe = w.pipes.get(); s.pipe == noPipe {
 			return
 		}
+		fault(faultPipe)
+		c.keepPipe(k, s.pipe)
 	}
 	s.splicing = true
 	if !d.tuned {
@@ -38,7 +40,7 @@ func (w *worker) splice(c *conn, k int, budget *int) bool {
 			return false
 		}
 		if s.eof || !s.readable {
-			w.stopSplicing(s)
+			w.stopSplicing(c, k)
 			return true
 		}
 		if *budget <= 0 {
@@ -46,13 +48,14 @@ func (w *worker) splice(c *conn, k int, budget *int) bool {
 			return false
 		}
 		n, e := sysSplice(s.fd, s.pipe[1], pipeSize)
+		fault(faultFilled)
 		switch {
 		case e == unix.EAGAIN || e == 0 && n == 0:
 			// A splice cannot pass an urgent mark, a read can: with one, only
 			// the read says that the socket is empty. And behind one even the
 			// end of file is not the end: it always takes a read to say so.
 			s.readable = e == 0 || s.urgent
-			w.stopSplicing(s)
+			w.stopSplicing(c, k)
 			return true
 		case e != 0:
 			s.readable = false
@@ -64,7 +67,7 @@ func (w *worker) splice(c *conn, k int, budget *int) bool {
 		c.active = w.now
 		if n < spliceMin {
 			if w.emptyPipe(c, k) {
-				w.stopSplicing(s)
+				w.stopSplicing(c, k)
 				return true
 			}
 			return false
@@ -77,6 +80,7 @@ func (w *worker) emptyPipe(c *conn, k int) bool {
 	s, d := &c.sides[k], &c.sides[1-k]
 	for s.inPipe > 0 {
 		n, e := sysSplice(s.pipe[0], d.fd, s.inPipe)
+		fault(faultEmptied)
 		switch {
 		case e == unix.EAGAIN:
 			w.block(d)
@@ -94,8 +98,11 @@ func (w *worker) emptyPipe(c *conn, k int) bool {
 }
 
 // stopSplicing gives the pipe back.
-func (w *worker) stopSplicing(s *side) {
+func (w *worker) stopSplicing(c *conn, k int) {
+	s := &c.sides[k]
 	s.splicing = false
+	c.keepPipe(k, noPipe)
+	fault(faultReturned)
 	w.pipes.put(s.pipe, s.inPipe)
 	s.pipe, s.inPipe = noPipe, 0
 }

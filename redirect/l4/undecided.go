@@ -23,6 +23,9 @@ func (w *worker) undecided(c *conn) bool {
 
 // asksAgain asks where c goes, and tells whether nobody knows yet.
 func (w *worker) asksAgain(c *conn) bool {
+	if w.relay.options.Undecided == nil {
+		return false // nobody is asked, and it waits for something else
+	}
 	expires := c.expires()
 	wait := w.relay.options.Undecided(&c.target)
 	switch now := c.expires(); { // the terms may be others
@@ -49,7 +52,7 @@ func (w *worker) named(c *conn) bool {
 
 // decide dials those of which it is known by now where they go.
 func (w *worker) decide() {
-	if len(w.waiters) == 0 || w.now-w.decided < int64(undecidedEvery) {
+	if len(w.waiters) == 0 || w.waitsYet || w.now-w.decided < int64(undecidedEvery) {
 		return
 	}
 	w.decided = w.now
@@ -60,6 +63,7 @@ func (w *worker) decide() {
 			continue
 		}
 		// Its end, which may come at once, must not look for it in the list.
+		w.lookAt(c)
 		w.decideOn(c)
 		c.began = w.now
 		w.dialNow(c)

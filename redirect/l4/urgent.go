@@ -24,7 +24,8 @@ func (w *worker) passUrgent(c *conn, k int) bool {
 	_, e := w.writeUrgent(d, b[:])
 	switch {
 	case e == unix.EAGAIN:
-		s.rest, s.from, s.restUrgent = w.buffers.save(b[:]), 0, true
+		w.saveRest(c, k, b[:])
+		s.restUrgent = true
 		w.block(d)
 		return false
 	case e != 0:

@@ -33,10 +33,14 @@ const (
 // only that thread touches.
 type worker struct {
 	relay     *Relay
+	index     int // in relay.workers
+	registry  *Registry
+	mark      *mark // in the registry; nil: there is none
 	ep        int32
 	wake      int32 // an eventfd
 	listeners []int32
 	paused    bool // not accepting, for want of descriptors
+	waitsYet  bool // not accepting, and not dialing, before Relay.Accept
 	stopping  bool // no new connections,
 	stopped   bool // and not accepting any more
 	now       int64
@@ -95,12 +99,16 @@ type worker struct {
 	closed   bool // nobody will run a command any more
 }
 
-func newWorker(r *Relay, listeners []int) *worker {
+func newWorker(r *Relay, index int, listeners []int) *worker {
 	w := &worker{
-		relay: r, ep: -1, wake: -1, queueFD: -1, buf: make([]byte, copySize), accepts: 1,
+		relay: r, index: index, ep: -1, wake: -1, queueFD: -1, buf: make([]byte, copySize), accepts: 1,
 		held: map[heldKey]*conn{}, told: map[netip.AddrPort]int64{},
 	}
+	w.waitsYet = r.options.AcceptLater
 	w.pipes.open = &r.pipes
+	if w.registry = r.options.Registry; w.registry != nil {
+		w.mark, w.buf = &w.registry.marks[index], w.registry.buffer(index)
+	}
 	for _, fd := range listeners {
 		w.listeners = append(w.listeners, int32(fd))
 	}
@@ -118,7 +126,10 @@ func (w *worker) open() error {
 		return fmt.Errorf("create eventfd: %w", err)
 	}
 	w.wake = int32(wake)
-	watch := append([]int32{w.wake}, w.listeners...)
+	watch := []int32{w.wake}
+	if !w.waitsYet {
+		watch = append(watch, w.listeners...)
+	}
 	if w.queue != nil {
 		w.queueFD = int32(w.queue.FD())
 		watch = append(watch, w.queueFD)
@@ -147,6 +158,9 @@ func (w *worker) close() {
 
 func (w *worker) closeListeners() {
 	for _, fd := range w.listeners {
+		if w.registry != nil {
+			w.registry.forgetListener(fd)
+		}
 		sysClose(fd)
 	}
 	w.listeners = nil
@@ -196,6 +210,18 @@ func (w *worker) stopAccepting() {
 		}
 	}
 	w.stopIfIdle()
+}
+
+// accept begins what [Options.AcceptLater] put off.
+func (w *worker) accept() {
+	if !w.waitsYet {
+		return
+	}
+	w.waitsYet = false
+	if !w.stopped {
+		w.paused = true
+		w.resume()
+	}
 }
 
 func (w *worker) stopIfIdle() {
@@ -265,6 +291,7 @@ func (w *worker) tick() { w.now = int64(time.Since(w.relay.start)) }
 // process the signals would cost more than all it does.
 func (w *worker) wait() (int, syscall.Errno) {
 	timeout := w.timeout()
+	w.lookAway()
 	w.waiting.Store(true)
 	var n int
 	e := unix.EINTR
@@ -306,6 +333,7 @@ func (w *worker) handle(ev *unix.EpollEvent) {
 			k := c.sideOf(fd)
 			// An earlier socket of the same number, closed in this batch.
 			if c.sides[k].gen == uint32(ev.Pad) {
+				w.lookAt(c)
 				w.ready(c, k, ev.Events)
 			}
 			return
@@ -353,6 +381,7 @@ func (w *worker) goOn() {
 		c.sides[down].queued, c.sides[up].queued = false, false
 		for k := range c.sides {
 			if more[k] && !c.dead {
+				w.lookAt(c)
 				w.pump(c, k)
 			}
 		}
@@ -387,6 +416,7 @@ func (w *worker) acceptFrom(listener int32) bool {
 	fd, e := w.peer.accept(listener)
 	switch {
 	case e == 0:
+		fault(faultAccepted)
 		w.begin(fd)
 		return !w.paused
 	case e == unix.EAGAIN || e == unix.EBADF:
@@ -403,7 +433,7 @@ func (w *worker) acceptFrom(listener int32) bool {
 // pause stops accepting until a descriptor is free. The queue fills, and the
 // heartbeat tells the connect hook, which then goes by on_failure.
 func (w *worker) pause() {
-	if w.paused || w.stopped {
+	if w.paused || w.stopped || w.waitsYet {
 		return
 	}
 	w.paused = true
@@ -414,7 +444,7 @@ func (w *worker) pause() {
 }
 
 func (w *worker) resume() {
-	if !w.paused || w.stopped {
+	if !w.paused || w.stopped || w.waitsYet {
 		return
 	}
 	w.paused = false

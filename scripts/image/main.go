@@ -119,12 +119,15 @@ func look(tree string) (commit, error) {
 // tag is the version in the letters that a tag may have.
 func (c commit) tag() string { return strings.ReplaceAll(c.version, "+", "-") }
 
+// keeperEntry is the linker's flag of the Makefile: without it there is no survive: crash.
+const keeperEntry = "-E=github.com/pillion-project/pillion/cmd/pillion/keeper.entry"
+
 // compile builds the binary. Everything in the environment that would change it
 // is set, and what git knows goes in by the version alone: Go's own stamp depends
 // on how deep the checkout is.
 func compile(tree, binary, arch string, c commit) error {
 	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-mod=readonly",
-		"-ldflags", "-s -w -buildid= -X main.version="+c.version, "-o", binary, "./cmd/pillion")
+		"-ldflags", "-s -w -buildid= "+keeperEntry+" -X main.version="+c.version, "-o", binary, "./cmd/pillion")
 	cmd.Dir = tree
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch,
 		"GOAMD64=v1", "GOARM64=v8.0", "GOFLAGS=", "GOEXPERIMENT=", "GOFIPS140=off", "GOWORK=off")

@@ -39,6 +39,9 @@ type Log struct {
 	file io.WriteCloser // nil once closed
 	// torn is set while the file ends in half a line.
 	torn bool
+
+	wrote func(*flow.Record) // see Written
+	batch []flow.Record      // what is encoded and not yet written, for that
 }
 
 // Open opens the file at path to append to, and makes it with mode 0640 if it is
@@ -65,6 +68,10 @@ func open(path string) (*os.File, error) {
 	}
 	return f, nil
 }
+
+// Written has f called with each record when it is in the file, or could not be
+// written. Call it before Run.
+func (l *Log) Written(f func(*flow.Record)) { l.wrote = f }
 
 // Record takes a copy of r. It never blocks: when the queue is full, r is
 // dropped and counted.
@@ -133,6 +140,9 @@ func (l *Log) encode(b *bytes.Buffer, r *flow.Record) {
 		return
 	}
 	b.Write(append(line, '\n'))
+	if l.wrote != nil {
+		l.batch = append(l.batch, *r)
+	}
 }
 
 // write writes the lines in b and empties it.
@@ -148,7 +158,11 @@ func (l *Log) write(b *bytes.Buffer) {
 		return
 	}
 	n, err := l.file.Write(b.Bytes())
-	l.wrote(b.Bytes()[:n], b.Bytes()[n:], err)
+	l.note(b.Bytes()[:n], b.Bytes()[n:], err)
+	for i := range l.batch {
+		l.wrote(&l.batch[i])
+	}
+	l.batch = l.batch[:0]
 }
 
 // mend ends the half line that a failed write left, so that it spoils no other.
@@ -161,8 +175,8 @@ func (l *Log) mend() bool {
 	return !l.torn
 }
 
-// wrote takes note of a write: what went out, what did not, and why.
-func (l *Log) wrote(out, left []byte, err error) {
+// note takes note of a write: what went out, what did not, and why.
+func (l *Log) note(out, left []byte, err error) {
 	if err == nil {
 		if l.failing.Swap(false) {
 			slog.Info("flow log is written again", "path", l.path, "failed", l.failed.Load())

@@ -5,6 +5,7 @@ package rig
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -80,6 +81,10 @@ type Rig struct {
 	// Wrap, if set, is what every pillion run is started by: a command that
 	// executes what follows it, as the same process.
 	Wrap []string
+	// Program, if set, is run in place of [Binary], with Env in addition to the
+	// environment.
+	Program string
+	Env     []string
 
 	instances *atomic.Int64 // that have not finished
 }
@@ -224,8 +229,9 @@ func (r *Rig) Run(t testing.TB, config string, flags ...string) *Instance {
 // ready.
 func (i *Instance) Launch(t testing.TB) {
 	t.Helper()
-	line := slices.Concat(i.rig.Wrap, []string{Binary(t)}, i.args)
+	line := slices.Concat(i.rig.Wrap, []string{cmp.Or(i.rig.Program, Binary(t))}, i.args)
 	i.Cmd = exec.Command(line[0], line[1:]...)
+	i.Cmd.Env = append(os.Environ(), i.rig.Env...)
 	i.Cmd.Stdout, i.Cmd.Stderr = i.log, i.log
 	if err := i.rig.home().Start(i.Cmd); err != nil {
 		t.Fatal(err)

@@ -39,9 +39,12 @@ type Config struct {
 	NoEndpoint string
 	// Existing is what happens to connections that are older than the capture.
 	Existing Existing
-	Relay    Relay
-	Health   health.Config
-	Limits   Limits
+	// Survive is what becomes of the connections on relay when the handler is
+	// killed.
+	Survive Survive
+	Relay   Relay
+	Health  health.Config
+	Limits  Limits
 	// FlowLog is the path of the file to which flow records go, or empty.
 	FlowLog string
 	// Metrics is where metrics are served over HTTP; not valid means nowhere.
@@ -95,11 +98,21 @@ const (
 	ExistingReset  Existing = "reset"  // they are reset, so that applications connect again
 )
 
+// Survive says what becomes of the connections on relay at a kill of the handler.
+type Survive string
+
+// The values of Survive.
+const (
+	SurviveRestart Survive = "restart" // they end with resets; what is pinned survives
+	SurviveCrash   Survive = "crash"   // they go on, with every byte
+)
+
 // What the user may write, for errors that list it.
 var (
 	onFailures = []OnFailure{OnFailureOpen, OnFailureClosed}
 	paths      = []PathChoice{PathRelay, PathDirect, PathPass, PathAuto}
 	existings  = []Existing{ExistingReport, ExistingReset}
+	survives   = []Survive{SurviveRestart, SurviveCrash}
 	// In the order of their values in flow.
 	connectModes = []Connect{ConnectEarly, ConnectMirror, ConnectAdaptive}
 	// Those that a handler can also pass on as a packet.
@@ -166,6 +179,7 @@ func Default() Config {
 		Connect:    ConnectAdaptive,
 		NoEndpoint: noEndpoints[0],
 		Existing:   ExistingReport,
+		Survive:    SurviveRestart,
 		Relay: Relay{
 			DialTimeout: 5 * time.Second,
 			DialBudget:  15 * time.Second,

@@ -152,6 +152,7 @@ func TestDefaultIsValid(t *testing.T) {
 		OnFailure:  OnFailureOpen,
 		Connect:    ConnectAdaptive, NoEndpoint: "ECONNREFUSED",
 		Existing: ExistingReport,
+		Survive:  SurviveRestart,
 		Relay:    Relay{DialTimeout: 5 * time.Second, DialBudget: 15 * time.Second, Attempts: 3},
 		Health:   health.Default(),
 		Limits:   Limits{SlotsPerContainer: 16384, Connections: 200000},

@@ -50,6 +50,7 @@ func (d *decoder) config(c *Config, n ast.Node) {
 		{"connect", func(path string, n ast.Node) { word(d, path, n, connectModes, &c.Connect) }},
 		{"no_endpoint", func(path string, n ast.Node) { word(d, path, n, noEndpoints, &c.NoEndpoint) }},
 		{"existing", func(path string, n ast.Node) { word(d, path, n, existings, &c.Existing) }},
+		{"survive", func(path string, n ast.Node) { word(d, path, n, survives, &c.Survive) }},
 		{"relay", func(path string, n ast.Node) { d.relay(&c.Relay, path, n) }},
 		{"health", func(path string, n ast.Node) {
 			d.mapping(path, n, []field{

@@ -75,7 +75,7 @@ func (s ServiceChange) Fate() string {
 
 // startOnly are the settings that size or open something at the start.
 var startOnly = []string{
-	"existing", "relay.workers", "limits.connections", "limits.connections_per_container", "flow_log", "metrics", "probes",
+	"existing", "survive", "relay.workers", "limits.connections", "limits.connections_per_container", "flow_log", "metrics", "probes",
 	"kubernetes.on_demand", "kubernetes.server", "kubernetes.token_file", "kubernetes.ca_file", "kubernetes.kubeconfig", "kubernetes.idle",
 }
 

@@ -128,6 +128,7 @@ func (c *Config) settings() object {
 	o.set("connect", c.Connect)
 	o.set("no_endpoint", c.NoEndpoint)
 	o.set("existing", c.Existing)
+	o.set("survive", c.Survive)
 	o.set("relay", object{
 		{"workers", c.Relay.Workers},
 		{"dial_timeout", c.Relay.DialTimeout.String()},

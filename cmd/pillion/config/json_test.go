@@ -109,7 +109,7 @@ func TestEveryKey(t *testing.T) {
 		},
 		Deny:    []Rule{{netip.MustParsePrefix("10.0.0.0/8"), 25}},
 		Exclude: []Rule{{netip.MustParsePrefix("192.0.2.0/24"), 0}},
-		Default: flow.PathPass, OnFailure: OnFailureOpen, Connect: ConnectAdaptive, NoEndpoint: "ECONNREFUSED", Existing: ExistingReport,
+		Default: flow.PathPass, OnFailure: OnFailureOpen, Connect: ConnectAdaptive, NoEndpoint: "ECONNREFUSED", Existing: ExistingReport, Survive: SurviveCrash,
 		Relay: Relay{
 			Workers: 1, DialTimeout: time.Second, DialBudget: 2 * time.Second, Attempts: 4,
 			IdleTimeout: 3 * time.Second, MaxLifetime: 4 * time.Second,

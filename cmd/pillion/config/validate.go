@@ -94,6 +94,7 @@ func (c *Config) problems() []problem {
 	oneWord(k, "connect", c.Connect, connectModes)
 	oneWord(k, "no_endpoint", c.NoEndpoint, noEndpoints)
 	oneWord(k, "existing", c.Existing, existings)
+	oneWord(k, "survive", c.Survive, survives)
 	k.relay(c.Relay)
 	if err := c.Health.Validate(); err != nil {
 		for _, err := range split(err) {

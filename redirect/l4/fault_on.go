@@ -1,0 +1,50 @@
+//go:build pillion_fault
+
+package l4
+
+import (
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// faults says how often a worker is killed: at one in so many points.
+var faults = sync.OnceValues(func() (n uint64, start time.Time) {
+	n, _ = strconv.ParseUint(os.Getenv("PILLION_FAULT"), 10, 64)
+	return n, time.Now()
+})
+
+// fault kills the process now and then, more seldom while it starts, and counts that
+// in the file that the environment names, a byte for each point.
+func fault(point int) {
+	n, start := faults()
+	if n == 0 {
+		return
+	}
+	if time.Since(start) < time.Second {
+		n *= 8
+	}
+	if point == faultRead || point == faultWritten {
+		n *= 20 // by far the most frequent
+	}
+	if rand.Uint64N(n) != 0 {
+		return
+	}
+	if f, err := unix.Open(os.Getenv("PILLION_FAULT_COUNT"), unix.O_WRONLY|unix.O_APPEND|unix.O_CLOEXEC, 0); err == nil {
+		_, _ = unix.Write(f, []byte{byte(point)})
+	}
+	_, _, _ = syscall.RawSyscall(unix.SYS_KILL, uintptr(os.Getpid()), uintptr(unix.SIGKILL), 0)
+	select {}
+}
+
+// poison panics at a connection to the port that the environment names.
+func poison(c *conn) {
+	if n := os.Getenv("PILLION_FAULT_POISON"); n != "" && n == strconv.Itoa(int(c.target.Downstream.OrigDst.Port())) {
+		panic("poisoned")
+	}
+}

@@ -1,0 +1,9 @@
+package survive
+
+import (
+	"testing"
+
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+func TestMain(m *testing.M) { testutil.Main(m) }

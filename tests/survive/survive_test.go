@@ -1,0 +1,258 @@
+package survive
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
+	"golang.org/x/sys/unix"
+)
+
+var (
+	vip = netip.MustParseAddrPort("10.96.0.1:80")
+	// poison is where a connection kills its handler.
+	poison = netip.MustParseAddrPort("198.51.100.3:666")
+	ends   = []netip.AddrPort{netip.MustParseAddrPort("198.51.100.1:8080"), netip.MustParseAddrPort("198.51.100.2:8080")}
+)
+
+// entry is the linker's flag of the Makefile.
+const entry = "-E=github.com/pillion-project/pillion/cmd/pillion/keeper.entry"
+
+// faulty is a build that kills itself at every point that matters, when it is told to.
+var faulty = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "pillion-survive-")
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(dir, "pillion")
+	cmd := exec.Command("go", "build", "-tags", "pillion_fault", "-ldflags", entry, "-o", path, "github.com/pillion-project/pillion/cmd/pillion")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build: %w\n%s", err, out)
+	}
+	return path, nil
+})
+
+// stage is an instance that survives, with servers and an application.
+type stage struct {
+	*rig.Rig
+	*rig.Instance
+	*app
+	far   *talker
+	flows string // the flow log
+}
+
+func newStage(t *testing.T, r *rig.Rig, more string, q task) *stage {
+	t.Helper()
+	s := &stage{Rig: r, far: &talker{end: make(chan struct{})}, flows: filepath.Join(t.TempDir(), "flows")}
+	for _, e := range ends {
+		s.Serve(t, e, s.far.serve)
+	}
+	s.Instance = s.Run(t, fmt.Sprintf(`
+survive: crash
+flow_log: %s
+%s
+services:
+  - name: s
+    address: %q
+    endpoints: [%q, %q]
+`, s.flows, more, vip, ends[0], ends[1]))
+	q.To = vip
+	s.app = newApp(t, s.Rig, q)
+	return s
+}
+
+// worker is the process that carries the connections: the keeper's child.
+func (s *stage) worker() int {
+	pid := s.Cmd.Process.Pid
+	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	n, _ := strconv.Atoi(strings.TrimSpace(string(text)))
+	return n
+}
+
+// ready waits until the present worker is.
+func (s *stage) ready(t *testing.T) {
+	t.Helper()
+	testutil.Eventually(t, rig.Limit, func() bool {
+		now, err := s.Status(context.Background())
+		return err == nil && now.Pid == s.worker() && now.Ready
+	}, "the worker is ready\n", s.Log())
+}
+
+// finish ends all and wants every byte where it was to go.
+func (s *stage) finish(t *testing.T) outcome {
+	t.Helper()
+	o := s.end(t)
+	for _, e := range s.far.take() {
+		t.Errorf("server: %s", e)
+	}
+	s.Conserved(t)
+	s.Idle(t)
+	t.Logf("%d connections, %d bytes there and %d back; %d came to the server without a byte, %d were opened so",
+		o.Opened, s.far.sent.Load(), o.Bytes, s.far.none.Load(), o.Empty)
+	s.recorded(t, &o)
+	return o
+}
+
+// recorded wants one record of each connection, with all its bytes.
+func (s *stage) recorded(t *testing.T, o *outcome) {
+	t.Helper()
+	var all []flow.Record
+	// What has lost its other half waits for it.
+	for still := time.Now(); time.Since(still) < 4*time.Second && len(all) < int(o.Opened); time.Sleep(100 * time.Millisecond) {
+		if now := readLog(t, s.flows); len(now) > len(all) {
+			all, still = now, time.Now()
+		}
+	}
+	cookies, ends, bytes := map[uint64]int{}, map[string]int{}, map[whole]int{}
+	for _, r := range all {
+		cookies[r.Cookie]++
+		ends[r.Path.String()+" "+r.End.String()]++
+		bytes[whole{r.Source.Port(), r.Sent, r.Received}]++
+	}
+	missing := func(list []whole) (none []whole) {
+		for _, w := range list {
+			if bytes[w]--; bytes[w] < 0 {
+				none = append(none, w)
+			}
+		}
+		return none
+	}
+	stayed, others := missing(o.Stayed), missing(o.Whole)
+	t.Logf("%d records of %d connections: %v; %d without one of their bytes", len(all), o.Opened, ends, len(others))
+	for _, w := range stayed {
+		near := slices.DeleteFunc(slices.Clone(all), func(r flow.Record) bool { return r.Source.Port() != w.Port })
+		t.Errorf("of %d connections that were open all the time, %+v has no record: %+v", len(o.Stayed), w, near)
+	}
+	if len(cookies) != len(all) {
+		t.Errorf("%d records, of %d connections", len(all), len(cookies))
+	}
+}
+
+func readLog(t testing.TB, path string) []flow.Record {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var all []flow.Record
+	for d := json.NewDecoder(f); ; {
+		var r flow.Record
+		if err := d.Decode(&r); err != nil {
+			return all // io.EOF, or half written
+		}
+		all = append(all, r)
+	}
+}
+
+// TestKills kills the handler from outside.
+func TestKills(t *testing.T) {
+	const kills = 8
+	s := newStage(t, rig.New(t), "", task{Workers: 100, Pings: 100, Most: 1 << 20})
+	time.Sleep(500 * time.Millisecond)
+	last := 0
+	for n := range kills {
+		testutil.Eventually(t, rig.Limit, func() bool { w := s.worker(); return w != 0 && w != last }, "there is a worker\n", s.Log())
+		if n%4 > 0 { // else perhaps in the middle of its start
+			s.ready(t)
+		}
+		time.Sleep(time.Duration(rand.IntN(500)) * time.Millisecond)
+		if w := s.worker(); w != 0 { // kill(2) would take 0 for everybody
+			last = w
+			// It may have died just now.
+			_ = unix.Kill(last, unix.SIGKILL)
+		}
+	}
+	s.finish(t)
+}
+
+// faults has an instance kill itself at one in so many points, until it has done so
+// often enough or the time is over.
+func faults(t *testing.T, oneIn int, more string, q task) {
+	t.Helper()
+	const enough, limit = 10, 8 * time.Second
+	program, err := faulty()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := rig.New(t)
+	count := filepath.Join(t.TempDir(), "count")
+	if err := os.WriteFile(count, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.Program, r.Env = program, []string{"PILLION_FAULT=" + strconv.Itoa(oneIn), "PILLION_FAULT_COUNT=" + count}
+	s := newStage(t, r, more, q)
+	var hits []byte
+	for start := time.Now(); len(hits) < enough && time.Since(start) < limit; time.Sleep(50 * time.Millisecond) {
+		if hits, err = os.ReadFile(count); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.finish(t)
+	if hits, err = os.ReadFile(count); err != nil {
+		t.Fatal(err)
+	}
+	points := map[byte]int{}
+	for _, b := range hits {
+		points[b]++
+	}
+	t.Logf("%d deaths, by point: %v", len(hits), points)
+	if len(hits) == 0 {
+		t.Error("the handler has never killed itself")
+	}
+}
+
+// TestFaults has the handler kill itself wherever that could do harm.
+func TestFaults(t *testing.T) {
+	t.Run("messages", func(t *testing.T) { faults(t, 400, "", task{Workers: 60, Pings: 20, Most: 200_000}) })
+	t.Run("handshakes", func(t *testing.T) {
+		faults(t, 200, "connect: mirror", task{Workers: 30, Pings: 5, Most: 3000})
+	})
+	t.Run("bulk", func(t *testing.T) { faults(t, 50, "", task{Workers: 12, Pings: 5, Most: 10 << 20}) })
+}
+
+// TestPoison has one connection kill its handler each time: it is ended, and the others
+// go on.
+func TestPoison(t *testing.T) {
+	program, err := faulty()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := rig.New(t)
+	r.Program, r.Env = program, []string{fmt.Sprintf("PILLION_FAULT_POISON=%d", poison.Port())}
+	s := newStage(t, r, "", task{Pings: 50})
+	s.Serve(t, poison, func(c net.Conn) { io.Copy(io.Discard, c) })
+	time.Sleep(500 * time.Millisecond)
+	out, err := s.Try("bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/%s/%d && echo hello >&3 && cat <&3", poison.Addr(), poison.Port()))
+	if err == nil || !strings.Contains(err.Error(), "reset by peer") {
+		t.Errorf("the connection that kills: %q, %v; want a reset", out, err)
+	}
+	s.ready(t)
+	s.finish(t)
+	crashed := 0
+	for _, r := range readLog(t, s.flows) {
+		if r.End == flow.ReasonCrashed {
+			crashed++
+		}
+	}
+	if crashed != 1 {
+		t.Errorf("%d connections are on record as %v, want 1", crashed, flow.ReasonCrashed)
+	}
+}
