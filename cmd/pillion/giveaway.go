@@ -159,7 +159,9 @@ func (i *instance) talkTo(ctx context.Context, conn *handover.Conn) (gave bool, 
 	}
 	i.log.Info("handed over", "pid", hello.Pid, "version", hello.Build, "connections", given)
 	// Only the main process may say who that is, as a rule.
-	_ = notify(fmt.Sprintf("MAINPID=%d", hello.Pid))
+	if pid, err := conn.Peer(); err == nil && pid > 0 {
+		_ = notify(fmt.Sprintf("MAINPID=%d", pid))
+	}
 	conn.Within(farewellLimit)
 	var b bytes.Buffer
 	if err := gob.NewEncoder(&b).Encode(farewell{History: history}); err == nil {

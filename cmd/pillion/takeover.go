@@ -53,6 +53,7 @@ type taking struct {
 	state handed // once it is there
 	lock  *os.File
 	given *l4.Given
+	conns int           // how many that are
 	at    time.Time     // when the instance became ours
 	pause time.Duration // how long connections stood still, once that is over
 	loud  func()        // ends that no garbage is collected
@@ -64,7 +65,7 @@ func (t *taking) status() *admin.TakenOver {
 		return nil
 	}
 	return &admin.TakenOver{
-		At: t.at, Pid: t.welcome.Pid, Version: t.welcome.Build, Connections: len(t.given.Conns), Pause: t.pause,
+		At: t.at, Pid: t.welcome.Pid, Version: t.welcome.Build, Connections: t.conns, Pause: t.pause,
 	}
 }
 
@@ -229,7 +230,7 @@ func (i *instance) takeOver(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("take over %s: %w", i.name, err)
 	}
-	t.at = time.Now()
+	t.at, t.conns = time.Now(), len(t.given.Conns)
 	i.charge.Store(true)
 	for _, s := range i.sockets() {
 		if err := handover.Own(s.ln); err != nil {
@@ -332,8 +333,10 @@ func (i *instance) writeFirst(ctx context.Context, beat *circle) error {
 		return err
 	}
 	i.collector.Adopt(t.state.Halves)
+	// It is as much memory as the connections take themselves.
+	t.given, t.state.Connections, t.state.Halves = nil, nil, nil
 	i.log.Info("taken over", "instance", i.name, "from", t.welcome.Pid, "version", t.welcome.Build,
-		"connections", len(t.given.Conns), "pause", t.pause.Round(time.Microsecond))
+		"connections", t.conns, "pause", t.pause.Round(time.Microsecond))
 	i.ready.Store(true)
 	return nil
 }

@@ -142,6 +142,15 @@ func (c *Conn) peer() (*unix.Ucred, error) {
 	return peer, nil
 }
 
+// Peer returns the process at the other end, as it is called here.
+func (c *Conn) Peer() (pid int, err error) {
+	peer, err := c.peer()
+	if err != nil {
+		return 0, err
+	}
+	return int(peer.Pid), nil
+}
+
 // Close ends the conversation.
 func (c *Conn) Close() { c.c.Close() }
 

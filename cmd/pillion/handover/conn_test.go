@@ -187,8 +187,8 @@ func TestListener(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	if peer, err := c.peer(); err != nil || int(peer.Pid) != os.Getpid() {
-		t.Errorf("the other end is %+v, %v", peer, err)
+	if pid, err := c.Peer(); err != nil || pid != os.Getpid() {
+		t.Errorf("the other end is %d, %v", pid, err)
 	}
 	heir.Close()
 	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
