@@ -209,7 +209,7 @@ func (i *instance) welcome(conn *handover.Conn) error {
 	w := handover.Welcome{
 		Build: buildVersion(), Pid: os.Getpid(), FrameTag: h.FrameTag,
 		Listeners: [2]int{len(v4), len(v6)}, Rings: len(h.Rings), Services: i.control.tell(),
-		Live: i.handler.Stats().Live,
+		Live: i.handler.Stats().Live, Answered: i.discovered(),
 	}
 	var fds []int
 	for _, list := range [][]int{v4, v6, h.Rings} {

@@ -232,6 +232,7 @@ func (i *instance) takeOver(ctx context.Context) error {
 	}
 	t.at, t.conns = time.Now(), len(t.given.Conns)
 	i.charge.Store(true)
+	i.answered.Store(t.welcome.Answered)
 	for _, s := range i.sockets() {
 		if err := handover.Own(s.ln); err != nil {
 			i.log.Warn("a socket tells of another process", "socket", s.name, "error", err)

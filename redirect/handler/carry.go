@@ -20,8 +20,8 @@ func (h *Handler) Freeze(ctx context.Context) (*l4.Frozen, error) { return h.rel
 // cluster that it had. One whose service is gone keeps its names, and goes by the
 // limits of what no service names. What is returned is as in [l4.Relay.Adopt].
 func (h *Handler) Adopt(g *l4.Given) (done <-chan struct{}, err error) {
-	p := &placement{table: h.table.Load(), terms: map[string]*flow.Terms{}, has: map[*upstream.Cluster]map[netip.AddrPort]bool{}}
-	if err := p.findFormer(g); err != nil {
+	p, err := newPlacement(h.table.Load(), g)
+	if err != nil {
 		return nil, fmt.Errorf("adopt connections: %w", err)
 	}
 	if done = h.relay.Adopt(g, p.target); done == nil {
@@ -43,6 +43,11 @@ type placement struct {
 	former *upstream.Snapshot     // of endpoints that are no more
 	terms  map[string]*flow.Terms // of services that are no more, by name
 	has    map[*upstream.Cluster]map[netip.AddrPort]bool
+}
+
+func newPlacement(table *route.Table, g *l4.Given) (*placement, error) {
+	p := &placement{table: table, terms: map[string]*flow.Terms{}, has: map[*upstream.Cluster]map[netip.AddrPort]bool{}}
+	return p, p.findFormer(g)
 }
 
 // service returns the one that a connection is of still; nil: there is none.

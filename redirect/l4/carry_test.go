@@ -1,7 +1,10 @@
 package l4_test
 
 import (
+	"flag"
+	"fmt"
 	"net/netip"
+	"os"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -30,6 +33,11 @@ func manyCarried(n int) *l4.Given {
 	return g
 }
 
+var addresses = cmp.Options{
+	cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
+	cmp.Comparer(func(a, b flow.OrigDst) bool { return a == b }),
+}
+
 // What is encoded comes out as it was, with the reader's descriptors.
 func TestCarriedEncoding(t *testing.T) {
 	g := manyCarried(3)
@@ -54,11 +62,7 @@ func TestCarriedEncoding(t *testing.T) {
 	want.Conns[1].Up.FD = 22
 	want.Conns[2].Down.FD, want.Conns[2].Up.FD = 23, 24
 	want.Conns[2].Up.PipeRead, want.Conns[2].Up.PipeWrite = 25, 26
-	equal := cmp.Options{
-		cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
-		cmp.Comparer(func(a, b flow.OrigDst) bool { return a == b }),
-	}
-	if diff := cmp.Diff(&want, got, equal); diff != "" {
+	if diff := cmp.Diff(&want, got, addresses); diff != "" {
 		t.Errorf("decoded (-want +got)\n%s", diff)
 	}
 	for _, wrong := range [][]int{theirs[:6], append(theirs, 27), nil} {
@@ -68,6 +72,41 @@ func TestCarriedEncoding(t *testing.T) {
 	}
 	if _, err := l4.DecodeGiven(data[:len(data)/2], theirs); err == nil {
 		t.Error("decoded half of it")
+	}
+}
+
+var update = flag.Bool("update", false, "write the golden files")
+
+// What a build of this version wrote earlier is read still: whoever changes that has to
+// change CarryVersion, which is in the file's name.
+func TestCarriedGolden(t *testing.T) {
+	file := fmt.Sprintf("testdata/carried-%d.gob", l4.CarryVersion)
+	want := manyCarried(2)
+	want.Conns[1].Held = &l4.CarriedHeld{Held: flow.Held{Source: netip.MustParseAddrPort("10.0.0.1:1"), Size: 3}, Silent: true, Reset: true}
+	want.Conns[1].Released, want.Conns[1].Repeats = &flow.Held{Size: 2, Mark: 5}, 4
+	want.Conns[1].Last, want.Conns[1].Errno, want.Conns[1].Dialing, want.Conns[1].Waiting = flow.ReasonDialRefused, 111, true, true
+	want.Conns[1].Lingers, want.Conns[1].Kept = true, true
+	want.Conns[1].Down.EOF, want.Conns[1].Down.Done, want.Conns[1].Down.FIN, want.Conns[1].Down.Urgent = true, true, true, true
+	want.Conns[1].Down.RestUrgent, want.Conns[1].Down.Chosen = true, true
+	want.Refusals = []l4.CarriedRefusal{{Worker: 1, Cookie: 9, Errno: 111, Left: 3}}
+	data, fds, err := want.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if *update {
+		if err := os.WriteFile(file, data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if data, err = os.ReadFile(file); err != nil {
+		t.Fatal(err)
+	}
+	got, err := l4.DecodeGiven(data, fds)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got, addresses); diff != "" {
+		t.Errorf("decoded (-want +got)\n%s", diff)
 	}
 }
 

@@ -38,6 +38,8 @@ type Welcome struct {
 	// Live is how many connections are open, so that there is room for them.
 	Live    int      `json:"live"`
 	Sockets []string `json:"sockets"` // what each is for
+	// Answered: every source has told endpoints once, so it is ready for good.
+	Answered bool `json:"answered"`
 	// Services are the giver's, with the endpoints that they have.
 	Services []Service `json:"services"`
 }
