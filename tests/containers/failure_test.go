@@ -33,7 +33,8 @@ func (w *world) settings() []string {
 }
 
 // failure is the table of docs/design.md, section 6, for a sidecar that is killed:
-// by a signal, and where there is a controller of memory by the kernel.
+// by a signal, for a failed liveness probe, and where there is a controller of memory
+// by the kernel.
 func failure(t *testing.T, w *world) {
 	for _, setting := range w.settings() {
 		t.Run(setting, func(t *testing.T) {
@@ -43,7 +44,7 @@ func failure(t *testing.T, w *world) {
 			spec.memory = 128 << 20
 			s := p.sidecar(t, spec)
 			p.served(t, "with the sidecar")
-			ways := []func(*sidecar, *testing.T){(*sidecar).kill}
+			ways := []func(*sidecar, *testing.T){(*sidecar).kill, (*sidecar).hang}
 			if w.view == viewHybrid {
 				ways = append(ways, (*sidecar).exhaust)
 			}
@@ -112,6 +113,21 @@ func (s *sidecar) kill(t *testing.T) {
 	}
 	if st := s.wait(t); st.code != 137 || st.reason == "OOMKilled" {
 		t.Errorf("killed, it ended with %d (%s)", st.code, st.reason)
+	}
+}
+
+// hang stops the sidecar's process: the probe says so, and the kubelet ends the
+// container, which takes a SIGKILL.
+func (s *sidecar) hang(t *testing.T) {
+	t.Helper()
+	for _, pid := range s.pids(t) {
+		s.signal(t, pid, unix.SIGSTOP)
+	}
+	if out, code := s.exec(t, "/pillion", "live"); code != 1 {
+		t.Errorf("live, of a sidecar that is stopped: %d, %q", code, out)
+	}
+	if st := s.stop(t, 1); st.code != 137 {
+		t.Errorf("it ended with %d", st.code)
 	}
 }
 

@@ -45,6 +45,7 @@ func TestContainerd(t *testing.T) {
 				{"drain", drain},
 				{"job", job},
 				{"beside", beside},
+				{"renewed", renewed},
 				{"first connect", firstConnect},
 				{"deleted", deleted},
 				{"doctor", doctor},

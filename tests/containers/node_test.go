@@ -43,6 +43,9 @@ type node struct {
 	images
 }
 
+// topPrefix begins the names of the nodes' cgroups; the process's number follows.
+const topPrefix = "pillion-node-"
+
 var nodes atomic.Int64
 
 // newNode starts a node with containerd. It ends with the test, and takes its cgroups
@@ -75,7 +78,8 @@ func emptyNode(t *testing.T, view string) *node {
 	testutil.RequireRoot(t)
 	n := &node{dir: shortDir(t), view: view, log: &rig.Log{}, ended: make(chan struct{})}
 	n.images = newImages(t, n.dir)
-	n.top = fmt.Sprintf("pillion-node-%d-%d", os.Getpid(), nodes.Add(1))
+	forgetDead(t)
+	n.top = fmt.Sprintf("%s%d-%d", topPrefix, os.Getpid(), nodes.Add(1))
 	if view == viewUnified {
 		keepControllers(t)
 	}
@@ -263,6 +267,23 @@ func forgetCgroups(t *testing.T, top string) {
 		}
 		if err != nil {
 			t.Errorf("remove cgroups: %v", err)
+		}
+	}
+}
+
+// forgetDead removes the cgroups of tests that were killed.
+func forgetDead(t *testing.T) {
+	t.Helper()
+	for _, h := range hierarchies(t) {
+		tops, err := filepath.Glob(filepath.Join(h, topPrefix+"*-*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, top := range tops {
+			pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(top), topPrefix), "-")
+			if n, err := strconv.Atoi(pid); err == nil && unix.Kill(n, 0) == unix.ESRCH {
+				_ = removeTree(top) // what something is in still is not ours to end
+			}
 		}
 	}
 }

@@ -141,14 +141,20 @@ func (p *pod) remove(t *testing.T) {
 		return
 	}
 	p.gone = true
-	for _, method := range []string{"StopPodSandbox", "RemovePodSandbox"} {
-		if _, err := p.call(limited(t), "RuntimeService/"+method, message(nil).text(1, p.id)); err != nil {
-			t.Error(err)
-		}
-	}
+	p.stop(t)
 	for _, h := range hierarchies(t) {
 		if err := removeTree(filepath.Join(h, p.top, "kubepods/burstable", p.parent)); err != nil {
 			t.Errorf("remove the pod's cgroup: %v", err)
+		}
+	}
+}
+
+// stop ends the sandbox and what is in it, by SIGKILL.
+func (p *pod) stop(t *testing.T) {
+	t.Helper()
+	for _, method := range []string{"StopPodSandbox", "RemovePodSandbox"} {
+		if _, err := p.call(limited(t), "RuntimeService/"+method, message(nil).text(1, p.id)); err != nil {
+			t.Error(err)
 		}
 	}
 }

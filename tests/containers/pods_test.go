@@ -86,6 +86,27 @@ func beside(t *testing.T, w *world) {
 	}
 }
 
+// renewed is a pod whose sandbox died, and its sidecar with it: what was made for the
+// old network namespace is in nobody's way.
+func renewed(t *testing.T, w *world) {
+	p := w.newPod(t, podSpec{config: w.serving("on_failure: closed")})
+	p.prepare(t, w.minimal(initArgs...))
+	p.sidecar(t, w.minimal(runArgs...))
+	p.stop(t)
+	if !contains(p.pins(t), p.instance()) {
+		t.Error("the sidecar was killed, and has no pins: what is in the way?")
+	}
+	p.sandbox(t)
+	p.prepare(t, w.minimal(initArgs...))
+	if got := p.ask(t, 1, service); !strings.HasPrefix(got[0], "refused true") {
+		t.Errorf("between init and run: %q, want that it is refused", got)
+	}
+	s := p.sidecar(t, w.minimal(runArgs...))
+	p.answers(t, 2, service)
+	s.records(t, p, 2)
+	s.conserved(t)
+}
+
 // envStarts is how many pods firstConnect starts on each node.
 const envStarts = "PILLION_PODS"
 
