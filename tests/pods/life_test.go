@@ -134,13 +134,11 @@ func TestFirstConnect(t *testing.T) {
 		s := p.sidecar(t, nil)
 		// A handler that a busy machine does not let beat is taken for gone: then
 		// it is refused, as promised, and that is no escape.
-		asked, got := 1, p.ask(t, p.container(t), service)
-		for ; got != "far" && asked < 10; asked++ {
-			got = p.ask(t, p.container(t), service)
-		}
-		if got != "far" {
-			t.Errorf("start %d: answer %q, %d times", n, got, asked)
-		}
+		asked := 0
+		testutil.Eventually(t, rig.Limit, func() bool {
+			asked++
+			return p.ask(t, p.container(t), service) == "far"
+		}, "start ", n, " is answered\n", s.log)
 		for _, r := range s.flows(t, asked) {
 			if r.Path != flow.PathRelay && (r.Path != flow.PathDeny || r.Reason != flow.ReasonHandlerStale) {
 				t.Errorf("start %d: connection to %s took %s (%s)", n, r.OrigDst, r.Path, r.Reason)
