@@ -249,3 +249,28 @@ func TestPodman(t *testing.T) {
 		t.Error("podman refuses probes of init containers, and runs others by systemd's timers alone")
 	}
 }
+
+// TestDiscoveryRights has the shipped rights be those of the document, which
+// tests/kubernetes tries on a real API server.
+func TestDiscoveryRights(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/discovery-kubernetes.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, _ := strings.Cut(string(doc), "\nkind: ClusterRole\n")
+	block, _, found := strings.Cut(block, "\n---\n")
+	var documented object
+	if err := yaml.Unmarshal([]byte(block), &documented); err != nil || !found {
+		t.Fatalf("no ClusterRole in the document: %v", err)
+	}
+	for _, o := range documents(t, "kubernetes/discovery.yaml") {
+		if o["kind"] != "ClusterRole" {
+			continue
+		}
+		if d := cmp.Diff(documented["rules"], o["rules"]); d != "" || len(list(o["rules"])) == 0 {
+			t.Errorf("rules (-documented +shipped):\n%s", d)
+		}
+		return
+	}
+	t.Error("no ClusterRole is shipped")
+}
