@@ -30,7 +30,7 @@ spec:
 	if err != nil {
 		t.Fatalf("inject: %v", err)
 	}
-	p := k.patched(t, node.Find(t, node.Parse(t, string(out)), "Pod"), "hybrid", "on_failure: closed"+services,
+	p := k.patched(t, node.Find(t, node.Parse(t, string(out)), "Pod"), "hybrid", services,
 		"-first", relayed.String(), "-tick", relayed.String(), "-hold", direct.String())
 	p.start(t)
 	g := p.ready(t)

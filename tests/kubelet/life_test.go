@@ -242,7 +242,7 @@ func testFirstConnect(t *testing.T, k *kubelet) {
 	const wave = 10
 	starts, _ := strconv.Atoi(os.Getenv(envStarts))
 	starts = max(starts, wave)
-	served := 0
+	served, refused := 0, 0
 	for n := 0; n < starts; n += wave {
 		var pods []*pod
 		for i := n; i < min(n+wave, starts); i++ {
@@ -253,11 +253,14 @@ func testFirstConnect(t *testing.T, k *kubelet) {
 		for _, p := range pods {
 			p.ready(t)
 			r := p.report(t)
-			if r.First != "far" {
+			switch r.First {
+			case "far":
+				served++
+			case "ECONNREFUSED": // as configured, where the handler has no turn of the processor
+				refused++
+			default:
 				t.Errorf("%s: the first connect got %q", p.name, r.First)
-				continue
 			}
-			served++
 			p.conserved(t)
 		}
 		for _, p := range pods {
@@ -270,5 +273,8 @@ func testFirstConnect(t *testing.T, k *kubelet) {
 		}
 		pods[0].gone(t, "pod/")
 	}
-	t.Logf("%d of %d first connects were served by Pillion", served, starts)
+	t.Logf("%d of %d first connects were served, %d refused", served, starts, refused)
+	if refused > starts/5 {
+		t.Errorf("%d of %d first connects were refused: the application was started too early", refused, starts)
+	}
 }
