@@ -395,10 +395,7 @@ func specs(next *config.Config, services []service) []upstream.ClusterSpec {
 			Name: s.Name, Policy: s.Policy, Hash: s.Hash, Zone: next.Zone, Health: &h,
 			NoEndpoint: errnoOf(cmp.Or(s.NoEndpoint, next.NoEndpoint)),
 		}
-		spec.Endpoints = make([]upstream.EndpointSpec, 0, len(s.endpoints))
-		for _, e := range s.endpoints {
-			spec.Endpoints = append(spec.Endpoints, upstream.EndpointSpec{Addr: e.Addr, Weight: e.Weight, Zone: e.Zone})
-		}
+		spec.Endpoints = s.endpoints
 		all = append(all, spec)
 	}
 	return all

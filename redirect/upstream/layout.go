@@ -25,9 +25,12 @@ type arrangement struct {
 }
 
 func newLayout(spec *ClusterSpec) *layout {
-	l := &layout{policy: spec.Policy, zone: spec.Zone, endpoints: slices.Clone(spec.Endpoints)}
-	for i := range l.endpoints {
-		l.endpoints[i].Addr = unmap(l.endpoints[i].Addr)
+	l := &layout{policy: spec.Policy, zone: spec.Zone, endpoints: spec.Endpoints}
+	if slices.ContainsFunc(spec.Endpoints, func(e EndpointSpec) bool { return e.Addr.Addr().Is4In6() }) {
+		l.endpoints = slices.Clone(spec.Endpoints)
+		for i := range l.endpoints {
+			l.endpoints[i].Addr = unmap(l.endpoints[i].Addr)
+		}
 	}
 	l.all = l.arrange(func(*EndpointSpec) bool { return true })
 	for i, v4 := range []bool{true, false} {
@@ -63,11 +66,15 @@ func (l *layout) arrangeFamily(v4 bool) arrangement {
 
 // arrange arranges the endpoints that are wanted.
 func (l *layout) arrange(wanted func(*EndpointSpec) bool) arrangement {
+	if !slices.ContainsFunc(l.endpoints, func(e EndpointSpec) bool { return !wanted(&e) }) {
+		set, order := balance.Arrange(l.policy, l.zone, l.endpoints)
+		return arrangement{set: set, order: order}
+	}
 	endpoints := make([]balance.Endpoint, 0, len(l.endpoints))
 	indices := make([]int, 0, len(l.endpoints))
 	for i := range l.endpoints {
 		if e := &l.endpoints[i]; wanted(e) {
-			endpoints = append(endpoints, balance.Endpoint{Addr: e.Addr, Weight: e.Weight, Zone: e.Zone})
+			endpoints = append(endpoints, *e)
 			indices = append(indices, i)
 		}
 	}

@@ -17,7 +17,8 @@ import (
 // ClusterSpec says what a cluster is to be. A cluster without endpoints is
 // allowed: it picks nothing.
 type ClusterSpec struct {
-	Name      string
+	Name string
+	// Endpoints are kept as they are, and must not be changed any more.
 	Endpoints []EndpointSpec
 	// Policy is how an endpoint is picked, Hash what PolicyMaglev goes by.
 	Policy flow.Policy
@@ -31,14 +32,9 @@ type ClusterSpec struct {
 	Health *health.Config
 }
 
-// EndpointSpec says what an endpoint is to be.
-type EndpointSpec struct {
-	Addr netip.AddrPort
-	// Weight is 1 to 65535.
-	Weight uint32
-	// Zone is where it is; empty is a zone of its own.
-	Zone string
-}
+// EndpointSpec says what an endpoint is to be; its address may be mapped, and without a
+// zone it is in one of its own.
+type EndpointSpec = flow.Endpoint
 
 // Options is what all clusters of a snapshot share. The zero value never
 // ejects, and uses the process's clock and randomness.

@@ -1,18 +1,13 @@
 package balance
 
 import (
-	"net/netip"
 	"slices"
 
 	"github.com/pillion-project/pillion/redirect/flow"
 )
 
 // Endpoint is what an arrangement goes by.
-type Endpoint struct {
-	Addr   netip.AddrPort // unmapped
-	Weight uint32         // 1 to 65535
-	Zone   string
-}
+type Endpoint = flow.Endpoint
 
 // Arrange lays endpoints out for a policy. Those of zone are the first tier and all
 // others the second; without a zone, or where no endpoint is in it, the first has

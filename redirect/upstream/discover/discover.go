@@ -4,17 +4,12 @@ package discover
 
 import (
 	"context"
-	"net/netip"
+
+	"github.com/pillion-project/pillion/redirect/flow"
 )
 
 // Endpoint is one address that serves a service.
-type Endpoint struct {
-	Addr netip.AddrPort // unmapped
-	// Weight is its share of the connections, 1 to 65535.
-	Weight uint32
-	// Zone is where it is, or empty.
-	Zone string
-}
+type Endpoint = flow.Endpoint
 
 // Snapshot is one answer of a source: the whole set, or why there is none.
 type Snapshot struct {
