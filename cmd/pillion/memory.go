@@ -144,7 +144,7 @@ func constantsOf(list string) ([]pages, error) {
 }
 
 // parted is how much of the program is one mapping, at least a page.
-const parted = 8 << 10
+const parted = 4 << 10
 
 // part makes many mappings of one. With the page that is asked for the kernel maps
 // up to 64 KiB of its neighbours, as far as the mapping goes: of a program of which
