@@ -121,12 +121,12 @@ func (c *control) serviceOf(next *config.Config, v *config.Service) service {
 		if s.known {
 			return s
 		}
-		if kept, ok := c.kept(s.Addr); ok {
-			s.endpoints, s.known, s.kept = kept, true, true
-			return s
-		}
 		if last, ok := c.i.taking.told(&s.Service); ok {
 			s.endpoints, s.known = last, true
+			return s
+		}
+		if kept, ok := c.kept(s.Addr); ok {
+			s.endpoints, s.known, s.kept = kept, true, true
 			return s
 		}
 		// A source that is new has not told yet: what the service had holds.
