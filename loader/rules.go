@@ -58,10 +58,6 @@ type Rule struct {
 	Port   uint16
 }
 
-// ErrTooManyServices means that the services have more addresses than slots are
-// reserved for them.
-var ErrTooManyServices = fmt.Errorf("services on relay have more than %d addresses", reservedSlots)
-
 // SetRules makes the kernel side go by rules. New ones are in force before old
 // ones go, so that a connect meets either. On an error some may be in force
 // already; calling again with good ones mends that.
@@ -268,16 +264,14 @@ func replace[K comparable, V comparable](m *ebpf.Map, want map[K]V, keep func(ol
 }
 
 // reserveSlots gives the address of every service on relay a slot that no scan can
-// take from it. Addresses that none has any more become like others.
+// take from it, as far as there are flow.ServiceSlots: those that were found may be more.
+// Addresses that none has any more become like others.
 func (d *Datapath) reserveSlots(services []Service) error {
 	want := map[bpf.IPAddr]bool{}
 	for _, s := range services {
 		if s.Path != flow.PathDirect && s.Path != flow.PathPass {
 			want[bpf.FromAddr(s.Addr.Addr())] = true
 		}
-	}
-	if len(want) > reservedSlots {
-		return ErrTooManyServices
 	}
 	// To look at all slots takes thousands of system calls, with every change.
 	if maps.Equal(want, d.reserved) {
@@ -329,8 +323,8 @@ func (d *Datapath) reserve(addr bpf.IPAddr, free []uint32, now uint64) ([]uint32
 	case !errors.Is(err, ebpf.ErrKeyNotExist):
 		return free, fmt.Errorf("look up slot: %w", err)
 	case len(free) == 0:
-		// The others are held by services that are no more, until they retire.
-		// The address is named at its first use, like any.
+		// There are too many, or the others are held by services that are no more,
+		// until they retire. The address is named at its first use, like any.
 		return free, nil
 	}
 	n = free[0]

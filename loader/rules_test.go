@@ -68,6 +68,51 @@ func TestRulesKeepUnavailable(t *testing.T) {
 	}
 }
 
+// TestManyOnRelay: services beyond those that slots are reserved for are in force too,
+// and what had a slot keeps it.
+func TestManyOnRelay(t *testing.T) {
+	p := newPlace(t)
+	d := p.create(t, "one")
+	defer p.unload(t, d)
+	rules := plain
+	for n := range reservedSlots + 10 {
+		a := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 1, byte(n >> 8), byte(n)}), 80)
+		rules.Services = append(rules.Services, Service{Addr: a, Path: flow.PathRelay})
+	}
+	first := rules
+	first.Services = rules.Services[:10]
+	setRules(t, d, first)
+	had := map[netip.AddrPort]uint32{}
+	slot := func(a netip.AddrPort) (n uint32) {
+		t.Helper()
+		if err := d.maps.SlotByOrig.Lookup(bpf.FromAddr(a.Addr()), &n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	for _, s := range first.Services {
+		had[s.Addr] = slot(s.Addr)
+	}
+	for range 2 { // the second time, what is reserved is not looked at again, or is
+		setRules(t, d, rules)
+		if s := stats(t, d); s.Reserved != reservedSlots {
+			t.Errorf("%d slots are reserved, want %d", s.Reserved, reservedSlots)
+		}
+		for a, n := range had {
+			if got := slot(a); got != n {
+				t.Errorf("%s had slot %d, has %d", a, n, got)
+			}
+		}
+		for _, s := range rules.Services {
+			entry(t, d, s.Addr)
+		}
+	}
+	setRules(t, d, first)
+	if s := stats(t, d); s.Reserved != 10 {
+		t.Errorf("%d slots are reserved, want 10", s.Reserved)
+	}
+}
+
 // TestDraining: rules that come while it drains do not send the handler new
 // connections, and who takes over drains with the rules that were in force, and is
 // not draining itself.
