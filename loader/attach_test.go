@@ -20,6 +20,7 @@ import (
 	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/tests/testutil"
+	"golang.org/x/sys/unix"
 )
 
 const patience = 20 * time.Second
@@ -222,7 +223,9 @@ func TestRanges(t *testing.T) {
 			if i%2 == 0 {
 				prefix = r.prefix6()
 			}
-			if err := n.addRoute(prefix); err != nil {
+			route := n.slotRoute(prefix, n.source(prefix.Addr().Is6()))
+			route.Protocol = unix.RTPROT_STATIC // else they were taken for what a dead one left
+			if err := n.handle.RouteAdd(route); err != nil {
 				return err
 			}
 		}

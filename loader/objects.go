@@ -41,7 +41,13 @@ func (d *Datapath) create() error {
 	if err := record.Pin(d.dir.pin(instancePin)); err != nil {
 		return fmt.Errorf("pin map %s: %w", instancePin, err)
 	}
-	if d.slots, err = d.network.claim(os.Getpid(), d.intend); err != nil {
+	// Afterwards: who is just being made elsewhere, and has not got further than its
+	// routes, does not share its range with us then.
+	d.slots, err = d.network.claim(os.Getpid(), d.intend)
+	if err := d.removeOrphans(); err != nil {
+		d.options.Log.Warn("cannot tell whether slot routes are left of others", "error", err)
+	}
+	if err != nil {
 		return err
 	}
 	if err := d.load(specs, map[string]*ebpf.Map{instancePin: record}); err != nil {

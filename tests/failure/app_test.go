@@ -52,6 +52,13 @@ const (
 	itself = "itself"
 )
 
+// The application's ports, as IP_LOCAL_PORT_RANGE has them; the system's begin at
+// 32768.
+const (
+	ipLocalPortRange = 51
+	ports            = 30000<<16 | 12000
+)
+
 // order is what an application is told.
 type order struct {
 	ID int
@@ -272,6 +279,13 @@ func open(to netip.AddrPort, patience time.Duration) (*kept, outcome) {
 	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		o.Word, o.Why = lost, "socket: "+err.Error()
+		return nil, o
+	}
+	// The handler's own sockets are not from there: by chance one had the very
+	// address of the application's otherwise, and nobody could tell them apart.
+	if err := unix.SetsockoptInt(fd, unix.IPPROTO_IP, ipLocalPortRange, ports); err != nil {
+		unix.Close(fd)
+		o.Word, o.Why = lost, "port range: "+err.Error()
 		return nil, o
 	}
 	k := &kept{fd: fd, to: to}
