@@ -10,8 +10,10 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -19,7 +21,7 @@ import (
 )
 
 // envApp makes this test binary an application: it does what it is told on
-// stdin, and says what it saw on stdout.
+// stdin, and says what it saw on stdout. The value is the first of its ports.
 const envApp = "PILLION_FAILURE_APP"
 
 // word is what became of a connection. The list is closed.
@@ -52,12 +54,10 @@ const (
 	itself = "itself"
 )
 
-// The application's ports, as IP_LOCAL_PORT_RANGE has them; the system's begin at
-// 32768.
-const (
-	ipLocalPortRange = 51
-	ports            = 30000<<16 | 12000
-)
+// The application's ports, which it binds itself. The system gives others, to the
+// handler too: by chance one of its sockets had the very address of the
+// application's otherwise, and nobody could tell the two apart.
+const firstPort, portCount = 12000, 20000
 
 // order is what an application is told.
 type order struct {
@@ -115,7 +115,12 @@ type application struct {
 // appMain is the application process, until stdin ends.
 func appMain() {
 	a := &application{out: json.NewEncoder(os.Stdout), kept: map[string][]*kept{}, streams: map[string]chan struct{}{}}
-	if err := listen(); err != nil {
+	first, err := strconv.Atoi(os.Getenv(envApp))
+	if err == nil {
+		nextPort.Store(int64(first))
+		err = listen()
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
@@ -247,6 +252,10 @@ func (a *application) once(key string, to netip.AddrPort, patience time.Duration
 	a.say(answer{Key: key, Seen: []outcome{try(to, patience)}})
 }
 
+// nextPort counts the ports that this process, the application, has used. It
+// begins where envApp says: another's connections may wait for their end still.
+var nextPort atomic.Int64
+
 // kept is a connection that stays open.
 type kept struct {
 	fd             int
@@ -281,11 +290,9 @@ func open(to netip.AddrPort, patience time.Duration) (*kept, outcome) {
 		o.Word, o.Why = lost, "socket: "+err.Error()
 		return nil, o
 	}
-	// The handler's own sockets are not from there: by chance one had the very
-	// address of the application's otherwise, and nobody could tell them apart.
-	if err := unix.SetsockoptInt(fd, unix.IPPROTO_IP, ipLocalPortRange, ports); err != nil {
+	if err := bindNext(fd, family); err != nil {
 		unix.Close(fd)
-		o.Word, o.Why = lost, "port range: "+err.Error()
+		o.Word, o.Why = lost, "bind: "+err.Error()
 		return nil, o
 	}
 	k := &kept{fd: fd, to: to}
@@ -310,6 +317,23 @@ func open(to netip.AddrPort, patience time.Duration) (*kept, outcome) {
 		return nil, o
 	}
 	return k, o
+}
+
+// bindNext gives a socket the next port that is free, and leaves its address open.
+func bindNext(fd, family int) error {
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		return err
+	}
+	for {
+		port := firstPort + int(nextPort.Add(1))%portCount
+		var sa unix.Sockaddr = &unix.SockaddrInet6{Port: port}
+		if family == unix.AF_INET {
+			sa = &unix.SockaddrInet4{Port: port}
+		}
+		if err := unix.Bind(fd, sa); !errors.Is(err, unix.EADDRINUSE) {
+			return err
+		}
+	}
 }
 
 // meaning is what a connection met: what the server said, or an error.

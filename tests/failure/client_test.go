@@ -3,6 +3,7 @@ package failure
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/netip"
 	"os"
@@ -28,15 +29,16 @@ type app struct {
 	streamed map[string][]outcome
 }
 
-// newApp starts an application in the scope. It ends with the test.
-func newApp(t *testing.T, r *rig.Rig) *app {
+// newApp starts an application in the scope, which uses ports from the first-th on.
+// It ends with the test.
+func newApp(t *testing.T, r *rig.Rig, first int) *app {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	a := &app{cmd: r.Command(self), done: make(chan struct{}), waiting: map[int]chan answer{}, streamed: map[string][]outcome{}}
-	a.cmd.Env = append(os.Environ(), envApp+"=1")
+	a.cmd.Env = append(os.Environ(), fmt.Sprint(envApp, "=", first))
 	a.cmd.Stderr = &a.errs
 	stdin, err := a.cmd.StdinPipe()
 	if err != nil {

@@ -273,6 +273,6 @@ func renewScope(t *testing.T, s *stage) {
 	}
 	s.Scope.Renew(t)
 	s.former = s.app
-	s.app = newApp(t, s.Rig)
+	s.app = newApp(t, s.Rig, portCount/2)
 	s.streams(t)
 }

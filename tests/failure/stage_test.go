@@ -139,7 +139,7 @@ func newStage(t *testing.T, f *fault, setting string) *stage {
 	}
 	s.Instance = s.Run(t, config)
 	s.Prefer(t)
-	s.app = newApp(t, s.Rig)
+	s.app = newApp(t, s.Rig, 0)
 	return s
 }
 
