@@ -530,8 +530,15 @@ func (i *instance) goLive(ctx context.Context) error {
 	if err := i.settle(old); err != nil {
 		return err
 	}
-	i.ready.Store(true)
 	trim()
+	if i.taking == nil {
+		// All that may have taken longer than a beat is good for, and who is
+		// ready is not late.
+		if err := i.beat.Once(ctx); err != nil {
+			return err
+		}
+	}
+	i.ready.Store(true)
 	return nil
 }
 
