@@ -31,6 +31,7 @@ const (
 	connectMapInstance      = "instance"
 	connectMapListeners     = "listeners"
 	connectMapLive          = "live"
+	connectMapOutlived      = "outlived"
 	connectMapOwnAddrs      = "own_addrs"
 	connectMapReasons       = "reasons"
 	connectMapRoutes        = "routes"
@@ -122,6 +123,7 @@ type connectMapSpecs struct {
 	Instance      *ebpf.MapSpec `ebpf:"instance"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Live          *ebpf.MapSpec `ebpf:"live"`
+	Outlived      *ebpf.MapSpec `ebpf:"outlived"`
 	OwnAddrs      *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons       *ebpf.MapSpec `ebpf:"reasons"`
 	Routes        *ebpf.MapSpec `ebpf:"routes"`
@@ -181,6 +183,7 @@ type connectMaps struct {
 	Instance      *ebpf.Map `ebpf:"instance"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Live          *ebpf.Map `ebpf:"live"`
+	Outlived      *ebpf.Map `ebpf:"outlived"`
 	OwnAddrs      *ebpf.Map `ebpf:"own_addrs"`
 	Reasons       *ebpf.Map `ebpf:"reasons"`
 	Routes        *ebpf.Map `ebpf:"routes"`
@@ -211,6 +214,7 @@ func (m *connectMaps) Close() error {
 		m.Instance,
 		m.Listeners,
 		m.Live,
+		m.Outlived,
 		m.OwnAddrs,
 		m.Reasons,
 		m.Routes,

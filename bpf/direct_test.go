@@ -1,11 +1,14 @@
 package bpf
 
 import (
+	"bytes"
 	"encoding/binary"
+	"fmt"
 	"io"
 	"math"
 	"net"
 	"net/netip"
+	"os/exec"
 	"strconv"
 	"strings"
 	"sync"
@@ -259,6 +262,79 @@ func TestDirectPeers(t *testing.T) {
 	if tallies := h.counts(t, "tallies"); tallies[TallySentDirect] != 7 || tallies[TallyConnects] != 9 || tallies[TallyEscaped] != 0 {
 		t.Errorf("tallies: %v", tallies)
 	}
+}
+
+// TestDirectOutlived: an MPTCP socket whose first subflow has ended, and that goes
+// on by another, still has the peer that it asked for.
+func TestDirectOutlived(t *testing.T) {
+	testutil.CheckLeaks(t)
+	testutil.Need(t, "ip", "ss")
+	for _, tt := range []struct{ asked, endpoint, second string }{
+		{"10.96.0.12:80", "127.0.0.1:8001", "127.0.0.2"},
+		{"[2001:db8::12]:443", "[2001:db8::1]:8002", "2001:db8::2"},
+	} {
+		t.Run(tt.asked, func(t *testing.T) {
+			h := newHooks(t)
+			h.serve(t)
+			endpoint := netip.MustParseAddrPort(tt.endpoint)
+			h.service(t, tt.asked, Service{Id: 1, Path: uint8(PathDirect)})
+			h.publish(t, 1, healthy, 0, 10, []endpointOf{{tt.endpoint, 1}}, []uint32{0})
+			if endpoint.Addr().Is6() {
+				h.command(t, "ip", "addr", "add", endpoint.Addr().String()+"/128", "dev", "lo", "nodad")
+				h.command(t, "ip", "addr", "add", tt.second+"/128", "dev", "lo", "nodad")
+			}
+			h.command(t, "ip", "mptcp", "endpoint", "add", tt.second, "dev", "lo", "subflow")
+			var l net.Listener
+			h.ns.Do(t, func() (err error) {
+				config := net.ListenConfig{}
+				config.SetMultipathTCP(true)
+				l, err = config.Listen(t.Context(), "tcp", tt.endpoint)
+				return err
+			})
+			defer l.Close()
+			a := h.start(t, "mptcp="+tt.asked, "wait", "peer")
+			conn, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			// A path is added when the connection has been used.
+			if _, err := conn.Write([]byte{1}); err != nil {
+				t.Fatal(err)
+			}
+			subflows := func(filter ...string) int {
+				return strings.Count(h.command(t, "ss", append([]string{"-Htn", "dport", "=", fmt.Sprint(endpoint.Port())}, filter...)...), "ESTAB")
+			}
+			testutil.Eventually(t, 10*time.Second, func() bool { return subflows() == 2 }, "there are two subflows")
+			_, port, _ := net.SplitHostPort(conn.RemoteAddr().String())
+			first := []string{"and", "sport", "=", port}
+			h.command(t, "ss", append([]string{"-Htn", "--kill", "dport", "=", fmt.Sprint(endpoint.Port())}, first...)...)
+			testutil.Eventually(t, 10*time.Second, func() bool { return subflows(first...) == 0 }, "the first has ended")
+			if n := subflows(); n != 1 {
+				t.Errorf("%d subflows are left", n)
+			}
+			a.write("\n")
+			want := []string{"mptcp=" + tt.asked + " " + tt.asked, "wait", "peer " + tt.asked}
+			if diff := cmp.Diff(want, a.said(t, len(want))); diff != "" {
+				t.Errorf("peers (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// command runs a command in the application's namespace, and returns what it wrote.
+func (h *hooks) command(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := h.ns.Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, &out)
+	}
+	return out.String()
 }
 
 // dialed is the path of a record, what was asked for, and what was dialed.

@@ -31,6 +31,7 @@ const (
 	lookupMapInstance      = "instance"
 	lookupMapListeners     = "listeners"
 	lookupMapLive          = "live"
+	lookupMapOutlived      = "outlived"
 	lookupMapOwnAddrs      = "own_addrs"
 	lookupMapReasons       = "reasons"
 	lookupMapRoutes        = "routes"
@@ -114,6 +115,7 @@ type lookupMapSpecs struct {
 	Instance      *ebpf.MapSpec `ebpf:"instance"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Live          *ebpf.MapSpec `ebpf:"live"`
+	Outlived      *ebpf.MapSpec `ebpf:"outlived"`
 	OwnAddrs      *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons       *ebpf.MapSpec `ebpf:"reasons"`
 	Routes        *ebpf.MapSpec `ebpf:"routes"`
@@ -173,6 +175,7 @@ type lookupMaps struct {
 	Instance      *ebpf.Map `ebpf:"instance"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Live          *ebpf.Map `ebpf:"live"`
+	Outlived      *ebpf.Map `ebpf:"outlived"`
 	OwnAddrs      *ebpf.Map `ebpf:"own_addrs"`
 	Reasons       *ebpf.Map `ebpf:"reasons"`
 	Routes        *ebpf.Map `ebpf:"routes"`
@@ -203,6 +206,7 @@ func (m *lookupMaps) Close() error {
 		m.Instance,
 		m.Listeners,
 		m.Live,
+		m.Outlived,
 		m.OwnAddrs,
 		m.Reasons,
 		m.Routes,

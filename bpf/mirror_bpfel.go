@@ -31,6 +31,7 @@ const (
 	mirrorMapInstance      = "instance"
 	mirrorMapListeners     = "listeners"
 	mirrorMapLive          = "live"
+	mirrorMapOutlived      = "outlived"
 	mirrorMapOwnAddrs      = "own_addrs"
 	mirrorMapReasons       = "reasons"
 	mirrorMapRoutes        = "routes"
@@ -116,6 +117,7 @@ type mirrorMapSpecs struct {
 	Instance      *ebpf.MapSpec `ebpf:"instance"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Live          *ebpf.MapSpec `ebpf:"live"`
+	Outlived      *ebpf.MapSpec `ebpf:"outlived"`
 	OwnAddrs      *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons       *ebpf.MapSpec `ebpf:"reasons"`
 	Routes        *ebpf.MapSpec `ebpf:"routes"`
@@ -175,6 +177,7 @@ type mirrorMaps struct {
 	Instance      *ebpf.Map `ebpf:"instance"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Live          *ebpf.Map `ebpf:"live"`
+	Outlived      *ebpf.Map `ebpf:"outlived"`
 	OwnAddrs      *ebpf.Map `ebpf:"own_addrs"`
 	Reasons       *ebpf.Map `ebpf:"reasons"`
 	Routes        *ebpf.Map `ebpf:"routes"`
@@ -205,6 +208,7 @@ func (m *mirrorMaps) Close() error {
 		m.Instance,
 		m.Listeners,
 		m.Live,
+		m.Outlived,
 		m.OwnAddrs,
 		m.Reasons,
 		m.Routes,

@@ -52,9 +52,30 @@ static __always_inline void recall(const struct decision *d,
 	what->port = d->orig_port;
 }
 
+/* recall_outlived is for an MPTCP socket whose first subflow has ended. */
+static __always_inline void recall_outlived(const struct ip_addr *own,
+					    const struct ip_addr *peer,
+					    __u64 own_port, __u64 port,
+					    struct asked *what)
+{
+	union {
+		__u64 d[5];
+		struct live_key k;
+	} u = { .d = { PAIR(own->w[0], own->w[1]), PAIR(own->w[2], own->w[3]),
+		       PAIR(peer->w[0], peer->w[1]),
+		       PAIR(peer->w[2], peer->w[3]), own_port | port << 16 } };
+	struct endpoint_key *k = bpf_map_lookup_elem(&outlived, &u.k);
+
+	if (!k)
+		return;
+	what->addr = LOAD_IP6(k->addr.w);
+	what->port = k->port;
+}
+
 /* recall_subflow asks the first subflow of an application's MPTCP socket: that
  * is the one that connected, and it has the same addresses. A map by those was
  * rejected: a full one would either forget a live socket or refuse a new one.
+ * It is good enough for those whose first subflow has ended.
  */
 static __always_inline void recall_subflow(struct bpf_sock_addr *ctx,
 					   const struct ip_addr *own,
@@ -84,8 +105,10 @@ static __always_inline void recall_subflow(struct bpf_sock_addr *ctx,
 		sk = bpf_sk_lookup_tcp(ctx, &u.t, sizeof(u.t.ipv6),
 				       BPF_F_CURRENT_NETNS, 0);
 	}
-	if (!sk)
+	if (!sk) {
+		recall_outlived(own, peer, ctx->sk->src_port, port, what);
 		return;
+	}
 	d = bpf_sk_storage_get(&decisions, sk, NULL, 0);
 	if (d)
 		recall(d, peer, port, what);

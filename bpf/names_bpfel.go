@@ -31,6 +31,7 @@ const (
 	namesMapInstance        = "instance"
 	namesMapListeners       = "listeners"
 	namesMapLive            = "live"
+	namesMapOutlived        = "outlived"
 	namesMapOwnAddrs        = "own_addrs"
 	namesMapReasons         = "reasons"
 	namesMapRoutes          = "routes"
@@ -120,6 +121,7 @@ type namesMapSpecs struct {
 	Instance      *ebpf.MapSpec `ebpf:"instance"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Live          *ebpf.MapSpec `ebpf:"live"`
+	Outlived      *ebpf.MapSpec `ebpf:"outlived"`
 	OwnAddrs      *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons       *ebpf.MapSpec `ebpf:"reasons"`
 	Routes        *ebpf.MapSpec `ebpf:"routes"`
@@ -179,6 +181,7 @@ type namesMaps struct {
 	Instance      *ebpf.Map `ebpf:"instance"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Live          *ebpf.Map `ebpf:"live"`
+	Outlived      *ebpf.Map `ebpf:"outlived"`
 	OwnAddrs      *ebpf.Map `ebpf:"own_addrs"`
 	Reasons       *ebpf.Map `ebpf:"reasons"`
 	Routes        *ebpf.Map `ebpf:"routes"`
@@ -209,6 +212,7 @@ func (m *namesMaps) Close() error {
 		m.Instance,
 		m.Listeners,
 		m.Live,
+		m.Outlived,
 		m.OwnAddrs,
 		m.Reasons,
 		m.Routes,

@@ -216,6 +216,21 @@ static __always_inline void keep_departed(struct bpf_sock_ops *ctx,
 		bpf_map_update_elem(&departed, &d->key, l, BPF_ANY);
 }
 
+/* keep_asked remembers what an application asked for that has not closed the
+ * socket: see outlived.
+ */
+static __always_inline void keep_asked(const struct decision *d)
+{
+	union {
+		__u64 d[3];
+		struct endpoint_key k;
+	} u = { .d = { PAIR(d->orig.w[0], d->orig.w[1]),
+		       PAIR(d->orig.w[2], d->orig.w[3]), d->orig_port } };
+
+	if (d->established && !d->released)
+		bpf_map_update_elem(&outlived, &d->key, &u.k, BPF_ANY);
+}
+
 static __always_inline void on_close(struct bpf_sock_ops *ctx,
 				     struct decision *d, __u32 from)
 {
@@ -234,6 +249,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 	how.released = d->released;
 	ending = ending_of(&how);
 	if (d->path == PATH_DIRECT) {
+		keep_asked(d);
 		count_live(d, false);
 		if (from == BPF_TCP_SYN_SENT &&
 		    is_failure(ending, ctx->total_retrans))

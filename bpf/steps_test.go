@@ -25,6 +25,7 @@ import (
 //	brief=ADDR                        connects with a user timeout of 100 ms
 //	bound=SOURCE,ADDR                 connects from a source
 //	leave                             disconnects the last socket
+//	peer                              names the peer of the last socket
 //	close                             closes all sockets
 //	wait                              waits for a line of the standard input
 const envSteps = "PILLION_TEST_STEPS"
@@ -89,6 +90,8 @@ func (s *stepper) take(step string) {
 			unix.Close(a.fd)
 		}
 		s.open = nil
+	case "peer":
+		said = a.peer(nil)
 	case "leave":
 		a.leave()
 		said = a.peer(nil)

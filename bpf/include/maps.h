@@ -205,6 +205,18 @@ struct {
 	__type(value, struct live);
 } departed SEC(".maps");
 
+/* What was asked for, of connections on PATH_DIRECT that ended before their
+ * application closed anything: it may have an MPTCP socket that goes on without
+ * its first subflow. A lost entry has it see the endpoint. writer: sockops at
+ * CLOSE; reader: getpeername; deleter: nobody.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, struct live_key);
+	__type(value, struct endpoint_key);
+} outlived SEC(".maps");
+
 /* Destinations whose dials were answered lately, and until when that counts. A
  * lost entry costs one connection the wait for its dial. writer, deleter:
  * loader; reader: connect.
