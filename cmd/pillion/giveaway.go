@@ -30,15 +30,22 @@ const (
 	prepareLimit = 2 * time.Minute
 	// restLimit is how long the parts of this process may take to come to rest.
 	restLimit = 5 * time.Second
-	// haveLimit is how long a taker may take to say that it has everything. The open
-	// connections stand still meanwhile, and go on here when it is over.
+	// haveLimit is how long a taker may take to say that it has everything, and
+	// haveEach how much longer for each connection. The open connections stand still
+	// meanwhile, and go on here when it is over.
 	haveLimit = 2 * time.Second
-	// lastBeat is how long the last sign of life holds, so that connections are
-	// redirected until the taker has its own.
-	lastBeat = haveLimit + 500*time.Millisecond
+	haveEach  = 50 * time.Microsecond
+	// lastBeat is how much longer than that the last sign of life holds, so that
+	// connections are redirected until the taker has its own.
+	lastBeat = 500 * time.Millisecond
 	// farewellLimit bounds what comes after all is done.
 	farewellLimit = 5 * time.Second
 )
+
+// haveWithin is the limit for so many connections.
+func haveWithin(connections int) time.Duration {
+	return haveLimit + time.Duration(connections)*haveEach
+}
 
 // errHandedOver ends a process whose instance is another's by now.
 var errHandedOver = errors.New("another process has taken over")
@@ -295,7 +302,7 @@ func (i *instance) comeToRest(ctx context.Context) (*standstill, error) {
 		collector.Thaw()
 		return nil
 	})
-	beat, err := i.beat.Freeze(lastBeat)
+	beat, err := i.beat.Freeze(haveWithin(i.handler.Stats().Live) + lastBeat)
 	s.ends = append(s.ends, func(left bool) error { beat(left); return nil })
 	if err == nil {
 		s.since = time.Now()
@@ -339,7 +346,7 @@ func (s *standstill) leave() ([]flow.Record, error) {
 // give sends everything, and returns how many connections that were, when the taker
 // has it all. An error means that it has nothing.
 func (i *instance) give(conn *handover.Conn, s *standstill) (connections int, err error) {
-	conn.Within(haveLimit)
+	conn.Within(haveWithin(len(s.relay.Given().Conns)))
 	n, err := i.giveState(conn, s)
 	if err != nil {
 		return 0, err

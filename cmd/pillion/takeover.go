@@ -31,9 +31,6 @@ const (
 	// helloLimit is how long a giver may take to answer: it may be talking to
 	// another taker.
 	helloLimit = 30 * time.Second
-	// stateLimit is how long it may take from then until it stands still and has
-	// given all.
-	stateLimit = restLimit + 2*haveLimit
 	// commitLimit is how long its last word may take.
 	commitLimit = 5 * time.Second
 	// deathLimit is how long a dying process may keep its lock.
@@ -260,7 +257,8 @@ func (t *taking) makeRoom() {
 // the other end is closed in the middle, which is io.EOF.
 func (t *taking) receive() error {
 	t.given = &l4.Given{}
-	t.conn.Within(stateLimit)
+	// It may take as long to come to rest, and then to give all.
+	t.conn.Within(restLimit + 2*haveWithin(t.welcome.Live))
 	if err := t.conn.Send(handover.KindFreeze, nil, nil); err != nil && !hungUp(err) {
 		return err
 	}
