@@ -26,6 +26,7 @@ func TestRestart(t *testing.T) {
 	m.serves(t, "shop")
 	t.Run("Loaded", func(t *testing.T) { testRestartLoaded(t, m, a) })
 	t.Run("Idle", func(t *testing.T) { testRestartIdle(t, m, a) })
+	t.Run("Late", func(t *testing.T) { testRestartLate(t, m, a) })
 	t.Run("Useless", func(t *testing.T) { testRestartUseless(t, m, a) })
 }
 
@@ -130,6 +131,26 @@ func testRestartIdle(t *testing.T, m *machine, a *app) {
 	if _, err := m.instance("shop").Flows(context.Background(), admin.FlowQuery{}); err != nil {
 		t.Error(err)
 	}
+}
+
+// testRestartLate: what is open waits also while the next process cannot be started
+// at first.
+func testRestartLate(t *testing.T, m *machine, a *app) {
+	a.open(t, "waits", relayed)
+	m.override(t, `ExecStartPre=/bin/sh -c "mkdir /run/once.d || exit 0; exit 1"`)
+	if code, _ := m.code(t, "systemctl", "restart", unit); code == 0 {
+		t.Fatal("it was started at once: the test proves nothing")
+	}
+	if got := a.talk(t, "waits"); got != "" {
+		t.Errorf("a connection that was open before: %s", got)
+	}
+	m.serves(t, "shop")
+	if got := a.dial(t, relayed); !strings.HasPrefix(got, "198.51.100.") {
+		t.Errorf("a new connection: %s", got)
+	}
+	a.do(t, order{Do: "close", ID: "waits"})
+	m.override(t)
+	m.conserved(t, "shop")
 }
 
 // testRestartUseless: where the next process would not start, and where there is no
