@@ -74,6 +74,7 @@ func testReloaded(t *testing.T, m *machine, a *app) {
 	if got := a.talk(t, "old"); got != "" {
 		t.Errorf("a connection that was open before the reload: %s", got)
 	}
+	a.do(t, order{Do: "close", ID: "old"})
 	after := m.status(t, "shop")
 	if after.Pid != before.Pid || after.Configuration.Generation <= before.Configuration.Generation {
 		t.Errorf("process %d, generation %d; before: %d, %d", after.Pid, after.Configuration.Generation, before.Pid, before.Configuration.Generation)

@@ -137,7 +137,7 @@ func testRestartIdle(t *testing.T, m *machine, a *app) {
 // at first.
 func testRestartLate(t *testing.T, m *machine, a *app) {
 	a.open(t, "waits", relayed)
-	m.override(t, `ExecStartPre=/bin/sh -c "mkdir /run/once.d || exit 0; exit 1"`)
+	m.override(t, `ExecStartPre=/bin/sh -c "mkdir /var/log/pillion/once.d || exit 0; exit 1"`)
 	if code, _ := m.code(t, "systemctl", "restart", unit); code == 0 {
 		t.Fatal("it was started at once: the test proves nothing")
 	}

@@ -137,12 +137,20 @@ func (m *machine) testHardened(t *testing.T) {
 		w := strings.Fields(line)
 		options[w[4]] = w[5]
 	}
-	for place, want := range map[string]string{
-		"/": "ro", "/sys/fs/cgroup": "ro", "/proc/sys": "ro", "/home": "ro", "/root": "ro", "/run/user": "ro",
-		"/sys/fs/bpf": "ro", "/tmp/bpf": "rw", "/run/pillion": "rw", "/var/log/pillion": "rw", "/tmp": "rw", "/var/tmp": "rw",
-	} {
-		if got, _, _ := strings.Cut(options[place], ","); got != want {
-			t.Errorf("%s is mounted %q, want %q", place, options[place], want)
+	for _, place := range []string{"/", "/run", "/sys", "/sys/fs/bpf", "/sys/fs/cgroup", "/proc/sys", "/dev", "/home", "/root", "/run/user"} {
+		if got, _, _ := strings.Cut(options[place], ","); got != "ro" {
+			t.Errorf("%s is mounted %q, want read-only", place, options[place])
+		}
+	}
+	// What it has to write, what is its own, and what is for everybody.
+	writable := []string{"/tmp/bpf", "/run/pillion", "/var/log/pillion", "/tmp", "/var/tmp", "/proc", "/dev/pts", "/dev/shm", "/dev/mqueue", "/dev/hugepages"}
+	for place, option := range options {
+		got, _, _ := strings.Cut(option, ",")
+		if got == "rw" && !slices.Contains(writable, place) && !strings.HasPrefix(place, "/run/host/") {
+			t.Errorf("%s is writable", place)
+		}
+		if got != "rw" && slices.Contains(writable[:3], place) {
+			t.Errorf("%s is not writable", place)
 		}
 	}
 	// Nothing of the machine is in its private directories; of devices there are the
