@@ -35,7 +35,7 @@ const (
 func here() Layout { return Layout(os.Getenv(envLayout)) }
 
 // prefix is that of the cgroups of nodes; the process id of who made them follows.
-const prefix = "pillion-node-"
+const prefix = "pillion-kubelet-"
 
 // Main runs a package's tests once in every layout, each time on a machine of
 // its own as far as processes, mounts, networks and names of cgroups go. binary
