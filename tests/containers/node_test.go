@@ -44,7 +44,7 @@ type node struct {
 }
 
 // topPrefix begins the names of the nodes' cgroups; the process's number follows.
-const topPrefix = "pillion-node-"
+const topPrefix = "pillion-containers-"
 
 var nodes atomic.Int64
 
