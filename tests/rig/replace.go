@@ -1,7 +1,10 @@
 package rig
 
 import (
+	"bytes"
 	"context"
+	"fmt"
+	"os"
 	"os/exec"
 	"testing"
 	"time"
@@ -40,7 +43,7 @@ func (i *Instance) await(t testing.TB, cmd *exec.Cmd, after chan struct{}) {
 		default:
 		}
 		s, err := i.Status(context.Background())
-		return err == nil && s.Pid == cmd.Process.Pid && s.Ready && s.State == admin.StateServing
+		return err == nil && (s.Pid == cmd.Process.Pid || parent(s.Pid) == cmd.Process.Pid) && s.Ready && s.State == admin.StateServing
 	}, "the process that takes over is ready\n", i.log)
 }
 
@@ -69,4 +72,17 @@ func (i *Instance) Inherits(t testing.TB, binary string) {
 		t.Fatalf("the process before does not end\n%s", i.log)
 	}
 	i.await(t, cmd, after)
+}
+
+// parent returns the parent of a process: of one that has a keeper, that.
+func parent(pid int) int {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0
+	}
+	// The name may have anything in it, and ends with the last parenthesis.
+	var state string
+	var ppid int
+	fmt.Sscan(string(b[bytes.LastIndexByte(b, ')')+1:]), &state, &ppid)
+	return ppid
 }

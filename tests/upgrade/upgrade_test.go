@@ -355,6 +355,21 @@ func testUpgradesWhileEndpointsChange(t *testing.T, versions [2]string) {
 	s.finish(t, q)
 }
 
+// TestUpgradesWithKeeper has processes take over from each other that have keepers, which
+// hold their descriptors too.
+func TestUpgradesWithKeeper(t *testing.T) {
+	if os.Getenv("PILLION") == "" {
+		t.Skip("a build without the Makefile has no keeper")
+	}
+	q := task{Conns: 100, Come: 1}
+	s := newStage(t, service(ends...)+"survive: crash\n", q)
+	for range 3 {
+		s.Replace(t, rig.Binary(t))
+		s.turn(t)
+	}
+	s.finish(t, q)
+}
+
 // TestNobodyThere takes over where there is nobody, and what was killed.
 func TestNobodyThere(t *testing.T) {
 	s := &stage{Rig: rig.New(t), far: newFar()}
