@@ -67,18 +67,20 @@ func (d *Datapath) SetRules(r Rules) error {
 	if err := d.reserveSlots(r.Services); err != nil {
 		return err
 	}
+	// First what there may be no room for: what fails then is all that has changed.
+	if err := replace(d.maps.Deny, ruleKeys(r.Deny), nil); err != nil {
+		return err
+	}
+	if err := replace(d.maps.Exclude, ruleKeys(r.Exclude), nil); err != nil {
+		return err
+	}
 	d.sets.mu.Lock()
 	defer d.sets.mu.Unlock()
 	services, err := d.publishAll(r.Services)
 	if err != nil {
 		return err
 	}
-	err = errors.Join(
-		d.replaceServices(services),
-		replace(d.maps.Deny, ruleKeys(r.Deny), nil),
-		replace(d.maps.Exclude, ruleKeys(r.Exclude), nil),
-	)
-	if err != nil {
+	if err := d.replaceServices(services); err != nil {
 		return err
 	}
 	// Only now: nobody is sent to these any more.

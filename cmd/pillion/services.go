@@ -472,7 +472,8 @@ func (c *control) setDown(change check.Change) {
 		return // it, or its check, is gone meanwhile
 	}
 	for _, e := range s.cluster.Endpoints {
-		if e.Addr != change.Addr || e.Down() == down {
+		// Of a set that is kept, the kernel side has what an earlier process found.
+		if e.Addr != change.Addr || e.Down() == down && !s.kept {
 			continue
 		}
 		e.SetDown(down)

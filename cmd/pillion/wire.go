@@ -465,6 +465,7 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 		err = attached()
 	}
 	if err == nil {
+		trim() // after the first beats: it takes a while on a busy machine
 		<-live.Done()
 		err = cause(live)
 	}
@@ -530,7 +531,6 @@ func (i *instance) goLive(ctx context.Context) error {
 	if err := i.settle(old); err != nil {
 		return err
 	}
-	trim()
 	if i.taking == nil {
 		// All that may have taken longer than a beat is good for, and who is
 		// ready is not late.

@@ -108,6 +108,31 @@ func TestKeptDNS(t *testing.T) {
 	})
 }
 
+// TestKeptHealth: what an earlier process found of the health of endpoints that are kept
+// is found anew.
+func TestKeptHealth(t *testing.T) {
+	t.Parallel()
+	onPaths(t, func(t *testing.T, path string) {
+		r := rig.New(t)
+		ward := checks["command"](t, r)
+		file := filepath.Join(t.TempDir(), "endpoints.json")
+		put(t, file, list(1, 2))
+		s := newStage(t, r, "services:\n"+service(1, fmt.Sprintf(
+			"path: %s, policy: random, health_check: %s, discover: {file: %q}", path, ward.check, file)))
+		s.has(t, "s1", "1", "2")
+		ward.set(t, 1, false)
+		s.has(t, "s1", "1 down", "2")
+		s.goes(t, 1, 2)
+		s.Kill(t)
+		ward.set(t, 1, true)
+		ward.set(t, 2, false)
+		remove(t, file)
+		s.Launch(t)
+		s.has(t, "s1", "1", "2 down")
+		s.goes(t, 1, 1)
+	})
+}
+
 // TestRemovedMeanwhile removes endpoints while no process is there: who takes over
 // does with the connections to them what their services want. Those on relay ended
 // with the process.

@@ -226,16 +226,20 @@ func TestTakenOverRefused(t *testing.T) {
 	t.Parallel()
 	r := rig.New(t)
 	serve(t, r, 1, 2)
-	s := newStage(t, r, "services:\n"+service(1, "path: direct", 1))
+	// There is room for 16,384 rules, and new ones come before old ones go.
+	denied := func(net int) string {
+		text := "deny:\n"
+		for n := range 8193 {
+			text += fmt.Sprintf("  - 10.%d.%d.0/29:%d\n", net, n&255, 1+n>>8)
+		}
+		return text
+	}
+	s := newStage(t, r, denied(97)+"services:\n"+service(1, "path: direct", 1))
 	s.goes(t, 1, 1)
 	s.Kill(t)
-	var many strings.Builder
-	for n := range 4097 { // one more than have slots of their own
-		fmt.Fprintf(&many, "  - {name: m%d, address: \"10.97.%d.%d:80\", endpoints: %s}\n", n, n>>8, n&255, list(1))
-	}
-	put(t, s.file, "services:\n"+service(1, "path: direct", 2)+many.String())
+	put(t, s.file, denied(98)+"services:\n"+service(1, "path: direct", 2))
 	s.Launch(t)
-	if c := s.status(t).Configuration; len(c.Refused) == 0 || !strings.Contains(c.Refused[0].Text, "4096") {
+	if c := s.status(t).Configuration; len(c.Refused) == 0 || !strings.Contains(c.Refused[0].Text, "deny") {
 		t.Errorf("%+v", c)
 	}
 	s.goes(t, 1, 1)
