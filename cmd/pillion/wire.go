@@ -485,7 +485,11 @@ func (i *instance) accompany(helpers, collect, write *circle) {
 	helpers.run("admin", i.serveAdmin)
 	helpers.run("watch", i.datapath.Watch)
 	helpers.run("tidy", i.datapath.Tidy)
-	helpers.run("vouch", i.datapath.Vouch)
+	if i.global.survival == nil {
+		// Beside a keeper the listeners outlive this process, and what comes to
+		// them meanwhile is the next one's.
+		helpers.run("vouch", i.datapath.Vouch)
+	}
 	helpers.run("ebb", func(ctx context.Context) error { return ebb(ctx, func() int { return i.handler.Stats().Live }) })
 	if i.public != nil {
 		mux := http.NewServeMux()
