@@ -15,7 +15,7 @@ var budget = map[string]uint32{
 	ProgConnect4:     15000,
 	ProgConnect6:     18000,
 	ProgGetpeername4: 280,
-	ProgGetpeername6: 660, // MPTCP: by the first subflow, or by what is left of it
+	ProgGetpeername6: 1340, // MPTCP: by the first subflow, or by what is left of it
 	ProgGetsockname4: 110,
 	ProgGetsockname6: 165,
 	ProgBind4:        65,
