@@ -191,7 +191,8 @@ func intoStore(ctx context.Context, unit string, f *os.File) error {
 // returns nil when there is nothing, or nothing that is of use: then this is a start
 // as any other.
 func takeStored(p *plan) *taking {
-	fd, ok := stored()
+	s := p.global.survival
+	fd, ok := stored(s.mainPID(), s.revived())
 	if !ok {
 		return nil
 	}
@@ -234,15 +235,16 @@ func (t *taking) unpack(name string) error {
 	return t.welcomed()
 }
 
-// stored returns the descriptor that the store has for this process. Others that
-// systemd gives it are closed: it has no use for any.
-func stored() (fd int, ok bool) {
+// stored returns the descriptor that the store has for the process that systemd started,
+// main. Others that systemd gives it are closed: it has no use for any. again tells
+// that an earlier worker of a keeper has had them all.
+func stored(main int, again bool) (fd int, ok bool) {
 	pid, fds, names := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), os.Getenv("LISTEN_FDNAMES")
 	for _, name := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
 		os.Unsetenv(name) // they are not for children
 	}
 	n, err := strconv.Atoi(fds)
-	if err != nil || n < 1 || pid != strconv.Itoa(os.Getpid()) {
+	if err != nil || n < 1 || pid != strconv.Itoa(main) || again {
 		return -1, false
 	}
 	at := slices.Index(strings.Split(names, ":"), storeName)

@@ -74,14 +74,14 @@ func notifyBarrier(limit time.Duration) error {
 
 // watchdogEvery is how often systemd is to be told that this process works: twice in
 // the time after which it takes it for dead (sd_watchdog_enabled(3)). 0: it does not
-// want to know.
-func watchdogEvery() (time.Duration, error) {
+// want to know. main is the process that systemd started.
+func watchdogEvery(main int) (time.Duration, error) {
 	text := os.Getenv("WATCHDOG_USEC")
 	if text == "" {
 		return 0, nil
 	}
-	if pid := os.Getenv("WATCHDOG_PID"); pid != "" && pid != strconv.Itoa(os.Getpid()) {
-		return 0, nil // it is about a process that started this one
+	if pid := os.Getenv("WATCHDOG_PID"); pid != "" && pid != strconv.Itoa(main) {
+		return 0, nil // it is about another process
 	}
 	usec, err := strconv.ParseInt(text, 10, 64)
 	if err != nil || usec <= 1 {
@@ -111,7 +111,7 @@ func watchdog(ctx context.Context, every time.Duration, stuck func() error) erro
 
 // beWatched lets systemd's watchdog watch the instance, also while it drains.
 func (i *instance) beWatched(ctx context.Context) {
-	every, err := watchdogEvery()
+	every, err := watchdogEvery(i.global.survival.mainPID())
 	if err == nil && every > 0 {
 		err = watchdog(ctx, every, func() error {
 			if i.taking != nil && !i.ready.Load() {

@@ -30,7 +30,7 @@ func TestWatchdogEvery(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Setenv("WATCHDOG_USEC", tt.usec)
 			t.Setenv("WATCHDOG_PID", tt.pid)
-			got, err := watchdogEvery()
+			got, err := watchdogEvery(os.Getpid())
 			if got != tt.want || (err != nil) != tt.fails {
 				t.Errorf("%v, %v, want %v", got, err, tt.want)
 			}

@@ -105,44 +105,55 @@ func testRefused(t *testing.T, m *machine, a *app) {
 	}
 }
 
-// slow makes systemd wait before it starts the unit again, so that there is something
-// to look at in between.
-const slow = "RestartSec=2500ms"
+// gate is there when the unit may start again: so there is time to look at what is
+// in between.
+const gate = "/run/gate"
 
-// died waits until systemd has seen that the process is dead.
-func (m *machine) died(t testing.TB) {
+// hold has the unit not start until release.
+func (m *machine) hold(t testing.TB) {
 	t.Helper()
-	testutil.Eventually(t, rig.Limit, func() bool { return m.show(t, unit, "SubState") == "auto-restart" }, "systemd sees the death")
+	m.must(t, "rm", "-f", gate)
+	m.override(t, `ExecStartPre=/bin/sh -c "until test -e `+gate+`; do sleep 0.05; done"`)
+}
+
+// killed kills the main process and waits until systemd is about to start another.
+func (m *machine) killed(t testing.TB) {
+	t.Helper()
+	m.must(t, "systemctl", "kill", "--kill-who=main", "--signal=KILL", unit)
+	testutil.Eventually(t, rig.Limit, func() bool { return m.show(t, unit, "SubState") == "start-pre" }, "systemd starts the unit again")
+}
+
+// release lets the unit start, and waits until another process is ready.
+func (m *machine) release(t testing.TB, before int) {
+	t.Helper()
+	m.write(t, gate, "")
+	testutil.Eventually(t, rig.Limit, func() bool {
+		s, err := m.instance("shop").Status(context.Background())
+		return err == nil && s.Ready && s.State == admin.StateServing && s.Pid != before
+	}, "another process is ready")
 }
 
 // testKilled: the process is killed. What it carried ends, the rest goes on; in the
 // meantime services are balanced in the kernel, and the next process takes over what
 // is pinned.
 func testKilled(t *testing.T, m *machine, a *app) {
-	m.override(t, slow)
+	m.hold(t)
 	a.open(t, "relayed", relayed)
 	a.open(t, "direct", direct)
 	before := m.status(t, "shop")
 	links, restarts := m.links(t), m.show(t, unit, "NRestarts")
-	m.must(t, "systemctl", "kill", "--kill-who=main", "--signal=KILL", unit)
+	m.killed(t)
 	// A reset where bytes were on their way.
 	if got := a.ended(t, "relayed"); got != "ECONNRESET" && got != "EOF" {
 		t.Errorf("a relayed connection ended with %s", got)
 	}
-	m.died(t)
 	if got := a.dial(t, relayed); got != server(1).String() && got != server(2).String() {
 		t.Errorf("a new connection: %s", got)
 	}
 	if got := a.talk(t, "direct"); got != "" {
 		t.Errorf("a direct connection: %s", got)
 	}
-	if state := m.show(t, unit, "SubState"); state != "auto-restart" {
-		t.Fatalf("the unit is %s: the test was too late", state)
-	}
-	testutil.Eventually(t, rig.Limit, func() bool {
-		s, err := m.instance("shop").Status(context.Background())
-		return err == nil && s.Ready && s.State == admin.StateServing && s.Pid != before.Pid
-	}, "another process is ready")
+	m.release(t, before.Pid)
 	a.goes(t, relayed, server(1), server(2))
 	after := m.status(t, "shop")
 	if got := m.show(t, unit, "NRestarts"); got == restarts {
@@ -165,24 +176,17 @@ func testKilled(t *testing.T, m *machine, a *app) {
 
 // testKilledClosed: the same, for who wants no connection rather than one past Pillion.
 func testKilledClosed(t *testing.T, m *machine, a *app) {
-	m.override(t, slow)
+	m.hold(t)
 	m.configure(t, "on_failure: closed\n"+shop)
 	m.must(t, "systemctl", "reload", unit)
 	before := m.status(t, "shop").Pid
-	m.must(t, "systemctl", "kill", "--kill-who=main", "--signal=KILL", unit)
-	m.died(t)
+	m.killed(t)
 	for to, want := range map[netip.AddrPort]string{relayed: "ECONNREFUSED", unnamed: "ECONNREFUSED", direct: "198.51.100."} {
 		if got := a.dial(t, to); !strings.HasPrefix(got, want) {
 			t.Errorf("a new connection to %s: %s, want %s", to, got, want)
 		}
 	}
-	if state := m.show(t, unit, "SubState"); state != "auto-restart" {
-		t.Fatalf("the unit is %s: the test was too late", state)
-	}
-	testutil.Eventually(t, rig.Limit, func() bool {
-		s, err := m.instance("shop").Status(context.Background())
-		return err == nil && s.Ready && s.State == admin.StateServing && s.Pid != before
-	}, "another process is ready")
+	m.release(t, before)
 	a.goes(t, relayed, server(1), server(2))
 	m.conserved(t, "shop")
 }
@@ -195,13 +199,13 @@ func testStuck(t *testing.T, m *machine, a *app) {
 		t.Errorf("the shipped watchdog is %s", got)
 	}
 	// A process is told of the watchdog when it is started.
-	m.override(t, "WatchdogSec=2s")
+	m.override(t, "WatchdogSec=3s")
 	m.must(t, "systemctl", "restart", unit)
 	m.serves(t, "shop")
 	before, restarts := m.status(t, "shop").Pid, m.show(t, unit, "NRestarts")
 	// It tells systemd that it works, for longer than the limit.
 	told := m.when(t, unit, "Watchdog")
-	testutil.Eventually(t, rig.Limit, func() bool { return m.when(t, unit, "Watchdog") > told+4_000_000 }, "the watchdog is told")
+	testutil.Eventually(t, rig.Limit, func() bool { return m.when(t, unit, "Watchdog") > told+6_000_000 }, "the watchdog is told")
 	if got := m.show(t, unit, "NRestarts"); got != restarts {
 		t.Fatalf("a process that works was started again: %s restarts, then %s", restarts, got)
 	}
@@ -211,12 +215,12 @@ func testStuck(t *testing.T, m *machine, a *app) {
 		s, err := m.stuckStatus()
 		return err == nil && s.Ready && s.State == admin.StateServing && s.Pid != before
 	}, "another process is ready")
-	t.Logf("another process was ready %v after the first one stopped, with WatchdogSec=2s", time.Since(start).Round(time.Millisecond))
+	t.Logf("another process was ready %v after the first one stopped, with WatchdogSec=3s", time.Since(start).Round(time.Millisecond))
 	if got := m.show(t, unit, "NRestarts"); got == restarts {
 		t.Errorf("systemd counts %s restarts, as before", got)
 	}
 	journal := m.journal(t, unit)
-	for _, want := range []string{"Watchdog timeout (limit 2s)!", "SIGABRT: abort", "goroutine "} {
+	for _, want := range []string{"Watchdog timeout (limit 3s)!", "SIGABRT: abort", "goroutine "} {
 		if !strings.Contains(journal, want) {
 			t.Errorf("%q is not in the journal:\n%s", want, journal)
 		}
