@@ -164,8 +164,8 @@ func readLog(t testing.TB, path string) []flow.Record {
 
 // TestKills kills the handler from outside.
 func TestKills(t *testing.T) {
-	const kills = 8
-	s := newStage(t, rig.New(t), "", task{Workers: 100, Pings: 100, Most: 1 << 20})
+	const kills = 6
+	s := newStage(t, rig.New(t), "", task{Workers: 40, Pings: 200, Most: 1 << 19})
 	time.Sleep(500 * time.Millisecond)
 	last := 0
 	for n := range kills {
@@ -187,7 +187,7 @@ func TestKills(t *testing.T) {
 // often enough or the time is over.
 func faults(t *testing.T, oneIn int, more string, q task) {
 	t.Helper()
-	const enough, limit = 10, 8 * time.Second
+	const enough, limit = 8, 6 * time.Second
 	program, err := faulty()
 	if err != nil {
 		t.Fatal(err)
@@ -221,11 +221,11 @@ func faults(t *testing.T, oneIn int, more string, q task) {
 
 // TestFaults has the handler kill itself wherever that could do harm.
 func TestFaults(t *testing.T) {
-	t.Run("messages", func(t *testing.T) { faults(t, 400, "", task{Workers: 60, Pings: 20, Most: 200_000}) })
+	t.Run("messages", func(t *testing.T) { faults(t, 400, "", task{Workers: 30, Pings: 20, Most: 200_000}) })
 	t.Run("handshakes", func(t *testing.T) {
-		faults(t, 200, "connect: mirror", task{Workers: 30, Pings: 5, Most: 3000})
+		faults(t, 200, "connect: mirror", task{Workers: 15, Pings: 5, Most: 3000})
 	})
-	t.Run("bulk", func(t *testing.T) { faults(t, 50, "", task{Workers: 12, Pings: 5, Most: 10 << 20}) })
+	t.Run("bulk", func(t *testing.T) { faults(t, 50, "", task{Workers: 8, Pings: 5, Most: 4 << 20}) })
 }
 
 // TestPoison has one connection kill its handler each time: it is ended, and the others

@@ -218,7 +218,7 @@ func (t *talker) ping(c *net.TCPConn, h head) (said uint32, err error) {
 			select {
 			case <-t.end:
 				return said, c.CloseWrite()
-			case <-time.After(time.Duration(word(uint64(h.ID), n+1)%4000) * time.Microsecond):
+			case <-time.After(time.Duration(word(uint64(h.ID), n+1)%60_000) * time.Microsecond):
 			}
 			if _, err := c.Write(want[:size]); err != nil {
 				return said, fmt.Errorf("message %d: write: %w", n, err)
