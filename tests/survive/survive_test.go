@@ -256,3 +256,19 @@ func TestPoison(t *testing.T) {
 		t.Errorf("%d connections are on record as %v, want 1", crashed, flow.ReasonCrashed)
 	}
 }
+
+// TestTakeOver has another process take a kept one over, and kills that one then: what
+// it was given must be written down, too.
+func TestTakeOver(t *testing.T) {
+	s := newStage(t, rig.New(t), "", task{Workers: 10, Pings: 50, Most: 1 << 20})
+	time.Sleep(300 * time.Millisecond)
+	for range 2 {
+		s.Replace(t, rig.Binary(t))
+		s.ready(t)
+		if w := s.worker(); w != 0 {
+			_ = unix.Kill(w, unix.SIGKILL)
+		}
+		s.ready(t)
+	}
+	s.finish(t)
+}
