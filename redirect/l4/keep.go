@@ -225,6 +225,7 @@ func (w *worker) keepAll(c *conn) {
 	c.keepIf(!c.dialing && s.fds[up] >= 0, keptDialed)
 	c.keepIf(c.mirrored, keptMirrored)
 	c.keepIf(c.lingers, keptLingers)
+	s.recorded = c.lingers // by the other process
 	if fd := c.sides[down].fd; fd >= 0 {
 		w.keepFD(c, down, fd)
 	}
