@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -34,20 +33,18 @@ var (
 // entry is the linker's flag of the Makefile.
 const entry = "-E=github.com/pillion-project/pillion/cmd/pillion/keeper.entry"
 
-// faulty is a build that kills itself at every point that matters, when it is told to.
-var faulty = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "pillion-survive-")
-	if err != nil {
-		return "", err
-	}
-	path := filepath.Join(dir, "pillion")
+// faulty makes a build that kills itself at every point that matters, when it is told
+// to, and returns its path.
+func faulty(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "pillion")
 	cmd := exec.Command("go", "build", "-tags", "pillion_fault", "-ldflags", entry, "-o", path, "github.com/pillion-project/pillion/cmd/pillion")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build: %w\n%s", err, out)
+		t.Fatalf("build: %v\n%s", err, out)
 	}
-	return path, nil
-})
+	return path
+}
 
 // stage is an instance that survives, with servers and an application.
 type stage struct {
@@ -189,13 +186,9 @@ func TestKills(t *testing.T) {
 
 // faults has an instance kill itself at one in so many points, until it has done so
 // often enough or the time is over.
-func faults(t *testing.T, oneIn int, more string, q task) {
+func faults(t *testing.T, program string, oneIn int, more string, q task) {
 	t.Helper()
 	const enough, limit = 8, 6 * time.Second
-	program, err := faulty()
-	if err != nil {
-		t.Fatal(err)
-	}
 	r := rig.New(t)
 	count := filepath.Join(t.TempDir(), "count")
 	if err := os.WriteFile(count, nil, 0o600); err != nil {
@@ -204,6 +197,7 @@ func faults(t *testing.T, oneIn int, more string, q task) {
 	r.Program, r.Env = program, []string{"PILLION_FAULT=" + strconv.Itoa(oneIn), "PILLION_FAULT_COUNT=" + count}
 	s := newStage(t, r, more, q)
 	var hits []byte
+	var err error
 	for start := time.Now(); len(hits) < enough && time.Since(start) < limit; time.Sleep(50 * time.Millisecond) {
 		if hits, err = os.ReadFile(count); err != nil {
 			t.Fatal(err)
@@ -225,22 +219,19 @@ func faults(t *testing.T, oneIn int, more string, q task) {
 
 // TestFaults has the handler kill itself wherever that could do harm.
 func TestFaults(t *testing.T) {
-	t.Run("messages", func(t *testing.T) { faults(t, 400, "", task{Workers: 30, Pings: 20, Most: 200_000}) })
+	program := faulty(t)
+	t.Run("messages", func(t *testing.T) { faults(t, program, 400, "", task{Workers: 30, Pings: 20, Most: 200_000}) })
 	t.Run("handshakes", func(t *testing.T) {
-		faults(t, 200, "connect: mirror", task{Workers: 15, Pings: 5, Most: 3000})
+		faults(t, program, 200, "connect: mirror", task{Workers: 15, Pings: 5, Most: 3000})
 	})
-	t.Run("bulk", func(t *testing.T) { faults(t, 50, "", task{Workers: 8, Pings: 5, Most: 4 << 20}) })
+	t.Run("bulk", func(t *testing.T) { faults(t, program, 50, "", task{Workers: 8, Pings: 5, Most: 4 << 20}) })
 }
 
 // TestPoison has one connection kill its handler each time: it is ended, and the others
 // go on.
 func TestPoison(t *testing.T) {
-	program, err := faulty()
-	if err != nil {
-		t.Fatal(err)
-	}
 	r := rig.New(t)
-	r.Program, r.Env = program, []string{fmt.Sprintf("PILLION_FAULT_POISON=%d", poison.Port())}
+	r.Program, r.Env = faulty(t), []string{fmt.Sprintf("PILLION_FAULT_POISON=%d", poison.Port())}
 	s := newStage(t, r, "", task{Pings: 50})
 	s.Serve(t, poison, func(c net.Conn) { io.Copy(io.Discard, c) })
 	time.Sleep(500 * time.Millisecond)
