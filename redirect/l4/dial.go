@@ -205,6 +205,7 @@ func (w *worker) connect(c *conn, to netip.AddrPort) syscall.Errno {
 	}
 	fault(faultSocket)
 	w.adopt(c, up, fd)
+	abort(fd)
 	if e := w.dress(fd, &c.target.Downstream, to.Addr()); e != 0 {
 		return e
 	}

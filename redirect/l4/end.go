@@ -112,15 +112,18 @@ func (w *worker) end(c *conn, why flow.Reason, reset bool) {
 	if c.endpoint != nil {
 		c.endpoint.End()
 	}
-	if reset {
-		for k := range c.sides {
-			if c.sides[k].fd >= 0 {
-				w.abort(c.sides[k].fd)
-				fault(faultAborting)
-			}
-		}
-	} else if c.slot != nil && c.sides[down].moved+c.sides[up].moved == 0 && c.sides[down].fd >= 0 {
+	if c.slot != nil && c.sides[down].moved+c.sides[up].moved == 0 && c.sides[down].fd >= 0 {
 		markTouched(c.sides[down].fd)
+	}
+	for k := range c.sides {
+		switch fd := c.sides[k].fd; {
+		case fd < 0:
+		case reset:
+			w.abort(fd)
+			fault(faultAborting)
+		default:
+			complete(fd)
+		}
 	}
 	w.dropSide(c, down)
 	w.dropSide(c, up)

@@ -57,6 +57,7 @@ func dressListener(fd int, addr netip.Addr) error {
 		return os.NewSyscallError("setsockopt", err)
 	}
 	KeepAlive(fd)
+	abort(int32(fd))
 	// Fixed buffers, where the kernel's own would grow to tcp_rmem's and
 	// tcp_wmem's maxima: what an application sends to an endpoint that does not
 	// read has to stop somewhere, and the way to the slot is short.

@@ -296,10 +296,9 @@ func Untouched(fd int) bool {
 	if s.received != s.unread || s.acked+s.unacked != 0 {
 		return false
 	}
-	// What is about to be closed is marked: by a reset to come, or by markTouched.
-	l, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_LINGER)
-	low, err2 := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVLOWAT)
-	return err == nil && err2 == nil && l == 0 && low == 1
+	// What is about to be closed is marked by markTouched.
+	low, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVLOWAT)
+	return err == nil && low == 1
 }
 
 // markTouched tells a socket that is about to be closed from one that was just

@@ -125,9 +125,16 @@ func sysSocketError(fd int32) syscall.Errno {
 	return syscall.Errno(v)
 }
 
-// abort makes the coming close send a reset.
-func abort(fd int32) {
-	l := [2]int32{1, 0}
+// abort makes the coming close send a reset, also the kernel's when the process is
+// killed: to the peer an end of file would mean that it has everything. A socket that
+// was accepted has it from its listener.
+func abort(fd int32) { linger(fd, 1) }
+
+// complete makes the coming close send a FIN, and what is unsent before it.
+func complete(fd int32) { linger(fd, 0) }
+
+func linger(fd, on int32) {
+	l := [2]int32{on, 0}
 	_, _, _ = syscall.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_LINGER,
 		uintptr(unsafe.Pointer(&l)), unsafe.Sizeof(l), 0)
 }
