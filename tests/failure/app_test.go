@@ -39,11 +39,13 @@ const (
 	// Of both.
 	reset  word = "reset"
 	silent word = "silent" // no answer in the application's patience
-	lost   word = "lost"   // another error, or bytes that are missing or too many
+	failed word = "failed" // with another error
+	// Never: bytes that are missing or too many, or somebody else answers.
+	lost word = "lost"
 )
 
 // words is the list.
-var words = []word{carried, direct, passed, refused, unaffected, waits, reset, silent, lost}
+var words = []word{carried, direct, passed, refused, unaffected, waits, reset, silent, failed, lost}
 
 // What servers call themselves: who is at the address that was asked for, and
 // who is an endpoint.
@@ -287,12 +289,12 @@ func open(to netip.AddrPort, patience time.Duration) (*kept, outcome) {
 	}
 	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		o.Word, o.Why = lost, "socket: "+err.Error()
+		o.Word, o.Why = failed, "socket: "+err.Error()
 		return nil, o
 	}
 	if err := bindNext(fd, family); err != nil {
 		unix.Close(fd)
-		o.Word, o.Why = lost, "bind: "+err.Error()
+		o.Word, o.Why = failed, "bind: "+err.Error()
 		return nil, o
 	}
 	k := &kept{fd: fd, to: to}
@@ -347,7 +349,7 @@ func meaning(line, own string, err error) (word, string) {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return silent, err.Error()
 	default:
-		return lost, err.Error()
+		return failed, err.Error()
 	}
 	name, seen, _ := strings.Cut(line, " ")
 	switch {

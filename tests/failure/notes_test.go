@@ -2,9 +2,11 @@ package failure
 
 // notes are what the tables cannot say.
 const notes = `- *Handler killed*: connections that the handler carried are reset, one that it had only just accepted with them. *direct* and
-  *pass* do not know of it.
+  *pass* do not know of it. With ` + "`survive: crash`" + ` new ones wait for the next handler, a moment (docs/upgrade.md).
 - *Handler stopped*: connections that begin before it is noticed are with a handler that does nothing, and wait for it, or for
   the application's own patience.
+- *Slot route deleted*: what an application says in that moment (some 20 ms) takes another way. What TCP repeats arrives later; of a
+  reset, which it does not repeat, the handler hears when it next sends something there.
 - *Slots full*: only addresses that had none yet need a slot; services have theirs reserved.
 - *Events ring full*, *disk full*: records are lost, counted in ` + "`pillion_records_lost_total`" + `, and status says so. No connection is.
 - *Pins deleted*, *bpffs unmounted*: what is attached stays attached as long as the process lives. After it was pinned again the

@@ -1,6 +1,7 @@
 package failure
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -16,6 +17,27 @@ import (
 )
 
 func kill(t *testing.T, s *stage) { s.Kill(t) }
+
+// killWorker kills the process that carries connections, and not the one that
+// keeps them.
+func killWorker(t *testing.T, s *stage) {
+	keeper := s.Cmd.Process.Pid
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", keeper, keeper))
+	if err != nil {
+		t.Fatal(err)
+	}
+	worker, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		t.Fatalf("the keeper's children: %q", text)
+	}
+	if err := unix.Kill(worker, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	testutil.Eventually(t, rig.Limit, func() bool {
+		now, err := s.Status(context.Background())
+		return err == nil && now.Pid != worker && now.Ready
+	}, "the next one is ready")
+}
 
 func launch(t *testing.T, s *stage) {
 	start := time.Now()

@@ -22,6 +22,9 @@ type fault struct {
 	brief bool
 	// escapes means that nobody may be there to capture, for a moment.
 	escapes bool
+	// lingers means that the handler may not hear of an end, and have a connection
+	// open that nobody has.
+	lingers bool
 	// loose means that connections may suffer at any time while it lasts.
 	loose bool
 	// news is what becomes of new connections otherwise than falls says, by kind;
@@ -48,6 +51,10 @@ func table() []fault {
 		{
 			name: "handler killed", how: "kill -9", mended: "whoever started it starts it again",
 			falls: true, atOnce: true, open: reset, breaks: kill, mends: launch,
+		},
+		{
+			name: "handler killed, survive: crash", how: "kill -9 of the process that carries", mended: "the keeper starts the next one, which goes on with all connections",
+			config: "survive: crash\n", brief: true, breaks: killWorker,
 		},
 		{
 			name: "handler out of memory", how: "killed by the kernel, in a memory cgroup that is full", mended: "whoever started it starts it again",
@@ -79,7 +86,7 @@ func table() []fault {
 		},
 		{
 			name: "slot route deleted", how: "ip route del, both families", mended: "Pillion adds it again at the news of it",
-			brief: true, breaks: unroute,
+			brief: true, lingers: true, breaks: unroute,
 		},
 		{
 			name: "events ring full", how: "a record that is never committed, before the reader", mended: "by itself; what was lost is counted",

@@ -50,7 +50,9 @@ var built = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	path := filepath.Join(dir, "pillion")
-	cmd := exec.Command("go", "build", "-o", path, "github.com/pillion-project/pillion/cmd/pillion")
+	// With the keeper, as make build does it.
+	const entry = "-ldflags=-E=github.com/pillion-project/pillion/cmd/pillion/keeper.entry"
+	cmd := exec.Command("go", "build", entry, "-o", path, "github.com/pillion-project/pillion/cmd/pillion")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build pillion: %w\n%s", err, out)
