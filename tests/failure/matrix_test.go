@@ -210,7 +210,7 @@ func (s *stage) judge(t *testing.T, began, during int64, w window) figures {
 			}
 			f.felt++
 			switch touched := o.Start < during && o.Done > w.from || o.Start < w.mended+int64(noticeLimit) && o.Done > w.mending; {
-			case usual(kind) != carried && !s.fault.escapes, o.Word == lost, !touched && !s.fault.loose:
+			case usual(kind) != carried && !s.fault.escapes, o.Word == lost, !touched:
 				t.Errorf("%s: %v after the fault: %s", kind, time.Duration(o.Start-w.broken), &o)
 			}
 		}

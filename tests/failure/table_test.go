@@ -25,8 +25,6 @@ type fault struct {
 	// lingers means that the handler may not hear of an end, and have a connection
 	// open that nobody has.
 	lingers bool
-	// loose means that connections may suffer at any time while it lasts.
-	loose bool
 	// news is what becomes of new connections otherwise than falls says, by kind;
 	// empty: by on_failure.
 	news map[string]word
