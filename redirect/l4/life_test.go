@@ -399,3 +399,27 @@ func TestTermsOfATarget(t *testing.T) {
 	unbounded.Close()
 	r.awaitEnded(2)
 }
+
+// What a process that is killed leaves open ends with a reset on both sides: an end of
+// file would say that this was all.
+func TestDeath(t *testing.T) {
+	families(t, func(t *testing.T, loopback netip.Addr) {
+		server, conns := serveTo(t, loopback)
+		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
+		c := r.dial()
+		s := accept(t, conns)
+		mustWrite(t, c, []byte("half of a request"))
+		wantBytes(t, s, []byte("half of a request"))
+		mustWrite(t, s, []byte("half of an answer"))
+		wantBytes(t, c, []byte("half of an answer"))
+		f := r.freeze()
+		f.Leave()
+		if err := receive(t, r.done); err != nil {
+			t.Fatal(err)
+		}
+		closeAll(f.Given()) // as the kernel does
+		wantReset(t, c, nil)
+		wantReset(t, s, nil)
+		r.closed = true // its books are as open as its connections
+	})
+}

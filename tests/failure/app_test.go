@@ -42,10 +42,12 @@ const (
 	failed word = "failed" // with another error
 	// Never: bytes that are missing or too many, or somebody else answers.
 	lost word = "lost"
+	// Never: an end of file, as if that had been all.
+	finished word = "finished"
 )
 
 // words is the list.
-var words = []word{carried, direct, passed, refused, unaffected, waits, reset, silent, failed, lost}
+var words = []word{carried, direct, passed, refused, unaffected, waits, reset, silent, failed, lost, finished}
 
 // What servers call themselves: who is at the address that was asked for, and
 // who is an endpoint.
@@ -344,8 +346,10 @@ func meaning(line, own string, err error) (word, string) {
 	case err == nil:
 	case errors.Is(err, unix.ECONNREFUSED):
 		return refused, err.Error()
-	case errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE), errors.Is(err, io.EOF):
+	case errors.Is(err, unix.ECONNRESET):
 		return reset, err.Error()
+	case errors.Is(err, io.EOF), errors.Is(err, unix.EPIPE): // EPIPE is that of a reset behind one
+		return finished, err.Error()
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return silent, err.Error()
 	default:
