@@ -59,7 +59,9 @@ type Options struct {
 	// it still resolves after that: longer than any SYN in flight. The defaults
 	// are 10 and 3 minutes.
 	SlotIdle, SlotGrace time.Duration
-	Log                 *slog.Logger
+	// FrameTag is as in [Handover]; 0 is a new one.
+	FrameTag uint64
+	Log      *slog.Logger
 }
 
 func (o *Options) fill() error {
@@ -201,6 +203,7 @@ func Open(o Options) (*Datapath, error) {
 func newDatapath(o Options) *Datapath {
 	return &Datapath{
 		options:  o,
+		frameTag: o.FrameTag,
 		programs: map[string]*ebpf.Program{},
 		links:    map[string]link.Link{},
 		retiring: map[uint32]time.Time{},

@@ -146,6 +146,22 @@ func (s *survival) follow(sinks []events.Sink, log *flowlog.Log) []events.Sink {
 // Record implements [events.Sink].
 func (s *survival) Record(r *flow.Record) { s.registry.Recorded(r) }
 
+// frameTag is what the programs of the earlier worker know frames by. They are at work
+// until this one's are attached, and connections are answered before; 0: a new one.
+func (s *survival) frameTag() uint64 {
+	if !s.revived() {
+		return 0
+	}
+	return s.registry.Tag()
+}
+
+// keepTag has the next worker know it; d is nil where it could not be opened.
+func (s *survival) keepTag(d *loader.Datapath) {
+	if s != nil && d != nil {
+		s.registry.SetTag(d.Handover().FrameTag)
+	}
+}
+
 // listeners are those of the earlier worker, with what waits to be accepted.
 func (s *survival) listeners() (all [2][]int) {
 	if s.revived() {

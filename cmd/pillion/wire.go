@@ -111,13 +111,14 @@ func open(p plan) (*instance, error) {
 
 // load takes over the instance that is pinned, or makes it.
 func (i *instance) load() error {
-	o := loader.Options{Name: i.name, Kind: i.kind, Scope: i.scope, BPFFS: i.global.bpffs, Log: i.log}
+	o := loader.Options{Name: i.name, Kind: i.kind, Scope: i.scope, BPFFS: i.global.bpffs, FrameTag: i.global.survival.frameTag(), Log: i.log}
 	if i.pod != nil {
 		o.Own, o.Sandbox = i.pod.Own, i.pod.Sandbox
 	}
 	if i.taking != nil {
 		var err error
 		i.datapath, err = i.taking.join(o)
+		i.global.survival.keepTag(i.datapath)
 		return err
 	}
 	swept, err := loader.Sweep(i.global.bpffs, i.cgroups)
@@ -145,6 +146,7 @@ func (i *instance) load() error {
 	if errors.Is(err, unix.EPERM) {
 		return &exitError{code: exitUnsupported, err: err}
 	}
+	i.global.survival.keepTag(i.datapath)
 	return err
 }
 

@@ -66,6 +66,7 @@ type registryHead struct {
 	foreign   [registryForeign]int32
 	listeners [2][registryWorkers]int32 // IPv4 and IPv6; a descriptor + 1
 	used      uint32                    // as in Registry, so that recovery need not look at all
+	tag       uint64
 }
 
 // mark is what a worker is doing.
@@ -323,6 +324,12 @@ func (r *Registry) SetListeners(all [2][]int) {
 		}
 	}
 }
+
+// SetTag writes down a number for the next process, which Tag returns; 0: there is none.
+func (r *Registry) SetTag(tag uint64) { r.head.tag = tag }
+
+// Tag returns what SetTag wrote.
+func (r *Registry) Tag() uint64 { return r.head.tag }
 
 // Listeners returns what SetListeners wrote.
 func (r *Registry) Listeners() (all [2][]int) {
