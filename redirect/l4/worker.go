@@ -237,13 +237,19 @@ func (w *worker) resetAll() {
 	}
 }
 
-// run is the loop. It returns when the worker was stopped and nothing is open.
+// run carries connections until the worker was stopped and nothing is open.
 func (w *worker) run() error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	defer w.close()
-	defer w.lastCommands()
-	defer w.waiting.Store(true) // for good: it does not hang
+	err := w.loop()
+	// Not deferred: after a panic the descriptors are the keeper's.
+	w.waiting.Store(true) // for good: it does not hang
+	w.lastCommands()
+	w.close()
+	return err
+}
+
+func (w *worker) loop() error {
 	w.tick()
 	w.runCommands() // what is adopted comes before what is accepted
 	for !w.stopped || len(w.conns) > 0 {
