@@ -5,12 +5,14 @@
 set -euo pipefail
 
 suite=bookworm
-# Where this machine has its packages from, if that is Debian 12 itself.
-# shellcheck disable=SC2016
-mirror=$(apt-get indextargets --format '$(CODENAME) $(ORIGIN) $(REPO_URI)' \
-	'Created-By: Packages' 2>/dev/null |
-	sed -n "s/^$suite Debian //p" | head -n 1)
-mirror=${mirror:-http://deb.debian.org/debian}
+# mirror_of_machine prints where this machine has its packages from, if that is
+# Debian 12 itself; else debootstrap has a default.
+mirror_of_machine() {
+	# shellcheck disable=SC2016
+	apt-get indextargets --format '$(CODENAME) $(ORIGIN) $(REPO_URI)' \
+		'Created-By: Packages' 2>/dev/null |
+		sed -n "s/^$suite Debian //p" | sort -u | sed -n 1p
+}
 packages=systemd,systemd-sysv,dbus,iproute2
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/pillion
@@ -23,10 +25,15 @@ flock 9
 [[ -d $root ]] || {
 	echo "making $root (some minutes)" >&2
 	start=$SECONDS
+	mirror=$(mirror_of_machine)
+	[[ -n $mirror ]] || {
+		apt-get update >/dev/null 2>&1 || true # it has no lists yet
+		mirror=$(mirror_of_machine)
+	}
 	work=$(mktemp -d "$cache/systemd.XXXXXX")
 	trap 'rm -rf "$work"' EXIT
 	debootstrap --variant=minbase --include="$packages" "$suite" "$work/root" \
-		"$mirror" >"$work/log" 2>&1 9>&- || {
+		${mirror:+"$mirror"} >"$work/log" 2>&1 9>&- || {
 		tail -n 30 "$work/log" >&2
 		echo 'systemd.sh: debootstrap failed; its last lines stand above' >&2
 		exit 1
