@@ -32,17 +32,17 @@ flock 9
 	}
 	work=$(mktemp -d "$cache/systemd.XXXXXX")
 	trap 'rm -rf "$work"' EXIT
-	debootstrap --variant=minbase --include="$packages" "$suite" "$work/root" \
+	debootstrap --variant=minbase --include="$packages" "$suite" "$work/tree" \
 		${mirror:+"$mirror"} >"$work/log" 2>&1 9>&- || {
 		tail -n 30 "$work/log" >&2
 		echo 'systemd.sh: debootstrap failed; its last lines stand above' >&2
 		exit 1
 	}
 	# Nothing here is of this machine, or needs the network.
-	rm -rf "$work"/root/var/{cache,lib}/apt/* "$work/root/etc/resolv.conf"
-	echo pillion-test >"$work/root/etc/hostname"
-	: >"$work/root/etc/machine-id"
-	mv "$work/root" "$root"
+	rm -rf "$work"/tree/var/{cache,lib}/apt/* "$work/tree/etc/resolv.conf"
+	echo pillion-test >"$work/tree/etc/hostname"
+	: >"$work/tree/etc/machine-id"
+	mv "$work/tree" "$root"
 	echo "made in $((SECONDS - start)) s" >&2
 }
 echo "$root"
