@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
@@ -142,21 +143,37 @@ func (i *Instance) Metric(t testing.TB, name string) int {
 // Idle waits until no connection is open.
 func (i *Instance) Idle(t testing.TB) {
 	t.Helper()
-	var live number
+	i.until(t, "no connection is open", func(s admin.Status) (string, bool) {
+		return fmt.Sprintf("%d are", s.Live), s.Live == 0
+	})
+}
+
+// until waits until what the instance says of itself is as wanted. Nobody answers
+// while a handler that has died comes back.
+func (i *Instance) until(t testing.TB, want string, done func(admin.Status) (string, bool)) {
+	t.Helper()
+	var seen said
 	testutil.Eventually(t, Limit, func() bool {
 		s, err := i.Status(context.Background())
 		if err != nil {
-			t.Fatal(err)
+			seen = said(err.Error())
+			return pause()
 		}
-		live = number(s.Live)
-		return live == 0 || pause()
-	}, "no connection is open, still: ", &live)
+		is, ok := done(s)
+		seen = said(is)
+		return ok || pause()
+	}, want, ", but ", &seen, "\n", i.log)
 }
 
 // number is one that is printed as it is then.
 type number int
 
 func (n *number) String() string { return strconv.Itoa(int(*n)) }
+
+// said is what was seen last, printed as it is then.
+type said string
+
+func (s *said) String() string { return string(*s) }
 
 // pause lets some time pass between two questions to an instance, whose answers
 // cost it more than the look at a variable. It returns false.

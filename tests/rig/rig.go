@@ -332,16 +332,10 @@ func (i *Instance) finish(t testing.TB) {
 // Conserved fails the test unless every connection in scope is accounted for.
 func (i *Instance) Conserved(t testing.TB) {
 	t.Helper()
-	var left number
 	// A connect under way is counted on one side only.
-	testutil.Eventually(t, Limit, func() bool {
-		s, err := i.Status(context.Background())
-		if err != nil {
-			t.Fatalf("status: %v\n%s", err, i.log)
-		}
-		left = number(s.Unaccounted)
-		return left == number(-i.Unsettled)
-	}, "unaccounted connections: ", &left)
+	i.until(t, "every connection is accounted for", func(s admin.Status) (string, bool) {
+		return fmt.Sprintf("%d are not", s.Unaccounted), s.Unaccounted == -i.Unsettled
+	})
 }
 
 // Reasons returns the kernel side's counters.
