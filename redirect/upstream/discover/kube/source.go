@@ -37,9 +37,11 @@ func (s *source) Follow(ctx context.Context, tell func(discover.Snapshot)) error
 	w := s.client.acquire(key{s.ref.Namespace, s.ref.Name})
 	defer s.client.release(w)
 	wakeups := make(chan struct{}, 1)
+	// Somebody else's watches may know it all already. Filled before anybody else
+	// can: there is room for one.
+	wakeups <- struct{}{}
 	w.subscribe(wakeups, false)
 	defer w.unsubscribe(wakeups)
-	wakeups <- struct{}{} // somebody else's watches may know it all already
 	var (
 		seed     = maphash.MakeSeed()
 		last     uint64

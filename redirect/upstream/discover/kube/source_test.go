@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -361,5 +363,37 @@ func TestExempt(t *testing.T) {
 func TestUnmapped(t *testing.T) {
 	if got := familyOf(netip.MustParseAddr("::ffff:10.0.0.1").Unmap()); got != FamilyIPv4 {
 		t.Errorf("family %d", got)
+	}
+}
+
+// TestFollowWhileChanging: a source begins while others' watches of its service tell
+// of changes.
+func TestFollowWhileChanging(t *testing.T) {
+	k := startKube(t)
+	k.web("10.0.0.1")
+	c := k.client(t)
+	s := c.Source(Ref{Name: "web", Port: "80"})
+	listen(t, s).waitFor("10.0.0.1")
+	w := c.acquire(key{"default", "web"})
+	defer c.release(w)
+	var wakers sync.WaitGroup
+	ended, end := context.WithCancel(t.Context())
+	defer wakers.Wait()
+	defer end()
+	for range 4 {
+		wakers.Go(func() {
+			for ended.Err() == nil {
+				w.mu.Lock()
+				w.wake(false)
+				w.mu.Unlock()
+			}
+		})
+	}
+	for range 2000 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		told := 0
+		if err := s.(discover.Follower).Follow(ctx, func(discover.Snapshot) { told++; cancel() }); err != nil || told != 1 {
+			t.Fatalf("told %d times, %v", told, err)
+		}
 	}
 }
