@@ -95,6 +95,7 @@ func (d *Datapath) Attach() ([]Existing, error) {
 		}
 	}
 	d.attached = true
+	d.keep()
 	return before, nil
 }
 
@@ -110,6 +111,9 @@ func (d *Datapath) pinned(name string) bool {
 func (d *Datapath) AttachLookup() error {
 	d.linkMu.Lock()
 	defer d.linkMu.Unlock()
+	if d.links[bpf.ProgLookup] != nil {
+		return nil
+	}
 	if err := d.attach(bpf.ProgLookup); err != nil {
 		return fmt.Errorf("attach %s: %w", bpf.ProgLookup, err)
 	}
@@ -180,6 +184,11 @@ func (d *Datapath) Reattach() ([]string, error) {
 	if !d.attached || d.left.Load() {
 		return nil, nil
 	}
+	defer func() {
+		if d.disturbed {
+			d.keep()
+		}
+	}()
 	// Without a place for pins a link that is gone is made again all the same.
 	mended, lost := d.repin()
 	gone := d.follow()
@@ -236,6 +245,7 @@ func (d *Datapath) reattach(name string) error {
 			return raw.Pin(pin)
 		}
 	}
+	d.disturb()
 	if l := d.links[name]; l != nil {
 		l.Close()
 		delete(d.links, name)

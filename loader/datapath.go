@@ -61,7 +61,13 @@ type Options struct {
 	SlotIdle, SlotGrace time.Duration
 	// FrameTag is as in [Handover]; 0 is a new one.
 	FrameTag uint64
-	Log      *slog.Logger
+	// Keep, if set, is told by which descriptors a process of this very build that
+	// shares them may go on with the instance after this one is killed: when all
+	// programs are attached, and when one has changed. nil says that there are none
+	// for now. Handles are what it was told, by a process that is dead: for [Resume].
+	Keep    func(handles map[string]int)
+	Handles map[string]int
+	Log     *slog.Logger
 }
 
 func (o *Options) fill() error {
@@ -89,6 +95,7 @@ type Datapath struct {
 	slots    slotRange
 	instance bpf.Instance
 	adopted  bool
+	resumed  bool
 
 	maps     bpf.Maps
 	programs map[string]*ebpf.Program
@@ -102,13 +109,15 @@ type Datapath struct {
 	// Holding handshakes back: see mirror.go.
 	holds    bool
 	frameTag uint64
-	heldSpec *ebpf.MapSpec
+	heldSpec innerSpec
 	queues   []*Queue
 
 	left atomic.Bool // another process has the instance
 
 	linkMu   sync.Mutex // orders changes of links
 	attached bool       // all of them are made
+	// disturbed: who keeps handles was told that there are none.
+	disturbed bool
 
 	detached    atomic.Bool // one is gone, and cannot be made again
 	unpinned    atomic.Bool // only pins are
@@ -241,6 +250,7 @@ func (d *Datapath) Events() *ebpf.Map { return d.maps.Events }
 // Close frees the handles and the lock. The kernel side goes on, by on_failure
 // since nobody beats any more; see [Datapath.Unload].
 func (d *Datapath) Close() error {
+	d.keepNone()
 	var errs []error
 	for _, l := range d.links {
 		errs = append(errs, l.Close())

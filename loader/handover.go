@@ -95,7 +95,7 @@ func join(o Options, h *Handover) (*Datapath, error) {
 	return d, nil
 }
 
-// Joined returns the queues of the rings that Join was given.
+// Joined returns the queues of the rings that [Join] or [Resume] was given.
 func (d *Datapath) Joined() []*Queue { return d.queues }
 
 // Take makes the datapath of [Join] the one that runs the instance, which nobody else

@@ -59,7 +59,11 @@ func (d *Datapath) Queues(workers int) ([]*Queue, error) {
 }
 
 func (d *Datapath) newQueue() (*Queue, error) {
-	ring, err := ebpf.NewMap(d.heldSpec)
+	spec, err := d.heldSpec()
+	if err != nil {
+		return nil, err
+	}
+	ring, err := ebpf.NewMap(spec)
 	if err != nil {
 		return nil, err
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"reflect"
+	"sync"
 	"sync/atomic"
 	"unsafe"
 
@@ -114,11 +115,8 @@ func (d *Datapath) prepare() error {
 	if d.instance.Families == 0 {
 		return ErrIncomplete
 	}
-	if d.instance.Netns != d.options.Scope.Netns {
-		return fmt.Errorf("%w: it is of network namespace %d, this is %d", ErrOtherScope, d.instance.Netns, d.options.Scope.Netns)
-	}
-	if d.instance.Cgroup != d.options.Scope.ID {
-		return fmt.Errorf("%w: it is of cgroup %d, %s is %d", ErrOtherScope, d.instance.Cgroup, d.options.Scope.Path, d.options.Scope.ID)
+	if err := d.sameScope(); err != nil {
+		return err
 	}
 	d.slots = rangeOf(&d.instance)
 	specs, err := bpf.Specs()
@@ -147,6 +145,19 @@ func (d *Datapath) prepare() error {
 	// The record keeps what was claimed: the next start may have it all.
 	d.slots = d.network.usable(d.slots)
 	return d.load(specs, pinned)
+}
+
+// sameScope tells whether the record is of the scope that is asked for.
+func (d *Datapath) sameScope() error {
+	i, s := &d.instance, &d.options.Scope
+	switch {
+	case i.Netns != s.Netns:
+		return fmt.Errorf("%w: it is of network namespace %d, this is %d", ErrOtherScope, i.Netns, s.Netns)
+	case i.Cgroup != s.ID:
+		return fmt.Errorf("%w: it is of cgroup %d, %s is %d", ErrOtherScope, i.Cgroup, s.Path, s.ID)
+	default:
+		return nil
+	}
 }
 
 // takeCharge goes on from what the maps say.
@@ -259,14 +270,12 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 		scopeLevel: d.options.Scope.Level,
 		frameTag:   d.frameTag,
 	}
-	var setSpec *ebpf.MapSpec
-	for name, spec := range sharedMaps(specs) {
-		switch name {
-		case "held":
-			d.heldSpec = spec.InnerMap
-		case "sets":
-			setSpec = spec.InnerMap
-		}
+	shared := sharedMaps(specs)
+	inner := func(outer string) innerSpec {
+		return func() (*ebpf.MapSpec, error) { return shared[outer].InnerMap, nil }
+	}
+	d.heldSpec = inner("held")
+	for name, spec := range shared {
 		if have[name] != nil {
 			continue
 		}
@@ -289,8 +298,22 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 		return err
 	}
 	d.keepMaps(have)
-	d.sets.open(&d.maps, setSpec)
+	d.sets.open(&d.maps, inner("sets"))
 	return nil
+}
+
+// innerSpec tells what the maps in a map of maps are like.
+type innerSpec func() (*ebpf.MapSpec, error)
+
+// innerLater reads it when it is asked for: the objects take some milliseconds.
+func innerLater(outer string) innerSpec {
+	return sync.OnceValues(func() (*ebpf.MapSpec, error) {
+		specs, err := bpf.Specs()
+		if err != nil {
+			return nil, err
+		}
+		return sharedMaps(specs)[outer].InnerMap, nil
+	})
 }
 
 func (d *Datapath) loadPrograms(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) error {

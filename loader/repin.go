@@ -81,6 +81,7 @@ func (d *Datapath) renewDir() error {
 	if err != nil {
 		return err
 	}
+	d.disturb()
 	d.dir.unlock()
 	d.dir = locked
 	return nil
@@ -109,6 +110,7 @@ func (d *Datapath) follow() error {
 		return err
 	}
 	d.options.Log.Warn("the cgroup was removed and made again", "cgroup", d.options.Scope.Path)
+	d.disturb()
 	d.former = slices.DeleteFunc(d.former, func(l link.Link) bool {
 		if attached(l) {
 			return false

@@ -76,8 +76,8 @@ type removedEndpoint struct {
 type setTable struct {
 	mu                  sync.Mutex // orders changes of sets; taken after Datapath.mu, before servicesMu
 	outer               *ebpf.Map
-	spec                *ebpf.MapSpec // of a set
-	measured, waitsEach bool          // see put
+	spec                innerSpec // of a set
+	measured, waitsEach bool      // see put
 
 	empty *ebpf.Map // stands where a set was that nobody is to pick from
 	keys  []uint32  // 0, 1, 2 ... as many as the longest set has rows
@@ -95,7 +95,7 @@ type setTable struct {
 }
 
 // open starts with the maps of the datapath.
-func (s *setTable) open(maps *bpf.Maps, spec *ebpf.MapSpec) {
+func (s *setTable) open(maps *bpf.Maps, spec innerSpec) {
 	s.outer, s.spec = maps.Sets, spec
 	s.table.states, s.table.names = maps.Endpoints, maps.EndpointNames
 	s.services = map[netip.AddrPort]bool{}
@@ -365,7 +365,11 @@ func (s *setTable) put(ids, fds []uint32) error {
 
 // make creates the map of one set, of no more rows than there are keys.
 func (s *setTable) make(rows []bpf.SetRow) (*ebpf.Map, error) {
-	spec := *s.spec
+	of, err := s.spec()
+	if err != nil {
+		return nil, err
+	}
+	spec := *of
 	spec.MaxEntries = uint32(len(rows))
 	m, err := ebpf.NewMap(&spec)
 	if err != nil {

@@ -77,7 +77,7 @@ func (i *instance) takeoverPath() string { return i.global.takeoverPath(i.name) 
 // listenForTakers opens the socket that takers come to, or takes it over too.
 func (i *instance) listenForTakers() error {
 	var err error
-	if i.takers = i.taking.socket("takers"); i.takers == nil {
+	if i.takers = i.earlier("takers"); i.takers == nil {
 		i.takers, err = handover.Listen(i.takeoverPath())
 	}
 	return err

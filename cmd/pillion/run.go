@@ -118,7 +118,7 @@ func daemon(g *global, f *runFlags) error {
 		defer p.listen()()
 	}
 	p.taking = takeStored(&p)
-	if f.takeOver && p.taking == nil {
+	if f.takeOver && p.taking == nil && !g.survival.inCharge() {
 		if p.taking, err = takeFrom(told, &p); err != nil {
 			return err
 		}

@@ -30,6 +30,7 @@ func (i *instance) serveAdmin(ctx context.Context) error {
 		i.socketMu.Lock()
 		i.socket = ln
 		i.socketMu.Unlock()
+		i.global.survival.keepSocket("admin", ln)
 		i.log.Warn("made the admin socket again, which somebody had removed", "path", i.socketPath())
 	}
 }
@@ -65,6 +66,7 @@ func (i *instance) watchSocket(ctx context.Context, gone func(), done chan<- str
 		case <-tick.C:
 		}
 		if _, err := os.Lstat(i.socketPath()); errors.Is(err, fs.ErrNotExist) {
+			i.global.survival.dropSocket("admin")
 			handover.Disown(i.adminSocket()) // the path may be another's by then
 			gone()
 			return

@@ -3,11 +3,13 @@ package main
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"time"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/cmd/pillion/handover"
 	"github.com/pillion-project/pillion/cmd/pillion/keeper"
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -28,10 +30,16 @@ type survival struct {
 	registry *l4.Registry
 	again    bool  // there was a worker before
 	accepted []int // sockets that it accepted, and then nothing
+	// What it left besides connections: see loader.Options and sockets. They are taken
+	// out when they are used.
+	handles map[string]int
+	sockets map[string]int
+	litter  []int  // descriptors that are nobody's any more; see clean
+	build   string // whose handles are of use; empty: nobody's
 }
 
-// survive finds what the worker before left, and closes what is nobody's any more. It
-// comes before anything is opened: the descriptors of then are that worker's.
+// survive finds what the worker before left. It comes before anything is opened: the
+// descriptors of then are that worker's.
 func survive() (*survival, error) {
 	k := keeper.Of()
 	if k == nil {
@@ -45,22 +53,137 @@ func survive() (*survival, error) {
 	if s.registry, err = l4.OpenRegistry(k.Memory, keeper.PageSize); err != nil {
 		return nil, err
 	}
+	s.build = thisBuild()
 	if s.again = s.registry.Began(open); !s.again {
 		return s, nil
 	}
 	known := s.registry.Names()
+	s.handles = s.others(known, s.registry.Handles(s.build))
+	s.sockets = s.others(known, s.registry.Sockets())
 	for _, fd := range open {
 		switch {
 		case known[fd]:
 		case onSlot(fd) && l4.Untouched(fd):
 			s.accepted = append(s.accepted, fd)
 		default:
-			// Of maps, programs, files, epoll instances, and of connections that
-			// were being closed or not yet dialed.
-			unix.Close(fd)
+			// Of files, epoll instances, and of connections that were being closed
+			// or not yet dialed.
+			s.litter = append(s.litter, fd)
 		}
 	}
 	return s, nil
+}
+
+// clean closes what is nobody's any more. It takes some milliseconds.
+func (s *survival) clean() {
+	if s == nil {
+		return
+	}
+	for _, fd := range s.litter {
+		unix.Close(fd)
+	}
+	s.litter = nil
+}
+
+// thisBuild is the file that this process runs, also when another one has its name by
+// now.
+func thisBuild() string {
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/self/exe", &st); err != nil {
+		return ""
+	}
+	return fmt.Sprintf("%d:%d:%d:%d", st.Dev, st.Ino, st.Size, st.Mtim.Nano())
+}
+
+// others are descriptors that are to stay open, which it adds to known. If one is there
+// already they are none: the registry is wrong.
+func (s *survival) others(known map[int]bool, all map[string]int) map[string]int {
+	for _, fd := range all {
+		if known[fd] {
+			return nil
+		}
+	}
+	for _, fd := range all {
+		known[fd] = true
+	}
+	return all
+}
+
+// keepHandles has the next worker know the descriptors of the kernel side; nil: there
+// are none.
+func (s *survival) keepHandles(all map[string]int) {
+	if s == nil || s.build == "" {
+		return
+	}
+	if all == nil {
+		s.registry.DropHandles()
+	} else {
+		s.registry.SetHandles(s.build, all)
+	}
+}
+
+// resume goes on with the kernel side of the earlier worker. It returns nil if there is
+// none to go on with.
+func (s *survival) resume(o loader.Options) *loader.Datapath {
+	if s == nil || len(s.handles) == 0 {
+		return nil
+	}
+	o.Handles, s.handles = s.handles, nil
+	d, err := loader.Resume(o)
+	if err != nil {
+		o.Log.Warn("the programs are loaded again", "why", err)
+		return nil
+	}
+	return d
+}
+
+// socket returns one of the earlier worker; nil: there was none.
+func (s *survival) socket(name string) net.Listener {
+	if s == nil {
+		return nil
+	}
+	fd, ok := s.sockets[name]
+	if !ok {
+		return nil
+	}
+	delete(s.sockets, name)
+	defer unix.Close(fd)
+	ln, err := handover.Inherit(fd)
+	if err == nil {
+		s.keepSocket(name, ln)
+		err = handover.Own(ln)
+	}
+	if err != nil {
+		s.registry.DropSocket(name)
+		return nil
+	}
+	return ln
+}
+
+// socketAt is socket for one that is only of use at a certain address.
+func (s *survival) socketAt(name string, a netip.AddrPort) net.Listener {
+	ln := s.socket(name)
+	if ln == nil || ln.Addr().String() == a.String() {
+		return ln
+	}
+	s.dropSocket(name)
+	ln.Close()
+	return nil
+}
+
+// keepSocket has the next worker find it: who connects meanwhile waits. It is closed by
+// dropSocket, or after it.
+func (s *survival) keepSocket(name string, ln net.Listener) {
+	if s != nil && ln != nil {
+		_ = handover.FD(ln, func(fd int) { s.registry.KeepSocket(name, fd) })
+	}
+}
+
+// dropSocket comes before it is closed.
+func (s *survival) dropSocket(name string) {
+	if s != nil {
+		s.registry.DropSocket(name)
+	}
 }
 
 // onSlot tells whether a descriptor is a socket whose own address is a slot.
@@ -176,19 +299,57 @@ func (s *survival) workers() int {
 	return max(len(all[0]), len(all[1]))
 }
 
-// revive has the connections of the earlier worker go on. Accepting, and dialing, wait
-// for the endpoints.
-func (i *instance) revive() error {
+// reviving tells whether the instance goes on where an earlier worker was killed.
+func (i *instance) reviving() bool { return i.global.survival.revived() && i.taking == nil }
+
+// inCharge tells whether an earlier worker had the instance already, so that there is
+// nobody to take it over from.
+func (s *survival) inCharge() bool { return s.revived() && s.registry.Charged() }
+
+// owned has the next worker know that the instance is this process's, and its sockets.
+func (i *instance) owned() {
 	s := i.global.survival
-	if !s.revived() {
+	if s == nil {
+		return
+	}
+	for _, at := range i.sockets() {
+		s.keepSocket(at.name, at.ln)
+	}
+	s.registry.SetCharged()
+}
+
+// revive has the connections of the earlier worker go on, before all else. Accepting, and
+// dialing, wait for the endpoints.
+func (i *instance) revive(carry func()) error {
+	if !i.reviving() {
 		return nil
 	}
+	s := i.global.survival
 	fault, how := s.keeper.Crashed()
 	given := s.registry.Recover(fault)
+	if _, err := i.handler.Adopt(given); err != nil {
+		i.handler.Close()
+		return err
+	}
+	carry()
 	i.log.Warn("the handler was killed: its connections go on", "connections", len(given.Conns), "accepted", len(s.accepted),
 		"how", how, "deaths", s.keeper.Deaths(), "pause", s.keeper.Since().Round(time.Microsecond))
-	_, err := i.handler.Adopt(given)
-	return err
+	if i.datapath.Resumed() {
+		return i.resume()
+	}
+	return nil
+}
+
+// resume is what a start does before it has connections, when they go on already.
+func (i *instance) resume() error {
+	i.global.survival.clean()
+	if err := i.datapath.Charge(); err != nil {
+		return err
+	}
+	if _, err := i.datapath.Sync(); err != nil {
+		return err
+	}
+	return i.assembleRest(i.rules(i.plan.config, i.control.list()))
 }
 
 // acceptAgain begins what revive put off.
@@ -207,4 +368,33 @@ func (i *instance) tellKeeper(ctx context.Context) error {
 	}
 	<-ctx.Done()
 	return nil
+}
+
+// inherited are listeners of an earlier process.
+func (i *instance) inherited() [2][]int {
+	if i.taking != nil {
+		return i.taking.takeListeners()
+	}
+	return i.global.survival.listeners()
+}
+
+// earlier returns a socket of the process before; nil: there was none.
+func (i *instance) earlier(name string) net.Listener {
+	if ln := i.taking.socket(name); ln != nil {
+		return ln
+	}
+	return i.global.survival.socket(name)
+}
+
+// queues are how the workers hear of handshakes that wait.
+func (i *instance) queues(workers int) ([]l4.Queue, error) {
+	list, err := i.datapath.Joined(), error(nil)
+	if i.taking == nil && !i.datapath.Resumed() {
+		list, err = i.datapath.Queues(workers)
+	}
+	all := make([]l4.Queue, 0, len(list))
+	for _, q := range list {
+		all = append(all, q)
+	}
+	return all, err
 }

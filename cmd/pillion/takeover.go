@@ -229,6 +229,7 @@ func (i *instance) takeOver(ctx context.Context) error {
 	}
 	t.at, t.conns = time.Now(), len(t.given.Conns)
 	i.charge.Store(true)
+	i.owned()
 	i.answered.Store(t.welcome.Answered)
 	for _, s := range i.sockets() {
 		if err := handover.Own(s.ln); err != nil {

@@ -23,7 +23,6 @@ import (
 	"github.com/pillion-project/pillion/redirect/capture"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/redirect/handler"
-	"github.com/pillion-project/pillion/redirect/l4"
 	"github.com/pillion-project/pillion/redirect/route"
 	"github.com/pillion-project/pillion/redirect/upstream"
 	"github.com/pillion-project/pillion/telemetry/admin"
@@ -115,12 +114,18 @@ func (i *instance) load() error {
 	if i.pod != nil {
 		o.Own, o.Sandbox = i.pod.Own, i.pod.Sandbox
 	}
+	o.Keep = i.global.survival.keepHandles
 	if i.taking != nil {
+		i.global.survival.clean()
 		var err error
 		i.datapath, err = i.taking.join(o)
 		i.global.survival.keepTag(i.datapath)
 		return err
 	}
+	if i.datapath = i.global.survival.resume(o); i.datapath != nil {
+		return nil
+	}
+	i.global.survival.clean() // the lock is among it
 	swept, err := loader.Sweep(i.global.bpffs, i.cgroups)
 	for _, name := range swept {
 		i.log.Info("removed what a dead instance left", "instance", name)
@@ -152,7 +157,7 @@ func (i *instance) load() error {
 
 // assemble puts the handler and the telemetry around the datapath.
 func (i *instance) assemble() error {
-	if i.taking == nil {
+	if i.taking == nil && !i.datapath.Resumed() {
 		if _, err := i.datapath.Sync(); err != nil {
 			return err
 		}
@@ -177,9 +182,18 @@ func (i *instance) assemble() error {
 	if err != nil {
 		return err
 	}
-	if i.taking != nil {
+	switch {
+	case i.datapath.Resumed():
+		return nil // the rest when the connections go on: see resume
+	case i.taking != nil:
 		return i.tell() // the rest when the other process has left: see takeCharge
 	}
+	return i.assembleRest(rules)
+}
+
+// assembleRest is the part of assemble that the connections of an earlier process need
+// not wait for.
+func (i *instance) assembleRest(rules loader.Rules) error {
 	if err := i.datapath.SetListeners(i.handler.Listeners()); err != nil {
 		return err
 	}
@@ -196,15 +210,8 @@ func (i *instance) assemble() error {
 	if err := i.tell(); err != nil {
 		return err
 	}
+	i.owned()
 	return i.datapath.AttachLookup()
-}
-
-// inherited are listeners of an earlier process.
-func (i *instance) inherited() [2][]int {
-	if i.taking != nil {
-		return i.taking.takeListeners()
-	}
-	return i.global.survival.listeners()
 }
 
 func limits(r *config.Relay) flow.Limits {
@@ -212,19 +219,6 @@ func limits(r *config.Relay) flow.Limits {
 		DialTimeout: r.DialTimeout, DialBudget: r.DialBudget,
 		IdleTimeout: r.IdleTimeout, MaxLifetime: r.MaxLifetime, Attempts: r.Attempts,
 	}
-}
-
-// queues are how the workers hear of handshakes that wait.
-func (i *instance) queues(workers int) ([]l4.Queue, error) {
-	list, err := i.datapath.Joined(), error(nil)
-	if i.taking == nil {
-		list, err = i.datapath.Queues(workers)
-	}
-	all := make([]l4.Queue, 0, len(list))
-	for _, q := range list {
-		all = append(all, q)
-	}
-	return all, err
 }
 
 // unavailable tells the connect hook that a service has no endpoint for a while.
@@ -252,7 +246,7 @@ func (i *instance) tell() error {
 	if i.probes, err = i.listen("probes", i.plan.config.Probes); err != nil {
 		return err
 	}
-	if i.socket = i.taking.socket("admin"); i.socket == nil {
+	if i.socket = i.earlier("admin"); i.socket == nil {
 		if i.socket, err = admin.Listen(i.socketPath()); err != nil {
 			return err
 		}
@@ -273,8 +267,10 @@ func (i *instance) listen(what string, a netip.AddrPort) (net.Listener, error) {
 	if !a.IsValid() {
 		return nil, nil
 	}
-	if ln := i.taking.socketAt(what, a); ln != nil {
-		return ln, nil
+	for _, at := range []func(string, netip.AddrPort) net.Listener{i.taking.socketAt, i.global.survival.socketAt} {
+		if ln := at(what, a); ln != nil {
+			return ln, nil
+		}
 	}
 	lc := net.ListenConfig{}
 	lc.SetMultipathTCP(false)
@@ -438,16 +434,18 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 	// those that tell of its end.
 	relay, beat, helpers := newCircle(live, die), newCircle(live, die), newCircle(live, die)
 	collect, write := newCircle(live, die), newCircle(live, die)
-	helpers.run("control", i.control.run)
-	err := i.takeOver(live)
-	if err == nil {
-		err = i.revive()
-	}
-	if err == nil {
+	carry := func() {
 		relay.run("handler", func(ctx context.Context) error { return i.handler.Run(ctx, force) })
-		err = i.takeCharge(live, beat)
-	} else {
-		i.handler.Close()
+	}
+	err := i.revive(carry)
+	helpers.run("control", i.control.run)
+	if err == nil && !i.reviving() {
+		if err = i.takeOver(live); err == nil {
+			carry()
+			err = i.takeCharge(live, beat)
+		} else {
+			i.handler.Close()
+		}
 	}
 	if err == nil {
 		i.accompany(helpers, collect, write)
@@ -473,6 +471,9 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 	}
 	i.draining.Store(true)
 	i.ready.Store(false)
+	for _, s := range i.sockets() {
+		i.global.survival.dropSocket(s.name)
+	}
 	if i.inCharge() {
 		err = errors.Join(err, i.datapath.Drain())
 	}

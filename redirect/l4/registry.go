@@ -67,6 +67,10 @@ type registryHead struct {
 	listeners [2][registryWorkers]int32 // IPv4 and IPv6; a descriptor + 1
 	used      uint32                    // as in Registry, so that recovery need not look at all
 	tag       uint64
+	charged   uint32
+	_         uint32
+	handles   handles
+	sockets   [socketsMost]handle
 }
 
 // mark is what a worker is doing.
@@ -202,7 +206,7 @@ func (k *downstream) get() flow.Downstream {
 
 // The layout, from the beginning of what OpenRegistry is given.
 const (
-	headSize   = 4096 // a multiple of it
+	headSize   = 3 * 4096 // whole pages
 	marksSize  = registryWorkers * unsafe.Sizeof(mark{})
 	copyAll    = registryWorkers * copySize
 	slotsSize  = (registryMost*unsafe.Sizeof(slot{}) + 4095) &^ 4095
@@ -330,6 +334,13 @@ func (r *Registry) SetTag(tag uint64) { r.head.tag = tag }
 
 // Tag returns what SetTag wrote.
 func (r *Registry) Tag() uint64 { return r.head.tag }
+
+// SetCharged writes down that what the process runs is its own, and no other one's any
+// more; Charged returns whether an earlier process has.
+func (r *Registry) SetCharged() { r.head.charged = 1 }
+
+// Charged is the second part of [Registry.SetCharged].
+func (r *Registry) Charged() bool { return r.head.charged != 0 }
 
 // Listeners returns what SetListeners wrote.
 func (r *Registry) Listeners() (all [2][]int) {
