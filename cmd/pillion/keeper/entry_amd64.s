@@ -69,6 +69,11 @@ environment:
 	CMPQ	R9, 8(AX)
 	JNE	environment
 
+	// It was executed as /proc/self/exe, which would be its name.
+	MOVL	$15, DI				// PR_SET_NAME
+	MOVQ	·memoryName(SB), SI
+	MOVL	$SYS_prctl, AX
+	SYSCALL
 	// What workers leave to their successors: a memfd, of which the keeper sees
 	// one page.
 	MOVQ	·memoryName(SB), DI

@@ -67,6 +67,9 @@ environment:
 	CMP	R2, R3
 	BNE	environment
 
+	MOVD	$15, R0				// PR_SET_NAME
+	MOVD	·memoryName(SB), R1
+	CALL(SYS_prctl)
 	MOVD	·memoryName(SB), R0
 	MOVD	$1, R1				// MFD_CLOEXEC
 	CALL(SYS_memfd_create)

@@ -104,6 +104,10 @@ func TestSignal(t *testing.T) {
 	}
 	for lines := bufio.NewScanner(out); lines.Scan() && lines.Text() != "waits"; {
 	}
+	names, _ := exec.Command("ps", "-o", "comm=", "-p", fmt.Sprint(cmd.Process.Pid), "--ppid", fmt.Sprint(cmd.Process.Pid)).Output()
+	if got := strings.Fields(string(names)); len(got) != 2 || got[0] != "pillion" || got[1] != "pillion" {
+		t.Errorf("keeper and worker are called %q", got)
+	}
 	if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
