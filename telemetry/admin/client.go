@@ -22,6 +22,9 @@ const (
 	answerTimeout = 15 * time.Second
 	// errorMax bounds the text of an error.
 	errorMax = 64 << 10
+	// tries is how often a question is asked whose answer breaks off: the process may
+	// have been killed, and another one may answer (survive: crash).
+	tries = 4
 )
 
 // Client asks an instance. Its methods are safe for concurrent use; each opens a
@@ -94,31 +97,70 @@ func (c *Client) Config(ctx context.Context) (json.RawMessage, error) {
 // is in the result, and no error.
 func (c *Client) Reload(ctx context.Context) (ReloadResult, error) {
 	var r ReloadResult
-	body, err := c.send(ctx, http.MethodPost, "/v1/reload", nil)
-	if err != nil {
-		return r, err
-	}
-	return r, c.decode(body, "/v1/reload", &r)
+	err := insist(func() error {
+		body, err := c.send(ctx, http.MethodPost, "/v1/reload", nil)
+		if err != nil {
+			return err
+		}
+		r = ReloadResult{}
+		return c.decode(body, "/v1/reload", &r)
+	})
+	return r, err
 }
 
 // Metrics asks for the metrics in Prometheus' text format. The caller closes it.
-func (c *Client) Metrics(ctx context.Context) (io.ReadCloser, error) {
-	return c.get(ctx, "/metrics", nil)
+func (c *Client) Metrics(ctx context.Context) (body io.ReadCloser, err error) {
+	err = insist(func() error {
+		body, err = c.get(ctx, "/metrics", nil)
+		return err
+	})
+	return body, err
 }
 
 // ask decodes the answer of path into answer.
 func (c *Client) ask(ctx context.Context, path string, v url.Values, answer any) error {
-	body, err := c.get(ctx, path, v)
-	if err != nil {
+	return insist(func() error {
+		body, err := c.get(ctx, path, v)
+		if err != nil {
+			return err
+		}
+		return c.decode(body, path, answer)
+	})
+}
+
+// insist calls f again when its answer broke off. All that can be asked may be asked
+// twice.
+func insist(f func() error) error {
+	for n := 1; ; n++ {
+		err := f()
+		if _, broke := errors.AsType[brokenOff](err); !broke || n == tries {
+			return err
+		}
+	}
+}
+
+// brokenOff is that an instance was reached, and its answer is not whole.
+type brokenOff struct{ error }
+
+func (e brokenOff) Unwrap() error { return e.error }
+
+// broken makes an error brokenOff if that is what it means. http has errors of its own
+// for it, without a name.
+func broken(err error) error {
+	op, ok := errors.AsType[*net.OpError](err)
+	if slow, is := errors.AsType[net.Error](err); ok && op.Op == "dial" || is && slow.Timeout() || errors.Is(err, context.Canceled) {
 		return err
 	}
-	return c.decode(body, path, answer)
+	return brokenOff{err}
 }
 
 // decode reads an answer and closes it.
 func (c *Client) decode(body io.ReadCloser, path string, answer any) error {
 	defer body.Close()
 	if err := json.NewDecoder(body).Decode(answer); err != nil {
+		if _, read := errors.AsType[*net.OpError](err); read || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			err = broken(err)
+		}
 		return fmt.Errorf("read answer of %s%s: %w", c.path, path, err)
 	}
 	return nil
@@ -145,7 +187,7 @@ func (c *Client) send(ctx context.Context, method, path string, v url.Values) (i
 		if e, ok := errors.AsType[*url.Error](err); ok {
 			err = e.Err
 		}
-		return nil, fmt.Errorf("ask %s: %w", c.path, err)
+		return nil, fmt.Errorf("ask %s: %w", c.path, broken(err))
 	}
 	if resp.StatusCode == http.StatusOK {
 		return resp.Body, nil

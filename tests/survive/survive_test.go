@@ -14,6 +14,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -267,5 +269,54 @@ func TestTakeOver(t *testing.T) {
 		_ = unix.Kill(w, unix.SIGKILL)
 	}
 	s.ready(t)
+	s.finish(t)
+}
+
+// TestClients asks a handler all the time while it is killed: whoever asks waits, and
+// nobody is told that there is none.
+func TestClients(t *testing.T) {
+	const kills = 4
+	probes := netip.MustParseAddrPort("127.0.0.1:15021")
+	s := newStage(t, rig.New(t), fmt.Sprintf("probes: %s\nmetrics: 127.0.0.1:15020", probes), task{Pings: 20})
+	ctx, end := context.WithCancel(context.Background())
+	var asked [2]atomic.Int64
+	var all sync.WaitGroup
+	all.Go(func() {
+		for ; ctx.Err() == nil; asked[0].Add(1) {
+			if _, err := s.Status(context.Background()); err != nil {
+				t.Errorf("status: %v", err)
+			}
+		}
+	})
+	all.Go(func() {
+		for ; ctx.Err() == nil; asked[1].Add(1) {
+			// A connect that is refused, and not an answer that breaks off, which no
+			// client of HTTP takes for the end of a service.
+			err := s.App.Run(func() error {
+				c, err := net.Dial("tcp", probes.String())
+				if err == nil {
+					c.Close()
+				}
+				return err
+			})
+			if err != nil {
+				t.Errorf("probe: %v", err)
+			}
+			time.Sleep(time.Millisecond)
+		}
+	})
+	for range kills {
+		s.ready(t)
+		if err := unix.Kill(s.worker(), unix.SIGKILL); err != nil {
+			t.Error(err)
+		}
+	}
+	s.ready(t)
+	end()
+	all.Wait()
+	if deaths := strings.Count(s.Log(), "the handler was killed"); deaths != kills {
+		t.Errorf("%d deaths, want %d\n%s", deaths, kills, s.Log())
+	}
+	t.Logf("%d questions, %d probes", asked[0].Load(), asked[1].Load())
 	s.finish(t)
 }
