@@ -133,6 +133,7 @@ type Datapath struct {
 	sets setTable // see sets.go
 
 	lost     atomic.Uint32 // families without a route, as in slotRange
+	relays   atomic.Bool   // rules send connections to slots
 	mu       sync.Mutex    // orders changes of the configuration and of slots
 	settings bpf.Settings
 	reserved map[bpf.IPAddr]bool  // addresses of which every one has a reserved slot; nil: not known

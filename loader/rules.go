@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"syscall"
 	"time"
 
@@ -64,6 +65,9 @@ type Rule struct {
 func (d *Datapath) SetRules(r Rules) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if r.relay() {
+		d.relays.Store(true) // before anything is sent there
+	}
 	if err := d.reserveSlots(r.Services); err != nil {
 		return err
 	}
@@ -87,8 +91,21 @@ func (d *Datapath) SetRules(r Rules) error {
 	if err := d.sets.use(r.Services); err != nil {
 		return err
 	}
-	return d.applySettings(r)
+	if err := d.applySettings(r); err != nil {
+		return err
+	}
+	d.relays.Store(r.relay())
+	return nil
 }
+
+// relay tells whether there is a destination on flow.PathRelay.
+func (r *Rules) relay() bool {
+	return r.Default != flow.PathPass ||
+		slices.ContainsFunc(r.Services, func(s Service) bool { return servicePath(s.Path) == bpf.PathRelay })
+}
+
+// Relays tells whether the rules send any connection to a slot.
+func (d *Datapath) Relays() bool { return d.relays.Load() }
 
 // publishAll publishes the sets of services, and returns the entries that point to
 // them.

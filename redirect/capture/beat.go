@@ -46,6 +46,10 @@ type Kernel interface {
 	// Usable tells whether a family's slots can be reached at all. Where they
 	// cannot, the connect hook knows, and no canary flies.
 	Usable(v6 bool) bool
+	// Relays tells whether any connection is sent to slots at all. While none is,
+	// no canary flies either: most of what an idle process costs would be the test
+	// of a way that nobody goes.
+	Relays() bool
 	// Kick asks for routes and links to be looked at: something is wrong.
 	Kick()
 }
@@ -71,6 +75,8 @@ type Beat struct {
 	busy  bool
 	alive bool
 	stuck int // beats since all workers last moved
+	// untested says that no canary flew lately, since nobody went that way.
+	untested bool
 
 	hangs atomic.Bool // a worker does; read by anybody
 
@@ -217,21 +223,27 @@ func (b *Beat) slotsArrive(ctx context.Context) error {
 	for _, c := range b.probes {
 		c.look(v4, v6)
 	}
+	if !b.kernel.Relays() {
+		b.untested = true
+		return nil
+	}
+	proved := b.alive && !b.untested
 	for range b.probes {
 		c := b.probes[b.next%len(b.probes)]
 		b.next++
 		if !b.kernel.Usable(c.slot.Addr().Is6()) {
 			continue
 		}
-		if b.alive && c.seen {
+		if proved && c.seen {
 			break
 		}
 		if err := c.fly(ctx); err != nil {
 			return fmt.Errorf("connect to slot %s: %w", c.slot.Addr(), err)
 		}
-		if b.alive {
+		if proved {
 			break
 		}
 	}
+	b.untested = false
 	return nil
 }

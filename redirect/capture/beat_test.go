@@ -28,6 +28,7 @@ type kernel struct {
 	kicks    int
 	fail     error
 	noIPv6   bool
+	noRelay  bool
 }
 
 type beat struct{ alive, busy bool }
@@ -56,6 +57,8 @@ func (k *kernel) ForgetCanary(source, _ netip.AddrPort) error {
 func (k *kernel) Exempt(int) error { k.exempt++; return nil }
 
 func (k *kernel) Usable(v6 bool) bool { return !v6 || !k.noIPv6 }
+
+func (k *kernel) Relays() bool { return !k.noRelay }
 
 func (k *kernel) SetCanaryListener(_ bool, fd int) error { k.listener = fd; return nil }
 
@@ -238,6 +241,41 @@ func TestOldConnectionsProveNothing(t *testing.T) {
 	once(t, b)
 	if k.exempt == flown {
 		t.Error("no canary of IPv4 flew, for what came in two beats ago")
+	}
+}
+
+// TestNobodyRelays: where no connection goes to slots none is tested, and when one
+// may go there both families are, before a beat says so.
+func TestNobodyRelays(t *testing.T) {
+	k := &kernel{noRelay: true}
+	b := newBeat(t, k, &life{}, loopback4, loopback6)
+	listeners := k.exempt
+	once(t, b)
+	once(t, b)
+	if k.exempt != listeners || len(k.beats) != 2 || !b.Alive() {
+		t.Errorf("%d sockets beside the listeners, beats %v, alive %v", k.exempt-listeners, k.beats, b.Alive())
+	}
+	ln, err := net.Listen("tcp6", "[::1]:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.Close()
+	way := b.probes[1].slot
+	b.probes[1].slot = ln.Addr().(*net.TCPAddr).AddrPort()
+	k.noRelay = false
+	once(t, b)
+	if len(k.beats) != 2 || b.Alive() {
+		t.Errorf("beats %v, alive %v: IPv6 was not tested", k.beats, b.Alive())
+	}
+	b.probes[1].slot = way
+	once(t, b)
+	if len(k.beats) != 3 || !b.Alive() {
+		t.Errorf("beats %v, alive %v", k.beats, b.Alive())
+	}
+	flown := k.exempt
+	once(t, b)
+	if k.exempt != flown+1 {
+		t.Errorf("%d sockets of one canary: both flew where the way is proved", k.exempt-flown)
 	}
 }
 
