@@ -8,17 +8,22 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 
 	"github.com/pillion-project/pillion/bpf"
 )
 
-// The programs of armFloor: what of the connect hook's cost is the kernel's own.
+// The programs that stand for what of Pillion's cost is the kernel's own.
 const (
 	// floorNothing returns: what it costs is the timing itself.
 	floorNothing = "nothing"
 	// floorStorage makes the socket's storage, of the size of Pillion's, and
-	// returns.
+	// returns. The kernel frees it with the socket.
 	floorStorage = "socket storage"
+	// floorEntry keeps as much in a hash by the socket's cookie instead, and
+	// floorDrop, when the application closes the socket, deletes it.
+	floorEntry = "hash entry"
+	floorDrop  = "hash entry, deleted"
 )
 
 // skOffset is that of sk in struct bpf_sock_addr.
@@ -27,28 +32,47 @@ const skOffset = 64
 // storageMap is the map of Pillion's socket storage, by name.
 const storageMap = "decisions"
 
-// attachFloor attaches both programs to connect(2) of IPv4 in a cgroup, until the
-// world ends. Both run on every socket.
-func (w *world) attachFloor(cgroup *os.File) (programs, error) {
+// floorLive is how many sockets may have an entry at once: as many as Pillion's may
+// be relayed.
+const floorLive = 262144
+
+// attachFloor attaches programs, by name, to a cgroup, until the world ends: to
+// connect(2) of IPv4, or to the end of a socket. All run on every socket.
+func (w *world) attachFloor(cgroup *os.File, names ...string) (programs, error) {
 	spec, err := storageSpec()
 	if err != nil {
 		return nil, err
 	}
+	size := spec.ValueSize
 	storage, err := ebpf.NewMap(spec)
 	if err != nil {
 		return nil, fmt.Errorf("make socket storage: %w", err)
 	}
 	defer storage.Close() // the program keeps it
+	entries, err := ebpf.NewMap(&ebpf.MapSpec{Name: "bench_floor", Type: ebpf.Hash, KeySize: 8, ValueSize: size,
+		MaxEntries: floorLive, Flags: unix.BPF_F_NO_PREALLOC})
+	if err != nil {
+		return nil, fmt.Errorf("make a hash: %w", err)
+	}
+	defer entries.Close()
 	all := programs{}
-	for name, code := range map[string]asm.Instructions{floorNothing: proceed(), floorStorage: makeStorage(storage)} {
-		p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "bench_floor", Type: ebpf.CGroupSockAddr,
-			AttachType: ebpf.AttachCGroupInet4Connect, License: "Dual BSD/GPL", Instructions: code})
+	for _, name := range names {
+		kind, at, code := ebpf.CGroupSockAddr, ebpf.AttachCGroupInet4Connect, proceed()
+		switch name {
+		case floorStorage:
+			code = makeStorage(storage)
+		case floorEntry:
+			code = makeEntry(entries, int(size))
+		case floorDrop:
+			kind, at, code = ebpf.CGroupSock, ebpf.AttachCgroupInetSockRelease, dropEntry(entries)
+		}
+		p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "bench_floor", Type: kind, AttachType: at, License: "Dual BSD/GPL", Instructions: code})
 		if err != nil {
 			return nil, fmt.Errorf("load %q: %w", name, err)
 		}
 		all[name] = p
 		w.later(p.Close)
-		l, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup.Name(), Attach: ebpf.AttachCGroupInet4Connect, Program: p})
+		l, err := link.AttachCgroup(link.CgroupOptions{Path: cgroup.Name(), Attach: at, Program: p})
 		if err != nil {
 			return nil, fmt.Errorf("attach %q: %w", name, err)
 		}
@@ -86,4 +110,39 @@ func makeStorage(m *ebpf.Map) asm.Instructions {
 		asm.Mov.Imm(asm.R4, 1),
 		asm.FnSkStorageGet.Call(),
 	}, proceed()...)
+}
+
+// cookieAt is where on the stack the programs have the socket's cookie.
+const cookieAt = -8
+
+// cookie puts the socket's cookie on the stack.
+func cookie() asm.Instructions {
+	return asm.Instructions{asm.FnGetSocketCookie.Call(), asm.StoreMem(asm.RFP, cookieAt, asm.R0, asm.DWord)}
+}
+
+// makeEntry is bpf_map_update_elem(m, &cookie, &value, BPF_ANY) with a value of zeros.
+func makeEntry(m *ebpf.Map, size int) asm.Instructions {
+	code := append(cookie(), asm.Mov.Imm(asm.R1, 0))
+	value := cookieAt - (size+7)&^7
+	for at := value; at < cookieAt; at += 8 {
+		code = append(code, asm.StoreMem(asm.RFP, int16(at), asm.R1, asm.DWord))
+	}
+	code = append(code,
+		asm.LoadMapPtr(asm.R1, m.FD()),
+		asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, cookieAt),
+		asm.Mov.Reg(asm.R3, asm.RFP), asm.Add.Imm(asm.R3, int32(value)),
+		asm.Mov.Imm(asm.R4, 0),
+		asm.FnMapUpdateElem.Call(),
+	)
+	return append(code, proceed()...)
+}
+
+// dropEntry is bpf_map_delete_elem(m, &cookie).
+func dropEntry(m *ebpf.Map) asm.Instructions {
+	code := append(cookie(),
+		asm.LoadMapPtr(asm.R1, m.FD()),
+		asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, cookieAt),
+		asm.FnMapDeleteElem.Call(),
+	)
+	return append(code, proceed()...)
 }

@@ -27,6 +27,10 @@ const (
 	armDirectMany = "direct, 10,000 services"
 	// armFloor is nothing but what the kernel itself takes in a connect hook.
 	armFloor = "no Pillion"
+	// What a connection costs with a state of the size of Pillion's, kept with the
+	// socket or beside it, and nothing else.
+	armStorage = "only socket storage"
+	armEntry   = "only a hash entry"
 )
 
 const (
@@ -141,17 +145,27 @@ func (w *pathWorld) furnish(ctx context.Context) error {
 	return w.peers(4, works)
 }
 
-// floor adds the arm armFloor, in a network namespace without Pillion.
+// floor adds the arms that show the kernel's own part, in a network namespace without
+// Pillion.
 func (w *pathWorld) floor(ns *os.File) error {
-	scope, err := w.cgroup("floor")
-	if err != nil {
-		return err
+	for _, a := range []struct {
+		name, cgroup, work string
+		programs           []string
+	}{
+		{armFloor, "floor", workHook, []string{floorNothing, floorStorage, floorEntry, floorDrop}},
+		{armStorage, "storage", workConnection, []string{floorStorage}},
+		{armEntry, "entry", workConnection, []string{floorEntry, floorDrop}},
+	} {
+		scope, err := w.cgroup(a.cgroup)
+		if err != nil {
+			return err
+		}
+		programs, err := w.attachFloor(scope, a.programs...)
+		if err != nil {
+			return err
+		}
+		w.arms = append(w.arms, &arm{name: a.name, addrs: endpoints, cgroup: scope, netns: ns, programs: programs, only: []string{a.work}})
 	}
-	programs, err := w.attachFloor(scope)
-	if err != nil {
-		return err
-	}
-	w.arms = append(w.arms, &arm{name: armFloor, addrs: endpoints, cgroup: scope, netns: ns, programs: programs, only: []string{workHook}})
 	return nil
 }
 

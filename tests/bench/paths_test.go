@@ -81,7 +81,7 @@ func TestFloor(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	all, err := w.attachFloor(dir)
+	all, err := w.attachFloor(dir, floorNothing, floorStorage, floorEntry, floorDrop)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +100,7 @@ func TestFloor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{floorNothing, floorStorage} {
+	for _, name := range []string{floorNothing, floorStorage, floorEntry, floorDrop} {
 		if got := now[name]; got.runs != 1 || got.time <= 0 {
 			t.Errorf("%s: %+v, want one run", name, got)
 		}
