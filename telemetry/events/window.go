@@ -12,7 +12,7 @@ import (
 )
 
 // windowSize is how much of a ring is mapped at once, if no record is longer.
-const windowSize = 64 << 10
+const windowSize = 256 << 10
 
 // window reads a ring buffer map through a part of it that is mapped, and that moves
 // on with what is read. All that is mapped is resident, and the library's reader maps
