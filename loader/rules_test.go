@@ -153,3 +153,41 @@ func TestDraining(t *testing.T) {
 		t.Error("who took over drains as the one before it did")
 	}
 }
+
+// TestRelays: whether anything goes to slots follows the rules that are in force.
+func TestRelays(t *testing.T) {
+	p := newPlace(t)
+	d := p.create(t, "one")
+	defer p.unload(t, d)
+	if d.Relays() {
+		t.Error("there are no rules, and it relays")
+	}
+	service := func(path flow.Path) []Service {
+		return []Service{{Addr: netip.MustParseAddrPort("10.0.0.1:80"), Path: path}}
+	}
+	pass := plain
+	pass.Default = flow.PathPass
+	for _, step := range []struct {
+		path    flow.Path
+		by      Rules
+		service bool
+		want    bool
+	}{
+		{by: pass},
+		{by: pass, path: flow.PathDirect, service: true},
+		{by: pass, path: flow.PathRelay, service: true, want: true},
+		{by: pass, path: flow.PathPass, service: true},
+		{by: pass, path: flow.PathNone, service: true, want: true},
+		{by: pass},
+		{by: plain, path: flow.PathDirect, service: true, want: true},
+	} {
+		r := step.by
+		if step.service {
+			r.Services = service(step.path)
+		}
+		setRules(t, d, r)
+		if got := d.Relays(); got != step.want {
+			t.Errorf("default %s, service %v on %s: relays %v, want %v", r.Default, step.service, step.path, got, step.want)
+		}
+	}
+}

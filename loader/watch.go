@@ -9,6 +9,7 @@ import (
 
 	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/pace"
 	"golang.org/x/sys/unix"
 )
 
@@ -20,7 +21,7 @@ const (
 	lookEvery = time.Second
 	// scopeEvery is how often the scope's cgroup is: whoever starts in one that was
 	// made again is not captured until then.
-	scopeEvery = 250 * time.Millisecond
+	scopeEvery = 200 * time.Millisecond
 	// syncEvery is how often addresses and routes are read without news.
 	syncEvery = 30 * time.Second
 )
@@ -107,7 +108,8 @@ func (d *Datapath) Watch(ctx context.Context) error {
 	done := make(chan struct{})
 	go d.listen(ctx, news, done)
 	defer func() { <-done }()
-	look, sync, scope := time.NewTicker(lookEvery), time.NewTicker(syncEvery), time.NewTicker(scopeEvery)
+	look, scope := time.NewTimer(pace.Next(lookEvery)), time.NewTimer(pace.Next(scopeEvery))
+	sync := time.NewTicker(syncEvery)
 	defer look.Stop()
 	defer scope.Stop()
 	defer sync.Stop()
@@ -116,9 +118,11 @@ func (d *Datapath) Watch(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-look.C:
+			look.Reset(pace.Next(lookEvery))
 			d.mendLinks()
 			continue
 		case <-scope.C:
+			scope.Reset(pace.Next(scopeEvery))
 			if d.renewed() {
 				d.mendLinks()
 			}

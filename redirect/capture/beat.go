@@ -9,6 +9,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/pillion-project/pillion/redirect/pace"
 )
 
 const (
@@ -114,7 +116,7 @@ func (b *Beat) Close() {
 // Run beats until ctx is done; then it publishes that nobody is there.
 func (b *Beat) Run(ctx context.Context) error {
 	defer b.Close()
-	tick := time.NewTicker(every)
+	tick := time.NewTimer(pace.Next(every))
 	defer tick.Stop()
 	for {
 		if err := b.inTurn(func() error { return b.Once(ctx) }); err != nil && ctx.Err() == nil {
@@ -127,6 +129,7 @@ func (b *Beat) Run(ctx context.Context) error {
 			}
 			return nil
 		case <-tick.C:
+			tick.Reset(pace.Next(every))
 		}
 	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/pace"
 )
 
 const (
@@ -242,10 +243,10 @@ func (c *Collector) Losses() Losses {
 
 func (c *Collector) wait(ctx context.Context) {
 	if c.ring == nil {
-		pause(ctx, interval)
+		pause(ctx, pace.Next(interval))
 		return
 	}
-	c.ring.wait(ctx, interval)
+	c.ring.wait(ctx, pace.Next(interval))
 }
 
 // poll takes what both sides have. Once closed, it does nothing.
