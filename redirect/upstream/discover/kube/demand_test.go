@@ -138,7 +138,12 @@ func TestDemand(t *testing.T) {
 		t.Errorf("got %+v, %+v", web, db)
 	}
 	listen(t, web.Source).waitFor("10.0.0.1:9090")
-	if n := k.count(func(r *http.Request) bool { return isWatch(r) && strings.Contains(r.URL.Path, "/default/") }); n != 2 {
+	watches := func() int {
+		return k.count(func(r *http.Request) bool { return isWatch(r) && strings.Contains(r.URL.Path, "/default/") })
+	}
+	// One of its Service, one of its slices; either may begin last.
+	eventually(t, "the watches of a service", func() bool { return watches() >= 2 })
+	if n := watches(); n != 2 {
 		t.Errorf("%d watches for one service", n)
 	}
 	if s := d.Stats(); s.Found != 2 || s.Services != 2 || s.Lookups != 2 {
