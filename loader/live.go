@@ -68,6 +68,13 @@ func (d *Datapath) Live(source, slot netip.AddrPort) (flow.Downstream, bool) {
 	}, true
 }
 
+// Open tells whether such a connection is open at the application's end. It costs as
+// little as [Datapath.Live].
+func (d *Datapath) Open(source, slot netip.AddrPort) bool {
+	_, ok := lookupLive(d.liveFD, liveKey(source, slot))
+	return ok
+}
+
 func lookupLive(fd int, key bpf.LiveKey) (l bpf.Live, ok bool) {
 	attr := mapAttr{mapFD: uint32(fd), key: unsafe.Pointer(&key), value: unsafe.Pointer(&l)}
 	_, _, e := syscall.RawSyscall(unix.SYS_BPF, unix.BPF_MAP_LOOKUP_ELEM, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))

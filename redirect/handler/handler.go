@@ -96,6 +96,7 @@ func New(o Options) (*Handler, error) {
 		Answered:    o.Answered,
 		Unavailable: h.dialed,
 		Undecided:   undecided,
+		Present:     h.resolver.Present,
 		Registry:    o.Registry,
 		AcceptLater: o.AcceptLater,
 	}, h)

@@ -52,6 +52,9 @@ func (k *kernel) Live(source, _ netip.AddrPort) (flow.Downstream, bool) {
 	}, k.orig.IsValid()
 }
 
+// Open implements origdst.Live.
+func (k *kernel) Open(_, _ netip.AddrPort) bool { return true }
+
 // rig is a running handler.
 type rig struct {
 	t       testing.TB

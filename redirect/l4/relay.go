@@ -74,6 +74,11 @@ type Options struct {
 	// second. It gives the target the cluster and the terms that were found. Every
 	// worker calls it, so it must not block.
 	Undecided func(t *Target) bool
+	// Present, if set, tells whether the application's socket of an accepted
+	// connection is known to be there, by the addresses of the accepted one. It is
+	// asked now and then about silent ones; false has the kernel look. Every worker
+	// calls it, so it must not block.
+	Present func(local, remote netip.AddrPort) bool
 	// Registry, if set, is where the relay writes down what another process needs
 	// to go on after a kill.
 	Registry *Registry

@@ -40,7 +40,7 @@ func (w *worker) interval() time.Duration {
 		return 0
 	case len(w.held) > 0:
 		return idleSweep
-	case w.expiring > 0:
+	case w.expiring > 0, w.stopping:
 		return idleSweep
 	default:
 		return keepSweep
@@ -76,10 +76,15 @@ func (w *worker) sweep() {
 	if w.paused && !w.full() {
 		w.resume()
 	}
+	ask := w.askNow()
 	// From the end: end moves the last conn into the place of the ended one.
 	for i := len(w.conns) - 1; i >= 0; i-- {
 		if i < len(w.conns) {
-			w.expire(w.conns[i])
+			c := w.conns[i]
+			if ask {
+				w.ask(c)
+			}
+			w.expire(c)
 		}
 	}
 }

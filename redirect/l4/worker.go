@@ -61,6 +61,7 @@ type worker struct {
 	accepts  int
 	accepted uint64
 	swept    int64
+	asked    int64 // when ask was last called
 
 	// Connections of which it is not known yet where they go; see undecided.go.
 	waiters []*conn

@@ -17,6 +17,9 @@ type Live interface {
 	// with the original port. It returns false when there is nothing. It is
 	// called on the handler's threads and must not block.
 	Live(source, slot netip.AddrPort) (flow.Downstream, bool)
+	// Open tells whether the application's socket of such a connection is open. It
+	// may be called and must not block as Live.
+	Open(source, slot netip.AddrPort) bool
 }
 
 // Resolver resolves accepted connections.
@@ -34,3 +37,7 @@ func (r *Resolver) Resolve(local, remote netip.AddrPort) (flow.Downstream, error
 	}
 	return d, nil
 }
+
+// Present tells whether the application's socket of the connection that was accepted
+// with this local and remote address is open.
+func (r *Resolver) Present(local, remote netip.AddrPort) bool { return r.live.Open(remote, local) }

@@ -22,6 +22,11 @@ func (l live) Live(source, slot netip.AddrPort) (flow.Downstream, bool) {
 	return d, ok
 }
 
+func (l live) Open(source, slot netip.AddrPort) bool {
+	_, ok := l[key{source, slot}]
+	return ok
+}
+
 func TestResolve(t *testing.T) {
 	app, slot := netip.MustParseAddrPort("192.0.2.1:40000"), netip.MustParseAddrPort("240.0.0.1:80")
 	app6, slot6 := netip.MustParseAddrPort("[2001:db8::1]:40000"), netip.MustParseAddrPort("[fd70:696c:6c69::1]:80")
@@ -39,6 +44,9 @@ func TestResolve(t *testing.T) {
 		if diff := cmp.Diff(c.want, got, cmpopts.EquateComparable(netip.AddrPort{}, netip.Addr{})); diff != "" {
 			t.Errorf("resolve %s from %s (-want +got):\n%s", c.local, c.remote, diff)
 		}
+	}
+	if !r.Present(slot, app) || r.Present(app, slot) {
+		t.Error("who is there is confused with who is not")
 	}
 	for _, c := range [][2]netip.AddrPort{
 		{app, slot}, // the wrong way round

@@ -66,10 +66,10 @@ const firstPort, portCount = 12000, 20000
 // order is what an application is told.
 type order struct {
 	ID int
-	// Do is stream, quiet, try, open, ask or close.
+	// Do is stream, quiet, try, open, ask, close or reset.
 	Do string
 	To []netip.AddrPort // taken in turn
-	// Key names the connections of open, ask and close, and what is streamed.
+	// Key names the connections of open, ask, close and reset, and what is streamed.
 	Key      string
 	Count    int
 	Every    time.Duration // of a stream
@@ -224,9 +224,12 @@ func (a *application) obey(o *order) {
 			asked.Go(func() { seen[n] = k.ask(o.Patience) })
 		}
 		asked.Wait()
-	case "close":
+	case "close", "reset":
 		a.keepMu.Lock()
 		for _, k := range a.kept[o.Key] {
+			if o.Do == "reset" {
+				_ = unix.SetsockoptLinger(k.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+			}
 			unix.Close(k.fd)
 		}
 		delete(a.kept, o.Key)

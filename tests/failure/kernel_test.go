@@ -66,8 +66,10 @@ func (s *stage) command(t *testing.T, name string, args ...string) {
 }
 
 // unroute takes the slots' routes away.
-func unroute(t *testing.T, s *stage) {
-	st := s.status(t)
+func unroute(t *testing.T, s *stage) { s.unroute(t, s.status(t)) }
+
+func (s *stage) unroute(t *testing.T, st admin.Status) {
+	t.Helper()
 	s.command(t, "ip", "route", "del", "table", "local", st.Slots4)
 	s.command(t, "ip", "-6", "route", "del", "table", "local", st.Slots6)
 }

@@ -1,8 +1,6 @@
 package failure
 
 import (
-	"errors"
-	"os/exec"
 	"slices"
 	"sync"
 	"testing"
@@ -106,18 +104,7 @@ func (f *fault) test(t *testing.T, setting string, r *results) {
 		s.do(t, order{Do: "close", Key: kind})
 	}
 	if f.lingers {
-		s.cut(t)
-	}
-}
-
-// cut ends the instance, which may have to end connections (exit code 75).
-func (s *stage) cut(t *testing.T) {
-	t.Helper()
-	s.app.end(t)
-	s.Conserved(t)
-	err := s.Stop(t)
-	if exit, ok := errors.AsType[*exec.ExitError](err); err != nil && (!ok || exit.ExitCode() != 75) {
-		t.Errorf("pillion run: %v", err)
+		testutil.Eventually(t, rig.Limit, func() bool { return s.status(t).Live == 0 }, "the handler has nothing open")
 	}
 }
 

@@ -6,7 +6,7 @@ const notes = `- *Handler killed*: connections that the handler carried are rese
 - *Handler stopped*: connections that begin before it is noticed are with a handler that does nothing, and wait for it, or for
   the application's own patience.
 - *Slot route deleted*: what an application says in that moment (some 20 ms) takes another way. What TCP repeats arrives later; of a
-  reset, which it does not repeat, the handler hears when it next sends something there.
+  reset, which it does not repeat, the handler hears when it next sends something there, or asks, within some ten seconds.
 - *Slots full*: only addresses that had none yet need a slot; services have theirs reserved.
 - *Events ring full*, *disk full*: records are lost, counted in ` + "`pillion_records_lost_total`" + `, and status says so. No connection is.
 - *Pins deleted*, *bpffs unmounted*: what is attached stays attached as long as the process lives. After it was pinned again the

@@ -22,8 +22,8 @@ type fault struct {
 	brief bool
 	// escapes means that nobody may be there to capture, for a moment.
 	escapes bool
-	// lingers means that the handler may not hear of an end, and have a connection
-	// open that nobody has.
+	// lingers means that the handler may not hear of an end at once, and has to find
+	// out.
 	lingers bool
 	// news is what becomes of new connections otherwise than falls says, by kind;
 	// empty: by on_failure.
