@@ -84,14 +84,21 @@ func (i *instance) listenForTakers() error {
 }
 
 // giveAway serves takers, one after the other, until ctx is done or one has the
-// instance: then it returns errHandedOver.
+// instance: then it returns errHandedOver. Where somebody has removed their socket it
+// makes that again, but not while it talks to one, who has the old one.
 func (i *instance) giveAway(ctx context.Context) error {
-	stop := context.AfterFunc(ctx, func() { i.takers.Close() })
+	stop := context.AfterFunc(ctx, func() { i.takersSocket().Close() })
 	defer stop()
 	for {
-		conn, err := handover.Accept(i.takers)
-		if errors.Is(err, net.ErrClosed) {
+		conn, err := acceptWithin(i.takersSocket(), socketEvery)
+		if errors.Is(err, net.ErrClosed) || ctx.Err() != nil {
 			return nil
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			if err := i.renewTakers(ctx); err != nil {
+				return nil // it ends
+			}
+			continue
 		}
 		if err != nil {
 			i.log.Error("somebody came to take over, and was sent away", "error", err)
@@ -266,7 +273,7 @@ type namedSocket struct {
 }
 
 func (i *instance) sockets() []namedSocket {
-	return []namedSocket{{"admin", i.adminSocket()}, {"takers", i.takers}, {"metrics", i.public}, {"probes", i.probes}}
+	return []namedSocket{{"admin", i.adminSocket()}, {"takers", i.takersSocket()}, {"metrics", i.public}, {"probes", i.probes}}
 }
 
 // standstill is an instance of which nothing moves.

@@ -68,7 +68,7 @@ type instance struct {
 	byAddr    atomic.Pointer[map[netip.AddrPort]string] // the names of services
 	table     *route.Table                              // the first: the handler has the later ones
 	lastRules loader.Rules                              // what the kernel side goes by; control's own
-	socketMu  sync.Mutex                                // guards socket, which serveAdmin makes again
+	socketMu  sync.Mutex                                // guards the next two, which may be made again
 	socket    net.Listener                              // the admin's
 	takers    net.Listener                              // nil: nobody can take over
 	public    net.Listener                              // of the metrics; nil: none

@@ -187,6 +187,33 @@ func answersAgain(t *testing.T, s *stage) {
 	t.Logf("status answers again after %v", time.Since(start).Round(time.Millisecond))
 }
 
+// removeTakers removes the socket that a process comes to which is to take over. With
+// on_failure: closed somebody else has made one there, too, that nobody listens on.
+func removeTakers(t *testing.T, s *stage) {
+	path := filepath.Join(s.Runtime, s.Name+".takeover")
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if s.setting == onOpen {
+		return
+	}
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// takersCome has another process take over, when there is a way.
+func takersCome(t *testing.T, s *stage) {
+	const said = "made the socket for takers again"
+	testutil.Eventually(t, rig.Limit, func() bool { return strings.Contains(s.Log(), said) }, "it says: ", said)
+	s.Replace(t, rig.Binary(t))
+}
+
 // sameName starts another run of the same name: it is refused.
 func sameName(t *testing.T, s *stage) {
 	_, err := s.Pillion(t, "run", "--name", s.Name, "--cgroup", s.Scope.Path)

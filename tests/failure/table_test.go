@@ -164,6 +164,10 @@ func table() []fault {
 			breaks: removeSocket, after: answersAgain,
 		},
 		{
+			name: "socket for takers removed", how: "rm", mended: "Pillion makes it again, within a second",
+			breaks: removeTakers, after: takersCome,
+		},
+		{
 			name: "second instance, same name", how: "pillion run once more", mended: "nothing to mend: it is refused",
 			breaks: sameName,
 		},

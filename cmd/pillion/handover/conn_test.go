@@ -195,3 +195,32 @@ func TestListener(t *testing.T) {
 		t.Errorf("the file is left: %v", err)
 	}
 }
+
+// A socket whose file was removed, or is another one's by now, is not found.
+func TestBound(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "socket")
+	one, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer one.Close()
+	if !Bound(one, path) {
+		t.Error("it is taken for gone")
+	}
+	Disown(one)
+	other, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Without CAP_NET_ADMIN the kernel does not say whose it is.
+	if _, known := boundTo(one); known && Bound(one, path) {
+		t.Error("another one's file is taken for its own")
+	}
+	if !Bound(other, path) {
+		t.Error("the other one is taken for gone")
+	}
+	other.Close()
+	if Bound(one, path) || Bound(other, path) {
+		t.Error("what is gone is taken for there")
+	}
+}
