@@ -6,8 +6,10 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
 )
 
@@ -128,4 +130,42 @@ func TestCgroupRemoved(t *testing.T) {
 	}
 	p.unload(t, d)
 	p.clean(t)
+}
+
+// TestCgroupBorn: that the scope's cgroup was made again is heard at once, and not
+// taken from what happens beside it.
+func TestCgroupBorn(t *testing.T) {
+	p := newPlace(t)
+	o, err := p.options("one")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := openBirth(&o.Scope)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.close()
+	heard := func() bool {
+		ready := []unix.PollFd{b.poll()}
+		n, err := unix.Poll(ready, 0)
+		return err == nil && n > 0 && b.born()
+	}
+	p.scope.Child(t, "below")
+	beside := testutil.NewCgroup(t)
+	if heard() {
+		t.Errorf("%s is taken for the scope", beside.Path)
+	}
+	testutil.Eventually(t, time.Minute, func() bool { return os.Remove(filepath.Join(p.scope.Path, "below")) == nil }, "the one below is gone")
+	p.scope.Renew(t)
+	b.arm() // which must not hide what happened before
+	if !heard() {
+		t.Error("nothing is heard of it")
+	}
+	if heard() {
+		t.Error("it is heard of twice")
+	}
+	hidden := Scope{Path: "/pods/pod", Level: 2, hidden: os.Stdin}
+	if b, err := openBirth(&hidden); b != nil || err != nil {
+		t.Errorf("where nothing can be heard: %v, %v", b, err)
+	}
 }

@@ -19,8 +19,8 @@ const (
 	// lookEvery is how often links and pins are looked at: somebody may have
 	// removed one, which gives no news.
 	lookEvery = time.Second
-	// scopeEvery is how often the scope's cgroup is: whoever starts in one that was
-	// made again is not captured until then.
+	// scopeEvery is how often the scope's cgroup is, where its birth gave no news:
+	// whoever starts in one that was made again is not captured until then.
 	scopeEvery = 200 * time.Millisecond
 	// syncEvery is how often addresses and routes are read without news.
 	syncEvery = 30 * time.Second
@@ -94,19 +94,19 @@ func prefixKey(p netip.Prefix) bpf.PrefixKey {
 }
 
 // Kick makes [Datapath.Watch] look at once: something seems to be wrong.
-func (d *Datapath) Kick() {
-	select {
-	case d.kick <- struct{}{}:
-	default: // it is about to look
-	}
-}
+func (d *Datapath) Kick() { signal(d.kick) }
 
 // Watch keeps the kernel side in step with the namespace until ctx is done, and
 // mends what others break: routes, links, pins. Everything it mends is logged.
 func (d *Datapath) Watch(ctx context.Context) error {
-	news := make(chan struct{}, 1)
+	news, born := make(chan struct{}, 1), make(chan struct{}, 1)
 	done := make(chan struct{})
-	go d.listen(ctx, news, done)
+	scopeBirth, err := openBirth(&d.options.Scope)
+	if err != nil {
+		d.options.Log.Warn("hears late of a cgroup that is made again", "error", err)
+	}
+	defer scopeBirth.close()
+	go d.listen(ctx, scopeBirth, news, born, done)
 	defer func() { <-done }()
 	look, scope := time.NewTimer(pace.Next(lookEvery)), time.NewTimer(pace.Next(scopeEvery))
 	sync := time.NewTicker(syncEvery)
@@ -123,6 +123,12 @@ func (d *Datapath) Watch(ctx context.Context) error {
 			continue
 		case <-scope.C:
 			scope.Reset(pace.Next(scopeEvery))
+			scopeBirth.arm()
+			if d.renewed() {
+				d.mendLinks()
+			}
+			continue
+		case <-born:
 			if d.renewed() {
 				d.mendLinks()
 			}
@@ -178,8 +184,9 @@ func (d *Datapath) Detached() bool { return d.detached.Load() }
 // ends with this process.
 func (d *Datapath) Unpinned() bool { return d.unpinned.Load() }
 
-// listen turns the kernel's news into a signal. It ends with ctx.
-func (d *Datapath) listen(ctx context.Context, news chan<- struct{}, done chan<- struct{}) {
+// listen turns the kernel's news into signals: born is of the scope's cgroup, news of
+// all else. It ends with ctx.
+func (d *Datapath) listen(ctx context.Context, scope *birth, news, born chan<- struct{}, done chan<- struct{}) {
 	defer close(done)
 	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 	if err != nil {
@@ -192,10 +199,16 @@ func (d *Datapath) listen(ctx context.Context, news chan<- struct{}, done chan<-
 		// The counter cannot be full.
 		_, _ = unix.Write(wake, []byte{7: 1})
 	})
-	for d.hear(ctx, wake) {
-		select {
-		case news <- struct{}{}:
-		default:
+	for {
+		ready := []unix.PollFd{{Fd: int32(d.network.events.GetFd()), Events: unix.POLLIN}, {Fd: int32(wake), Events: unix.POLLIN}, scope.poll()}
+		if !d.hear(ctx, ready) {
+			break
+		}
+		if ready[2].Revents != 0 && scope.born() {
+			signal(born)
+		}
+		if ready[0].Revents != 0 {
+			signal(news)
 		}
 	}
 	if !stop() {
@@ -204,9 +217,16 @@ func (d *Datapath) listen(ctx context.Context, news chan<- struct{}, done chan<-
 	unix.Close(wake)
 }
 
+// signal wakes who waits, or who is about to.
+func signal(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
 // hear waits for news. It returns false when ctx is done.
-func (d *Datapath) hear(ctx context.Context, wake int) bool {
-	ready := []unix.PollFd{{Fd: int32(d.network.events.GetFd()), Events: unix.POLLIN}, {Fd: int32(wake), Events: unix.POLLIN}}
+func (d *Datapath) hear(ctx context.Context, ready []unix.PollFd) bool {
 	if _, err := unix.Poll(ready, -1); err != nil && !errors.Is(err, unix.EINTR) {
 		d.options.Log.Error("cannot hear of route changes", "error", fmt.Errorf("poll: %w", err))
 		return false

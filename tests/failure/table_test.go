@@ -130,7 +130,7 @@ func table() []fault {
 			brief: true, escapes: true, breaks: detachConnect,
 		},
 		{
-			name: "cgroup removed and made again", how: "the application moves elsewhere, rmdir, mkdir; another one starts in the new one", mended: "Pillion attaches to the new one, within half a second",
+			name: "cgroup removed and made again", how: "the application moves elsewhere, rmdir, mkdir; another one starts in the new one", mended: "Pillion attaches to the new one at the news of it",
 			brief: true, escapes: true, breaks: renewScope,
 		},
 		{

@@ -33,6 +33,7 @@ func TestLife(t *testing.T) {
 		{"Refused", testRefused},
 		{"Killed", testKilled},
 		{"KilledClosed", testKilledClosed},
+		{"KilledRenewed", testKilledRenewed},
 		{"Stuck", testStuck},
 		{"Drained", testDrained},
 		{"Cut", testCut},
@@ -187,6 +188,36 @@ func testKilledClosed(t *testing.T, m *machine, a *app) {
 		}
 	}
 	m.release(t, before)
+	a.goes(t, relayed, server(1), server(2))
+	m.conserved(t, "shop")
+}
+
+// testKilledRenewed: the service is started again, in another cgroup, while nobody is
+// there: the slice stays, and with it what is attached.
+func testKilledRenewed(t *testing.T, m *machine, a *app) {
+	m.override(t, "RestartSec=1h")
+	m.configure(t, "on_failure: closed\n"+shop)
+	m.must(t, "systemctl", "reload", unit)
+	m.must(t, "systemctl", "kill", "--kill-who=main", "--signal=KILL", unit)
+	testutil.Eventually(t, rig.Limit, func() bool { return m.show(t, unit, "SubState") == "auto-restart" }, "systemd waits with the next one")
+	const dir = "/sys/fs/cgroup/pillion.slice/pillion-shop.slice/shop.service"
+	before := m.inode(t, dir)
+	// It asks for Pillion, which would be started at once.
+	m.must(t, "systemctl", "restart", "--job-mode=ignore-dependencies", "shop.service")
+	a = m.app(t, "shop.service")
+	if m.inode(t, dir) == before {
+		t.Fatal("the service has its old cgroup: the test proves nothing")
+	}
+	for to, want := range map[netip.AddrPort]string{relayed: "ECONNREFUSED", unnamed: "ECONNREFUSED", direct: "198.51.100."} {
+		if got := a.dial(t, to); !strings.HasPrefix(got, want) {
+			t.Errorf("a new connection to %s: %s, want %s", to, got, want)
+		}
+	}
+	if got := m.show(t, unit, "SubState"); got != "auto-restart" {
+		t.Fatalf("the unit is %s: the test proves nothing", got)
+	}
+	m.must(t, "systemctl", "restart", unit)
+	m.serves(t, "shop")
 	a.goes(t, relayed, server(1), server(2))
 	m.conserved(t, "shop")
 }
