@@ -5,7 +5,6 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,20 +13,19 @@ import (
 // CAP_NET_ADMIN.
 const siocUnixFile = 0x89e0
 
-// Bound tells whether who connects to path comes to ln: somebody may have removed the
-// file, and made another one. Where the kernel does not say what ln is bound to, it
-// tells whether there is a file at all.
+// Bound tells whether who connects to path may still come to ln. They do not when
+// there is no file, nor when that of ln was removed and there is another one. Who has
+// only moved it aside, and put something else in its place, knows what that is for.
+// Where the kernel does not say what ln is bound to, any file is taken for its own.
 func Bound(ln net.Listener, path string) bool {
-	now, err := os.Lstat(path)
-	if err != nil {
-		return !errors.Is(err, fs.ErrNotExist) // else nothing can be said
+	if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+		return false
 	}
-	there, ok := now.Sys().(*syscall.Stat_t)
-	own, known := boundTo(ln)
-	return !ok || !known || there.Dev == own.Dev && there.Ino == own.Ino && own.Nlink > 0
+	file, known := fileOf(ln)
+	return !known || file.Nlink > 0
 }
 
-func boundTo(ln net.Listener) (st unix.Stat_t, known bool) {
+func fileOf(ln net.Listener) (st unix.Stat_t, known bool) {
 	err := FD(ln, func(fd int) {
 		file, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), siocUnixFile, 0)
 		if e != 0 {
