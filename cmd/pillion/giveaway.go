@@ -58,6 +58,7 @@ type handed struct {
 	Halves      []events.Half
 	Services    []handover.Service
 	Removals    []handedRemoval
+	Totals      handedTotals
 }
 
 // handedRemoval is an endpoint whose connections are to be ended, after so long.
@@ -381,6 +382,7 @@ func (i *instance) giveState(conn *handover.Conn, s *standstill) (connections in
 			Service: r.service, Addr: r.addr, Endpoint: r.endpoint, After: time.Until(r.at),
 		})
 	}
+	state.Totals = i.totals()
 	var b bytes.Buffer
 	if err := gob.NewEncoder(&b).Encode(state); err != nil {
 		return 0, fmt.Errorf("encode what is handed over: %w", err)

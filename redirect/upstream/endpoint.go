@@ -78,6 +78,13 @@ func (e *Endpoint) Begin() {
 	e.ejector.Dialing(&e.group.Config)
 }
 
+// Resume adds what another process counted, which had the endpoint before.
+func (e *Endpoint) Resume(connects, failures, ejections uint64) {
+	e.connects.Add(connects)
+	e.failures.Add(failures)
+	e.ejector.Resume(ejections)
+}
+
 // Carry says that a connection is open that another process dialed. It counts as
 // one that Begin was called for, and is no dial.
 func (e *Endpoint) Carry() { e.live.Add(1) }

@@ -27,7 +27,7 @@ Written by ` + "`go test ./telemetry/metrics -update`" + `; change the descripti
 
 They are served at ` + "`metrics:`" + ` of the configuration, and on the admin socket at ` + "`/metrics`" + `, beside the usual ` + "`go_*`" + ` and
 ` + "`process_*`" + ` of Pillion's own process. Counters of the kernel side count from the creation of the instance, and so survive
-a restart of the process; all others count from the start of the process.
+a restart of the process; all others count from the start of the process, or of the first one of those that took over from each other.
 
 | metric | type | labels | meaning |
 |---|---|---|---|

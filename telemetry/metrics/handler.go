@@ -33,7 +33,7 @@ func (m *Metrics) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	out := bufio.NewWriterSize(to, 16<<10)
 	defer out.Flush()
-	for _, f := range families {
+	for _, f := range m.addBase(families) {
 		if _, err := expfmt.MetricFamilyToText(out, f); err != nil {
 			return
 		}

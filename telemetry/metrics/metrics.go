@@ -14,11 +14,13 @@ type Metrics struct {
 	registry  *prometheus.Registry
 	flows     *flows
 	endpoints Endpoints // nil: there are none
+	sources   Sources
+	base      []Total // of the process before; see Resume
 }
 
 // New returns metrics that read from s.
 func New(s Sources) *Metrics {
-	m := &Metrics{registry: prometheus.NewRegistry(), flows: newFlows(), endpoints: s.Endpoints}
+	m := &Metrics{registry: prometheus.NewRegistry(), flows: newFlows(), endpoints: s.Endpoints, sources: s}
 	m.registry.MustRegister(m.flows,
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),

@@ -45,6 +45,9 @@ func (e *Ejector) Down() bool { return e.down.Load() }
 // prolong an ejection and do not count.
 func (e *Ejector) Ejections() uint64 { return e.ejections.Load() }
 
+// Resume adds ejections that another process counted. They are over.
+func (e *Ejector) Resume(ejections uint64) { e.ejections.Add(ejections) }
+
 // Dialing says that a dial begins. If the endpoint is on trial, this dial is
 // the trial: the next, longer wait begins now and not when the dial fails, so
 // that a dial that hangs does not draw others after it.
