@@ -68,21 +68,27 @@ func (t *endpointTable) at(i uint32) *endpoint {
 	return (*endpoint)(unsafe.Pointer(&t.chunks[i/chunkEndpoints][int(i%chunkEndpoints)*endpointSize]))
 }
 
-// alloc gives an index out. Its state is all zero.
-func (t *endpointTable) alloc() (uint32, error) {
-	if n := len(t.free); n > 0 {
-		i := t.free[n-1]
-		t.free = t.free[:n-1]
-		return i, nil
+// alloc gives indices out, as many as there is room for in to, or none. Their states
+// are all zero.
+func (t *endpointTable) alloc(to []uint32) error {
+	used := max(0, len(t.free)-len(to)) // these of the free ones stay
+	more := uint32(len(to) - (len(t.free) - used))
+	if more > bpf.Endpoints-t.next {
+		return fmt.Errorf("%w: want at most %d of all services, with those that were removed a moment ago or have connections",
+			ErrTooManyEndpoints, bpf.Endpoints)
 	}
-	if t.next == bpf.Endpoints {
-		return 0, fmt.Errorf("%w: want at most %d of all services", ErrTooManyEndpoints, bpf.Endpoints)
+	for i := t.next; i < t.next+more; i += chunkEndpoints - i%chunkEndpoints {
+		if err := t.ensure(i); err != nil {
+			return err
+		}
 	}
-	if err := t.ensure(t.next); err != nil {
-		return 0, err
+	n := copy(to, t.free[used:])
+	t.free = t.free[:used]
+	for ; n < len(to); n++ {
+		to[n] = t.next
+		t.next++
 	}
-	t.next++
-	return t.next - 1, nil
+	return nil
 }
 
 // ensure maps the chunk of an index.

@@ -53,10 +53,14 @@ func (r roster) find(addr netip.AddrPort) (uint32, bool) {
 	return r[i].index, true
 }
 
-// with returns r and what is added, which is sorted, in a roster of its own.
-func (r roster) with(added []enrolled) roster {
+// with returns r and what is added, which is sorted, in a roster of its own, or one of
+// the two if it is all.
+func (r roster) with(added roster) roster {
 	if len(added) == 0 {
 		return r
+	}
+	if len(r) == 0 {
+		return added
 	}
 	all := make(roster, 0, len(r)+len(added))
 	for _, e := range added {

@@ -80,7 +80,7 @@ func (d *Datapath) SetRules(r Rules) error {
 	}
 	d.sets.mu.Lock()
 	defer d.sets.mu.Unlock()
-	services, err := d.publishAll(r.Services)
+	services, lacking, err := d.publishAll(r.Services)
 	if err != nil {
 		return err
 	}
@@ -95,6 +95,9 @@ func (d *Datapath) SetRules(r Rules) error {
 		return err
 	}
 	d.relays.Store(r.relay())
+	if len(lacking) > 0 {
+		return &RoomError{lacking}
+	}
 	return nil
 }
 
@@ -108,14 +111,15 @@ func (r *Rules) relay() bool {
 func (d *Datapath) Relays() bool { return d.relays.Load() }
 
 // publishAll publishes the sets of services, and returns the entries that point to
-// them.
-func (d *Datapath) publishAll(services []Service) (map[bpf.EndpointKey]bpf.Service, error) {
-	sets := make(map[netip.AddrPort]*flow.Set, len(services))
+// them. One for whose set there is no room goes by on_failure if it has none.
+func (d *Datapath) publishAll(services []Service) (map[bpf.EndpointKey]bpf.Service, map[netip.AddrPort]error, error) {
+	sets := make([]proposal, 0, len(services))
 	for _, s := range services {
-		sets[unmapped(s.Addr)] = s.Set
+		sets = append(sets, proposal{unmapped(s.Addr), s.Set})
 	}
-	if err := d.sets.publish(sets); err != nil {
-		return nil, err
+	lacking, err := d.sets.publish(sets)
+	if err != nil {
+		return nil, nil, err
 	}
 	entries := make(map[bpf.EndpointKey]bpf.Service, len(services))
 	for _, s := range services {
@@ -123,17 +127,20 @@ func (d *Datapath) publishAll(services []Service) (map[bpf.EndpointKey]bpf.Servi
 			Id: noSet, OnFailure: uint8(onFailure(s.Closed)),
 			Connect: uint8(d.connect(s.Connect)), NoEndpoint: uint8(s.NoEndpoint), Path: uint8(servicePath(s.Path)),
 		}
-		own := d.sets.byAddr[unmapped(s.Addr)]
+		addr := unmapped(s.Addr)
+		own := d.sets.byAddr[addr]
 		switch {
-		case s.Set != nil:
+		case s.Set != nil && lacking[addr] == nil:
 			own.gone = time.Time{}
 			v.Id = own.id
-		case s.keeps(own):
+		case own != nil && own.gone.IsZero() && (s.Set != nil || s.Keep):
 			v.Id = own.id
+		case s.Set != nil && s.Path == flow.PathDirect && !s.Closed:
+			v.Path = uint8(bpf.PathPass)
 		}
 		entries[serviceKey(s.Addr)] = v
 	}
-	return entries, nil
+	return entries, lacking, nil
 }
 
 // keeps tells whether a service stays with the set that it has.
@@ -259,6 +266,8 @@ func replace[K comparable, V comparable](m *ebpf.Map, want map[K]V, keep func(ol
 	for it := m.Iterate(); it.Next(&k, &v); {
 		have[k] = v
 	}
+	var keys []K
+	var values []V
 	for k, v := range want {
 		old, ok := have[k]
 		if ok && keep != nil {
@@ -267,9 +276,10 @@ func replace[K comparable, V comparable](m *ebpf.Map, want map[K]V, keep func(ol
 		if ok && old == v {
 			continue
 		}
-		if err := m.Put(k, v); err != nil {
-			return fmt.Errorf("write map %s: %w", m, err)
-		}
+		keys, values = append(keys, k), append(values, v)
+	}
+	if err := putAll(m, keys, values); err != nil {
+		return err
 	}
 	for k := range have {
 		if _, ok := want[k]; ok {
@@ -278,6 +288,17 @@ func replace[K comparable, V comparable](m *ebpf.Map, want map[K]V, keep func(ol
 		if err := m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("delete from map %s: %w", m, err)
 		}
+	}
+	return nil
+}
+
+// putAll writes entries of a map.
+func putAll[K, V any](m *ebpf.Map, keys []K, values []V) error {
+	if len(keys) == 0 {
+		return nil
+	}
+	if _, err := m.BatchUpdate(keys, values, nil); err != nil {
+		return fmt.Errorf("write map %s: %w", m, err)
 	}
 	return nil
 }

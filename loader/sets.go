@@ -217,6 +217,16 @@ func (s *setTable) take(addr netip.AddrPort) (*serviceSet, error) {
 	return own, nil
 }
 
+// untake gives back the id of a service that never had a set.
+func (s *setTable) untake(own *serviceSet) {
+	if own.published || own.gone.IsZero() || len(own.endpoints) > 0 || s.byAddr[own.addr] != own {
+		return
+	}
+	delete(s.byAddr, own.addr)
+	delete(s.byID, own.id)
+	s.freeIDs = append(s.freeIDs, own.id)
+}
+
 // use notes which services there are, and which of them point to a set. What none
 // points to is dropped.
 func (s *setTable) use(services []Service) error {
@@ -226,7 +236,7 @@ func (s *setTable) use(services []Service) error {
 		v := &services[n]
 		addr := unmapped(v.Addr)
 		s.services[addr] = true
-		if own := s.byAddr[addr]; v.Set != nil || v.keeps(own) {
+		if own := s.byAddr[addr]; own != nil && (v.Set != nil || v.keeps(own)) {
 			pointed[own] = true
 		}
 	}
@@ -245,11 +255,8 @@ func (s *setTable) drop(all []*serviceSet) error {
 	if len(all) == 0 {
 		return nil
 	}
-	if s.empty == nil {
-		var err error
-		if s.empty, err = s.make(make([]bpf.SetRow, bpf.SetHead)); err != nil {
-			return err
-		}
+	if err := s.makeEmpty(); err != nil {
+		return err
 	}
 	ids, fds := make([]uint32, len(all)), make([]uint32, len(all))
 	for n, own := range all {
@@ -269,6 +276,14 @@ func (s *setTable) drop(all []*serviceSet) error {
 		}
 	}
 	return nil
+}
+
+// makeEmpty makes the set that stands where one was.
+func (s *setTable) makeEmpty() (err error) {
+	if s.empty == nil {
+		s.empty, err = s.make(make([]bpf.SetRow, bpf.SetHead))
+	}
+	return err
 }
 
 func (s *setTable) remove(own *serviceSet, e enrolled, now time.Time) {
@@ -335,16 +350,37 @@ const (
 	putWorkers = 32
 )
 
+// measure finds out what it costs to put sets in place, with ids that nobody has. If
+// it cannot, put does.
+func (s *setTable) measure() {
+	if s.measured || s.nextID > bpf.Sets-putTogether || s.makeEmpty() != nil {
+		return
+	}
+	ids, fds := make([]uint32, putTogether), make([]uint32, putTogether)
+	for n := range ids {
+		ids[n], fds[n] = uint32(bpf.Sets-putTogether+n), uint32(s.empty.FD())
+	}
+	_ = s.putFirst(ids, fds)
+}
+
+// putFirst is put, and finds out what it costs.
+func (s *setTable) putFirst(ids, fds []uint32) error {
+	start := time.Now()
+	if _, err := s.outer.BatchUpdate(ids, fds, nil); err != nil {
+		return err
+	}
+	s.measured, s.waitsEach = true, time.Since(start) > putTime
+	return nil
+}
+
 // put makes maps the sets of services. The kernel waits for RCU, so that no hook
 // has the old ones any more: once for all, or before Linux 6.8 for each. There many
 // threads wait at the same time.
 func (s *setTable) put(ids, fds []uint32) error {
 	if len(ids) > putTogether && !s.measured {
-		start := time.Now()
-		if _, err := s.outer.BatchUpdate(ids[:putTogether], fds[:putTogether], nil); err != nil {
+		if err := s.putFirst(ids[:putTogether], fds[:putTogether]); err != nil {
 			return err
 		}
-		s.measured, s.waitsEach = true, time.Since(start) > putTime
 		ids, fds = ids[putTogether:], fds[putTogether:]
 	}
 	share := len(ids)
