@@ -47,8 +47,9 @@ type control struct {
 	failures uint64
 	trouble  string // why the last change could not be put in force; empty: it was
 	again    time.Time
-	tooMany  []admin.Refusal // services for whose endpoints there is no room
-	services []service
+	tooMany  []admin.Refusal                 // services for whose endpoints there is no room
+	short    bool                            // of those, some for which there may be some soon
+	services *listing                        // in force; nil: it is the start
 	departed map[string][]*upstream.Endpoint // removed ones that had connections, by service
 }
 
@@ -87,7 +88,7 @@ func (c *control) inForce() *config.Config {
 func (c *control) failing() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.trouble != "" && time.Now().After(c.again)
+	return (c.trouble != "" || c.short) && time.Now().After(c.again)
 }
 
 // wake makes run look for news.

@@ -109,9 +109,14 @@ func wantOfFound(f *kube.Service) want {
 
 // found are the services that were found, and that the configuration does not list.
 func (c *control) found(next *config.Config) []service {
+	dynamic := c.sources.found()
+	if len(dynamic) == 0 {
+		return nil
+	}
 	var all []service
-	for _, f := range c.sources.found() {
-		if !f.Addr.IsValid() || lists(next, f.Name, f.Addr) {
+	said := saidBy(next)
+	for _, f := range dynamic {
+		if !f.Addr.IsValid() || said.lists(f.Name, f.Addr) {
 			continue
 		}
 		v := config.NewService(f.Name, f.Addr)

@@ -92,7 +92,7 @@ func newExplainer(t *testing.T) (*explainer, *kernelSide, *config.Config) {
 			for _, s := range c.Services {
 				path, _ := c.PathOf(&s)
 				status := admin.ServiceStatus{
-					Name: s.Name, Address: s.Addr.String(), Path: path, PathAsked: string(askedPath(c, s.Name)), Why: why(c, &s), Where: s.Where(""),
+					Name: s.Name, Address: s.Addr.String(), Path: path, PathAsked: string(saidBy(c).path(s.Name)), Why: saidBy(c).why(&s), Where: s.Where(""),
 				}
 				for _, e := range s.Endpoints {
 					status.Endpoints = append(status.Endpoints, admin.EndpointStatus{Address: e.Addr.String(), Weight: e.Weight})
@@ -206,13 +206,13 @@ func TestWhyAsSaid(t *testing.T) {
 		} {
 			c.Path = path
 			inForce := c.Effective(&s)
-			got := why(&c, &inForce)
+			got := saidBy(&c).why(&inForce)
 			ok := len(got) == len(want)
 			for i := range want {
 				ok = ok && strings.HasPrefix(got[i], want[i])
 			}
-			if !ok || askedPath(&c, s.Name) != path {
-				t.Errorf("%s, path: %s: %q, asked %s", s.Name, path, got, askedPath(&c, s.Name))
+			if !ok || saidBy(&c).path(s.Name) != path {
+				t.Errorf("%s, path: %s: %q, asked %s", s.Name, path, got, saidBy(&c).path(s.Name))
 			}
 		}
 	}

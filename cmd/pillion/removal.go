@@ -115,9 +115,10 @@ const placesMax = 16
 // formerPlaces returns, by name, where services were before, the last place last.
 func formerPlaces(former map[string][]formerly, before, now []service) map[string][]formerly {
 	next := make(map[string][]formerly)
+	listed := listingOf(before)
 	for i := range now {
 		s := &now[i]
-		was := same(before, s)
+		was := listed.same(s)
 		if was == nil {
 			continue
 		}
@@ -206,8 +207,9 @@ func (c *control) left() []service {
 // it wanted, and one whose endpoints are not known has lost none.
 func (c *control) removedBefore(left []service) {
 	now := c.list()
+	listed := listingOf(now)
 	left = slices.DeleteFunc(left, func(s service) bool {
-		is := same(now, &s)
+		is := listed.same(&s)
 		return is == nil || !is.known
 	})
 	former := c.former

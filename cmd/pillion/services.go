@@ -51,20 +51,18 @@ func (c *control) apply(next *config.Config) error {
 			wanted[s.Name] = w
 		}
 	}
-	for _, f := range c.sources.found() {
-		if !lists(next, f.Name, f.Addr) {
-			wanted[f.Name] = wantOfFound(&f)
+	if found := c.sources.found(); len(found) > 0 {
+		said := saidBy(next)
+		for _, f := range found {
+			if !said.lists(f.Name, f.Addr) {
+				wanted[f.Name] = wantOfFound(&f)
+			}
 		}
 	}
 	if err := c.sources.set(wanted); err != nil {
 		return err
 	}
 	return c.publish(next)
-}
-
-// lists tells whether a configuration has a service of that name or address.
-func lists(c *config.Config, name string, addr netip.AddrPort) bool {
-	return slices.ContainsFunc(c.Services, func(s config.Service) bool { return s.Name == name || s.Addr == addr })
 }
 
 // againAfter is how long it takes until it is tried again to put in force what
@@ -130,7 +128,7 @@ func (c *control) serviceOf(next *config.Config, v *config.Service) service {
 			return s
 		}
 		// A source that is new has not told yet: what the service had holds.
-		if was := same(c.list(), &s); was != nil && was.known && len(was.endpoints) > 0 {
+		if was := c.listing().same(&s); was != nil && was.known && len(was.endpoints) > 0 {
 			s.endpoints, s.known = was.endpoints, true
 		}
 		return s
@@ -155,22 +153,6 @@ func (c *control) kept(service netip.AddrPort) ([]discover.Endpoint, bool) {
 	return all, ok
 }
 
-// same returns the one of services that is s: of its name, or else of its address;
-// nil: there is none.
-func same(services []service, s *service) *service {
-	for i := range services {
-		if services[i].Name == s.Name {
-			return &services[i]
-		}
-	}
-	for i := range services {
-		if services[i].Addr == s.Addr {
-			return &services[i]
-		}
-	}
-	return nil
-}
-
 // publish makes clusters and sets of what is known, and hands them out: to the
 // handler before the kernel side, so that what is redirected finds its service.
 func (c *control) publish(next *config.Config) error {
@@ -192,8 +174,12 @@ func (c *control) publish(next *config.Config) error {
 	if old == nil {
 		// The start: there is no handler yet. It takes the table when it is made.
 		c.i.table = table
-	} else if err := c.hand(next, services, table); err != nil {
-		return err
+	} else {
+		lacking, err := c.hand(next, services, table)
+		if err != nil {
+			return err
+		}
+		refused = append(refused, lacking...)
 	}
 	c.i.snapshot.Store(snapshot)
 	byAddr := make(map[netip.AddrPort]string, len(services))
@@ -201,9 +187,12 @@ func (c *control) publish(next *config.Config) error {
 		byAddr[services[i].Addr] = services[i].Name
 	}
 	c.i.byAddr.Store(&byAddr)
+	before := c.list()
 	c.mu.Lock()
-	before := c.services
-	c.services, c.tooMany = services, refused
+	c.services, c.tooMany = listingOf(services), refused
+	if c.short = c.i.lacking; c.short {
+		c.again = time.Now().Add(againAfter)
+	}
 	c.departed = departed(c.departed, upstream.Removed(old, snapshot))
 	c.mu.Unlock()
 	c.removed(before, services)
@@ -222,14 +211,14 @@ func (c *control) publish(next *config.Config) error {
 // that it had before; one that is new goes by on_failure.
 func bound(services, before []service, most int) []admin.Refusal {
 	room := most
-	had := make([]*service, len(services))
+	had, listed := make([]*service, len(services)), listingOf(before)
 	for i := range services {
 		s := &services[i]
 		if s.path == flow.PathPass {
 			continue
 		}
 		kept := 0
-		if had[i] = same(before, s); had[i] != nil {
+		if had[i] = listed.same(s); had[i] != nil {
 			kept = len(had[i].endpoints)
 		}
 		room -= min(len(s.endpoints), kept)
@@ -337,32 +326,61 @@ func (c *control) arrange(services []service, snapshot *upstream.Snapshot) {
 	}
 }
 
-// hand gives services to the handler and to the kernel side.
-func (c *control) hand(next *config.Config, services []service, table *route.Table) error {
+// hand gives services to the handler and to the kernel side. It returns those for
+// whose endpoints there is no room there.
+func (c *control) hand(next *config.Config, services []service, table *route.Table) ([]admin.Refusal, error) {
 	rules := c.i.rules(next, services)
 	last := c.i.handler.Table()
 	c.i.handler.SetTable(table)
 	if c.unsettled {
-		return nil
+		return nil, nil
 	}
-	err := c.i.setRules(rules)
+	lacking, err := c.i.inForce(rules, c.i.setRules(rules))
 	if err != nil {
 		c.i.handler.SetTable(last)
 		if !c.inCharge {
-			return err // what an earlier process left stays, and is not known here
+			return nil, err // what an earlier process left stays, and is not known here
 		}
 		// Some of it may be in force: the comparison of setRules would not see it.
-		return errors.Join(err, c.i.datapath.SetRules(c.i.lastRules))
+		return nil, errors.Join(err, c.i.datapath.SetRules(c.i.lastRules))
 	}
-	c.i.lastRules, c.inCharge = rules, true
-	return nil
+	c.inCharge = true
+	var refused []admin.Refusal
+	for n := range services {
+		s := &services[n]
+		if err := lacking[netip.AddrPortFrom(s.Addr.Addr().Unmap(), s.Addr.Port())]; err != nil {
+			refused = append(refused, admin.Refusal{Name: s.Name, Where: s.Where(""), Text: fmt.Sprintf(
+				"the kernel side has no room yet: %v; it is tried again every %s", err, againAfter)})
+		}
+	}
+	return refused, nil
+}
+
+// inForce notes what the kernel side goes by once it was given rules, and returns the
+// services for whose sets it has no room. Anything else is an error.
+func (i *instance) inForce(r loader.Rules, err error) (map[netip.AddrPort]error, error) {
+	short, ok := errors.AsType[*loader.RoomError](err)
+	if ok && !i.lacking {
+		i.log.Error("the kernel side has no room for some services: they keep what they have, or go by on_failure", "error", err)
+	}
+	i.lacking = ok
+	switch {
+	case ok:
+		i.lastRules = r
+		return short.Services, nil
+	case err != nil:
+		return nil, err
+	default:
+		i.lastRules = r
+		return nil, nil
+	}
 }
 
 // setRules writes what differs from what the kernel side goes by.
 func (i *instance) setRules(r loader.Rules) error {
 	bare, last := r, i.lastRules
 	bare.Services, last.Services = withoutSets(r.Services), withoutSets(i.lastRules.Services)
-	if !reflect.DeepEqual(bare, last) {
+	if i.lacking || !reflect.DeepEqual(bare, last) {
 		return i.sets.publish(func() error { return i.datapath.SetRules(r) })
 	}
 	changed := map[netip.AddrPort]*flow.Set{}
@@ -467,7 +485,7 @@ func checkSpec(h *config.HealthCheck) check.Spec {
 // setDown writes what a health check found to both sides.
 func (c *control) setDown(change check.Change) {
 	down := change.State == check.StateDown
-	s := c.service(change.Cluster)
+	s := c.listing().named(change.Cluster)
 	if s == nil || down && s.Check == nil {
 		return // it, or its check, is gone meanwhile
 	}
@@ -488,20 +506,16 @@ func (c *control) setDown(change check.Change) {
 	}
 }
 
-// service returns the one of that name; nil: there is none.
-func (c *control) service(name string) *service {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for i := range c.services {
-		if c.services[i].Name == name {
-			return &c.services[i]
-		}
+// list returns the services in force. They must not be changed.
+func (c *control) list() []service {
+	if l := c.listing(); l != nil {
+		return l.services
 	}
 	return nil
 }
 
-// list returns the services in force. They must not be changed.
-func (c *control) list() []service {
+// listing returns the services in force, to be looked up. They must not be changed.
+func (c *control) listing() *listing {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.services
@@ -552,21 +566,18 @@ func (i *instance) names(orig netip.AddrPort) (service, cluster string) {
 // used tells how many connections to a service there have been, and how many
 // there are, on whatever path.
 func (i *instance) used(addr netip.AddrPort) (connects uint64, live int) {
-	for _, s := range i.control.list() {
-		if s.Addr != addr || s.cluster == nil {
-			continue
-		}
-		for _, e := range s.cluster.Endpoints {
-			state := e.State()
-			connects += state.Connects + state.Failures
-			live += int(state.Live)
-		}
-		ended, open, err := i.datapath.Used(addr)
-		if err != nil {
-			continue // it has no set
-		}
-		connects += ended
-		live += open
+	s := i.control.listing().at(addr)
+	if s == nil || s.cluster == nil {
+		return 0, 0
 	}
-	return connects, live
+	for _, e := range s.cluster.Endpoints {
+		state := e.State()
+		connects += state.Connects + state.Failures
+		live += int(state.Live)
+	}
+	ended, open, err := i.datapath.Used(addr)
+	if err != nil {
+		return connects, live // it has no set
+	}
+	return connects + ended, live + open
 }

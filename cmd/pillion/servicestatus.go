@@ -4,7 +4,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/redirect/upstream/health/check"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/telemetry/metrics"
@@ -26,50 +25,19 @@ func (c *control) status() admin.ConfigurationStatus {
 // serviceStatus tells about every service in force.
 func (c *control) serviceStatus() []admin.ServiceStatus {
 	all := []admin.ServiceStatus{}
-	cfg, checks := c.inForce(), c.checks()
+	said, checks := saidBy(c.inForce()), c.checks()
 	var k knowledge
 	for _, s := range c.list() {
 		status := admin.ServiceStatus{
 			Name: s.Name, Address: s.Addr.String(), Policy: s.Policy.String(),
-			Path: s.path, PathAsked: string(askedPath(cfg, s.Name)), Why: why(cfg, &s.Service), Where: s.Where(""),
+			Path: s.path, PathAsked: string(said.path(s.Name)), Why: said.why(&s.Service), Where: s.Where(""),
 			Source: c.sourceStatus(&s), Endpoints: []admin.EndpointStatus{},
 		}
 		c.know(&k, &s, checks)
 		for _, v := range k.views(s.path) {
-			status.Endpoints = append(status.Endpoints, v.status(cfg.Zone))
+			status.Endpoints = append(status.Endpoints, v.status(said.config.Zone))
 		}
 		all = append(all, status)
-	}
-	return all
-}
-
-// askedPath is what the configuration says of the path of a service: the service
-// in force has auto replaced by what it came to.
-func askedPath(cfg *config.Config, name string) config.PathChoice {
-	for i := range cfg.Services {
-		if s := &cfg.Services[i]; s.Name == name {
-			return cfg.Asked(s)
-		}
-	}
-	return cfg.Path // it was found
-}
-
-// why says, for each path that is cheaper than a service's own, why it is not on
-// that, and where that stands.
-func why(cfg *config.Config, s *config.Service) []string {
-	// In force, a service has all that it takes from elsewhere, and so seems to
-	// ask for what nobody asked for.
-	i := slices.IndexFunc(cfg.Services, func(o config.Service) bool { return o.Name == s.Name })
-	if i >= 0 {
-		s = &cfg.Services[i]
-	} else {
-		found := config.NewService(s.Name, s.Addr)
-		found.Discover, found.Policy, found.Hash = s.Discover, s.Policy, s.Hash
-		s = &found
-	}
-	var all []string
-	for _, o := range cfg.Why(s) {
-		all = append(all, place(o.Path.String()+": "+o.Text, o.Where))
 	}
 	return all
 }

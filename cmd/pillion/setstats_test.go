@@ -19,7 +19,7 @@ func TestSetStats(t *testing.T) {
 		}
 	}
 	i.sets.ended.Add(3)
-	c := &control{i: i, services: []service{{set: &flow.Set{Endpoints: make([]flow.SetEndpoint, 5)}}, {}}}
+	c := &control{i: i, services: listingOf([]service{{set: &flow.Set{Endpoints: make([]flow.SetEndpoint, 5)}}, {}})}
 	got := c.Sets()
 	got.PublishTime = 0
 	if diff := cmp.Diff(metrics.SetStats{Sets: 1, SetEndpoints: 5, Publishes: 2, Failures: 1, Ended: 3}, got); diff != "" {

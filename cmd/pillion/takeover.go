@@ -12,7 +12,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"syscall"
 	"time"
 
@@ -46,6 +45,7 @@ type taking struct {
 	listeners [2][]int
 	rings     []int
 	sockets   map[string]net.Listener
+	byName    map[string]int // where services are in it; nil: see told
 
 	state handed // once it is there
 	lock  *os.File
@@ -377,8 +377,14 @@ func (t *taking) told(v *config.Service) ([]discover.Endpoint, bool) {
 	if t == nil {
 		return nil, false
 	}
-	n := slices.IndexFunc(t.welcome.Services, func(s handover.Service) bool { return s.Name == v.Name && s.Addr == v.Addr })
-	if n < 0 {
+	if t.byName == nil {
+		t.byName = make(map[string]int, len(t.welcome.Services))
+		for n, s := range t.welcome.Services {
+			t.byName[s.Name] = n
+		}
+	}
+	n, ok := t.byName[v.Name]
+	if !ok || t.welcome.Services[n].Addr != v.Addr {
 		return nil, false
 	}
 	return endpointsOf(&t.welcome.Services[n]), true
@@ -398,7 +404,7 @@ func (c *control) inherit(h *handed) {
 	for _, s := range h.Services {
 		was := service{}
 		was.Name, was.Addr = s.Name, s.Addr
-		if now := same(c.list(), &was); now != nil {
+		if now := c.listing().same(&was); now != nil {
 			was.OnRemove, was.RemoveAfter = now.OnRemove, now.RemoveAfter
 		}
 		was.endpoints = endpointsOf(&s)

@@ -67,7 +67,8 @@ type instance struct {
 	control   *control
 	byAddr    atomic.Pointer[map[netip.AddrPort]string] // the names of services
 	table     *route.Table                              // the first: the handler has the later ones
-	lastRules loader.Rules                              // what the kernel side goes by; control's own
+	lastRules loader.Rules                              // what the kernel side goes by; control's own,
+	lacking   bool                                      // as is that it has no room for some of it
 	socketMu  sync.Mutex                                // guards the next two, which may be made again
 	socket    net.Listener                              // the admin's
 	takers    net.Listener                              // nil: nobody can take over
@@ -199,10 +200,9 @@ func (i *instance) assembleRest(rules loader.Rules) error {
 	}
 	// What an earlier process left holds until the sources have told; see settle.
 	if !i.datapath.Adopted() {
-		if err := i.datapath.SetRules(rules); err != nil {
+		if _, err := i.inForce(rules, i.datapath.SetRules(rules)); err != nil {
 			return err
 		}
-		i.lastRules = rules
 	}
 	if err := i.makeBeat(); err != nil {
 		return err

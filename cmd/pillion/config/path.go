@@ -158,12 +158,13 @@ func (k *check) path(path string, c *Config, s *Service) {
 }
 
 // Why returns, for each path that is cheaper than the service's own, why it is
-// not on that, cheapest first. The service is one of the configuration's.
-func (c *Config) Why(s *Service) []Obstacle {
+// not on that, cheapest first. The service is number n of the configuration's, or
+// like one of them if that is negative.
+func (c *Config) Why(n int, s *Service) []Obstacle {
 	own, needs := c.PathOf(s)
 	at := "services[?]"
-	if i := slices.IndexFunc(c.Services, func(o Service) bool { return o.Name == s.Name }); i >= 0 {
-		at = index("services", i)
+	if n >= 0 {
+		at = index("services", n)
 	}
 	var all []Obstacle
 	for _, step := range ladder {

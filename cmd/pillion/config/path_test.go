@@ -176,18 +176,18 @@ services:
 	}
 	for i := range c.Services {
 		s := &c.Services[i]
-		if diff := cmp.Diff(want[s.Name], c.Why(s)); diff != "" {
+		if diff := cmp.Diff(want[s.Name], c.Why(i, s)); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", s.Name, diff)
 		}
 	}
 
 	unsaid := parsed(t, "services: [{address: 10.96.0.1:80, endpoints: [10.0.0.1:80]}]")
-	got := unsaid.Why(&unsaid.Services[0])[1]
+	got := unsaid.Why(0, &unsaid.Services[0])[1]
 	if diff := cmp.Diff(Obstacle{flow.PathDirect, "path", "", "path: relay is the default, and path: auto would take direct"}, got); diff != "" {
 		t.Errorf("the default (-want +got):\n%s", diff)
 	}
 	said := parsed(t, "services: [{address: 10.96.0.1:80, endpoints: [10.0.0.1:80]}]\npath: relay")
-	got = said.Why(&said.Services[0])[1]
+	got = said.Why(0, &said.Services[0])[1]
 	if diff := cmp.Diff(Obstacle{flow.PathDirect, "path", "p.yaml:2:7", "path: relay is asked for, and path: auto would take direct"}, got); diff != "" {
 		t.Errorf("for all (-want +got):\n%s", diff)
 	}
