@@ -279,6 +279,10 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 		if have[name] != nil {
 			continue
 		}
+		if holdsTwo(name) {
+			spec = spec.Copy()
+			spec.MaxEntries *= 2
+		}
 		m, err := ebpf.NewMap(spec)
 		if err != nil {
 			return fmt.Errorf("create map %s: %w", name, err)
@@ -316,11 +320,19 @@ func innerLater(outer string) innerSpec {
 	})
 }
 
+// holdsTwo tells whether a map has room for two whole lists: the new one is in force
+// before the old one goes. Entries take memory only when they are there. An earlier
+// build's has room for one: its size is no part of the layout.
+func holdsTwo(name string) bool { return name == "deny" || name == "exclude" }
+
 func (d *Datapath) loadPrograms(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) error {
 	replace := map[string]*ebpf.Map{}
 	for name := range spec.Maps {
 		if m := have[name]; m != nil {
 			replace[name] = m
+			if holdsTwo(name) {
+				spec.Maps[name].MaxEntries = m.MaxEntries()
+			}
 		}
 	}
 	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replace})

@@ -12,6 +12,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/redirect/flow"
+	"golang.org/x/sys/unix"
 )
 
 // Rules are what the kernel side decides by.
@@ -297,7 +298,11 @@ func putAll[K, V any](m *ebpf.Map, keys []K, values []V) error {
 	if len(keys) == 0 {
 		return nil
 	}
-	if _, err := m.BatchUpdate(keys, values, nil); err != nil {
+	_, err := m.BatchUpdate(keys, values, nil)
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.E2BIG) {
+		return fmt.Errorf("write map %s: %w: %d are new, and there is room for %d with those that they replace", m, err, len(keys), m.MaxEntries())
+	}
+	if err != nil {
 		return fmt.Errorf("write map %s: %w", m, err)
 	}
 	return nil

@@ -1,9 +1,14 @@
 package loader
 
 import (
+	"errors"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 
 	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -110,6 +115,64 @@ func TestManyOnRelay(t *testing.T) {
 	setRules(t, d, first)
 	if s := stats(t, d); s.Reserved != 10 {
 		t.Errorf("%d slots are reserved, want 10", s.Reserved)
+	}
+}
+
+// TestAllRulesReplaced: as many rules as there may be are replaced by as many others,
+// by the next process too. In a map of an earlier build that there is no room for both
+// is told, with the limit.
+func TestAllRulesReplaced(t *testing.T) {
+	const most = 16384
+	list := func(from, n int) (all []Rule) {
+		for i := range n {
+			k := from + i
+			all = append(all, Rule{Prefix: netip.PrefixFrom(netip.AddrFrom4([4]byte{172, byte(16 + k>>16), byte(k >> 8), byte(k)}), 32)})
+		}
+		return all
+	}
+	count := func(m *ebpf.Map) (n int) {
+		var k bpf.RuleKey
+		var v uint32
+		for it := m.Iterate(); it.Next(&k, &v); {
+			n++
+		}
+		return n
+	}
+	p := newPlace(t)
+	d := p.create(t, "one")
+	defer func() { p.unload(t, d) }()
+	for _, from := range []int{0, 1, most, 2*most + 1, 7} {
+		if from == 7 {
+			d = p.restart(t, d)
+		}
+		r := plain
+		r.Deny, r.Exclude = list(from, most), list(from+7, most)
+		setRules(t, d, r)
+		if deny, exclude := count(d.maps.Deny), count(d.maps.Exclude); deny != most || exclude != most {
+			t.Errorf("from %d: %d deny, %d exclude", from, deny, exclude)
+		}
+		for _, rule := range []Rule{r.Deny[0], r.Deny[most-1]} {
+			var v Verdict
+			p.App.Do(t, func() (err error) {
+				v, err = d.DryRun(netip.Addr{}, netip.AddrPortFrom(rule.Prefix.Addr(), 80))
+				return err
+			})
+			if v.Reason != flow.ReasonDenied {
+				t.Errorf("from %d: %s: %s", from, rule.Prefix, v.Reason)
+			}
+		}
+	}
+	last := list(0, 100)
+	small, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.LPMTrie, KeySize: d.maps.Deny.KeySize(), ValueSize: 4, MaxEntries: 100, Flags: unix.BPF_F_NO_PREALLOC})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer small.Close()
+	if err := replace(small, ruleKeys(last), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := replace(small, ruleKeys(list(60, 100)), nil); !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "100") {
+		t.Errorf("too many: %v", err)
 	}
 }
 
