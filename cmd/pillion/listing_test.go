@@ -103,8 +103,6 @@ func TestManyServices(t *testing.T) {
 			if n := len(c.serviceStatus()); n != len(next.Services) {
 				t.Errorf("%d services", n)
 			}
-		},
-		"look-ups": func(c *control, next *config.Config) {
 			said := saidBy(next)
 			for i := range next.Services {
 				s := &next.Services[i]
