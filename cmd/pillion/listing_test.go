@@ -76,7 +76,7 @@ func crowd(t *testing.T, n int) (c *control, next *config.Config) {
 // eight times as many services. To look through all of them for each would take 64
 // times as long; the time is that of the processor, and the line is drawn between.
 func TestManyServices(t *testing.T) {
-	const few, times, most = 2000, 8, 24
+	const few, times, most = 1000, 8, 20
 	works := map[string]func(c *control, next *config.Config){
 		"diff": func(c *control, next *config.Config) {
 			if d := next.Diff(c.config); len(d.Services) != len(next.Services) {
