@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"math/bits"
 	"net/netip"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -70,6 +71,8 @@ type Demand struct {
 	client  *Client
 	options DemandOptions
 	began   time.Time
+	// recalled are services that were in use before.
+	recalled []Service
 
 	asked chan question
 	// recent has the hashes of what was asked in this second.
@@ -105,6 +108,41 @@ func (c *Client) Demand(o DemandOptions) *Demand {
 	d := &Demand{client: c, options: o, began: time.Now(), asked: make(chan question, askedMax)}
 	d.setRanges(o.Within)
 	return d
+}
+
+// Recall puts services into use that were when another process ended: their Name, Addr
+// and Affinity. They are in the list at once, whether the API server answers or not,
+// until it says otherwise or they were not used for a time. It returns them with their
+// sources, and leaves out what never was in a list. It is called before Run.
+func (d *Demand) Recall(services []Service) []Service {
+	d.recalled = nil
+	for _, v := range services {
+		k, ok := keyOf(v.Name)
+		if !ok || !v.Addr.IsValid() || len(d.recalled) >= d.options.MaxServices {
+			continue
+		}
+		d.recalled = append(d.recalled, d.client.service(v.Name, k, v.Addr, v.Affinity))
+	}
+	return d.recalled
+}
+
+// keyOf is the service that the name of a [Service] is of.
+func keyOf(name string) (key, bool) {
+	namespace, rest, _ := strings.Cut(name, "/")
+	k := key{namespace: namespace}
+	k.name, _, _ = strings.Cut(rest, ":")
+	return k, isLabel(k.namespace) && isLabel(k.name)
+}
+
+// service is one port of a service, as lists have it.
+func (c *Client) service(name string, k key, at netip.AddrPort, affinity bool) Service {
+	ref := Ref{Namespace: k.namespace, Name: k.name, Port: strconv.Itoa(int(at.Port()))}
+	if at.Addr().IsValid() {
+		ref.Family = familyOf(at.Addr())
+	}
+	return Service{
+		Name: name, Host: k.name + "." + k.namespace + ".svc" + c.domain, Addr: at, Affinity: affinity, Source: c.Source(ref),
+	}
 }
 
 // Asked says that the application connects to dst, which no service names. It
@@ -215,6 +253,7 @@ func (d *Demand) Run(ctx context.Context, out chan<- []Service) error {
 		primary: d.client.primary,
 		budget:  lookupsBurst,
 	}
+	s.recall()
 	s.run(ctx, out)
 	return nil
 }

@@ -8,7 +8,7 @@ import (
 	"net/netip"
 	"net/url"
 	"slices"
-	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
@@ -123,6 +123,42 @@ func (s *seeker) run(ctx context.Context, out chan<- []Service) {
 		}
 		s.counts.services.Store(int64(len(s.found)))
 	}
+}
+
+// recall puts into use what was before. What the server has of a service replaces this.
+func (s *seeker) recall() {
+	now := s.options.Now()
+	for _, v := range s.recalled {
+		k, _ := keyOf(v.Name)
+		a, p := v.Addr.Addr(), port{number: v.Addr.Port()}
+		if s.primary == FamilyAny && a.Is6() && !strings.HasSuffix(v.Name, "/ipv6") {
+			s.primary = FamilyIPv6
+		}
+		f := s.found[k]
+		if f == nil {
+			f = &found{service: &service{key: k, affinity: v.Affinity}, uses: make(map[netip.AddrPort]*use)}
+			s.found[k] = f
+		}
+		f.uses[v.Addr] = &use{last: now}
+		if !slices.Contains(f.service.addrs, a) {
+			f.service.addrs = append(f.service.addrs, a)
+		}
+		if !slices.Contains(f.service.ports, p) {
+			f.service.ports = append(f.service.ports, p)
+		}
+	}
+	for _, f := range s.found {
+		s.follow(f)
+	}
+	s.changed = len(s.found) > 0
+}
+
+// follow has a service watched that is in use from now on.
+func (s *seeker) follow(f *found) {
+	f.watcher = s.client.acquire(f.service.key)
+	f.watcher.subscribe(s.wakeups, true)
+	s.index(f)
+	s.settled = time.After(s.client.settle)
 }
 
 // end waits for what run started.
@@ -299,10 +335,7 @@ func (s *seeker) settle(sub subject, svc *service, err error) {
 	s.counts.found.Add(1)
 	if f.watcher == nil {
 		s.found[svc.key] = f
-		f.watcher = s.client.acquire(svc.key)
-		f.watcher.subscribe(s.wakeups, true)
-		s.index(f)
-		s.settled = time.After(s.client.settle)
+		s.follow(f)
 		s.review() // the watcher may be somebody else's, and know more
 	}
 }
@@ -450,19 +483,11 @@ func (s *seeker) list() []Service {
 	var list []Service
 	for _, f := range s.found {
 		for at := range f.uses {
-			ref := Ref{Namespace: f.service.namespace, Name: f.service.name, Port: strconv.Itoa(int(at.Port()))}
 			name := fmt.Sprintf("%s:%d", f.service.key, at.Port())
 			if at.Addr().IsValid() {
-				ref.Family = familyOf(at.Addr())
-				name += s.suffix(ref.Family)
+				name += s.suffix(familyOf(at.Addr()))
 			}
-			list = append(list, Service{
-				Name:     name,
-				Host:     f.service.name + "." + f.service.namespace + ".svc" + s.client.domain,
-				Addr:     at,
-				Affinity: f.service.affinity,
-				Source:   s.client.Source(ref),
-			})
+			list = append(list, s.client.service(name, f.service.key, at, f.service.affinity))
 		}
 	}
 	slices.SortFunc(list, func(a, b Service) int { return cmp.Or(cmp.Compare(a.Name, b.Name), a.Addr.Compare(b.Addr)) })
