@@ -29,11 +29,13 @@ type RoomError struct {
 	Services map[netip.AddrPort]error
 }
 
+// Error implements error.
 func (e *RoomError) Error() string {
 	errs := slices.Collect(maps.Values(e.Services))
 	return fmt.Sprintf("no room for the endpoints of %d services, such as %s", len(errs), errs[0])
 }
 
+// Unwrap returns why, of each.
 func (e *RoomError) Unwrap() []error { return slices.Collect(maps.Values(e.Services)) }
 
 // publishing is one round of publishing.

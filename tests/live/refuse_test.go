@@ -6,9 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
+	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/rig"
 )
@@ -226,26 +229,54 @@ func TestTakenOverRefused(t *testing.T) {
 	t.Parallel()
 	r := rig.New(t)
 	serve(t, r, 1, 2)
-	// There is room for 16,384 rules, and new ones come before old ones go.
-	denied := func(net int) string {
-		text := "deny:\n"
-		for n := range 8193 {
-			text += fmt.Sprintf("  - 10.%d.%d.0/29:%d\n", net, n&255, 1+n>>8)
-		}
-		return text
-	}
-	s := newStage(t, r, denied(97)+"services:\n"+service(1, "path: direct", 1))
+	denied := func(net int) string { return fmt.Sprintf("deny: [10.%d.0.0/16]\nservices:\n", net) }
+	s := newStage(t, r, denied(97)+service(1, "path: direct", 1))
 	s.goes(t, 1, 1)
+	// What the file has is right: the kernel side is what does not take it.
+	deny, err := ebpf.LoadPinnedMap(filepath.Join(loader.BPFFS, "pillion", s.Name, "deny"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer deny.Close()
 	s.Kill(t)
-	put(t, s.file, denied(98)+"services:\n"+service(1, "path: direct", 2))
+	if err := deny.Freeze(); err != nil {
+		t.Fatal(err)
+	}
+	put(t, s.file, denied(98)+service(1, "path: direct", 2))
 	s.Launch(t)
 	if c := s.status(t).Configuration; len(c.Refused) == 0 || !strings.Contains(c.Refused[0].Text, "deny") {
 		t.Errorf("%+v", c)
 	}
 	s.goes(t, 1, 1)
-	s.reload(t, "services:\n"+service(1, "path: direct", 2))
+	s.reload(t, denied(97)+service(1, "path: direct", 2))
 	if c := s.status(t).Configuration; len(c.Refused) != 0 {
 		t.Errorf("mended: %+v", c)
 	}
 	s.goes(t, 1, 2)
+}
+
+// TestEverythingReplaced starts again, and reloads, with as many deny rules as there may
+// be, all of them others than before.
+func TestEverythingReplaced(t *testing.T) {
+	t.Parallel()
+	r := rig.New(t)
+	serve(t, r, 1, 2)
+	denied := func(net int) string {
+		text := "deny:\n"
+		for n := range 16384 {
+			text += fmt.Sprintf("  - 10.%d.%d.0/29:%d\n", net, n&255, 1+n>>8)
+		}
+		return text + "services:\n"
+	}
+	s := newStage(t, r, denied(97)+service(1, "path: direct", 1))
+	s.goes(t, 1, 1)
+	s.Kill(t)
+	put(t, s.file, denied(98)+service(1, "path: direct", 2))
+	s.Launch(t)
+	s.goes(t, 1, 2)
+	s.reload(t, denied(99)+service(1, "path: direct", 1))
+	s.goes(t, 1, 1)
+	if c := s.status(t).Configuration; len(c.Refused) != 0 {
+		t.Errorf("%+v", c.Refused)
+	}
 }
