@@ -31,6 +31,9 @@ type control struct {
 	inCharge bool
 	closed   map[netip.AddrPort]bool // what close said of services; run's own
 	litter   litter                  // run's own
+	zones    zones                   // that an earlier process noted; run's own
+	noted    []byte                  // what is left for the next one, and for which services; run's own
+	notedFor *listing
 
 	requests chan chan<- admin.ReloadResult
 	settled  chan chan struct{}
@@ -164,6 +167,7 @@ func (c *control) run(ctx context.Context) error {
 		case <-overflow.C:
 			c.overflow()
 			c.close(c.inForce(), c.list())
+			c.noteChanges()
 			if c.failing() {
 				c.update()
 			}

@@ -31,8 +31,8 @@ type service struct {
 	// go by on_failure, since nobody can say that it has no endpoints.
 	known bool
 	// kept is true while it has what an earlier process published, since its source
-	// has not told yet. The zones of its endpoints are then not known, and its set is
-	// the kernel side's alone.
+	// has not told yet. The zones of its endpoints are those that were noted then, and
+	// its set is the kernel side's alone.
 	kept      bool
 	endpoints []discover.Endpoint
 	cluster   *upstream.Cluster
@@ -150,6 +150,7 @@ func (c *control) kept(service netip.AddrPort) ([]discover.Endpoint, bool) {
 	for _, e := range last {
 		all = append(all, discover.Endpoint{Addr: e.Addr, Weight: uint32(e.Weight)})
 	}
+	c.zones.of(service, all)
 	return all, ok
 }
 

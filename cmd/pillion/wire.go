@@ -103,7 +103,11 @@ func open(p plan) (*instance, error) {
 	if err := i.load(); err != nil {
 		return nil, err
 	}
-	if err := i.assemble(); err != nil {
+	err := i.control.recall()
+	if err == nil {
+		err = i.assemble()
+	}
+	if err != nil {
 		return nil, errors.Join(err, i.abandon())
 	}
 	return i, nil
