@@ -63,6 +63,7 @@ func TestBinary(t *testing.T) {
 	}{
 		{"Listed", testListed},
 		{"Away", testAway},
+		{"AwayAtStart", testAwayAtStart},
 		{"First", testFirst},
 		{"Passed", testPassed},
 		{"Reborn", testReborn},
@@ -269,6 +270,54 @@ func testAway(t *testing.T, s *stage) {
 		i.goes(t, to, pod(2))
 	}
 }
+
+// testAwayAtStart: what was found on demand is there again when Pillion is killed and
+// starts without the API server, with its endpoints and their zones, and what the
+// server says when it is back holds.
+func testAwayAtStart(t *testing.T, s *stage) {
+	ip := s.cluster.service("kept", `{"sessionAffinity":"ClientIP","ports":[{"name":"http","port":80}]}`)[0]
+	in := func(zone string, n int) string {
+		return ep(pod(n).Addr().String(), fmt.Sprintf("%q:%q", "zone", zone))
+	}
+	s.slice("kept-1", "kept", "IPv4", httpPort, in("near", 1), in("far", 2))
+	defer s.gone("kept")
+	for _, path := range []flow.Path{flow.PathDirect, flow.PathRelay} {
+		t.Run(path.String(), func(t *testing.T) {
+			i := s.run(t, "on_demand: true", fmt.Sprintf("zone: near\non_failure: closed\npath: %s\n", path))
+			const name = "default/kept:80"
+			kept := func(stale bool) {
+				t.Helper()
+				i.has(t, name, pod(1), pod(2))
+				testutil.Eventually(t, rig.Limit, func() bool {
+					status, _ := i.service(t, name)
+					zones := map[string]string{}
+					for _, e := range status.Endpoints {
+						zones[e.Address] = e.Zone
+					}
+					return zones[pod(1).String()] == "near" && zones[pod(2).String()] == "far" &&
+						status.Path == path && status.Policy == "maglev" && status.Source.Stale == stale
+				}, name, " is what it was; stale: ", stale)
+				i.goes(t, at(ip, 80), pod(1)) // that is in the zone
+			}
+			if got := i.dial(t, at(ip, 80)); got != pod(1).String() && got != pod(2).String() {
+				t.Fatalf("the first connection: %s", got)
+			}
+			kept(false)
+			time.Sleep(2 * overflowEvery) // it is noted every second
+			s.server.kill()
+			for range 2 { // who takes over from one that recalled it does too
+				i.Kill(t)
+				i.Launch(t)
+				kept(true)
+			}
+			s.startServer()
+			kept(false)
+		})
+	}
+}
+
+// overflowEvery is how often Pillion does what it does now and then.
+const overflowEvery = time.Second
 
 // testExempt: Pillion's own connections to the API server are none of the
 // application's, although it is in the same cgroup.
