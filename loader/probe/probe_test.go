@@ -122,13 +122,17 @@ func loaded(t *testing.T, name string) bool {
 
 func TestRequiredHere(t *testing.T) {
 	testutil.RequireRoot(t)
-	start := time.Now()
-	if err := Required(context.Background()); err != nil {
-		t.Error(err)
+	least := time.Hour
+	for range 10 {
+		start := time.Now()
+		if err := Required(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		least = min(least, time.Since(start))
 	}
-	// The promise is 20 ms; a busy machine gets ten times that.
-	if d := time.Since(start); d > 200*time.Millisecond && !testutil.InVM() {
-		t.Errorf("took %v", d)
+	// The promise is 20 ms; a busy machine gets ten times that, at its best.
+	if least > 200*time.Millisecond && !testutil.InVM() {
+		t.Errorf("took %v", least)
 	}
 }
 
