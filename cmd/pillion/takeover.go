@@ -213,6 +213,9 @@ func (i *instance) takeOver(ctx context.Context) error {
 		return fmt.Errorf("take over %s: told to stop before that", i.name)
 	}
 	i.log.Debug("prepared to take over")
+	if err := t.fits(); err != nil {
+		return fmt.Errorf("take over %s: %w", i.name, err)
+	}
 	t.makeRoom()
 	t.loud = quiet()
 	err := t.receive()
@@ -241,6 +244,19 @@ func (i *instance) takeOver(ctx context.Context) error {
 		return err
 	}
 	i.adopted = done
+	return nil
+}
+
+// fits tells whether there is room for the connections that are open, before they stand
+// still for nothing. Pipes and new connections may still take what there is.
+func (t *taking) fits() error {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return nil // then the kernel tells
+	}
+	if need := uint64(otherDescriptors + 2*t.welcome.Live); limit.Cur < need {
+		return fmt.Errorf("its %d open connections take %d descriptors, and this process may have %d (RLIMIT_NOFILE)", t.welcome.Live, need, limit.Cur)
+	}
 	return nil
 }
 
