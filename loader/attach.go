@@ -96,6 +96,9 @@ func (d *Datapath) Attach() ([]Existing, error) {
 	}
 	d.attached = true
 	d.keep()
+	if d.renewedLocked() {
+		d.Kick()
+	}
 	return before, nil
 }
 

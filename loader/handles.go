@@ -144,7 +144,9 @@ func (d *Datapath) goOn(maps map[string]*ebpf.Map) error {
 	if err := d.maps.Instance.Lookup(uint32(0), &d.instance); err != nil {
 		return fmt.Errorf("read map %s: %w", instancePin, err)
 	}
-	if err := d.sameScope(); err != nil {
+	// The cgroup may have been made again since, as it may while a process runs: then
+	// Watch follows.
+	if err := d.sameScope(); err != nil && d.instance.Netns != d.options.Scope.Netns {
 		return err
 	}
 	d.slots = rangeOf(&d.instance)

@@ -92,6 +92,11 @@ func (d *Datapath) renewDir() error {
 func (d *Datapath) renewed() bool {
 	d.linkMu.Lock()
 	defer d.linkMu.Unlock()
+	return d.renewedLocked()
+}
+
+// renewedLocked is renewed for who holds linkMu.
+func (d *Datapath) renewedLocked() bool {
 	id, err := cgroupID(d.options.Scope.dir())
 	return err == nil && id != d.instance.Cgroup
 }

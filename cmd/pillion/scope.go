@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/loader/probe"
@@ -18,6 +19,11 @@ const (
 	// podName begins the names of the instances of pods. Of a uid, 32 digits are
 	// enough: those of podman are longer.
 	podName = "pod-"
+
+	// scopeLimit is how long a worker waits for the cgroup that the one before
+	// captured, and scopeRetry how often it looks. Connections stand still meanwhile.
+	scopeLimit = 10 * time.Second
+	scopeRetry = 10 * time.Millisecond
 )
 
 // locate finds whose connections the flags ask for, and gives the plan the scope
@@ -47,7 +53,15 @@ func (p *plan) locateCgroup(ctx context.Context, f *runFlags, _ bool) error {
 	if p.cgroups, err = probe.CgroupRoot(); err != nil {
 		return &exitError{code: exitUnsupported, err: err}
 	}
-	if p.scope, err = loader.FindScope(p.cgroups, f.cgroup); err != nil {
+	p.scope, err = loader.FindScope(p.cgroups, f.cgroup)
+	// That of an earlier worker may be being made again just now.
+	for end := time.Now().Add(scopeLimit); errors.Is(err, loader.ErrNoScope) && p.global.survival.revived() && time.Now().Before(end); {
+		if !pauseFor(ctx, scopeRetry) {
+			break
+		}
+		p.scope, err = loader.FindScope(p.cgroups, f.cgroup)
+	}
+	if err != nil {
 		return usage(err)
 	}
 	p.name = nameOf(p.cgroups, f.cgroup)

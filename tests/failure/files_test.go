@@ -290,6 +290,20 @@ func renewAlone(t *testing.T, s *stage) {
 	renewScope(t, s)
 }
 
+// renewBereft is renewAlone with a keeper, which starts the next handler.
+func renewBereft(t *testing.T, s *stage) {
+	before := s.status(t).Pid
+	if err := unix.Kill(before, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	renewScope(t, s)
+	testutil.Eventually(t, rig.Limit, func() bool {
+		now, err := s.Status(context.Background())
+		return err == nil && now.Pid != before && now.Ready
+	}, "the next one is ready\n", &logged{s})
+	s.Prefer(t)
+}
+
 // renewScope removes the scope's cgroup, when the application has moved
 // elsewhere, and makes it again. Then another application starts there.
 func renewScope(t *testing.T, s *stage) {

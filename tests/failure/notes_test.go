@@ -20,7 +20,8 @@ const notes = `- *Handler killed*: connections that the handler carried are rese
   the next handler is there, and ` + "`closed`" + ` cannot hold: the programs are attached to a cgroup, and it is gone. Programs at its
   parent would stay, but all that they see of a cgroup without CAP_PERFMON is its id, and the id of the new one nobody has told them:
   it could be a stranger's, whom they must not refuse. What holds is a cgroup that stays while what is in it comes and goes: the slice
-  of the systemd drop-in (tests/systemd does this to it), or a pod's, which is made anew only with its init container.
+  of the systemd drop-in (tests/systemd does this to it), or a pod's, which is made anew only with its init container; or a process that
+  stays, which ` + "`survive: crash`" + ` has.
 - *Second instance, other name*: both are attached, and the older one decides first. Here the younger one knows no service: what the
   older one lets go to an endpoint (*direct*) or to where it was going (*pass*) is for it a connection that no service names,
   which it relays, or refuses while it drains if it is *closed*. Under its own name (` + "`pillion run`" + ` makes one of the scope) it is refused.

@@ -139,6 +139,10 @@ func table() []fault {
 			open: reset, escapes: true, breaks: renewAlone, mends: launch,
 		},
 		{
+			name: "cgroup made again, handler killed, survive: crash", how: "the cgroup as above, while the process that carries is being killed", mended: "the keeper starts the next one, which attaches to the new one",
+			config: "survive: crash\n", brief: true, escapes: true, breaks: renewBereft,
+		},
+		{
 			name: "clock jumps ahead", how: "ten years, in what the process reads", mended: "nothing to mend",
 			prepare: ownClock, breaks: jumps(10 * year), check: jumped, mends: setBack,
 		},
