@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/cmd/pillion/handover"
+	"github.com/pillion-project/pillion/redirect/pace"
 	"github.com/pillion-project/pillion/telemetry/admin"
 )
 
@@ -56,13 +57,14 @@ func (i *instance) serveSocket(ctx context.Context) error {
 // watchSocket calls gone when the socket is, until ctx is done.
 func (i *instance) watchSocket(ctx context.Context, gone func(), done chan<- struct{}) {
 	defer close(done)
-	tick := time.NewTicker(socketEvery)
+	tick := time.NewTimer(pace.Next(socketEvery))
 	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+			tick.Reset(pace.Next(socketEvery))
 		}
 		if !handover.Bound(i.adminSocket(), i.socketPath()) {
 			i.global.survival.dropSocket("admin")
@@ -96,18 +98,18 @@ func (i *instance) renewTakers(ctx context.Context) error {
 	i.takers = ln
 	i.socketMu.Unlock()
 	i.global.survival.dropSocket("takers")
-	i.global.survival.keepSocket("takers", ln)
 	handover.Disown(before) // the file is the new one's
 	before.Close()
+	i.global.survival.keepSocket("takers", ln)
 	i.log.Warn("made the socket for takers again, which somebody had removed", "path", path)
 	return context.Cause(ctx)
 }
 
 // acceptWithin takes the next taker. It fails with [os.ErrDeadlineExceeded] when none
-// comes within d.
+// comes within some d.
 func acceptWithin(ln net.Listener, d time.Duration) (*handover.Conn, error) {
 	if u, ok := ln.(*net.UnixListener); ok {
-		if err := u.SetDeadline(time.Now().Add(d)); err != nil {
+		if err := u.SetDeadline(time.Now().Add(pace.Next(d))); err != nil {
 			return nil, err
 		}
 	}
