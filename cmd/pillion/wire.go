@@ -315,7 +315,7 @@ func (i *instance) maxConns() int {
 	most := i.plan.config.Limits.Connections
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err == nil {
 		// A hard limit may be infinite.
-		fds := int(min(limit.Cur, 1<<30))
+		fds := int(min(limit.Cur, 1<<30)) - loader.SetDescriptors(limit.Cur)
 		most = min(most, max((fds-otherDescriptors)/2, 1))
 	}
 	if r := i.global.survival.memory(); r != nil {
