@@ -207,13 +207,6 @@ func (p *publishing) foresee(sets int) {
 // replace builds the maps of some changes and puts them in place. foreseen is over
 // when they may be.
 func (p *publishing) replace(part []change, foreseen *sync.WaitGroup) error {
-	longest := 0
-	for n := range part {
-		longest = max(longest, part[n].rows())
-	}
-	for i := len(p.keys); i < longest; i++ {
-		p.keys = append(p.keys, uint32(i))
-	}
 	inParallel(part, p.build)
 	foreseen.Wait()
 	ids, fds := make([]uint32, len(part)), make([]uint32, len(part))

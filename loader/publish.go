@@ -100,6 +100,13 @@ func (p *publishing) commit() error {
 	if len(p.changes) == 0 {
 		return nil
 	}
+	longest := 0
+	for n := range p.changes {
+		longest = max(longest, p.changes[n].rows())
+	}
+	for i := len(p.keys); i < longest; i++ {
+		p.keys = append(p.keys, uint32(i))
+	}
 	together := setsTogether()
 	var preparing sync.WaitGroup
 	preparing.Go(func() { p.foresee(min(len(p.changes), together)) })
