@@ -109,7 +109,8 @@ func (p *publishing) commit() error {
 	}
 	together := setsTogether()
 	var preparing sync.WaitGroup
-	preparing.Go(func() { p.foresee(min(len(p.changes), together)) })
+	most := min(len(p.changes), together) // number takes out what there is no room for
+	preparing.Go(func() { p.foresee(most) })
 	err := p.number()
 	if err == nil {
 		err = p.rename()
