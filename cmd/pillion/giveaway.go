@@ -355,13 +355,22 @@ func (s *standstill) leave() ([]flow.Record, error) {
 // has it all. An error means that it has nothing.
 func (i *instance) give(conn *handover.Conn, s *standstill) (connections int, err error) {
 	conn.Within(haveWithin(len(s.relay.Given().Conns)))
+	left := i.global.survival
+	defer func() {
+		if err != nil {
+			left.noteGiving(conn, l4.GivingNothing)
+		}
+	}()
+	left.noteGiving(conn, l4.GivingBegun)
 	n, err := i.giveState(conn, s)
 	if err != nil {
 		return 0, err
 	}
+	left.noteGiving(conn, l4.GivingSent)
 	if _, err := conn.Expect(handover.KindHave); err != nil {
 		return 0, fmt.Errorf("the taker has not said that it has everything: %w", err)
 	}
+	left.noteGiving(conn, l4.GivingGone)
 	if err := conn.Send(handover.KindCommit, nil, nil); err != nil {
 		return 0, fmt.Errorf("hand over: %w", err)
 	}

@@ -100,6 +100,9 @@ func daemon(g *global, f *runFlags) error {
 	if err != nil {
 		return err
 	}
+	if g.survival.gaveAway(log) {
+		return nil
+	}
 	if err := g.startKeeper(c); err != nil {
 		return err
 	}

@@ -60,6 +60,9 @@ func survive() (*survival, error) {
 	known := s.registry.Names()
 	s.handles = s.others(known, s.registry.Handles(s.build))
 	s.sockets = s.others(known, s.registry.Sockets())
+	if how, fd := s.registry.Giving(); how != l4.GivingNothing {
+		known[fd] = true
+	}
 	for _, fd := range open {
 		switch {
 		case known[fd]:

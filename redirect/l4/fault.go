@@ -30,5 +30,6 @@ const (
 	faultEnded
 	faultArrived  // a handshake's child is accepted
 	faultReleased // its answer is given
+	faultGiving   // another process is told something about taking over
 	faultPoints
 )

@@ -19,14 +19,15 @@ var faults = sync.OnceValues(func() (n uint64, start time.Time) {
 	return n, time.Now()
 })
 
-// fault kills the process now and then, more seldom while it starts, and counts that
-// in the file that the environment names, a byte for each point.
+// fault kills the process now and then, more seldom while it starts, or only at the
+// point that the environment names. It counts that in a file, a byte for each point.
 func fault(point int) {
 	n, start := faults()
-	if n == 0 {
+	only := os.Getenv("PILLION_FAULT_ONLY")
+	if n == 0 || only != "" && only != strconv.Itoa(point) {
 		return
 	}
-	if time.Since(start) < time.Second {
+	if time.Since(start) < time.Second && only == "" {
 		n *= 8
 	}
 	if point == faultRead || point == faultWritten {

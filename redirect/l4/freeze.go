@@ -53,7 +53,12 @@ func (f *Frozen) Given() *Given { return &f.given }
 // Copied notes that another process may have copies of the descriptors, before Thaw: for
 // as long as it has, a close ends nothing. From then on connections are ended in so many
 // words.
-func (f *Frozen) Copied() { f.relay.copied.Store(true) }
+func (f *Frozen) Copied() {
+	f.relay.copied.Store(true)
+	if r := f.relay.options.Registry; r != nil {
+		r.head.copied = 1
+	}
+}
 
 // Thaw has the workers go on.
 func (f *Frozen) Thaw() { close(f.decided) }

@@ -77,6 +77,32 @@ func (r *Registry) Handles(build string) map[string]int {
 	return all
 }
 
+// Giving is how far a process is that gives its connections to another one.
+type Giving uint32
+
+// What a process gives: GivingNothing, or what it has begun to send (GivingBegun), has
+// sent (GivingSent), or the other one has (GivingGone).
+const (
+	GivingNothing Giving = iota
+	GivingBegun
+	GivingSent
+	GivingGone
+)
+
+// SetGiving writes down how far the process is, and the descriptor of what it talks to
+// the other one by.
+func (r *Registry) SetGiving(how Giving, fd int) {
+	r.head.givingFD = int32(fd)
+	r.head.giving = uint32(how)
+	fault(faultGiving)
+}
+
+// Giving returns what SetGiving wrote.
+func (r *Registry) Giving() (how Giving, fd int) { return Giving(r.head.giving), int(r.head.givingFD) }
+
+// Used is how many connections it has had at once, about.
+func (r *Registry) Used() int { return r.used }
+
 // KeepSocket writes down a socket, in place of the one of that name, which may then be
 // closed. It returns false if there is no room.
 func (r *Registry) KeepSocket(name string, fd int) bool {

@@ -68,7 +68,9 @@ type registryHead struct {
 	used      uint32                    // as in Registry, so that recovery need not look at all
 	tag       uint64
 	charged   uint32
-	_         uint32
+	copied    uint32 // as Frozen.Copied
+	giving    uint32 // a Giving
+	givingFD  int32
 	handles   handles
 	sockets   [socketsMost]handle
 }

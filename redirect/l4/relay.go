@@ -127,6 +127,7 @@ var ErrNoPreemption = errors.New("GODEBUG=asyncpreemptoff=1 is set, which the re
 func New(o Options, d Director) (*Relay, error) {
 	r := &Relay{options: o, terms: flow.Terms{Limits: o.Limits}, director: d, start: time.Now()}
 	r.base = base(monotonic())
+	r.copied.Store(o.Registry != nil && o.Registry.head.copied != 0)
 	err := o.check()
 	for i, fds := range o.Listeners {
 		w := newWorker(r, i, fds)

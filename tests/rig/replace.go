@@ -31,6 +31,32 @@ func (i *Instance) Replace(t testing.TB, binary string) {
 	i.await(t, cmd, after)
 }
 
+// Contend is Replace where either process may end as the one that runs the instance. It
+// tells whether the other one does. The one that does not
+// must end: the one before without an error.
+func (i *Instance) Contend(t testing.TB, binary string) (replaced bool) {
+	t.Helper()
+	before, after := i.done, make(chan struct{})
+	cmd := i.Successor(t, binary)
+	failed := make(chan error, 1)
+	go func() { failed <- cmd.Wait(); close(after) }()
+	select {
+	case <-failed:
+		return false
+	case <-before:
+	case <-time.After(Limit):
+		cmd.Process.Kill()
+		<-after
+		t.Fatalf("neither process ends\n%s", i.log)
+	}
+	if i.err != nil {
+		t.Fatalf("the process before ended: %v\n%s", i.err, i.log)
+	}
+	i.Cmd, i.done = cmd, make(chan struct{})
+	go func(done chan<- struct{}) { i.err = <-failed; close(done) }(i.done)
+	return true
+}
+
 // await makes cmd the process of the instance, when it is ready.
 func (i *Instance) await(t testing.TB, cmd *exec.Cmd, after chan struct{}) {
 	t.Helper()
@@ -53,6 +79,7 @@ func (i *Instance) Successor(t testing.TB, binary string, flags ...string) *exec
 	t.Helper()
 	args := append([]string{}, i.args...)
 	cmd := exec.Command(binary, append(append(args, "--take-over"), flags...)...)
+	cmd.Env = append(os.Environ(), i.rig.Env...)
 	cmd.Stdout, cmd.Stderr = i.log, i.log
 	if err := i.rig.home().Start(cmd); err != nil {
 		t.Fatal(err)

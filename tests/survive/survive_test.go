@@ -3,6 +3,7 @@ package survive
 import (
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -258,18 +259,55 @@ func TestPoison(t *testing.T) {
 	}
 }
 
-// TestTakeOver has another process take a kept one over, and kills that one then: what
-// it was given must be written down, too.
+// TestTakeOver has a process of another build take a kept one over, and kills that one
+// then, to and fro: what each was given must be written down, too.
 func TestTakeOver(t *testing.T) {
+	builds := []string{faulty(t), rig.Binary(t)} // nothing tells the one to kill itself
 	s := newStage(t, rig.New(t), "", task{Workers: 10, Pings: 50, Most: 1 << 20})
 	time.Sleep(300 * time.Millisecond)
-	s.Replace(t, rig.Binary(t))
-	s.ready(t)
-	if w := s.worker(); w != 0 {
-		_ = unix.Kill(w, unix.SIGKILL)
+	for _, build := range builds {
+		s.Replace(t, build)
+		s.ready(t)
+		if w := s.worker(); w != 0 {
+			_ = unix.Kill(w, unix.SIGKILL)
+		}
+		s.ready(t)
+	}
+	s.finish(t)
+}
+
+// contests is how often TestGiverKilled has a handler taken over.
+var contests = flag.Int("contests", 5, "how often a handler is taken over that kills itself meanwhile")
+
+// giving is the fault point of what a giver tells a taker: faultGiving.
+const giving = 27
+
+// TestGiverKilled has kept handlers kill themselves while another process takes them over:
+// one of the two has the connections in the end, and the other has none.
+func TestGiverKilled(t *testing.T) {
+	r := rig.New(t)
+	count := filepath.Join(t.TempDir(), "count")
+	if err := os.WriteFile(count, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.Program = faulty(t)
+	r.Env = []string{"PILLION_FAULT=2", fmt.Sprintf("PILLION_FAULT_ONLY=%d", giving), "PILLION_FAULT_COUNT=" + count}
+	s := newStage(t, r, "", task{Workers: 8, Pings: 100, Most: 1 << 18})
+	replaced := map[bool]int{}
+	for range *contests {
+		s.ready(t)
+		replaced[s.Contend(t, r.Program)]++
 	}
 	s.ready(t)
 	s.finish(t)
+	hits, err := os.ReadFile(count)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("taken over %d times, and not %d times; %d deaths", replaced[true], replaced[false], len(hits))
+	if len(hits) == 0 {
+		t.Error("no handler has killed itself")
+	}
 }
 
 // TestClients asks a handler all the time while it is killed: whoever asks waits, and

@@ -151,6 +151,15 @@ func (c *Conn) Peer() (pid int, err error) {
 	return int(peer.Pid), nil
 }
 
+// FD calls f with the descriptor.
+func (c *Conn) FD(f func(fd int)) error {
+	raw, err := c.c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Control(func(fd uintptr) { f(int(fd)) })
+}
+
 // Close ends the conversation.
 func (c *Conn) Close() { c.c.Close() }
 
