@@ -36,15 +36,28 @@ var (
 // entry is the linker's flag of the Makefile.
 const entry = "-E=github.com/pillion-project/pillion/cmd/pillion/keeper.entry"
 
-// faulty makes a build that kills itself at every point that matters, when it is told
-// to, and returns its path.
-func faulty(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "pillion")
+// faultyDir is where faulty's build is: TestMain removes it.
+func faultyDir() string {
+	return filepath.Join(os.TempDir(), fmt.Sprintf("pillion-faulty-%d", os.Getpid()))
+}
+
+var buildFaulty = sync.OnceValues(func() (path string, err error) {
+	path = filepath.Join(faultyDir(), "pillion")
 	cmd := exec.Command("go", "build", "-tags", "pillion_fault", "-ldflags", entry, "-o", path, "github.com/pillion-project/pillion/cmd/pillion")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
+		return "", fmt.Errorf("build: %w\n%s", err, out)
+	}
+	return path, nil
+})
+
+// faulty returns the path of a build that kills itself at every point that matters, when
+// it is told to.
+func faulty(t *testing.T) string {
+	t.Helper()
+	path, err := buildFaulty()
+	if err != nil {
+		t.Fatal(err)
 	}
 	return path
 }

@@ -40,7 +40,7 @@ func CheckLeaks(t testing.TB) {
 // descriptor or a goroutine behind. Use it in TestMain:
 //
 //	func TestMain(m *testing.M) { testutil.Main(m) }
-func Main(m *testing.M) {
+func Main(m *testing.M, after ...func()) {
 	startPoller()
 	before := openFDs()
 	goroutines := countGoroutines()
@@ -50,6 +50,9 @@ func Main(m *testing.M) {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1
 		}
+	}
+	for _, f := range after {
+		f()
 	}
 	os.Exit(code)
 }
