@@ -214,6 +214,11 @@ func (c *control) reload() admin.ReloadResult {
 		c.wake()
 		return c.refuse(errors.Join(fmt.Errorf("put the configuration in force: %w", err), c.apply(before)))
 	}
+	if len(refused) == 0 {
+		if err := c.i.global.survival.keepConfiguration(c.i.file); err != nil {
+			c.i.log.Warn("the configuration is not kept for the next worker", "error", err)
+		}
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.config = next

@@ -98,7 +98,13 @@ func daemon(g *global, f *runFlags) error {
 	}
 	c, err := f.configuration()
 	if err != nil {
-		return err
+		why := err
+		if c, err = g.survival.configuration(f.file, err); err != nil {
+			return err
+		}
+		log.Error("the configuration is refused, the last one stays", "error", why)
+	} else if err := g.survival.keepConfiguration(f.file); err != nil {
+		log.Warn("the configuration is not kept for the next worker", "error", err)
 	}
 	if g.survival.gaveAway(log) {
 		return nil

@@ -34,8 +34,9 @@ type survival struct {
 	// out when they are used.
 	handles map[string]int
 	sockets map[string]int
-	litter  []int  // descriptors that are nobody's any more; see clean
-	build   string // whose handles are of use; empty: nobody's
+	litter  []int    // descriptors that are nobody's any more; see clean
+	text    *os.File // what lastGood is in
+	build   string   // whose handles are of use; empty: nobody's
 }
 
 // survive finds what the worker before left. It comes before anything is opened: the
@@ -60,6 +61,10 @@ func survive() (*survival, error) {
 	known := s.registry.Names()
 	s.handles = s.others(known, s.registry.Handles(s.build))
 	s.sockets = s.others(known, s.registry.Sockets())
+	if fd, ok := s.sockets[lastGood]; ok {
+		delete(s.sockets, lastGood)
+		s.text = os.NewFile(uintptr(fd), lastGood)
+	}
 	if how, fd := s.registry.Giving(); how != l4.GivingNothing {
 		known[fd] = true
 	}

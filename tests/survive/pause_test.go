@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -28,8 +29,8 @@ const envPause = "PILLION_TEST_SURVIVE_PAUSE"
 const pauseConns = 50
 
 // TestPause measures how long connections stand still when their handler is killed, as
-// they see it. The machine is not its own, so it asserts only what a start that loads
-// and verifies all programs first could not do even on an idle one.
+// they see it. The machine is not its own, so of that it asserts nothing, but for what the
+// pause was made of: the programs that were loaded are those of the first handler still.
 func TestPause(t *testing.T) {
 	r := rig.New(t)
 	r.Serve(t, ends[0], func(c net.Conn) { io.Copy(c, c) })
@@ -64,6 +65,7 @@ func TestPause(t *testing.T) {
 		return gaps
 	}
 	var all, quiet []time.Duration
+	loaded := s.programs(t)
 	for range *pauses {
 		s.ready(t)
 		time.Sleep(300 * time.Millisecond)
@@ -75,6 +77,9 @@ func TestPause(t *testing.T) {
 		}
 		s.ready(t)
 		all = append(all, ask()...)
+		if now := s.programs(t); len(now) == 0 || !slices.Equal(now, loaded) {
+			t.Errorf("the programs %v are now %v", loaded, now)
+		}
 	}
 	own := regexp.MustCompile(`pause=(\S+)`).FindAllStringSubmatch(s.Log(), -1)
 	if len(own) != *pauses || len(all) != *pauses*pauseConns {
@@ -83,6 +88,24 @@ func TestPause(t *testing.T) {
 
 	t.Logf("%d deaths under %d connections: the slowest answer of each p50 %v, p99 %v; in 300 ms without a death p50 %v, p99 %v; the handler says %v",
 		*pauses, pauseConns, at(all, 50), at(all, 99), at(quiet, 50), at(quiet, 99), own)
+}
+
+// programs are the numbers of the BPF programs that the worker has.
+func (s *stage) programs(t *testing.T) []string {
+	t.Helper()
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/fdinfo/*", s.worker()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []string
+	for _, f := range files {
+		text, _ := os.ReadFile(f) // it may be closed by now
+		if strings.Contains(string(text), "prog_type:") {
+			all = append(all, regexp.MustCompile(`prog_id:\s*\d+`).FindString(string(text)))
+		}
+	}
+	slices.Sort(all)
+	return all
 }
 
 // at is a percentile.

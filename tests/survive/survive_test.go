@@ -289,6 +289,52 @@ func TestTakeOver(t *testing.T) {
 	s.finish(t)
 }
 
+// TestBadConfiguration kills a handler whose configuration file no start would take any
+// more: it goes on with what it had, also what it learned since its start.
+func TestBadConfiguration(t *testing.T) {
+	s := newStage(t, rig.New(t), "", task{Workers: 4, Pings: 20, Most: 1 << 16})
+	good, err := os.ReadFile(s.file(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	kill := func(want int) {
+		t.Helper()
+		if err := unix.Kill(s.worker(), unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		s.ready(t)
+		now, err := s.Status(context.Background())
+		if err != nil || len(now.Services) != want {
+			t.Errorf("%d services, want %d: %v", len(now.Services), want, err)
+		}
+	}
+	s.ready(t)
+	if err := os.WriteFile(s.file(t), []byte("services: no\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	kill(2)
+	kill(2)
+	more := string(good) + "  - name: more\n    address: 10.96.0.9:80\n    endpoints: [198.51.100.1:8080]\n"
+	if err := os.WriteFile(s.file(t), []byte(more), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := s.Reload(context.Background()); err != nil || len(r.Refused) > 0 {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	if err := os.Remove(s.file(t)); err != nil {
+		t.Fatal(err)
+	}
+	kill(3)
+	s.finish(t)
+}
+
+// file is the configuration.
+func (s *stage) file(t *testing.T) string {
+	t.Helper()
+	at := slices.Index(s.Cmd.Args, "--config")
+	return s.Cmd.Args[at+1]
+}
+
 // contests is how often TestGiverKilled has a handler taken over.
 var contests = flag.Int("contests", 5, "how often a handler is taken over that kills itself meanwhile")
 
