@@ -173,7 +173,7 @@ func (w *worker) takeUpSide(c *conn, k int, g *CarriedSide) {
 	}
 	switch n := len(g.Rest); {
 	case c.slot != nil:
-		s.rest = g.Rest // where it lies
+		s.rest, s.restUrgent = g.Rest, g.RestUrgent // where it lies
 	case n > copySize: // of a build with other sizes
 		s.rest = slices.Clone(g.Rest)
 	case n > 0:
@@ -184,6 +184,9 @@ func (w *worker) takeUpSide(c *conn, k int, g *CarriedSide) {
 		// It may be more than the limit for a while: it holds bytes.
 		w.pipes.open.Add(1)
 		s.pipe, s.inPipe, s.splicing = pipe{int32(g.PipeRead), int32(g.PipeWrite)}, g.InPipe, true
+	}
+	if g.Urgent && g.FD >= 0 {
+		sysInline(s.fd, 1) // as sawUrgent; an older build has not
 	}
 	s.eof, s.done, s.fin, s.urgent = g.EOF, g.Done, g.FIN, g.Urgent
 	s.tuned, s.chosen, s.wrote, s.moved = g.Tuned, g.Chosen, g.Wrote, g.Moved

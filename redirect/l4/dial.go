@@ -108,6 +108,7 @@ func (w *worker) readFirst(c *conn) {
 	s := &c.sides[down]
 	w.reading(c, down)
 	n, e := sysRead(s.fd, w.buf)
+	w.hasRead(n)
 	switch {
 	case e == unix.EAGAIN:
 	case e != 0:

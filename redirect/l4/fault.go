@@ -30,6 +30,7 @@ const (
 	faultEnded
 	faultArrived  // a handshake's child is accepted
 	faultReleased // its answer is given
+	faultUrgent   // an urgent byte is passed on, and there still; then not any more
 	faultGiving   // another process is told something about taking over
 	faultPoints
 )

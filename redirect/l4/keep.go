@@ -114,7 +114,23 @@ func (c *conn) heardOf() {
 // reading comes before side k is read into the worker's buffer.
 func (w *worker) reading(c *conn, k int) {
 	if m := w.mark; m != nil {
+		m.urgent, m.n = 0, -1
 		m.slot, m.side, m.base = w.slotOf(c), uint32(k), c.sides[k].moved
+	}
+}
+
+// hasRead comes after it.
+func (w *worker) hasRead(n int) {
+	if m := w.mark; m != nil {
+		m.n = int32(n)
+	}
+}
+
+// readingUrgent is reading for a read of an urgent byte alone.
+func (w *worker) readingUrgent(c *conn, k int) {
+	w.reading(c, k)
+	if m := w.mark; m != nil {
+		m.urgent = 1
 	}
 }
 
@@ -154,6 +170,8 @@ func (w *worker) saveRest(c *conn, k int, b []byte) {
 		return
 	}
 	fault(faultSaved)
+	c.slot.flags &^= keptRestUrgent << k
+	c.keepIf(s.restUrgent, keptRestUrgent<<k)
 	c.slot.rests[k] = w.registry.word(s.rest)
 }
 

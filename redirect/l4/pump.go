@@ -19,8 +19,7 @@ func (w *worker) ready(c *conn, k int, events uint32) {
 		s.fin = true
 	}
 	if events&unix.EPOLLPRI != 0 {
-		s.urgent = true
-		c.keepFlag(keptUrgent << k)
+		w.sawUrgent(c, k)
 	}
 	if k == up && c.dialing {
 		if !w.answered(c, events) {
@@ -187,6 +186,7 @@ func (w *worker) copyOnce(c *conn, k int, budget *int) bool {
 	fin := s.fin
 	w.reading(c, k)
 	n, e := sysRead(s.fd, w.buf)
+	w.hasRead(n)
 	switch {
 	case e == unix.EAGAIN:
 		s.readable = false

@@ -59,8 +59,8 @@ func (r *Registry) carried(s *slot) Carried {
 	if c.End = flow.Reason(s.end); c.End != flow.ReasonNone {
 		return c // it was being closed; a side may be already
 	}
-	if s.crashes >= crashesMost || s.flags&(keptUrgent|keptUrgent<<1) != 0 {
-		// The kernel's counters do not tell what becomes of an urgent byte.
+	c.Down.Urgent, c.Up.Urgent = s.flags&keptUrgent != 0, s.flags&(keptUrgent<<1) != 0
+	if s.crashes >= crashesMost {
 		c.End = flow.ReasonCrashed
 		return c
 	}
@@ -76,7 +76,7 @@ func (r *Registry) carried(s *slot) Carried {
 // recoverDial finds out how far the dial is.
 func (r *Registry) recoverDial(s *slot, c *Carried) {
 	if s.fds[up] >= 0 {
-		if u, ok := readSocket(s.fds[up]); ok && (u.state != unix.BPF_TCP_CLOSE || u.acked > 0) {
+		if u, ok := readSocket(s.fds[up], s.flags&(keptUrgent<<up) != 0); ok && (u.state != unix.BPF_TCP_CLOSE || u.acked > 0) {
 			// Answered perhaps, and nobody was told: then the first event tells.
 			c.Dialing = s.flags&keptDialed == 0
 			return
@@ -95,7 +95,7 @@ func (r *Registry) recoverBytes(s *slot, c *Carried) {
 	var sockets [2]socketState
 	for k, fd := range s.fds {
 		if fd >= 0 {
-			sockets[k], _ = readSocket(fd)
+			sockets[k], _ = readSocket(fd, s.flags&(keptUrgent<<k) != 0)
 		}
 	}
 	for k, side := range []*CarriedSide{&c.Down, &c.Up} {
@@ -180,7 +180,7 @@ func (r *Registry) findBytes(s *slot, k int, side *CarriedSide, limbo uint64, sr
 		if limbo > uint64(len(rest)) {
 			return false
 		}
-		side.Rest = rest[uint64(len(rest))-limbo:]
+		side.Rest, side.RestUrgent = rest[uint64(len(rest))-limbo:], s.flags&(keptRestUrgent<<k) != 0
 		return true
 	}
 	m := &r.marks[s.worker]
@@ -188,9 +188,17 @@ func (r *Registry) findBytes(s *slot, k int, side *CarriedSide, limbo uint64, sr
 	if m.slot != uint32(r.index(s))+1 || m.side != uint32(k) || read > copySize || read < limbo {
 		return false
 	}
+	if m.n >= 0 && read != uint64(m.n) {
+		return false // a read skipped an urgent byte of which nobody was told
+	}
 	side.Rest = r.save(r.buffer(int(s.worker))[read-limbo : read])
 	if side.Rest == nil {
 		return false
+	}
+	side.RestUrgent = m.urgent != 0
+	s.flags &^= keptRestUrgent << k
+	if side.RestUrgent {
+		s.flags |= keptRestUrgent << k
 	}
 	s.rests[k] = r.word(side.Rest)
 	return true
@@ -235,7 +243,13 @@ type socketState struct {
 }
 
 // readSocket reads until the picture holds still: the counters come by several calls.
-func readSocket(fd int32) (s socketState, ok bool) {
+// urgent says that urgent bytes are read in their places.
+func readSocket(fd int32, urgent bool) (s socketState, ok bool) {
+	if !urgent {
+		// Else SIOCINQ ends at an urgent byte that nobody has seen yet.
+		sysInline(fd, 1)
+		defer sysInline(fd, 0)
+	}
 	for range 1000 {
 		a, e := sysTCPInfo(fd)
 		if e != 0 {
@@ -286,7 +300,7 @@ func (s *socketState) written(active, shut bool) uint64 {
 // Untouched tells whether a descriptor is a TCP connection that somebody opened to us
 // and nobody has read from or written to: one that was accepted, and then nothing.
 func Untouched(fd int) bool {
-	s, ok := readSocket(int32(fd))
+	s, ok := readSocket(int32(fd), false)
 	if !ok || s.state != unix.BPF_TCP_ESTABLISHED && s.state != unix.BPF_TCP_CLOSE_WAIT {
 		return false
 	}

@@ -84,7 +84,11 @@ type mark struct {
 	base uint64
 	// at is the slot+1 of the connection that it looks at; 0: none.
 	at uint32
-	_  [44]byte
+	// urgent is 1 if what is read is an urgent byte.
+	urgent uint32
+	// n is how many bytes the read has returned; -1: it has not yet.
+	n int32
+	_ [36]byte
 }
 
 // The states of a slot.
@@ -97,13 +101,14 @@ const (
 
 // Flags of a slot.
 const (
-	keptDone     = 1 << 0 // and 1<<1 for up: the end was passed on, or is just now
-	keptUrgent   = 1 << 2 // and 1<<3: there was an urgent mark
-	keptChosen   = 1 << 4 // of up: the application chose its congestion control
-	keptDialed   = 1 << 5 // the dial was answered
-	keptMirrored = 1 << 6
-	keptLingers  = 1 << 7
-	keptReleased = 1 << 8 // held is an answer that the application may have missed
+	keptDone       = 1 << 0 // and 1<<1 for up: the end was passed on, or is just now
+	keptUrgent     = 1 << 2 // and 1<<3: there was an urgent mark
+	keptChosen     = 1 << 4 // of up: the application chose its congestion control
+	keptDialed     = 1 << 5 // the dial was answered
+	keptMirrored   = 1 << 6
+	keptLingers    = 1 << 7
+	keptRestUrgent = 1 << 9 // and 1<<10: the rest is an urgent byte
+	keptReleased   = 1 << 8 // held is an answer that the application may have missed
 )
 
 // slot is a connection. Go's pointers have no place in it.

@@ -9,23 +9,42 @@ import (
 
 const siocAtMark = 0x8905 // asm-generic/sockios.h
 
-// passUrgent passes on an urgent byte of side k that is next in the stream. A
-// read stops before it, and the next would skip it. It returns false when side k
-// cannot go on now.
+// sawUrgent notes that side k has urgent bytes. From then on they are read in their
+// places in the stream (SO_OOBINLINE): another read would skip one that comes between
+// the look for it and the read, and the kernel's counters of what was read would not
+// tell what was passed on; see recover.go. Not before, since who reads without looking
+// would take it for one like others.
+func (w *worker) sawUrgent(c *conn, k int) {
+	s := &c.sides[k]
+	if s.urgent {
+		return
+	}
+	s.urgent = true
+	sysInline(s.fd, 1)
+	c.keepFlag(keptUrgent << k)
+}
+
+// passUrgent passes on an urgent byte of side k that is next in the stream. A read
+// stops before it, and the next would take it for one like others. It returns false
+// when side k cannot go on now.
 func (w *worker) passUrgent(c *conn, k int) bool {
 	s, d := &c.sides[k], &c.sides[1-k]
 	if !sysAtMark(s.fd) {
 		return true
 	}
-	var b [1]byte
-	if e := sysReadUrgent(s.fd, &b); e != 0 {
-		return true // not here yet, or passed on already
+	w.readingUrgent(c, k)
+	b := w.buf[:1]
+	n, e := sysRead(s.fd, b)
+	w.hasRead(n)
+	if n != 1 || e != 0 {
+		return true // not here yet; or what it is the next read says too
 	}
-	_, e := w.writeUrgent(d, b[:])
+	fault(faultUrgent)
+	_, e = w.writeUrgent(d, b)
 	switch {
 	case e == unix.EAGAIN:
-		w.saveRest(c, k, b[:])
 		s.restUrgent = true
+		w.saveRest(c, k, b)
 		w.block(d)
 		return false
 	case e != 0:
@@ -35,6 +54,7 @@ func (w *worker) passUrgent(c *conn, k int) bool {
 	}
 	s.moved++
 	c.active = w.now
+	fault(faultUrgent)
 	return true
 }
 
@@ -54,14 +74,7 @@ func sysAtMark(fd int32) bool {
 	return at != 0
 }
 
-func sysReadUrgent(fd int32, b *[1]byte) syscall.Errno {
-	n, _, e := syscall.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(b)), 1,
-		unix.MSG_OOB|unix.MSG_DONTWAIT, 0, 0)
-	if e == 0 && n == 0 {
-		return unix.EAGAIN
-	}
-	return e
-}
+func sysInline(fd int32, on int) { sysSetInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, on) }
 
 func sysSendUrgent(fd int32, b []byte) (int, syscall.Errno) {
 	n, _, e := syscall.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)),

@@ -175,3 +175,46 @@ func readUrgent(t *testing.T, c *net.TCPConn) byte {
 	}
 	return b[0]
 }
+
+// An urgent byte that arrives just when the relay reads is passed on like any other: who
+// reads them in their places gets every byte.
+func TestUrgentInPlace(t *testing.T) {
+	families(t, func(t *testing.T, loopback netip.Addr) {
+		server, conns := serveTo(t, loopback)
+		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
+		c := r.dial()
+		mustWrite(t, c, []byte("x"))
+		s := accept(t, conns)
+		wantBytes(t, s, []byte("x"))
+		inline(t, c)
+		inline(t, s)
+		for range 2000 {
+			for _, to := range []struct{ from, to *net.TCPConn }{{c, s}, {s, c}} {
+				mustWrite(t, to.from, []byte("before"))
+				if err := writeUrgent(to.from, '!'); err != nil {
+					t.Fatal(err)
+				}
+				mustWrite(t, to.from, []byte("after"))
+				wantBytes(t, to.to, []byte("before!after"))
+			}
+		}
+		c.Close()
+		s.Close()
+	})
+}
+
+// inline has urgent bytes read in their places.
+func inline(t *testing.T, c *net.TCPConn) {
+	t.Helper()
+	raw, err := c.SyscallConn()
+	if err == nil {
+		err = raw.Control(func(fd uintptr) {
+			if err := unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}

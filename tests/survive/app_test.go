@@ -23,8 +23,9 @@ const envApp = "PILLION_TEST_SURVIVE_APP"
 // task is what the application does, until its stdin ends.
 type task struct {
 	To netip.AddrPort
-	// Workers make one connection after the other, of all kinds; Pings stay.
-	Workers, Pings int
+	// Workers make one connection after the other, of all kinds; Pings stay, and Urgent,
+	// which send urgent bytes too.
+	Workers, Pings, Urgent int
 	// Most is the most that a connection sends in one direction, in bytes.
 	Most uint32
 }
@@ -113,6 +114,9 @@ func TestApplication(*testing.T) {
 	for range p.Pings {
 		all.Go(func() { p.open(head{Kind: kindPing}) })
 	}
+	for range p.Urgent {
+		all.Go(func() { p.open(head{Kind: kindUrgent}) })
+	}
 	var word string
 	fmt.Scanln(&word)
 	close(p.end)
@@ -168,7 +172,7 @@ func (p *player) open(h head) {
 		return
 	}
 	said := p.talk(c.(*net.TCPConn), h)
-	if h.Kind == kindPing {
+	if h.Kind == kindPing || h.Kind == kindUrgent {
 		h.Up, h.Down = said, said
 	}
 	w := whole{uint16(c.LocalAddr().(*net.TCPAddr).Port), uint64(h.Up) + headSize, uint64(h.Down)}
@@ -177,7 +181,7 @@ func (p *player) open(h head) {
 	switch h.Kind {
 	case kindBoth, kindAppFirst, kindServer:
 		p.whole = append(p.whole, w)
-	case kindPing:
+	case kindPing, kindUrgent:
 		p.stayed = append(p.stayed, w)
 	}
 }

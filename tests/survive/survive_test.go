@@ -182,7 +182,7 @@ func readLog(t testing.TB, path string) []flow.Record {
 // TestKills kills the handler from outside.
 func TestKills(t *testing.T) {
 	const kills = 5
-	s := newStage(t, rig.New(t), "", task{Workers: 40, Pings: 200, Most: 1 << 19})
+	s := newStage(t, rig.New(t), "", task{Workers: 40, Pings: 180, Urgent: 20, Most: 1 << 19})
 	time.Sleep(500 * time.Millisecond)
 	last := 0
 	for n := range kills {
@@ -240,6 +240,7 @@ func TestFaults(t *testing.T) {
 	t.Run("handshakes", func(t *testing.T) {
 		faults(t, program, 200, "connect: mirror", task{Workers: 15, Pings: 5, Most: 3000})
 	})
+	t.Run("urgent", func(t *testing.T) { faults(t, program, 800, "", task{Urgent: 40}) })
 	t.Run("bulk", func(t *testing.T) { faults(t, program, 50, "", task{Workers: 8, Pings: 5, Most: 4 << 20}) })
 }
 
@@ -339,7 +340,7 @@ func (s *stage) file(t *testing.T) string {
 var contests = flag.Int("contests", 5, "how often a handler is taken over that kills itself meanwhile")
 
 // giving is the fault point of what a giver tells a taker: faultGiving.
-const giving = 27
+const giving = 28
 
 // TestGiverKilled has kept handlers kill themselves while another process takes them over:
 // one of the two has the connections in the end, and the other has none.

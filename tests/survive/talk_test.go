@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A connection begins with a head that says what both sides do. What follows, in each
@@ -26,6 +28,7 @@ const (
 	kindAppResets kind = 'r' // the application resets it in the middle
 	kindReset     kind = 'R' // the server does
 	kindPing      kind = 'p' // messages and answers, until the end
+	kindUrgent    kind = 'u' // the same, each with an urgent byte in its middle
 	kindEmpty     kind = 'e' // nothing at all, not even a head
 )
 
@@ -110,7 +113,7 @@ func (t *talker) take() []string {
 // of each direction, if they are as many as it likes.
 func (t *talker) talk(c *net.TCPConn, h head) (said uint32) {
 	c.SetDeadline(time.Now().Add(lifetime))
-	if h.Kind == kindPing {
+	if h.Kind == kindPing || h.Kind == kindUrgent {
 		c.SetDeadline(time.Time{})
 		said, err := t.ping(c, h)
 		if err != nil {
@@ -211,6 +214,13 @@ func (t *talker) receive(c net.Conn, seed uint64, h head) (uint64, error) {
 // ping exchanges messages until the end.
 func (t *talker) ping(c *net.TCPConn, h head) (said uint32, err error) {
 	buf, want := make([]byte, 2048), make([]byte, 2048)
+	write := func(b []byte) error { _, err := c.Write(b); return err }
+	if h.Kind == kindUrgent {
+		if err := inline(c); err != nil {
+			return 0, err
+		}
+		write = func(b []byte) error { return writeUrgent(c, b) }
+	}
 	for n := uint64(0); ; n++ {
 		size := int(word(uint64(h.ID), n)%uint64(len(buf))) + 1
 		fill(want[:size], uint64(h.ID), n)
@@ -220,7 +230,7 @@ func (t *talker) ping(c *net.TCPConn, h head) (said uint32, err error) {
 				return said, c.CloseWrite()
 			case <-time.After(time.Duration(word(uint64(h.ID), n+1)%60_000) * time.Microsecond):
 			}
-			if _, err := c.Write(want[:size]); err != nil {
+			if err := write(want[:size]); err != nil {
 				return said, fmt.Errorf("message %d: write: %w", n, err)
 			}
 		}
@@ -238,11 +248,39 @@ func (t *talker) ping(c *net.TCPConn, h head) (said uint32, err error) {
 		t.sent.Add(int64(size))
 		said += uint32(size)
 		if !t.app {
-			if _, err := c.Write(buf[:size]); err != nil {
+			if err := write(buf[:size]); err != nil {
 				return said, fmt.Errorf("message %d: write: %w", n, err)
 			}
 		}
 	}
+}
+
+// inline has urgent bytes read in their places.
+func inline(c *net.TCPConn) error {
+	return control(c, func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) })
+}
+
+// writeUrgent writes b with the byte in its middle as an urgent one.
+func writeUrgent(c *net.TCPConn, b []byte) error {
+	mid := len(b) / 2
+	_, err := c.Write(b[:mid])
+	err = errors.Join(err, control(c, func(fd int) error {
+		_, err := unix.SendmsgN(fd, b[mid:mid+1], nil, nil, unix.MSG_OOB) // there is room: the peer has answered
+		return err
+	}))
+	if mid+1 < len(b) {
+		_, last := c.Write(b[mid+1:])
+		err = errors.Join(err, last)
+	}
+	return err
+}
+
+func control(c *net.TCPConn, f func(fd int) error) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return errors.Join(raw.Control(func(fd uintptr) { err = f(int(fd)) }), err)
 }
 
 // serve is the server's side.
