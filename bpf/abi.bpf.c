@@ -34,6 +34,7 @@ EXPORT(struct, set_table);
 EXPORT(struct, endpoint);
 EXPORT(struct, endpoint_name);
 EXPORT(struct, dry_run);
+EXPORT(struct, move);
 EXPORT(enum, policy);
 EXPORT(enum, hash_on);
 EXPORT(enum, slot_state);

@@ -264,6 +264,18 @@ type abiLiveKey struct {
 	SlotPort   uint16
 }
 
+type abiMove struct {
+	_        structs.HostLayout
+	Own      abiIpAddr
+	Peer     abiIpAddr
+	Add      uint64
+	Counter  uint32
+	Tally    uint32
+	OwnPort  uint16
+	PeerPort uint16
+	Zero     uint32
+}
+
 type abiOnFailure uint32
 
 const (
@@ -512,6 +524,7 @@ const (
 	abiVarExportIpAddr       = "export_ip_addr"
 	abiVarExportLive         = "export_live"
 	abiVarExportLiveKey      = "export_live_key"
+	abiVarExportMove         = "export_move"
 	abiVarExportOnFailure    = "export_on_failure"
 	abiVarExportPolicy       = "export_policy"
 	abiVarExportPrefixKey    = "export_prefix_key"
@@ -608,6 +621,7 @@ type abiVariableSpecs struct {
 	ExportIpAddr       *ebpf.VariableSpec `ebpf:"export_ip_addr"`
 	ExportLive         *ebpf.VariableSpec `ebpf:"export_live"`
 	ExportLiveKey      *ebpf.VariableSpec `ebpf:"export_live_key"`
+	ExportMove         *ebpf.VariableSpec `ebpf:"export_move"`
 	ExportOnFailure    *ebpf.VariableSpec `ebpf:"export_on_failure"`
 	ExportPolicy       *ebpf.VariableSpec `ebpf:"export_policy"`
 	ExportPrefixKey    *ebpf.VariableSpec `ebpf:"export_prefix_key"`
@@ -680,6 +694,7 @@ type abiVariables struct {
 	ExportIpAddr       *ebpf.Variable `ebpf:"export_ip_addr"`
 	ExportLive         *ebpf.Variable `ebpf:"export_live"`
 	ExportLiveKey      *ebpf.Variable `ebpf:"export_live_key"`
+	ExportMove         *ebpf.Variable `ebpf:"export_move"`
 	ExportOnFailure    *ebpf.Variable `ebpf:"export_on_failure"`
 	ExportPolicy       *ebpf.Variable `ebpf:"export_policy"`
 	ExportPrefixKey    *ebpf.Variable `ebpf:"export_prefix_key"`

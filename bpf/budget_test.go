@@ -26,6 +26,8 @@ var budget = map[string]uint32{
 	ProgHold:         1500,
 	ProgInject:       20,
 	ProgExplain:      13000,
+	ProgMove:         260,
+	ProgAdd:          60,
 }
 
 func TestBudget(t *testing.T) {

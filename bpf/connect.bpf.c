@@ -4,6 +4,7 @@
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 #include "include/judge.h"
+#include "include/moved.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -140,8 +141,7 @@ static __always_inline enum conn_path on_connect(struct bpf_sock_addr *ctx,
 	enum conn_path path;
 
 	if (tcp) {
-		d = bpf_sk_storage_get(&decisions, ctx->sk, NULL,
-				       BPF_SK_STORAGE_GET_F_CREATE);
+		d = decision_made(ctx->sk);
 		if (d) {
 			kept = true;
 			self = d->own;
@@ -237,7 +237,7 @@ static __always_inline int on_bind(struct bpf_sock_addr *ctx,
 
 	if (slot_of(a, cfg_slot4, cfg_slot6) < 0)
 		return PROCEED;
-	d = bpf_sk_storage_get(&decisions, ctx->sk, NULL, 0);
+	d = decision_of(ctx->sk);
 	if (d && d->own)
 		return PROCEED;
 	count(REASON_SLOT_ADDRESS);
@@ -266,7 +266,7 @@ int pl_bind6(struct bpf_sock_addr *ctx)
 SEC("cgroup/sock_release")
 int pl_release(struct bpf_sock *ctx)
 {
-	struct decision *d = bpf_sk_storage_get(&decisions, ctx, NULL, 0);
+	struct decision *d = decision_of(ctx);
 
 	if (!d)
 		return PROCEED;

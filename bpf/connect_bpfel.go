@@ -26,6 +26,7 @@ const (
 	connectMapEndpoints     = "endpoints"
 	connectMapEvents        = "events"
 	connectMapExclude       = "exclude"
+	connectMapFormer        = "former"
 	connectMapFreeSlots     = "free_slots"
 	connectMapHeld          = "held"
 	connectMapInstance      = "instance"
@@ -43,12 +44,14 @@ const (
 	connectMapState         = "state"
 	connectMapTallies       = "tallies"
 	connectMapUsageByGroup  = "usage_by_group"
+	connectMapWorkbench     = "workbench"
 	connectProgPlBind4      = "pl_bind4"
 	connectProgPlBind6      = "pl_bind6"
 	connectProgPlConnect4   = "pl_connect4"
 	connectProgPlConnect6   = "pl_connect6"
 	connectProgPlRelease    = "pl_release"
 	connectVarCfgFrameTag   = "cfg_frame_tag"
+	connectVarCfgMoves      = "cfg_moves"
 	connectVarCfgNetns      = "cfg_netns"
 	connectVarCfgScopeLevel = "cfg_scope_level"
 	connectVarCfgSlot4      = "cfg_slot4"
@@ -118,6 +121,7 @@ type connectMapSpecs struct {
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
 	Exclude       *ebpf.MapSpec `ebpf:"exclude"`
+	Former        *ebpf.MapSpec `ebpf:"former"`
 	FreeSlots     *ebpf.MapSpec `ebpf:"free_slots"`
 	Held          *ebpf.MapSpec `ebpf:"held"`
 	Instance      *ebpf.MapSpec `ebpf:"instance"`
@@ -135,6 +139,7 @@ type connectMapSpecs struct {
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Tallies       *ebpf.MapSpec `ebpf:"tallies"`
 	UsageByGroup  *ebpf.MapSpec `ebpf:"usage_by_group"`
+	Workbench     *ebpf.MapSpec `ebpf:"workbench"`
 }
 
 // connectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -142,6 +147,7 @@ type connectMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type connectVariableSpecs struct {
 	CfgFrameTag   *ebpf.VariableSpec `ebpf:"cfg_frame_tag"`
+	CfgMoves      *ebpf.VariableSpec `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.VariableSpec `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.VariableSpec `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.VariableSpec `ebpf:"cfg_slot4"`
@@ -178,6 +184,7 @@ type connectMaps struct {
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Events        *ebpf.Map `ebpf:"events"`
 	Exclude       *ebpf.Map `ebpf:"exclude"`
+	Former        *ebpf.Map `ebpf:"former"`
 	FreeSlots     *ebpf.Map `ebpf:"free_slots"`
 	Held          *ebpf.Map `ebpf:"held"`
 	Instance      *ebpf.Map `ebpf:"instance"`
@@ -195,6 +202,7 @@ type connectMaps struct {
 	State         *ebpf.Map `ebpf:"state"`
 	Tallies       *ebpf.Map `ebpf:"tallies"`
 	UsageByGroup  *ebpf.Map `ebpf:"usage_by_group"`
+	Workbench     *ebpf.Map `ebpf:"workbench"`
 }
 
 func (m *connectMaps) Close() error {
@@ -209,6 +217,7 @@ func (m *connectMaps) Close() error {
 		m.Endpoints,
 		m.Events,
 		m.Exclude,
+		m.Former,
 		m.FreeSlots,
 		m.Held,
 		m.Instance,
@@ -226,6 +235,7 @@ func (m *connectMaps) Close() error {
 		m.State,
 		m.Tallies,
 		m.UsageByGroup,
+		m.Workbench,
 	)
 }
 
@@ -234,6 +244,7 @@ func (m *connectMaps) Close() error {
 // It can be passed to loadConnectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type connectVariables struct {
 	CfgFrameTag   *ebpf.Variable `ebpf:"cfg_frame_tag"`
+	CfgMoves      *ebpf.Variable `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.Variable `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.Variable `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.Variable `ebpf:"cfg_slot4"`

@@ -26,6 +26,7 @@ const (
 	explainMapEndpoints     = "endpoints"
 	explainMapEvents        = "events"
 	explainMapExclude       = "exclude"
+	explainMapFormer        = "former"
 	explainMapFreeSlots     = "free_slots"
 	explainMapHeld          = "held"
 	explainMapInstance      = "instance"
@@ -43,8 +44,10 @@ const (
 	explainMapState         = "state"
 	explainMapTallies       = "tallies"
 	explainMapUsageByGroup  = "usage_by_group"
+	explainMapWorkbench     = "workbench"
 	explainProgPlExplain    = "pl_explain"
 	explainVarCfgFrameTag   = "cfg_frame_tag"
+	explainVarCfgMoves      = "cfg_moves"
 	explainVarCfgNetns      = "cfg_netns"
 	explainVarCfgScopeLevel = "cfg_scope_level"
 	explainVarCfgSlot4      = "cfg_slot4"
@@ -110,6 +113,7 @@ type explainMapSpecs struct {
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
 	Exclude       *ebpf.MapSpec `ebpf:"exclude"`
+	Former        *ebpf.MapSpec `ebpf:"former"`
 	FreeSlots     *ebpf.MapSpec `ebpf:"free_slots"`
 	Held          *ebpf.MapSpec `ebpf:"held"`
 	Instance      *ebpf.MapSpec `ebpf:"instance"`
@@ -127,6 +131,7 @@ type explainMapSpecs struct {
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Tallies       *ebpf.MapSpec `ebpf:"tallies"`
 	UsageByGroup  *ebpf.MapSpec `ebpf:"usage_by_group"`
+	Workbench     *ebpf.MapSpec `ebpf:"workbench"`
 }
 
 // explainVariableSpecs contains global variables before they are loaded into the kernel.
@@ -134,6 +139,7 @@ type explainMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type explainVariableSpecs struct {
 	CfgFrameTag   *ebpf.VariableSpec `ebpf:"cfg_frame_tag"`
+	CfgMoves      *ebpf.VariableSpec `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.VariableSpec `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.VariableSpec `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.VariableSpec `ebpf:"cfg_slot4"`
@@ -170,6 +176,7 @@ type explainMaps struct {
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Events        *ebpf.Map `ebpf:"events"`
 	Exclude       *ebpf.Map `ebpf:"exclude"`
+	Former        *ebpf.Map `ebpf:"former"`
 	FreeSlots     *ebpf.Map `ebpf:"free_slots"`
 	Held          *ebpf.Map `ebpf:"held"`
 	Instance      *ebpf.Map `ebpf:"instance"`
@@ -187,6 +194,7 @@ type explainMaps struct {
 	State         *ebpf.Map `ebpf:"state"`
 	Tallies       *ebpf.Map `ebpf:"tallies"`
 	UsageByGroup  *ebpf.Map `ebpf:"usage_by_group"`
+	Workbench     *ebpf.Map `ebpf:"workbench"`
 }
 
 func (m *explainMaps) Close() error {
@@ -201,6 +209,7 @@ func (m *explainMaps) Close() error {
 		m.Endpoints,
 		m.Events,
 		m.Exclude,
+		m.Former,
 		m.FreeSlots,
 		m.Held,
 		m.Instance,
@@ -218,6 +227,7 @@ func (m *explainMaps) Close() error {
 		m.State,
 		m.Tallies,
 		m.UsageByGroup,
+		m.Workbench,
 	)
 }
 
@@ -226,6 +236,7 @@ func (m *explainMaps) Close() error {
 // It can be passed to loadExplainObjects or ebpf.CollectionSpec.LoadAndAssign.
 type explainVariables struct {
 	CfgFrameTag   *ebpf.Variable `ebpf:"cfg_frame_tag"`
+	CfgMoves      *ebpf.Variable `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.Variable `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.Variable `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.Variable `ebpf:"cfg_slot4"`

@@ -34,13 +34,15 @@ var programs = map[string]kind{
 	ProgHold:         {ebpf.SchedCLS, ebpf.AttachNone},
 	ProgInject:       {ebpf.SchedCLS, ebpf.AttachNone},
 	ProgExplain:      {ebpf.SchedCLS, ebpf.AttachNone},
+	ProgMove:         {ebpf.SchedCLS, ebpf.AttachNone},
+	ProgAdd:          {ebpf.SchedCLS, ebpf.AttachNone},
 }
 
 // rodata is the map behind the knobs of one object.
 const rodata = ".rodata"
 
 // knobs are the variables of include/config.h.
-var knobs = []string{"cfg_frame_tag", "cfg_netns", "cfg_scope_level", "cfg_slot4", "cfg_slot6"}
+var knobs = []string{"cfg_frame_tag", "cfg_moves", "cfg_netns", "cfg_scope_level", "cfg_slot4", "cfg_slot6"}
 
 func mustSpecs(t *testing.T) []*ebpf.CollectionSpec {
 	t.Helper()

@@ -26,6 +26,7 @@ const (
 	lookupMapEndpoints     = "endpoints"
 	lookupMapEvents        = "events"
 	lookupMapExclude       = "exclude"
+	lookupMapFormer        = "former"
 	lookupMapFreeSlots     = "free_slots"
 	lookupMapHeld          = "held"
 	lookupMapInstance      = "instance"
@@ -43,8 +44,10 @@ const (
 	lookupMapState         = "state"
 	lookupMapTallies       = "tallies"
 	lookupMapUsageByGroup  = "usage_by_group"
+	lookupMapWorkbench     = "workbench"
 	lookupProgPlLookup     = "pl_lookup"
 	lookupVarCfgFrameTag   = "cfg_frame_tag"
+	lookupVarCfgMoves      = "cfg_moves"
 	lookupVarCfgNetns      = "cfg_netns"
 	lookupVarCfgScopeLevel = "cfg_scope_level"
 	lookupVarCfgSlot4      = "cfg_slot4"
@@ -110,6 +113,7 @@ type lookupMapSpecs struct {
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
 	Exclude       *ebpf.MapSpec `ebpf:"exclude"`
+	Former        *ebpf.MapSpec `ebpf:"former"`
 	FreeSlots     *ebpf.MapSpec `ebpf:"free_slots"`
 	Held          *ebpf.MapSpec `ebpf:"held"`
 	Instance      *ebpf.MapSpec `ebpf:"instance"`
@@ -127,6 +131,7 @@ type lookupMapSpecs struct {
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Tallies       *ebpf.MapSpec `ebpf:"tallies"`
 	UsageByGroup  *ebpf.MapSpec `ebpf:"usage_by_group"`
+	Workbench     *ebpf.MapSpec `ebpf:"workbench"`
 }
 
 // lookupVariableSpecs contains global variables before they are loaded into the kernel.
@@ -134,6 +139,7 @@ type lookupMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type lookupVariableSpecs struct {
 	CfgFrameTag   *ebpf.VariableSpec `ebpf:"cfg_frame_tag"`
+	CfgMoves      *ebpf.VariableSpec `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.VariableSpec `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.VariableSpec `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.VariableSpec `ebpf:"cfg_slot4"`
@@ -170,6 +176,7 @@ type lookupMaps struct {
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Events        *ebpf.Map `ebpf:"events"`
 	Exclude       *ebpf.Map `ebpf:"exclude"`
+	Former        *ebpf.Map `ebpf:"former"`
 	FreeSlots     *ebpf.Map `ebpf:"free_slots"`
 	Held          *ebpf.Map `ebpf:"held"`
 	Instance      *ebpf.Map `ebpf:"instance"`
@@ -187,6 +194,7 @@ type lookupMaps struct {
 	State         *ebpf.Map `ebpf:"state"`
 	Tallies       *ebpf.Map `ebpf:"tallies"`
 	UsageByGroup  *ebpf.Map `ebpf:"usage_by_group"`
+	Workbench     *ebpf.Map `ebpf:"workbench"`
 }
 
 func (m *lookupMaps) Close() error {
@@ -201,6 +209,7 @@ func (m *lookupMaps) Close() error {
 		m.Endpoints,
 		m.Events,
 		m.Exclude,
+		m.Former,
 		m.FreeSlots,
 		m.Held,
 		m.Instance,
@@ -218,6 +227,7 @@ func (m *lookupMaps) Close() error {
 		m.State,
 		m.Tallies,
 		m.UsageByGroup,
+		m.Workbench,
 	)
 }
 
@@ -226,6 +236,7 @@ func (m *lookupMaps) Close() error {
 // It can be passed to loadLookupObjects or ebpf.CollectionSpec.LoadAndAssign.
 type lookupVariables struct {
 	CfgFrameTag   *ebpf.Variable `ebpf:"cfg_frame_tag"`
+	CfgMoves      *ebpf.Variable `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.Variable `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.Variable `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.Variable `ebpf:"cfg_slot4"`

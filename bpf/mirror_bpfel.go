@@ -26,6 +26,7 @@ const (
 	mirrorMapEndpoints     = "endpoints"
 	mirrorMapEvents        = "events"
 	mirrorMapExclude       = "exclude"
+	mirrorMapFormer        = "former"
 	mirrorMapFreeSlots     = "free_slots"
 	mirrorMapHeld          = "held"
 	mirrorMapInstance      = "instance"
@@ -43,9 +44,11 @@ const (
 	mirrorMapState         = "state"
 	mirrorMapTallies       = "tallies"
 	mirrorMapUsageByGroup  = "usage_by_group"
+	mirrorMapWorkbench     = "workbench"
 	mirrorProgPlHold       = "pl_hold"
 	mirrorProgPlInject     = "pl_inject"
 	mirrorVarCfgFrameTag   = "cfg_frame_tag"
+	mirrorVarCfgMoves      = "cfg_moves"
 	mirrorVarCfgNetns      = "cfg_netns"
 	mirrorVarCfgScopeLevel = "cfg_scope_level"
 	mirrorVarCfgSlot4      = "cfg_slot4"
@@ -112,6 +115,7 @@ type mirrorMapSpecs struct {
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
 	Exclude       *ebpf.MapSpec `ebpf:"exclude"`
+	Former        *ebpf.MapSpec `ebpf:"former"`
 	FreeSlots     *ebpf.MapSpec `ebpf:"free_slots"`
 	Held          *ebpf.MapSpec `ebpf:"held"`
 	Instance      *ebpf.MapSpec `ebpf:"instance"`
@@ -129,6 +133,7 @@ type mirrorMapSpecs struct {
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Tallies       *ebpf.MapSpec `ebpf:"tallies"`
 	UsageByGroup  *ebpf.MapSpec `ebpf:"usage_by_group"`
+	Workbench     *ebpf.MapSpec `ebpf:"workbench"`
 }
 
 // mirrorVariableSpecs contains global variables before they are loaded into the kernel.
@@ -136,6 +141,7 @@ type mirrorMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type mirrorVariableSpecs struct {
 	CfgFrameTag   *ebpf.VariableSpec `ebpf:"cfg_frame_tag"`
+	CfgMoves      *ebpf.VariableSpec `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.VariableSpec `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.VariableSpec `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.VariableSpec `ebpf:"cfg_slot4"`
@@ -172,6 +178,7 @@ type mirrorMaps struct {
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Events        *ebpf.Map `ebpf:"events"`
 	Exclude       *ebpf.Map `ebpf:"exclude"`
+	Former        *ebpf.Map `ebpf:"former"`
 	FreeSlots     *ebpf.Map `ebpf:"free_slots"`
 	Held          *ebpf.Map `ebpf:"held"`
 	Instance      *ebpf.Map `ebpf:"instance"`
@@ -189,6 +196,7 @@ type mirrorMaps struct {
 	State         *ebpf.Map `ebpf:"state"`
 	Tallies       *ebpf.Map `ebpf:"tallies"`
 	UsageByGroup  *ebpf.Map `ebpf:"usage_by_group"`
+	Workbench     *ebpf.Map `ebpf:"workbench"`
 }
 
 func (m *mirrorMaps) Close() error {
@@ -203,6 +211,7 @@ func (m *mirrorMaps) Close() error {
 		m.Endpoints,
 		m.Events,
 		m.Exclude,
+		m.Former,
 		m.FreeSlots,
 		m.Held,
 		m.Instance,
@@ -220,6 +229,7 @@ func (m *mirrorMaps) Close() error {
 		m.State,
 		m.Tallies,
 		m.UsageByGroup,
+		m.Workbench,
 	)
 }
 
@@ -228,6 +238,7 @@ func (m *mirrorMaps) Close() error {
 // It can be passed to loadMirrorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type mirrorVariables struct {
 	CfgFrameTag   *ebpf.Variable `ebpf:"cfg_frame_tag"`
+	CfgMoves      *ebpf.Variable `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.Variable `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.Variable `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.Variable `ebpf:"cfg_slot4"`

@@ -8,6 +8,7 @@
 #include "include/config.h"
 #include "include/decide.h"
 #include "include/maps.h"
+#include "include/moved.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -109,7 +110,7 @@ static __always_inline void recall_subflow(struct bpf_sock_addr *ctx,
 		recall_outlived(own, peer, ctx->sk->src_port, port, what);
 		return;
 	}
-	d = bpf_sk_storage_get(&decisions, sk, NULL, 0);
+	d = decision_of(sk);
 	if (d)
 		recall(d, peer, port, what);
 	bpf_sk_release(sk);
@@ -130,7 +131,7 @@ static __always_inline struct asked asked_for(struct bpf_sock_addr *ctx,
 		recall_subflow(ctx, own, peer, port, &what);
 		return what;
 	}
-	d = bpf_sk_storage_get(&decisions, ctx->sk, NULL, 0);
+	d = decision_of(ctx->sk);
 	if (d)
 		recall(d, peer, port, &what);
 	return what;
@@ -204,7 +205,7 @@ static __always_inline const struct ip_addr *name_of(struct bpf_sock_addr *ctx,
 
 	if (!to || slot_of(peer, cfg_slot4, cfg_slot6) < 0)
 		return NULL;
-	d = bpf_sk_storage_get(&decisions, ctx->sk, NULL, 0);
+	d = decision_of(ctx->sk);
 	if (d) {
 		seen = &d->seen;
 	} else {

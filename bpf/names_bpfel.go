@@ -26,6 +26,7 @@ const (
 	namesMapEndpoints       = "endpoints"
 	namesMapEvents          = "events"
 	namesMapExclude         = "exclude"
+	namesMapFormer          = "former"
 	namesMapFreeSlots       = "free_slots"
 	namesMapHeld            = "held"
 	namesMapInstance        = "instance"
@@ -43,11 +44,13 @@ const (
 	namesMapState           = "state"
 	namesMapTallies         = "tallies"
 	namesMapUsageByGroup    = "usage_by_group"
+	namesMapWorkbench       = "workbench"
 	namesProgPlGetpeername4 = "pl_getpeername4"
 	namesProgPlGetpeername6 = "pl_getpeername6"
 	namesProgPlGetsockname4 = "pl_getsockname4"
 	namesProgPlGetsockname6 = "pl_getsockname6"
 	namesVarCfgFrameTag     = "cfg_frame_tag"
+	namesVarCfgMoves        = "cfg_moves"
 	namesVarCfgNetns        = "cfg_netns"
 	namesVarCfgScopeLevel   = "cfg_scope_level"
 	namesVarCfgSlot4        = "cfg_slot4"
@@ -116,6 +119,7 @@ type namesMapSpecs struct {
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Events        *ebpf.MapSpec `ebpf:"events"`
 	Exclude       *ebpf.MapSpec `ebpf:"exclude"`
+	Former        *ebpf.MapSpec `ebpf:"former"`
 	FreeSlots     *ebpf.MapSpec `ebpf:"free_slots"`
 	Held          *ebpf.MapSpec `ebpf:"held"`
 	Instance      *ebpf.MapSpec `ebpf:"instance"`
@@ -133,6 +137,7 @@ type namesMapSpecs struct {
 	State         *ebpf.MapSpec `ebpf:"state"`
 	Tallies       *ebpf.MapSpec `ebpf:"tallies"`
 	UsageByGroup  *ebpf.MapSpec `ebpf:"usage_by_group"`
+	Workbench     *ebpf.MapSpec `ebpf:"workbench"`
 }
 
 // namesVariableSpecs contains global variables before they are loaded into the kernel.
@@ -140,6 +145,7 @@ type namesMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type namesVariableSpecs struct {
 	CfgFrameTag   *ebpf.VariableSpec `ebpf:"cfg_frame_tag"`
+	CfgMoves      *ebpf.VariableSpec `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.VariableSpec `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.VariableSpec `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.VariableSpec `ebpf:"cfg_slot4"`
@@ -176,6 +182,7 @@ type namesMaps struct {
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Events        *ebpf.Map `ebpf:"events"`
 	Exclude       *ebpf.Map `ebpf:"exclude"`
+	Former        *ebpf.Map `ebpf:"former"`
 	FreeSlots     *ebpf.Map `ebpf:"free_slots"`
 	Held          *ebpf.Map `ebpf:"held"`
 	Instance      *ebpf.Map `ebpf:"instance"`
@@ -193,6 +200,7 @@ type namesMaps struct {
 	State         *ebpf.Map `ebpf:"state"`
 	Tallies       *ebpf.Map `ebpf:"tallies"`
 	UsageByGroup  *ebpf.Map `ebpf:"usage_by_group"`
+	Workbench     *ebpf.Map `ebpf:"workbench"`
 }
 
 func (m *namesMaps) Close() error {
@@ -207,6 +215,7 @@ func (m *namesMaps) Close() error {
 		m.Endpoints,
 		m.Events,
 		m.Exclude,
+		m.Former,
 		m.FreeSlots,
 		m.Held,
 		m.Instance,
@@ -224,6 +233,7 @@ func (m *namesMaps) Close() error {
 		m.State,
 		m.Tallies,
 		m.UsageByGroup,
+		m.Workbench,
 	)
 }
 
@@ -232,6 +242,7 @@ func (m *namesMaps) Close() error {
 // It can be passed to loadNamesObjects or ebpf.CollectionSpec.LoadAndAssign.
 type namesVariables struct {
 	CfgFrameTag   *ebpf.Variable `ebpf:"cfg_frame_tag"`
+	CfgMoves      *ebpf.Variable `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.Variable `ebpf:"cfg_netns"`
 	CfgScopeLevel *ebpf.Variable `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.Variable `ebpf:"cfg_slot4"`

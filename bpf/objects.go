@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 )
 
 // Names of the programs, as pins and the kernel show them.
@@ -22,6 +23,8 @@ const (
 	ProgHold         = "pl_hold"
 	ProgInject       = "pl_inject"
 	ProgExplain      = "pl_explain"
+	ProgMove         = "pl_move"
+	ProgAdd          = "pl_add"
 )
 
 // Maps are the maps that all programs share. Whoever loaded them closes them.
@@ -32,7 +35,7 @@ type Maps = connectMaps
 // each object's own.
 func Specs() ([]*ebpf.CollectionSpec, error) {
 	var all []*ebpf.CollectionSpec
-	for _, load := range []func() (*ebpf.CollectionSpec, error){loadConnect, loadNames, loadLookup, loadSockops, loadMirror, loadExplain} {
+	for _, load := range []func() (*ebpf.CollectionSpec, error){loadConnect, loadNames, loadLookup, loadSockops, loadMirror, loadExplain, loadMove} {
 		spec, err := load()
 		if err != nil {
 			return nil, fmt.Errorf("parse a built-in BPF object: %w", err)
@@ -40,4 +43,13 @@ func Specs() ([]*ebpf.CollectionSpec, error) {
 		all = append(all, spec)
 	}
 	return all, nil
+}
+
+// Types parses the contract of include/abi.h, as a compiler saw it.
+func Types() (*btf.Spec, error) {
+	spec, err := loadAbi()
+	if err != nil {
+		return nil, fmt.Errorf("parse the built-in types: %w", err)
+	}
+	return spec.Types, nil
 }

@@ -5,6 +5,7 @@
 #include <bpf/bpf_helpers.h>
 #include "include/config.h"
 #include "include/eject.h"
+#include "include/moved.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -324,12 +325,24 @@ static __always_inline bool is_news(__u32 op, __u32 to, __u32 expired)
 	}
 }
 
+/* wipe clears a former entry, but for the handler's tag: its connection has
+ * ended. The loader writes its body.
+ */
+static __noinline __u64 wipe(void *from)
+{
+	__u64 done;
+
+	asm volatile("%0 = 0" : "=r"(done) : "r"(from) : "memory");
+	return done;
+}
+
 SEC("sockops")
 int pl_sockops(struct bpf_sock_ops *ctx)
 {
 	__u32 op = ctx->op, from, to;
 	struct bpf_sock *sk;
 	struct decision *d;
+	void *before;
 
 	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_STATE_CB &&
 	    op != BPF_SOCK_OPS_RTO_CB) {
@@ -344,7 +357,7 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 	sk = ctx->sk;
 	if (!sk)
 		return 1;
-	d = bpf_sk_storage_get(&decisions, sk, NULL, 0);
+	d = decision_of(sk);
 	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
 		on_open(ctx, d);
 	} else if (op == BPF_SOCK_OPS_RTO_CB) {
@@ -357,6 +370,12 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 		on_half_closed(ctx, d);
 	} else if (to == BPF_TCP_CLOSE) {
 		on_close(ctx, d, from);
+		/* Or a hook of the former layout would count its end again. */
+		if (cfg_moves) {
+			before = bpf_sk_storage_get(&former, sk, NULL, 0);
+			if (before)
+				wipe(before);
+		}
 	}
 	return 1;
 }

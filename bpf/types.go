@@ -38,6 +38,8 @@ type (
 	EndpointName = abiEndpointName
 	// DryRun is the question to pl_explain and its answer.
 	DryRun = abiDryRun
+	// Move is the question to pl_move and to pl_add.
+	Move = abiMove
 	// IPAddr is 16 bytes in network byte order, IPv4 as ::ffff:a.b.c.d.
 	IPAddr = abiIpAddr
 )

@@ -80,7 +80,11 @@ func (d *Datapath) Attach() ([]Existing, error) {
 	defer d.linkMu.Unlock()
 	var before []Existing
 	var err error
-	for _, name := range attachOrder(d.holds) {
+	order := attachOrder(d.holds)
+	if d.moving.Load() != nil {
+		order = swapOrder(order)
+	}
+	for _, name := range order {
 		if d.links[name] != nil {
 			continue // AttachLookup was here
 		}
@@ -94,12 +98,23 @@ func (d *Datapath) Attach() ([]Existing, error) {
 			return nil, fmt.Errorf("attach %s: %w", name, err)
 		}
 	}
+	if err := d.moveOut(); err != nil {
+		return nil, err
+	}
 	d.attached = true
 	d.keep()
 	if d.renewedLocked() {
 		d.Kick()
 	}
 	return before, nil
+}
+
+// swapOrder is attachOrder for hooks that take over from those of another layout: from
+// sockops on what is stored with sockets is the new ones', and only connect makes what
+// the old ones do not know. See bpf/include/moved.h.
+func swapOrder(order []string) []string {
+	first := []string{bpf.ProgLookup, bpf.ProgSockops, bpf.ProgRelease}
+	return append(first, slices.DeleteFunc(order, func(name string) bool { return slices.Contains(first, name) })...)
 }
 
 // pinned tells whether an earlier process attached a program.

@@ -23,9 +23,17 @@ const (
 // decided calls f for the open sockets of the namespace that a connect hook
 // decided on.
 func (d *Datapath) decided(f func(*socket, *bpf.Decision)) error {
-	return d.network.storages(d.maps.Decisions, func(s *socket) {
-		if len(s.storage) != int(unsafe.Sizeof(bpf.Decision{})) {
+	m, stored, size := d.moving.Load(), d.maps.Decisions, int(unsafe.Sizeof(bpf.Decision{}))
+	former := m.has("decisions")
+	if former {
+		stored, size = m.old["decisions"], int(m.from.Maps["decisions"].ValueSize)
+	}
+	return d.network.storages(stored, func(s *socket) {
+		if len(s.storage) != size {
 			return // it has none
+		}
+		if former {
+			s.storage = m.value("decisions", s.storage)
 		}
 		var v bpf.Decision
 		copy((*[unsafe.Sizeof(v)]byte)(unsafe.Pointer(&v))[:], s.storage)

@@ -15,6 +15,7 @@ type consts struct {
 	slot6      uint32
 	scopeLevel uint32
 	frameTag   uint64
+	moves      uint32
 }
 
 // set gives every knob of an object its value. A knob that only one side knows
@@ -26,6 +27,7 @@ func (c consts) set(spec *ebpf.CollectionSpec) error {
 		"cfg_slot6":       c.slot6,
 		"cfg_scope_level": c.scopeLevel,
 		"cfg_frame_tag":   c.frameTag,
+		"cfg_moves":       c.moves,
 	}
 	for name, v := range spec.Variables {
 		value, known := values[name]

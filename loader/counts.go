@@ -42,6 +42,9 @@ func (c *counts) due(now time.Time) bool {
 // made, and only what it tells twice is so: a connect that is given up at once is
 // counted up and down. Called with d.mu.
 func (d *Datapath) recount() error {
+	if d.moving.Load() != nil {
+		return nil // hooks of both layouts may count at this moment
+	}
 	before := d.sets.activity()
 	open := make([]int, len(before))
 	err := d.decided(func(s *socket, v *bpf.Decision) {

@@ -112,6 +112,10 @@ type Datapath struct {
 	heldSpec innerSpec
 	queues   []*Queue
 
+	layouts *description         // of this build's maps
+	moving  atomic.Pointer[move] // nil: the maps have that layout
+	moved   *move                // the same, also when that is done
+
 	left atomic.Bool // another process has the instance
 
 	linkMu   sync.Mutex // orders changes of links
@@ -265,7 +269,7 @@ func (d *Datapath) Close() error {
 	for _, q := range d.queues {
 		errs = append(errs, q.close())
 	}
-	errs = append(errs, d.sets.close(), d.maps.Close())
+	errs = append(errs, d.sets.close(), d.maps.Close(), d.moved.close())
 	if d.state != nil {
 		errs = append(errs, d.state.close())
 	}

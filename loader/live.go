@@ -110,6 +110,9 @@ func (d *Datapath) Exempt(fd int) error {
 	if err := d.maps.Decisions.Put(uint32(fd), bpf.Decision{Own: 1}); err != nil {
 		return fmt.Errorf("tag socket: %w", err)
 	}
+	if err := d.moving.Load().exemptBefore(fd); err != nil {
+		return fmt.Errorf("tag socket: %w", err)
+	}
 	return nil
 }
 
@@ -190,6 +193,9 @@ func (d *Datapath) Beat(alive, busy bool, maxAge int64) error {
 		b.Busy = 1
 	}
 	if err := d.maps.Beat.Put(uint32(0), b); err != nil {
+		return fmt.Errorf("write heartbeat: %w", err)
+	}
+	if err := d.moving.Load().beatBefore(b); err != nil {
 		return fmt.Errorf("write heartbeat: %w", err)
 	}
 	return nil

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"reflect"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -29,6 +30,9 @@ const reservedSlots = flow.ServiceSlots
 func (d *Datapath) create() error {
 	specs, err := bpf.Specs()
 	if err != nil {
+		return err
+	}
+	if d.layouts, err = ownLayouts(specs); err != nil {
 		return err
 	}
 	if d.network, err = openNetwork(); err != nil {
@@ -55,6 +59,9 @@ func (d *Datapath) create() error {
 		return err
 	}
 	if err := d.pinMaps(); err != nil {
+		return err
+	}
+	if err := d.describe(layoutsPin); err != nil {
 		return err
 	}
 	d.state.nextSlot().Store(bpf.SlotFirst + reservedSlots)
@@ -100,6 +107,9 @@ func (d *Datapath) putInstance() error {
 // open takes the pinned maps, loads the programs of this build over them, and
 // takes charge.
 func (d *Datapath) open() error {
+	if err := finishMove(d.dir, false); err != nil {
+		return err
+	}
 	if err := d.prepare(); err != nil {
 		return err
 	}
@@ -108,8 +118,14 @@ func (d *Datapath) open() error {
 
 // prepare is the part of open that changes nothing.
 func (d *Datapath) prepare() error {
-	var err error
-	if d.maps.Instance, d.instance, err = readInstance(d.dir); err != nil {
+	specs, err := bpf.Specs()
+	if err != nil {
+		return err
+	}
+	if d.layouts, err = ownLayouts(specs); err != nil {
+		return err
+	}
+	if err := d.findRecord(); err != nil {
 		return err
 	}
 	if d.instance.Families == 0 {
@@ -119,13 +135,13 @@ func (d *Datapath) prepare() error {
 		return err
 	}
 	d.slots = rangeOf(&d.instance)
-	specs, err := bpf.Specs()
-	if err != nil {
-		return err
+	m := d.moving.Load()
+	pinned := map[string]*ebpf.Map{}
+	if m == nil {
+		pinned[instancePin] = d.maps.Instance
 	}
-	pinned := map[string]*ebpf.Map{instancePin: d.maps.Instance}
 	for name := range sharedMaps(specs) {
-		if name == instancePin {
+		if name == instancePin || m.creates(name) {
 			continue
 		}
 		m, err := ebpf.LoadPinnedMap(d.dir.pin(name), nil)
@@ -160,10 +176,37 @@ func (d *Datapath) sameScope() error {
 	}
 }
 
+// findRecord reads the record of the instance. Where its maps are of another layout,
+// it plans how they are moved.
+func (d *Datapath) findRecord() error {
+	was, err := readLayouts(d.dir.pin(layoutsPin))
+	if err != nil {
+		return err
+	}
+	if was == nil || was.ABI == bpf.ABI {
+		d.maps.Instance, d.instance, err = readInstance(d.dir)
+		return err
+	}
+	m, err := plan(was, d.layouts)
+	if err != nil {
+		return err
+	}
+	d.moved = m // to be closed
+	d.moving.Store(m)
+	if err := m.open(d.dir); err != nil {
+		return err
+	}
+	d.instance, err = m.record()
+	return err
+}
+
 // takeCharge goes on from what the maps say.
 func (d *Datapath) takeCharge() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if err := d.moveIn(); err != nil {
+		return err
+	}
 	if err := d.maps.Settings.Lookup(uint32(0), &d.settings); err != nil {
 		return fmt.Errorf("read settings: %w", err)
 	}
@@ -230,12 +273,15 @@ func readInstance(dir *dir) (*ebpf.Map, bpf.Instance, error) {
 	return m, i, nil
 }
 
-// sharedMaps are all maps but an object's own constants.
+// privateMaps are for the programs of one process, and not pinned.
+var privateMaps = []string{"former", "workbench"}
+
+// sharedMaps are all maps but an object's own constants, and privateMaps.
 func sharedMaps(specs []*ebpf.CollectionSpec) map[string]*ebpf.MapSpec {
 	all := map[string]*ebpf.MapSpec{}
 	for _, s := range specs {
 		for name, m := range s.Maps {
-			if name != ".rodata" {
+			if name != ".rodata" && !slices.Contains(privateMaps, name) {
 				all[name] = m
 			}
 		}
@@ -270,6 +316,10 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 		scopeLevel: d.options.Scope.Level,
 		frameTag:   d.frameTag,
 	}
+	carrier, moves := d.moving.Load().carrier()
+	if moves {
+		c.moves = 1
+	}
 	shared := sharedMaps(specs)
 	inner := func(outer string) innerSpec {
 		return func() (*ebpf.MapSpec, error) { return shared[outer].InnerMap, nil }
@@ -289,9 +339,17 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 		}
 		have[name] = m
 	}
+	if err := d.makePrivate(specs[0], have, moves); err != nil {
+		return err
+	}
 	for _, spec := range specs {
 		if err := c.set(spec); err != nil {
 			return err
+		}
+		if moves {
+			if err := carrier.install(spec); err != nil {
+				return err
+			}
 		}
 		if err := d.loadPrograms(spec, have); err != nil {
 			return err
@@ -324,6 +382,22 @@ func innerLater(outer string) innerSpec {
 // before the old one goes. Entries take memory only when they are there. An earlier
 // build's has room for one: its size is no part of the layout.
 func holdsTwo(name string) bool { return name == "deny" || name == "exclude" }
+
+// makePrivate adds the maps that are this process's own.
+func (d *Datapath) makePrivate(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map, moves bool) error {
+	former := have["decisions"] // nobody looks at it
+	if moves {
+		former = d.moving.Load().old["decisions"]
+	}
+	var err error
+	if have["former"], err = former.Clone(); err != nil {
+		return fmt.Errorf("open map former: %w", err)
+	}
+	if have["workbench"], err = ebpf.NewMap(spec.Maps["workbench"]); err != nil {
+		return fmt.Errorf("create map workbench: %w", err)
+	}
+	return nil
+}
 
 func (d *Datapath) loadPrograms(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) error {
 	replace := map[string]*ebpf.Map{}
@@ -368,18 +442,32 @@ func (d *Datapath) keepMaps(have map[string]*ebpf.Map) {
 }
 
 func (d *Datapath) pinMaps() error {
-	v := reflect.ValueOf(d.maps)
-	for i := range v.NumField() {
-		name := v.Type().Field(i).Tag.Get("ebpf")
+	for name, m := range d.mapsByName() {
 		if name == instancePin {
 			continue
 		}
-		if err := v.Field(i).Interface().(*ebpf.Map).Pin(d.dir.pin(name)); err != nil {
+		if err := m.Pin(d.dir.pin(name)); err != nil {
 			return fmt.Errorf("pin map %s: %w", name, err)
 		}
 	}
 	return nil
 }
+
+// mapsByName are the maps that are pinned.
+func (d *Datapath) mapsByName() map[string]*ebpf.Map {
+	all := map[string]*ebpf.Map{}
+	v := reflect.ValueOf(d.maps)
+	for i := range v.NumField() {
+		name := v.Type().Field(i).Tag.Get("ebpf")
+		if !slices.Contains(privateMaps, name) {
+			all[name] = v.Field(i).Interface().(*ebpf.Map)
+		}
+	}
+	return all
+}
+
+// describe pins what the layouts of the maps are.
+func (d *Datapath) describe(pin string) error { return d.layouts.write(d.dir.pin(pin)) }
 
 // sharedState is the map state in our memory: hooks add to it all the time, so
 // writing it whole would lose what they added.

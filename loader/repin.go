@@ -5,10 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"reflect"
 	"slices"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/pillion-project/pillion/bpf"
 )
@@ -35,12 +33,9 @@ func (d *Datapath) repin() ([]string, error) {
 		// What is pinned below changes it again: one look more.
 		d.pinsChanged = now.ModTime()
 	}
-	v := reflect.ValueOf(d.maps)
 	// The record is the first pin, whatever the order of the maps: see create.
-	names, all := []string{instancePin}, map[string]*ebpf.Map{}
-	for i := range v.NumField() {
-		name := v.Type().Field(i).Tag.Get("ebpf")
-		all[name] = v.Field(i).Interface().(*ebpf.Map)
+	names, all := []string{instancePin}, d.mapsByName()
+	for name := range all {
 		if name != instancePin {
 			names = append(names, name)
 		}
@@ -58,6 +53,12 @@ func (d *Datapath) repin() ([]string, error) {
 			return mended, fmt.Errorf("pin map %s again: %w", name, err)
 		}
 		mended = append(mended, name)
+	}
+	if _, err := os.Stat(d.dir.pin(layoutsPin)); errors.Is(err, os.ErrNotExist) {
+		if err := d.describe(layoutsPin); err != nil {
+			return mended, err
+		}
+		mended = append(mended, layoutsPin)
 	}
 	return mended, nil
 }

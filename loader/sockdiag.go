@@ -32,7 +32,8 @@ const (
 	diagInfo        = 2
 	diagStorages    = 20
 	diagCgroupID    = 21
-	diagCookieAt    = 40 // in inet_diag_sockid
+	diagDeviceAt    = 36 // in inet_diag_sockid
+	diagCookieAt    = 40
 )
 
 // Attributes that ask for socket storage, and those of the answer
@@ -170,6 +171,9 @@ func storageData(nested []byte) []byte {
 
 // cookie names the socket for its whole life.
 func (s *socket) cookie() uint64 { return binary.NativeEndian.Uint64(s.id[diagCookieAt:]) }
+
+// device is the index of the interface that the socket is bound to; 0: to none.
+func (s *socket) device() uint32 { return binary.NativeEndian.Uint32(s.id[diagDeviceAt:]) }
 
 func diagAddr(family uint8, ip, port []byte) netip.AddrPort {
 	var a netip.Addr

@@ -520,6 +520,20 @@ struct dry_run {
 	__u8 hold; /* 1: the handshake would wait for the dial */
 };
 
+/* The question to pl_move, which socket, and to pl_add, which counter. It
+ * stands as that of pl_explain does.
+ */
+struct move {
+	struct ip_addr own;
+	struct ip_addr peer;
+	__u64 add;
+	__u32 counter; /* enum reason, or enum tally where that is 1: */
+	__u32 tally;
+	__u16 own_port;
+	__u16 peer_port;
+	__u32 zero;
+};
+
 /* Written once, when the instance is created: what a later process needs to
  * adopt or to sweep it.
  */

@@ -253,6 +253,25 @@ struct {
 	__type(value, struct decision);
 } decisions SEC(".maps");
 
+/* What programs of another layout stored with sockets: their map, in their
+ * layout, while cfg_moves is set; else nobody looks at it. Not pinned. writer:
+ * they, and moved.h; reader: moved.h; deleter: the kernel, with the socket.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct decision);
+} former SEC(".maps");
+
+/* Where move makes an entry of decisions. Not pinned. writer, reader: move. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct decision);
+} workbench SEC(".maps");
+
 /* 1 while a dry run looks for the handler's listener on this CPU: the look-up
  * program is to answer it as it answers the connect hook. writer: explain;
  * reader: lookup.

@@ -204,7 +204,7 @@ func (i *instance) suits(h *handover.Hello) error {
 		return fmt.Errorf("protocol %d is asked for, this process (%s) speaks %d", h.Protocol, buildVersion(), handover.Protocol)
 	case h.Instance != i.name:
 		return fmt.Errorf("instance %q is asked for, this is %q", h.Instance, i.name)
-	case h.ABI != bpf.ABI:
+	case h.ABI != bpf.ABI && !h.Moves:
 		return fmt.Errorf("its maps have layout %d, those of this process (%s) have %d", h.ABI, buildVersion(), bpf.ABI)
 	case h.Carry != l4.CarryVersion:
 		return fmt.Errorf("it reads connections of version %d, this process (%s) writes %d", h.Carry, buildVersion(), l4.CarryVersion)

@@ -94,7 +94,7 @@ func takeFrom(ctx context.Context, p *plan) (*taking, error) {
 func (t *taking) hello(name string) error {
 	t.conn.Within(helloLimit)
 	err := t.conn.SendJSON(handover.KindHello, handover.Hello{
-		Protocol: handover.Protocol, ABI: bpf.ABI, Carry: l4.CarryVersion,
+		Protocol: handover.Protocol, ABI: bpf.ABI, Moves: true, Carry: l4.CarryVersion,
 		Build: buildVersion(), Instance: name, Pid: os.Getpid(),
 	}, nil)
 	if err != nil {

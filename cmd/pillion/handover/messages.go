@@ -20,7 +20,10 @@ const Protocol = 1
 type Hello struct {
 	Protocol int `json:"protocol"`
 	// ABI is the layout of the maps, Carry the encoding of connections.
-	ABI      uint32 `json:"abi"`
+	ABI uint32 `json:"abi"`
+	// Moves: what is in maps of another layout is moved, if it can be. Who cannot do
+	// that does not say so.
+	Moves    bool   `json:"moves,omitempty"`
 	Carry    int    `json:"carry"`
 	Build    string `json:"build"`
 	Instance string `json:"instance"`

@@ -1,0 +1,168 @@
+package loader
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
+)
+
+// The bodies of the functions of bpf/include/moved.h, which know two layouts of what
+// is stored with a socket. They are written here, since only here both are known; with
+// constant offsets, which the verifier asks for where CAP_PERFMON is missing.
+
+// Registers of a call.
+const (
+	result = asm.R0
+	former = asm.R1
+	ours   = asm.R2
+	number = asm.R3
+	other  = asm.R4
+)
+
+// carrier is what the two functions are made of.
+type carrier struct {
+	from, to *mapLayout
+}
+
+// needed are the fields that both layouts must have, with these sizes.
+var needed = map[string]uint32{"opened": 8, "released": 1, "pending": 1, "own": 1}
+
+// check tells whether what is stored with sockets can be moved.
+func (c carrier) check() error {
+	for name, size := range needed {
+		for _, l := range []*mapLayout{c.from, c.to} {
+			if f, ok := find(l.Value, name); !ok || f.Size != size {
+				return fmt.Errorf("%w: what is stored with a socket has no field %s of %d bytes", ErrABI, name, size)
+			}
+		}
+	}
+	return nil
+}
+
+func at(l *mapLayout, name string) int16 {
+	f, _ := find(l.Value, name)
+	return int16(f.At)
+}
+
+// carry writes the function of that name.
+func (c carrier) carry() asm.Instructions {
+	leave := asm.Instructions{asm.Return()}
+	released := asm.Instructions{
+		asm.LoadMem(number, former, at(c.from, "released"), asm.Byte),
+		skip(asm.JEq.Imm(number, 0, ""), 1),
+		asm.StoreImm(ours, at(c.to, "released"), 1, asm.Byte),
+		asm.Return(),
+	}
+	var all asm.Instructions
+	for off, size := range pieces(c.to.ValueSize, 0) {
+		all = append(all, asm.StoreImm(ours, int16(off), 0, size))
+	}
+	for _, s := range spansOf(c.from.Value, c.to.Value) {
+		for off, size := range pieces(s.size, s.from|s.to) {
+			all = append(all,
+				asm.LoadMem(number, former, int16(s.from+off), size),
+				asm.StoreMem(ours, int16(s.to+off), number, size))
+		}
+	}
+	all = append(all,
+		asm.StoreImm(former, at(c.from, "pending"), 0, asm.Byte),
+		asm.Mov.Imm(result, 1))
+	all = append(all, leave...)
+	head := asm.Instructions{
+		asm.Mov.Imm(result, 0),
+		asm.LoadMem(number, former, at(c.from, "opened"), asm.DWord),
+		skip(asm.JNE.Imm(number, 0, ""), 1),
+		asm.Return(),
+		asm.LoadMem(other, ours, at(c.to, "opened"), asm.DWord),
+		// Younger: all of it.
+		skip(asm.JGT.Reg(number, other, ""), len(released)+2),
+		// Of an earlier connection: nothing.
+		skip(asm.JEq.Reg(number, other, ""), 1),
+		asm.Return(),
+	}
+	return slices.Concat(head, released, all)
+}
+
+// wipe writes the function of that name.
+func (c carrier) wipe() asm.Instructions {
+	own := uint32(at(c.from, "own"))
+	all := asm.Instructions{asm.Mov.Imm(result, 0)}
+	for off, size := range pieces(c.from.ValueSize, 0) {
+		if own < off || own >= off+uint32(size.Sizeof()) {
+			all = append(all, asm.StoreImm(former, int16(off), 0, size))
+			continue
+		}
+		for b := off; b < off+uint32(size.Sizeof()); b++ {
+			if b != own {
+				all = append(all, asm.StoreImm(former, int16(b), 0, asm.Byte))
+			}
+		}
+	}
+	return append(all, asm.Return())
+}
+
+// skip makes a jump go over so many instructions, of which each takes one place.
+func skip(jump asm.Instruction, n int) asm.Instruction {
+	jump.Offset = int16(n)
+	return jump
+}
+
+// pieces splits size bytes into the longest reads, at a place that is aligned as its
+// low bits say.
+func pieces(size, aligned uint32) func(yield func(uint32, asm.Size) bool) {
+	return func(yield func(uint32, asm.Size) bool) {
+		for off := uint32(0); off < size; {
+			piece := asm.DWord
+			for _, piece = range []asm.Size{asm.DWord, asm.Word, asm.Half, asm.Byte} {
+				n := uint32(piece.Sizeof())
+				if off+n <= size && (off|aligned)%n == 0 {
+					break
+				}
+			}
+			if !yield(off, piece) {
+				return
+			}
+			off += uint32(piece.Sizeof())
+		}
+	}
+}
+
+// install puts the functions into the programs of an object.
+func (c carrier) install(spec *ebpf.CollectionSpec) error {
+	for name, p := range spec.Programs {
+		for function, body := range map[string]asm.Instructions{"carry": c.carry(), "wipe": c.wipe()} {
+			all, err := replaceFunction(p.Instructions, function, body)
+			if err != nil {
+				return fmt.Errorf("program %s: %w", name, err)
+			}
+			p.Instructions = all
+		}
+	}
+	m := spec.Maps["former"]
+	if m == nil {
+		return fmt.Errorf("the BPF object has no map former")
+	}
+	m.ValueSize, m.Value = c.from.ValueSize, nil
+	return nil
+}
+
+// replaceFunction gives a function of a program another body, if the program has it.
+func replaceFunction(all asm.Instructions, name string, body asm.Instructions) (asm.Instructions, error) {
+	start := slices.IndexFunc(all, func(i asm.Instruction) bool { return i.Symbol() == name })
+	if start < 0 {
+		return all, nil
+	}
+	if btf.FuncMetadata(&all[start]) == nil {
+		return nil, fmt.Errorf("%s is no function", name)
+	}
+	end := start + 1
+	for end < len(all) && btf.FuncMetadata(&all[end]) == nil {
+		end++
+	}
+	// Its name, its type, and where it was in the source.
+	body[0].Metadata = all[start].Metadata
+	return slices.Concat(all[:start], body, all[end:]), nil
+}

@@ -1,0 +1,405 @@
+package loader
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/pillion-project/pillion/bpf"
+	"golang.org/x/sys/unix"
+)
+
+// This file moves an instance from the maps of another layout to those of this build,
+// while its hooks are at work: docs/design.md, section 7a. Maps that are the same in
+// both are shared, as ever. Of the others there are new ones beside the old ones:
+//
+//   - what only processes write is copied before the first hook is swapped;
+//   - counters too, and what the old hooks have added by the end is added then;
+//   - what is stored with sockets is moved by the new hooks, and for sockets at which
+//     nothing happens by a test run for each.
+//
+// Others cannot be moved: hooks change them all the time, and the old ones would go on
+// while they are copied.
+
+// manner is how a map is moved.
+type manner int
+
+const (
+	mannerCopy manner = iota + 1
+	mannerCount
+	mannerStorage
+)
+
+var manners = map[string]manner{
+	"settings": mannerCopy, "services": mannerCopy, "deny": mannerCopy, "exclude": mannerCopy, "routes": mannerCopy,
+	"own_addrs": mannerCopy, "answered": mannerCopy, "beat": mannerCopy, "endpoint_names": mannerCopy,
+	"reasons": mannerCount, "tallies": mannerCount,
+	"decisions": mannerStorage,
+	instancePin: mannerCopy,
+}
+
+// nextSuffix marks the pins of maps that are to take the place of others.
+const nextSuffix = ".next"
+
+// move is an instance on its way to this build's layout.
+type move struct {
+	from, to *description
+	moved    []string             // names of the maps, sorted
+	old      map[string]*ebpf.Map // those of them that the hooks have had
+	counted  map[string][]uint64  // what was copied of counters
+}
+
+// plan tells what has to be moved, and fails with [ErrABI] when something cannot be.
+func plan(from, to *description) (*move, error) {
+	if err := to.agree(from); err != nil {
+		return nil, err
+	}
+	m := &move{from: from, to: to, old: map[string]*ebpf.Map{}, counted: map[string][]uint64{}}
+	for _, name := range slices.Sorted(maps.Keys(to.Maps)) {
+		was, known := from.Maps[name]
+		is := to.Maps[name]
+		switch {
+		case !known:
+			continue // a new one, which begins empty
+		case name != instancePin && was.equal(&is): // the record says the ABI
+			continue
+		case manners[name] == 0 || was.Type != is.Type:
+			return nil, fmt.Errorf("%w: map %s differs from ABI %d to %d, and cannot be moved while hooks use it",
+				ErrABI, name, from.ABI, to.ABI)
+		}
+		m.moved = append(m.moved, name)
+	}
+	if c, ok := m.carrier(); ok {
+		if err := c.check(); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+// carrier is for what is stored with sockets, if that has another layout.
+func (m *move) carrier() (carrier, bool) {
+	if m == nil || !slices.Contains(m.moved, "decisions") {
+		return carrier{}, false
+	}
+	from, to := m.from.Maps["decisions"], m.to.Maps["decisions"]
+	return carrier{from: &from, to: &to}, true
+}
+
+// has tells whether a map is to be moved.
+func (m *move) has(name string) bool { return m != nil && slices.Contains(m.moved, name) }
+
+// creates tells whether there is to be a new map of this name.
+func (m *move) creates(name string) bool {
+	if m == nil {
+		return false
+	}
+	_, known := m.from.Maps[name]
+	return !known || m.has(name)
+}
+
+// open opens what is to be moved.
+func (m *move) open(dir *dir) error {
+	for _, name := range m.moved {
+		old, err := ebpf.LoadPinnedMap(dir.pin(name), nil)
+		if err != nil {
+			return fmt.Errorf("open map %s: %w", name, err)
+		}
+		m.old[name] = old
+		if was := m.from.Maps[name]; old.ValueSize() != was.ValueSize || old.KeySize() != was.KeySize {
+			return fmt.Errorf("%w: map %s is not what its description says", ErrABI, name)
+		}
+	}
+	return nil
+}
+
+func (m *move) close() error {
+	if m == nil {
+		return nil
+	}
+	var errs []error
+	for _, old := range m.old {
+		errs = append(errs, old.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// record reads the record of an instance of another layout.
+func (m *move) record() (bpf.Instance, error) {
+	var i bpf.Instance
+	var raw []byte
+	if err := m.old[instancePin].Lookup(uint32(0), &raw); err != nil {
+		return i, fmt.Errorf("read map %s: %w", instancePin, err)
+	}
+	copy((*[unsafe.Sizeof(i)]byte)(unsafe.Pointer(&i))[:], m.value(instancePin, raw))
+	return i, nil
+}
+
+// value translates a value of a map.
+func (m *move) value(name string, raw []byte) []byte {
+	from, to := m.from.Maps[name], m.to.Maps[name]
+	return translate(spansOf(from.Value, to.Value), raw, to.ValueSize)
+}
+
+// moveIn fills the new maps, and pins them beside the old ones. Nothing uses them yet.
+// The instance must be this process's.
+func (d *Datapath) moveIn() error {
+	m := d.moving.Load()
+	if m == nil {
+		if _, err := os.Stat(d.dir.pin(layoutsPin)); errors.Is(err, os.ErrNotExist) {
+			return d.describe(layoutsPin) // an older build made the instance
+		}
+		return nil
+	}
+	all := d.mapsByName()
+	for _, name := range m.moved {
+		var err error
+		switch manners[name] {
+		case mannerCopy:
+			err = m.copy(name, all[name])
+		case mannerCount:
+			err = m.copyCounts(name, all[name])
+		case mannerStorage:
+			// Each socket by itself.
+		}
+		if err != nil {
+			return fmt.Errorf("move map %s: %w", name, err)
+		}
+	}
+	d.instance.Abi = bpf.ABI
+	if err := d.putInstance(); err != nil {
+		return err
+	}
+	// While this one is there, the others are worth nothing: see finishMove.
+	if err := d.describe(layoutsPin + nextSuffix); err != nil {
+		return err
+	}
+	for name, n := range all {
+		if !m.creates(name) {
+			continue
+		}
+		if err := n.Pin(d.dir.pin(name + nextSuffix)); err != nil {
+			return fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// copy copies a map, entry by entry.
+func (m *move) copy(name string, to *ebpf.Map) error {
+	from, into := m.from.Maps[name], m.to.Maps[name]
+	keys, values := spansOf(from.Key, into.Key), spansOf(from.Value, into.Value)
+	if len(from.Key) == 0 || from.KeySize == into.KeySize && slices.Equal(from.Key, into.Key) {
+		keys = []span{{size: from.KeySize}}
+	}
+	var key, value []byte
+	it := m.old[name].Iterate()
+	for it.Next(&key, &value) {
+		if into.Type == uint32(ebpf.Array) {
+			if binary.NativeEndian.Uint32(key) >= into.MaxEntries {
+				break
+			}
+			if !slices.ContainsFunc(value, func(b byte) bool { return b != 0 }) {
+				continue // as it begins
+			}
+		}
+		if err := to.Put(translate(keys, key, into.KeySize), translate(values, value, into.ValueSize)); err != nil {
+			return err
+		}
+	}
+	return it.Err()
+}
+
+// copyCounts copies counters, and remembers what they were.
+func (m *move) copyCounts(name string, to *ebpf.Map) error {
+	n := min(m.from.Maps[name].MaxEntries, m.to.Maps[name].MaxEntries)
+	for key := range n {
+		var perCPU []uint64
+		if err := m.old[name].Lookup(key, &perCPU); err != nil {
+			return err
+		}
+		if err := to.Put(key, perCPU); err != nil {
+			return err
+		}
+		sum := uint64(0)
+		for _, v := range perCPU {
+			sum += v
+		}
+		m.counted[name] = append(m.counted[name], sum)
+	}
+	return nil
+}
+
+// moveOut ends a move when every hook is this build's: it moves what the others have
+// left, and makes the new maps the instance's.
+func (d *Datapath) moveOut() error {
+	m := d.moving.Load()
+	if m == nil {
+		return nil
+	}
+	waitForHooks()
+	if m.has("decisions") {
+		if err := d.moveSockets(m); err != nil {
+			return err
+		}
+	}
+	for name := range m.counted {
+		if err := d.addCounts(m, name); err != nil {
+			return fmt.Errorf("move map %s: %w", name, err)
+		}
+	}
+	if err := finishMove(d.dir, true); err != nil {
+		return err
+	}
+	d.options.Log.Info("moved to another layout of maps", "from", m.from.ABI, "to", m.to.ABI, "maps", m.moved)
+	// What it has open stays so: who is in the middle of a call may use it.
+	d.moving.Store(nil)
+	return nil
+}
+
+// waitForHooks returns when no hook is at work that was there before.
+func waitForHooks() {
+	const membarrierGlobal = 1 // MEMBARRIER_CMD_GLOBAL waits for RCU
+	if _, _, e := unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0); e != 0 {
+		time.Sleep(100 * time.Millisecond) // not permitted: hooks take microseconds
+	}
+}
+
+// moveTries bounds how often sockets are looked through: one that ends meanwhile is not
+// found.
+const moveTries = 3
+
+// moveSockets makes the entries of sockets at which nothing has happened since the hooks
+// were swapped. What it cannot find, such as a socket whose connect was refused by the
+// kernel itself, is moved when something happens there.
+func (d *Datapath) moveSockets(m *move) error {
+	opened, _ := find(m.from.Maps["decisions"].Value, "opened")
+	for range moveTries {
+		var left []*socket
+		has := map[uint64]bool{}
+		err := d.network.storages(d.maps.Decisions, func(s *socket) { has[s.cookie()] = has[s.cookie()] || len(s.storage) > 0 })
+		if err != nil {
+			return err
+		}
+		err = d.network.storages(m.old["decisions"], func(s *socket) {
+			if len(s.storage) == int(m.from.Maps["decisions"].ValueSize) && !has[s.cookie()] &&
+				binary.NativeEndian.Uint64(s.storage[opened.At:]) != 0 {
+				left = append(left, s)
+			}
+		})
+		if err != nil || len(left) == 0 {
+			return err
+		}
+		for _, s := range left {
+			q := bpf.Move{
+				Own: bpf.FromAddr(s.local.Addr()), Peer: bpf.FromAddr(s.remote.Addr()),
+				OwnPort: s.local.Port(), PeerPort: s.remote.Port(),
+			}
+			if _, err := d.askMove(bpf.ProgMove, q, s.device()); err != nil {
+				return fmt.Errorf("move what is stored with a socket: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// addCounts adds what was counted since copyCounts.
+func (d *Datapath) addCounts(m *move, name string) error {
+	for key, before := range m.counted[name] {
+		now, err := sum(m.old[name], uint32(key))
+		if err != nil {
+			return err
+		}
+		if now == before {
+			continue
+		}
+		q := bpf.Move{Counter: uint32(key), Add: now - before}
+		if name == "tallies" {
+			q.Tally = 1
+		}
+		if _, err := d.askMove(bpf.ProgAdd, q, 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// askMove runs one of the programs of bpf/move.bpf.c. It tells whether that did anything.
+func (d *Datapath) askMove(program string, q bpf.Move, device uint32) (bool, error) {
+	const size = unsafe.Sizeof(q)
+	frame := make([]byte, dryRunAt+size)
+	copy(frame[dryRunAt:], (*[size]byte)(unsafe.Pointer(&q))[:])
+	o := ebpf.RunOptions{Data: frame}
+	if device != 0 {
+		o.Context = testRunDevice{ifindex: device}
+	}
+	did, err := d.programs[program].Run(&o)
+	return did == 1, err
+}
+
+// testRunDevice is struct __sk_buff up to ifindex. Only that may be set.
+type testRunDevice struct {
+	_       [10]uint32
+	ifindex uint32
+}
+
+// finishMove gives the new maps the names of the old ones, in one step: when the new
+// description has its name, the others are only behind. An earlier process that did
+// not get so far has left maps that are worth nothing, unless commit is set.
+func finishMove(dir *dir, commit bool) error {
+	found, err := filepath.Glob(dir.pin("*" + nextSuffix))
+	if err != nil || len(found) == 0 {
+		return err
+	}
+	described := dir.pin(layoutsPin + nextSuffix)
+	last := func(path string) bool { return path == described }
+	_, err = os.Stat(described)
+	if err == nil && !commit {
+		for _, path := range append(slices.DeleteFunc(found, last), described) {
+			if err := os.Remove(path); err != nil {
+				return fmt.Errorf("remove what a move has left: %w", err)
+			}
+		}
+		return nil
+	}
+	paths := slices.DeleteFunc(found, last)
+	if err == nil {
+		paths = slices.Insert(paths, 0, described)
+	}
+	for _, path := range paths {
+		if err := os.Rename(path, strings.TrimSuffix(path, nextSuffix)); err != nil {
+			return fmt.Errorf("name a map that was moved: %w", err)
+		}
+	}
+	return nil
+}
+
+// exemptBefore tags a socket for hooks of the layout before.
+func (m *move) exemptBefore(fd int) error {
+	if !m.has("decisions") {
+		return nil
+	}
+	l := m.from.Maps["decisions"]
+	own, _ := find(l.Value, "own")
+	value := make([]byte, l.ValueSize)
+	value[own.At] = 1
+	return m.old["decisions"].Put(uint32(fd), value)
+}
+
+// beatBefore writes a sign of life for hooks of the layout before.
+func (m *move) beatBefore(b bpf.Beat) error {
+	if !m.has("beat") {
+		return nil
+	}
+	from, to := m.from.Maps["beat"], m.to.Maps["beat"]
+	raw := (*[unsafe.Sizeof(b)]byte)(unsafe.Pointer(&b))[:]
+	return m.old["beat"].Put(uint32(0), translate(spansOf(to.Value, from.Value), raw, from.ValueSize))
+}
