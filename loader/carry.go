@@ -20,6 +20,7 @@ const (
 	ours   = asm.R2
 	number = asm.R3
 	other  = asm.R4
+	zero   = asm.R5
 )
 
 // carrier is what the two functions are made of.
@@ -49,16 +50,15 @@ func at(l *mapLayout, name string) int16 {
 
 // carry writes the function of that name.
 func (c carrier) carry() asm.Instructions {
-	leave := asm.Instructions{asm.Return()}
 	released := asm.Instructions{
 		asm.LoadMem(number, former, at(c.from, "released"), asm.Byte),
 		skip(asm.JEq.Imm(number, 0, ""), 1),
 		asm.StoreImm(ours, at(c.to, "released"), 1, asm.Byte),
 		asm.Return(),
 	}
-	var all asm.Instructions
+	all := asm.Instructions{asm.Mov.Imm(zero, 0)}
 	for off, size := range pieces(c.to.ValueSize, 0) {
-		all = append(all, asm.StoreImm(ours, int16(off), 0, size))
+		all = append(all, asm.StoreMem(ours, int16(off), zero, size))
 	}
 	for _, s := range spansOf(c.from.Value, c.to.Value) {
 		for off, size := range pieces(s.size, s.from|s.to) {
@@ -68,9 +68,8 @@ func (c carrier) carry() asm.Instructions {
 		}
 	}
 	all = append(all,
-		asm.StoreImm(former, at(c.from, "pending"), 0, asm.Byte),
-		asm.Mov.Imm(result, 1))
-	all = append(all, leave...)
+		asm.StoreMem(former, at(c.from, "pending"), zero, asm.Byte),
+		asm.Mov.Imm(result, 1), asm.Return())
 	head := asm.Instructions{
 		asm.Mov.Imm(result, 0),
 		asm.LoadMem(number, former, at(c.from, "opened"), asm.DWord),
@@ -89,15 +88,15 @@ func (c carrier) carry() asm.Instructions {
 // wipe writes the function of that name.
 func (c carrier) wipe() asm.Instructions {
 	own := uint32(at(c.from, "own"))
-	all := asm.Instructions{asm.Mov.Imm(result, 0)}
+	all := asm.Instructions{asm.Mov.Imm(result, 0), asm.Mov.Imm(zero, 0)}
 	for off, size := range pieces(c.from.ValueSize, 0) {
 		if own < off || own >= off+uint32(size.Sizeof()) {
-			all = append(all, asm.StoreImm(former, int16(off), 0, size))
+			all = append(all, asm.StoreMem(former, int16(off), zero, size))
 			continue
 		}
 		for b := off; b < off+uint32(size.Sizeof()); b++ {
 			if b != own {
-				all = append(all, asm.StoreImm(former, int16(b), 0, asm.Byte))
+				all = append(all, asm.StoreMem(former, int16(b), zero, asm.Byte))
 			}
 		}
 	}

@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -46,8 +47,9 @@ var manners = map[string]manner{
 	instancePin: mannerCopy,
 }
 
-// nextSuffix marks the pins of maps that are to take the place of others.
-const nextSuffix = ".next"
+// nextSuffix marks the pins of maps that are to take the place of others. A pin has no
+// dot in its name.
+const nextSuffix = "_next"
 
 // move is an instance on its way to this build's layout.
 type move struct {
@@ -55,6 +57,7 @@ type move struct {
 	moved    []string             // names of the maps, sorted
 	old      map[string]*ebpf.Map // those of them that the hooks have had
 	counted  map[string][]uint64  // what was copied of counters
+	done     chan struct{}        // closed when it is
 }
 
 // plan tells what has to be moved, and fails with [ErrABI] when something cannot be.
@@ -62,7 +65,7 @@ func plan(from, to *description) (*move, error) {
 	if err := to.agree(from); err != nil {
 		return nil, err
 	}
-	m := &move{from: from, to: to, old: map[string]*ebpf.Map{}, counted: map[string][]uint64{}}
+	m := &move{from: from, to: to, old: map[string]*ebpf.Map{}, counted: map[string][]uint64{}, done: make(chan struct{})}
 	for _, name := range slices.Sorted(maps.Keys(to.Maps)) {
 		was, known := from.Maps[name]
 		is := to.Maps[name]
@@ -158,6 +161,9 @@ func (d *Datapath) moveIn() error {
 			return d.describe(layoutsPin) // an older build made the instance
 		}
 		return nil
+	}
+	if err := finishMove(d.dir, false); err != nil {
+		return err
 	}
 	all := d.mapsByName()
 	for _, name := range m.moved {
@@ -262,7 +268,23 @@ func (d *Datapath) moveOut() error {
 	d.options.Log.Info("moved to another layout of maps", "from", m.from.ABI, "to", m.to.ABI, "maps", m.moved)
 	// What it has open stays so: who is in the middle of a call may use it.
 	d.moving.Store(nil)
+	close(m.done)
 	return nil
+}
+
+// Settled waits until the instance has this build's layout of maps, which it has from
+// the start unless it was moved from another one: then [Datapath.Attach] ends that.
+// Before, nobody else can go on with it.
+func (d *Datapath) Settled(ctx context.Context) error {
+	if d.moved == nil {
+		return nil
+	}
+	select {
+	case <-d.moved.done:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // waitForHooks returns when no hook is at work that was there before.

@@ -28,6 +28,9 @@ const (
 	// prepareLimit is how long a taker may take from its first word until it is
 	// ready: it loads programs and asks its sources. Nothing waits for it.
 	prepareLimit = 2 * time.Minute
+	// settleLimit is how long a taker waits while this process, which has taken over a
+	// moment ago itself, moves the maps: less than helloLimit.
+	settleLimit = 20 * time.Second
 	// restLimit is how long the parts of this process may take to come to rest.
 	restLimit = 5 * time.Second
 	// haveLimit is how long a taker may take to say that it has everything, and
@@ -143,6 +146,12 @@ func (i *instance) talkTo(ctx context.Context, conn *handover.Conn) (gave bool, 
 	}
 	if err := i.suits(&hello); err != nil {
 		return false, refuse(conn, err)
+	}
+	settling, cancel := context.WithTimeout(ctx, settleLimit)
+	err = i.datapath.Settled(settling)
+	cancel()
+	if err != nil {
+		return false, refuse(conn, fmt.Errorf("this process is moving the maps itself: %w", err))
 	}
 	if err := i.welcome(conn); err != nil {
 		return false, err

@@ -1,0 +1,277 @@
+package upgrade
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/pillion-project/pillion/tests/rig"
+	"golang.org/x/sys/unix"
+)
+
+// envPeers makes this test binary an application that talks on every path, and looks
+// at whom it is told that it is connected to.
+const envPeers = "PILLION_TEST_UPGRADE_PEERS"
+
+// peersTask is what it does, until its stdin ends.
+type peersTask struct {
+	To    []netip.AddrPort
+	Conns int // that stay, at each address
+}
+
+// peersOutcome is what became of it.
+type peersOutcome struct {
+	Errs []string
+	// New counts, by address, the connections that came and went, Least is the
+	// smallest number of messages on a connection that stays since the last turn.
+	New   []int
+	Least int
+}
+
+// peers is the application, in the scope.
+type peers struct {
+	cmd *exec.Cmd
+	in  io.WriteCloser
+	out *json.Decoder
+}
+
+func newPeers(t testing.TB, r *rig.Rig, q peersTask) *peers {
+	t.Helper()
+	line, err := json.Marshal(q)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &peers{cmd: r.Command(os.Args[0], "-test.run=^TestPeers$")}
+	p.cmd.Env = append(os.Environ(), envPeers+"="+string(line))
+	p.cmd.Stderr = os.Stderr
+	if p.in, err = p.cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := p.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.out = json.NewDecoder(out)
+	if err := r.Start(p.cmd); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		p.in.Close()
+		p.cmd.Wait()
+	})
+	return p
+}
+
+// turn waits until every connection that stays has exchanged messages, and tells what
+// has happened since the last turn.
+func (p *peers) turn(t testing.TB, word string) (o peersOutcome) {
+	t.Helper()
+	if _, err := fmt.Fprintln(p.in, word); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.out.Decode(&o); err != nil {
+		t.Fatalf("the application: %v", err)
+	}
+	for _, e := range o.Errs {
+		t.Errorf("application: %s", e)
+	}
+	return o
+}
+
+// TestPeers is the application. As a test it does nothing.
+func TestPeers(*testing.T) {
+	text := os.Getenv(envPeers)
+	if text == "" {
+		return
+	}
+	p := &peerPlayer{end: make(chan struct{})}
+	if err := json.Unmarshal([]byte(text), &p.peersTask); err != nil {
+		panic(err)
+	}
+	p.come = make([]atomic.Int64, len(p.To))
+	for n := range p.To {
+		for i := range p.Conns {
+			count := new(atomic.Int64)
+			p.counts = append(p.counts, count)
+			p.all.Go(func() { p.stay(n, i, count) })
+		}
+		p.all.Go(func() { p.visit(n) })
+	}
+	out := json.NewEncoder(os.Stdout)
+	for {
+		var word string
+		if _, err := fmt.Scanln(&word); err != nil {
+			os.Exit(0)
+		}
+		if word == "end" {
+			close(p.end)
+			p.all.Wait()
+		} else {
+			p.wait()
+		}
+		out.Encode(p.outcome())
+	}
+}
+
+type peerPlayer struct {
+	peersTask
+	end    chan struct{}
+	all    sync.WaitGroup
+	come   []atomic.Int64
+	counts []*atomic.Int64
+
+	mu   sync.Mutex
+	errs []string
+}
+
+func (p *peerPlayer) fail(format string, args ...any) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.errs) < 20 {
+		p.errs = append(p.errs, fmt.Sprintf(format, args...))
+	}
+}
+
+// wait returns when every connection has said something since the last turn.
+func (p *peerPlayer) wait() {
+	for limit := time.Now().Add(rig.Limit); time.Now().Before(limit); time.Sleep(10 * time.Millisecond) {
+		least := int64(2)
+		for _, c := range p.counts {
+			least = min(least, c.Load())
+		}
+		if least == 2 {
+			return
+		}
+	}
+}
+
+func (p *peerPlayer) outcome() peersOutcome {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	o := peersOutcome{Errs: p.errs, Least: 1 << 30}
+	p.errs = nil
+	for n := range p.come {
+		o.New = append(o.New, int(p.come[n].Load()))
+	}
+	for _, c := range p.counts {
+		o.Least = min(o.Least, int(c.Swap(0)))
+	}
+	return o
+}
+
+func (p *peerPlayer) dial(n int, multipath bool) (*net.TCPConn, error) {
+	d := net.Dialer{Timeout: rig.Limit}
+	d.SetMultipathTCP(multipath)
+	c, err := d.DialContext(context.Background(), "tcp", p.To[n].String())
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.TCPConn), nil
+}
+
+// stay keeps a connection until the end, and looks at its peer's name all the time.
+func (p *peerPlayer) stay(n, i int, count *atomic.Int64) {
+	// Of the older ones some close before the end, in the middle of all.
+	c, err := p.dial(n, i%4 == 3)
+	if err != nil {
+		p.fail("connect to %s: %v", p.To[n], err)
+		return
+	}
+	defer c.Close()
+	stream := uint64(n*1000 + i)
+	for {
+		if err := talkOnce(c, &stream, 100); err != nil {
+			p.fail("connection to %s: %v", p.To[n], err)
+			return
+		}
+		if peer, err := peerOf(c); err != nil || peer != p.To[n] {
+			p.fail("getpeername of a connection to %s: %s, %v", p.To[n], peer, err)
+			return
+		}
+		count.Add(1)
+		select {
+		case <-p.end:
+			return
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// visit makes new connections until the end.
+func (p *peerPlayer) visit(n int) {
+	for i := 0; ; i++ {
+		select {
+		case <-p.end:
+			return
+		case <-time.After(2 * time.Millisecond):
+		}
+		c, err := p.dial(n, i%8 == 7)
+		if err != nil {
+			p.fail("new connection to %s: %v", p.To[n], err)
+			continue
+		}
+		p.come[n].Add(1)
+		stream := uint64(i)
+		if err := talkOnce(c, &stream, 10); err != nil {
+			p.fail("new connection to %s: %v", p.To[n], err)
+		}
+		if peer, err := peerOf(c); err != nil || peer != p.To[n] {
+			p.fail("getpeername of a new connection to %s: %s, %v", p.To[n], peer, err)
+		}
+		c.Close()
+	}
+}
+
+// talkOnce sends numbers and wants them back.
+func talkOnce(c net.Conn, stream *uint64, n int) error {
+	var b []byte
+	for range n {
+		b = binary.BigEndian.AppendUint64(b, *stream)
+		*stream += 7919
+	}
+	if _, err := c.Write(b); err != nil {
+		return err
+	}
+	got := make([]byte, len(b))
+	if _, err := io.ReadFull(c, got); err != nil {
+		return err
+	}
+	if string(got) != string(b) {
+		return fmt.Errorf("the answer is another: %x, want %x", got[:16], b[:16])
+	}
+	return nil
+}
+
+// peerOf asks the kernel: Go remembers what it has connected to.
+func peerOf(c *net.TCPConn) (peer netip.AddrPort, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return peer, err
+	}
+	control := raw.Control(func(fd uintptr) {
+		var sa unix.Sockaddr
+		if sa, err = unix.Getpeername(int(fd)); err != nil {
+			return
+		}
+		if v4, ok := sa.(*unix.SockaddrInet4); ok {
+			peer = netip.AddrPortFrom(netip.AddrFrom4(v4.Addr), uint16(v4.Port))
+		}
+	})
+	if control != nil {
+		return peer, control
+	}
+	return peer, err
+}
+
+// echo answers with what comes.
+func echo(c net.Conn) { io.Copy(c, c) }

@@ -1,0 +1,224 @@
+package upgrade
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/telemetry/admin"
+	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+// otherABI is the ABI of the build with other maps.
+const otherABI = 1007
+
+// source returns the directory of this tree.
+func source(t testing.TB) string {
+	t.Helper()
+	mod, err := exec.Command("go", "env", "GOMOD").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Dir(strings.TrimSpace(string(mod)))
+}
+
+// replaced replaces what a pattern finds, and that must be there.
+func replaced(t testing.TB, path string, changes map[string]string) {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for pattern, with := range changes {
+		r := regexp.MustCompile(pattern)
+		if !r.Match(text) {
+			t.Fatalf("%s has no %s", path, pattern)
+		}
+		text = r.ReplaceAll(text, []byte(with))
+	}
+	if err := os.WriteFile(path, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// buildWithLayout builds this tree with the contract of bpf/include/abi.h changed: the
+// objects are compiled again, and stand in for the committed ones.
+func buildWithLayout(t testing.TB, changes map[string]string) string {
+	t.Helper()
+	testutil.Need(t, "clang-19", "llvm-strip-19")
+	tree, dir := source(t), t.TempDir()
+	run := func(at string, env []string, line ...string) {
+		t.Helper()
+		cmd := exec.Command(line[0], line[1:]...)
+		cmd.Dir, cmd.Env = at, append(os.Environ(), env...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", strings.Join(line, " "), err, out)
+		}
+	}
+	sources := filepath.Join(dir, "bpf")
+	if err := os.CopyFS(sources, os.DirFS(filepath.Join(tree, "bpf"))); err != nil {
+		t.Fatal(err)
+	}
+	replaced(t, filepath.Join(sources, "include", "abi.h"), changes)
+	replaced(t, filepath.Join(sources, "include", "abi.h"), map[string]string{`#define PL_ABI \d+`: fmt.Sprintf("#define PL_ABI %d", otherABI)})
+	replaced(t, filepath.Join(sources, "types.go"), map[string]string{`(ABI +)= \d+`: fmt.Sprintf("${1}= %d", otherABI)})
+	compiler := filepath.Join(dir, "bpf2go")
+	run(tree, nil, "go", "build", "-o", compiler, "github.com/cilium/ebpf/cmd/bpf2go")
+	lines, err := os.ReadFile(filepath.Join(sources, "gen.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	overlay := map[string]string{filepath.Join(tree, "bpf", "types.go"): filepath.Join(sources, "types.go")}
+	for _, line := range strings.Split(string(lines), "\n") {
+		if args, ok := strings.CutPrefix(line, "//go:generate go tool bpf2go "); ok {
+			run(sources, []string{"GOPACKAGE=bpf"}, "sh", "-c", compiler+" "+args)
+			words := strings.Fields(args)
+			stem := words[len(words)-2]
+			for _, suffix := range []string{"_bpfel.go", "_bpfel.o"} {
+				overlay[filepath.Join(tree, "bpf", stem+suffix)] = filepath.Join(sources, stem+suffix)
+			}
+		}
+	}
+	text, err := json.Marshal(map[string]any{"Replace": overlay})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "overlay.json"), text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	binary := filepath.Join(dir, "pillion")
+	run(tree, []string{"CGO_ENABLED=0"}, "go", "build", "-overlay", filepath.Join(dir, "overlay.json"),
+		"-ldflags=-X main.version=v0.0.1-layout", "-o", binary, "./cmd/pillion")
+	return binary
+}
+
+// otherLayout moves about what is stored with sockets, and adds to that and to maps of
+// the configuration.
+var otherLayout = map[string]string{
+	`struct decision \{\n`:                        "struct decision {\n\t__u64 spare;\n\t__u64 established;\n",
+	`\t__u64 established; /\* 0: not yet \*/\n`:   "",
+	`struct settings \{\n`:                        "struct settings {\n\t__u32 spare[4];\n",
+	`struct service \{\n`:                         "struct service {\n\t__u64 spare;\n",
+	`struct beat \{\n`:                            "struct beat {\n\t__u64 spare;\n",
+	`struct endpoint_name \{\n`:                   "struct endpoint_name {\n\t__u64 spare;\n",
+	`struct instance \{\n(\t__u32 abi; [^\n]*\n)`: "struct instance {\n${1}\t__u32 spare;\n\t__u32 more;\n\t__u32 still;\n",
+}
+
+// TestLayouts has two builds take over from each other whose maps have other layouts, to
+// and fro, while applications are connected on every path.
+func TestLayouts(t *testing.T) {
+	versions := [2]string{buildWithLayout(t, otherLayout), rig.Binary(t)}
+	const upgrades, conns = 6, 40
+	direct, pass := netip.MustParseAddrPort("10.96.0.2:80"), ends[2]
+	r := rig.New(t)
+	for _, e := range ends {
+		r.Serve(t, e, echo)
+	}
+	log := filepath.Join(t.TempDir(), "flows")
+	i := r.Run(t, fmt.Sprintf("flow_log: %s\ndefault: pass\n%s  - {name: d, address: %q, path: direct, endpoints: [%q, %q]}\n",
+		log, service(ends[0], ends[1]), direct, ends[0], ends[1]))
+	paths := []flow.Path{flow.PathRelay, flow.PathDirect, flow.PathPass}
+	app := newPeers(t, r, peersTask{To: []netip.AddrPort{vip, direct, pass}, Conns: conns})
+	app.turn(t, "turn")
+	for n := range upgrades {
+		before, err := i.Status(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		i.Replace(t, versions[n%2])
+		o := app.turn(t, "turn")
+		if o.Least < 2 {
+			t.Errorf("upgrade %d: a connection stands still", n)
+		}
+		after, err := i.Status(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for why, count := range before.Counters {
+			if after.Counters[why] < count {
+				t.Errorf("upgrade %d: counter %s went from %d to %d", n, why, count, after.Counters[why])
+			}
+		}
+		if after.TakenOver == nil || after.TakenOver.Version == after.Version {
+			t.Errorf("upgrade %d: taken over: %+v, this is %s", n, after.TakenOver, after.Version)
+		}
+		// Each has its visitor beside those that stay.
+		live := liveOf(after, "d")
+		if live < conns || live > conns+1 {
+			t.Errorf("upgrade %d: %d connections are open on direct, want %d and a visitor", n, live, conns)
+		}
+		t.Logf("upgrade %d: pause %v, %d on direct", n, after.TakenOver.Pause, live)
+	}
+	// The last one may be at it still.
+	testutil.Eventually(t, rig.Limit, func() bool {
+		return strings.Count(i.Log(), "moved to another layout of maps") == upgrades
+	}, "maps are moved in every upgrade")
+	o := app.turn(t, "end")
+	for n, count := range o.New {
+		t.Logf("%s: %d new connections", paths[n], count)
+		if count < 10 {
+			t.Errorf("%s: only %d new connections", paths[n], count)
+		}
+	}
+	i.Conserved(t)
+	want := map[flow.Path]int{}
+	total := 0
+	for n, p := range paths {
+		want[p] = conns + o.New[n]
+		total += want[p]
+	}
+	var all []flow.Record
+	testutil.Eventually(t, rig.Limit, func() bool {
+		all = readLog(t, log)
+		return len(all) >= total
+	}, "records of ", total, " connections")
+	checkRecords(t, all, want)
+	testutil.Eventually(t, rig.Limit, func() bool {
+		s, err := i.Status(context.Background())
+		return err == nil && s.Live == 0 && liveOf(s, "d") == 0 && liveOf(s, "s") == 0
+	}, "nobody is counted as connected")
+}
+
+// checkRecords wants one record of each connection, by path, with an end that tells
+// nothing but that it was closed.
+func checkRecords(t *testing.T, all []flow.Record, want map[flow.Path]int) {
+	t.Helper()
+	got := map[flow.Path]int{}
+	cookies := map[uint64]bool{}
+	for _, r := range all {
+		if cookies[r.Cookie] {
+			t.Errorf("two records of one connection: %+v", r)
+		}
+		cookies[r.Cookie] = true
+		got[r.Path]++
+		if r.End != flow.ReasonClosed || r.Connect == 0 || r.Sent == 0 || r.Sent != r.Received {
+			t.Errorf("a record is not that of a whole connection: %+v", r)
+		}
+	}
+	for p, n := range want {
+		if got[p] != n {
+			t.Errorf("%s: %d records, want %d", p, got[p], n)
+		}
+	}
+	if len(got) != len(want) {
+		t.Errorf("records by path: %v, want %v", got, want)
+	}
+}
+
+func liveOf(s admin.Status, name string) (live int64) {
+	n := slices.IndexFunc(s.Services, func(v admin.ServiceStatus) bool { return v.Name == name })
+	for _, e := range s.Services[n].Endpoints {
+		live += e.Live
+	}
+	return live
+}
