@@ -62,7 +62,7 @@ type move struct {
 
 // plan tells what has to be moved, and fails with [ErrABI] when something cannot be.
 func plan(from, to *description) (*move, error) {
-	if err := to.agree(from); err != nil {
+	if err := from.agree(to); err != nil {
 		return nil, err
 	}
 	m := &move{from: from, to: to, old: map[string]*ebpf.Map{}, counted: map[string][]uint64{}, done: make(chan struct{})}
