@@ -3,6 +3,7 @@ package loader
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"maps"
 	"net"
 	"net/netip"
@@ -474,4 +475,37 @@ func canceled(t testing.TB) context.Context {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	return ctx
+}
+
+// TestCarryLoads: the programs that know two layouts are good for the verifier, with no
+// more capabilities than always.
+func TestCarryLoads(t *testing.T) {
+	testutil.CheckLeaks(t)
+	testutil.RequireRoot(t)
+	from := foreign(t)
+	err := withCaps(func() error {
+		return loadCarrier(&move{from: from, to: ownDescription(t), moved: []string{"decisions"}})
+	},
+		unix.CAP_BPF, unix.CAP_NET_ADMIN)
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+}
+
+func loadCarrier(m *move) error {
+	specs, err := bpf.Specs()
+	if err != nil {
+		return err
+	}
+	d := newDatapath(Options{Log: slog.New(slog.DiscardHandler)})
+	d.moving.Store(m)
+	former := specs[0].Maps["former"].Copy()
+	former.ValueSize = m.from.Maps["decisions"].ValueSize
+	former.Value = storedAs(former, former.ValueSize)
+	old, err := ebpf.NewMap(former)
+	if err != nil {
+		return err
+	}
+	m.old, d.moved = map[string]*ebpf.Map{"decisions": old}, m
+	return errors.Join(d.load(specs, map[string]*ebpf.Map{}), d.Close())
 }
