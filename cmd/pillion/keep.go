@@ -123,7 +123,7 @@ func (i *instance) store(ctx context.Context, unit string) (connections int, err
 		return 0, errHandedOver
 	}
 	hello := handover.Hello{
-		Protocol: handover.Protocol, ABI: bpf.ABI, Carry: l4.CarryVersion,
+		Protocol: handover.Protocol, ABI: bpf.ABI, Moves: true, Carry: l4.CarryVersion,
 		Build: buildVersion(), Instance: i.name, Pid: os.Getpid(),
 	}
 	if err := i.suits(&hello); err != nil {
@@ -226,7 +226,7 @@ func (t *taking) unpack(name string) error {
 		return fmt.Errorf("its first word is not understood: %w", err)
 	}
 	switch {
-	case hello.Protocol != handover.Protocol || hello.ABI != bpf.ABI || hello.Carry != l4.CarryVersion:
+	case hello.Protocol != handover.Protocol || hello.ABI != bpf.ABI && !hello.Moves || hello.Carry != l4.CarryVersion:
 		return fmt.Errorf("it is of another version (%s): protocol %d, maps %d, connections %d; this is %d, %d, %d",
 			hello.Build, hello.Protocol, hello.ABI, hello.Carry, handover.Protocol, bpf.ABI, l4.CarryVersion)
 	case hello.Instance != name:

@@ -47,6 +47,7 @@ func TestUnpack(t *testing.T) {
 		"another build":    {change: func(h *handover.Hello) { h.Build = "2.0" }},
 		"another protocol": {change: func(h *handover.Hello) { h.Protocol++ }, want: "another version (1.0)"},
 		"other maps":       {change: func(h *handover.Hello) { h.ABI++ }, want: "another version (1.0)"},
+		"maps that move":   {change: func(h *handover.Hello) { h.ABI++; h.Moves = true }},
 		"other carrying":   {change: func(h *handover.Hello) { h.Carry++ }, want: "another version (1.0)"},
 		"another instance": {change: func(h *handover.Hello) { h.Instance = "pay" }, want: `of instance "pay", this is "shop"`},
 	}

@@ -114,66 +114,56 @@ var otherLayout = map[string]string{
 	`struct instance \{\n(\t__u32 abi; [^\n]*\n)`: "struct instance {\n${1}\t__u32 spare;\n\t__u32 more;\n\t__u32 still;\n",
 }
 
-// TestLayouts has two builds take over from each other whose maps have other layouts, to
-// and fro, while applications are connected on every path.
-func TestLayouts(t *testing.T) {
-	versions := [2]string{buildWithLayout(t, otherLayout), rig.Binary(t)}
-	const upgrades, conns = 6, 40
-	direct, pass := netip.MustParseAddrPort("10.96.0.2:80"), ends[2]
+// direct2 is a service on direct.
+var direct2 = netip.MustParseAddrPort("10.96.0.2:80")
+
+// layoutStage starts an instance, and applications that stay connected at these
+// addresses, so many at each.
+func layoutStage(t *testing.T, log string, conns int, to ...netip.AddrPort) (*rig.Rig, *rig.Instance, *peers) {
+	t.Helper()
 	r := rig.New(t)
 	for _, e := range ends {
 		r.Serve(t, e, echo)
 	}
-	log := filepath.Join(t.TempDir(), "flows")
 	i := r.Run(t, fmt.Sprintf("flow_log: %s\ndefault: pass\n%s  - {name: d, address: %q, path: direct, endpoints: [%q, %q]}\n",
-		log, service(ends[0], ends[1]), direct, ends[0], ends[1]))
-	paths := []flow.Path{flow.PathRelay, flow.PathDirect, flow.PathPass}
-	app := newPeers(t, r, peersTask{To: []netip.AddrPort{vip, direct, pass}, Conns: conns})
+		log, service(ends[0], ends[1]), direct2, ends[0], ends[1]))
+	app := newPeers(t, r, peersTask{To: to, Conns: conns})
 	app.turn(t, "turn")
+	return r, i, app
+}
+
+// TestLayouts has two builds follow each other whose maps have other layouts, to and fro,
+// while applications are connected on every path.
+func TestLayouts(t *testing.T) {
+	versions := [2]string{buildWithLayout(t, otherLayout), rig.Binary(t)}
+	t.Run("take over", func(t *testing.T) { testLayouts(t, versions) })
+	t.Run("after a kill", func(t *testing.T) { testLayoutsKilled(t, versions) })
+}
+
+func testLayouts(t *testing.T, versions [2]string) {
+	t.Helper()
+	const upgrades, conns = 6, 40
+	log := filepath.Join(t.TempDir(), "flows")
+	paths := []flow.Path{flow.PathRelay, flow.PathDirect, flow.PathPass}
+	_, i, app := layoutStage(t, log, conns, vip, direct2, ends[2])
 	for n := range upgrades {
-		before, err := i.Status(context.Background())
-		if err != nil {
-			t.Fatal(err)
-		}
+		before := statusOf(t, i)
 		i.Replace(t, versions[n%2])
-		o := app.turn(t, "turn")
-		if o.Least < 2 {
-			t.Errorf("upgrade %d: a connection stands still", n)
-		}
-		after, err := i.Status(context.Background())
-		if err != nil {
-			t.Fatal(err)
-		}
-		for why, count := range before.Counters {
-			if after.Counters[why] < count {
-				t.Errorf("upgrade %d: counter %s went from %d to %d", n, why, count, after.Counters[why])
-			}
-		}
+		after := checkTurn(t, i, app, before, conns)
 		if after.TakenOver == nil || after.TakenOver.Version == after.Version {
 			t.Errorf("upgrade %d: taken over: %+v, this is %s", n, after.TakenOver, after.Version)
 		}
-		// Each has its visitor beside those that stay.
-		live := liveOf(after, "d")
-		if live < conns || live > conns+1 {
-			t.Errorf("upgrade %d: %d connections are open on direct, want %d and a visitor", n, live, conns)
-		}
-		t.Logf("upgrade %d: pause %v, %d on direct", n, after.TakenOver.Pause, live)
 	}
-	// The last one may be at it still.
-	testutil.Eventually(t, rig.Limit, func() bool {
-		return strings.Count(i.Log(), "moved to another layout of maps") == upgrades
-	}, "maps are moved in every upgrade")
+	awaitMoves(t, i, upgrades)
 	o := app.turn(t, "end")
-	for n, count := range o.New {
-		t.Logf("%s: %d new connections", paths[n], count)
-		if count < 10 {
-			t.Errorf("%s: only %d new connections", paths[n], count)
-		}
-	}
 	i.Conserved(t)
 	want := map[flow.Path]int{}
 	total := 0
 	for n, p := range paths {
+		t.Logf("%s: %d new connections", p, o.New[n])
+		if o.New[n] < 10 {
+			t.Errorf("%s: only %d new connections", p, o.New[n])
+		}
 		want[p] = conns + o.New[n]
 		total += want[p]
 	}
@@ -183,9 +173,72 @@ func TestLayouts(t *testing.T) {
 		return len(all) >= total
 	}, "records of ", total, " connections")
 	checkRecords(t, all, want)
+	awaitNobody(t, i)
+}
+
+// testLayoutsKilled has each process killed, and one of the other build started: what the
+// kernel carries goes on.
+func testLayoutsKilled(t *testing.T, versions [2]string) {
+	t.Helper()
+	const kills, conns = 3, 20
+	r, i, app := layoutStage(t, filepath.Join(t.TempDir(), "flows"), conns, direct2, ends[2])
+	for n := range kills {
+		before := statusOf(t, i)
+		i.Kill(t)
+		r.Program = versions[n%2]
+		i.Launch(t)
+		checkTurn(t, i, app, before, conns)
+	}
+	awaitMoves(t, i, kills)
+	app.turn(t, "end")
+	i.Conserved(t)
+	awaitNobody(t, i)
+}
+
+func statusOf(t testing.TB, i *rig.Instance) admin.Status {
+	t.Helper()
+	s, err := i.Status(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// checkTurn wants that every connection goes on, and that no count has gone back or is
+// wrong.
+func checkTurn(t *testing.T, i *rig.Instance, app *peers, before admin.Status, conns int) admin.Status {
+	t.Helper()
+	if o := app.turn(t, "turn"); o.Least < 2 {
+		t.Error("a connection stands still")
+	}
+	after := statusOf(t, i)
+	for why, count := range before.Counters {
+		if after.Counters[why] < count {
+			t.Errorf("counter %s went from %d to %d", why, count, after.Counters[why])
+		}
+	}
+	// Beside those that stay there is a visitor, and one whose end is under way.
+	if live := liveOf(after, "d"); live < int64(conns) || live > int64(conns)+2 {
+		t.Errorf("%d connections are open on direct, want %d and a visitor", live, conns)
+	}
+	return after
+}
+
+// awaitMoves waits until maps were moved so often: the last process may be at it still.
+func awaitMoves(t *testing.T, i *rig.Instance, want int) {
+	t.Helper()
+	var got int
 	testutil.Eventually(t, rig.Limit, func() bool {
-		s, err := i.Status(context.Background())
-		return err == nil && s.Live == 0 && liveOf(s, "d") == 0 && liveOf(s, "s") == 0
+		got = strings.Count(i.Log(), "moved to another layout of maps")
+		return got == want
+	}, "maps are moved each time: ", &got)
+}
+
+func awaitNobody(t *testing.T, i *rig.Instance) {
+	t.Helper()
+	testutil.Eventually(t, rig.Limit, func() bool {
+		s := statusOf(t, i)
+		return s.Live == 0 && liveOf(s, "d") == 0 && liveOf(s, "s") == 0
 	}, "nobody is counted as connected")
 }
 
