@@ -14,7 +14,7 @@ import (
 var budget = map[string]uint32{
 	ProgConnect4:     15000,
 	ProgConnect6:     18000,
-	ProgGetpeername4: 280,
+	ProgGetpeername4: 380,
 	ProgGetpeername6: 1340, // MPTCP: by the first subflow, or by what is left of it
 	ProgGetsockname4: 110,
 	ProgGetsockname6: 165,
@@ -26,7 +26,7 @@ var budget = map[string]uint32{
 	ProgHold:         1500,
 	ProgInject:       20,
 	ProgExplain:      13000,
-	ProgMove:         260,
+	ProgMove:         320,
 	ProgAdd:          60,
 }
 

@@ -27,7 +27,8 @@ static __noinline __u64 carry(void *from, struct decision *to)
 }
 
 /* decision_of gives the entry of a socket, or NULL. It is a macro since a
- * socket is of another type in each hook.
+ * socket is of another type in each hook. The entry is looked up at the end:
+ * a pointer that the verifier of 6.1 knows to be NULL must not be met again.
  */
 #define decision_of(sk) decision_with(sk, 0)
 
@@ -36,18 +37,18 @@ static __noinline __u64 carry(void *from, struct decision *to)
 
 #define decision_with(sk, create)                                          \
 	({                                                                 \
-		struct decision *found =                                   \
-			bpf_sk_storage_get(&decisions, sk, NULL, create);  \
-		void *before;                                              \
-                                                                           \
 		if (cfg_moves) {                                           \
-			before = bpf_sk_storage_get(&former, sk, NULL, 0); \
-			if (before && !found)                              \
-				found = bpf_sk_storage_get(                \
+			void *before =                                     \
+				bpf_sk_storage_get(&former, sk, NULL, 0);  \
+                                                                           \
+			if (before) {                                      \
+				struct decision *now = bpf_sk_storage_get( \
 					&decisions, sk, NULL,              \
 					BPF_SK_STORAGE_GET_F_CREATE);      \
-			if (before && found)                               \
-				carry(before, found);                      \
+                                                                           \
+				if (now)                                   \
+					carry(before, now);                \
+			}                                                  \
 		}                                                          \
-		found;                                                     \
+		bpf_sk_storage_get(&decisions, sk, NULL, create);          \
 	})
