@@ -467,7 +467,18 @@ func (d *Datapath) mapsByName() map[string]*ebpf.Map {
 }
 
 // describe pins what the layouts of the maps are.
-func (d *Datapath) describe(pin string) error { return d.layouts.write(d.dir.pin(pin)) }
+func (d *Datapath) describe(pin string) error {
+	if d.layouts == nil { // resumed: nobody has asked yet
+		specs, err := bpf.Specs()
+		if err != nil {
+			return err
+		}
+		if d.layouts, err = ownLayouts(specs); err != nil {
+			return err
+		}
+	}
+	return d.layouts.write(d.dir.pin(pin))
+}
 
 // sharedState is the map state in our memory: hooks add to it all the time, so
 // writing it whole would lose what they added.
