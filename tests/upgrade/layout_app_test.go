@@ -272,6 +272,3 @@ func peerOf(c *net.TCPConn) (peer netip.AddrPort, err error) {
 	}
 	return peer, err
 }
-
-// echo answers with what comes.
-func echo(c net.Conn) { io.Copy(c, c) }
