@@ -364,7 +364,9 @@ func (i *instance) inForce(r loader.Rules, err error) (map[netip.AddrPort]error,
 	if ok && !i.lacking {
 		i.log.Error("the kernel side has no room for some services: they keep what they have, or go by on_failure", "error", err)
 	}
-	i.lacking = ok
+	if ok || err == nil {
+		i.lacking = ok // else what there was no room for before is still to be tried again
+	}
 	switch {
 	case ok:
 		i.lastRules = r
