@@ -83,8 +83,10 @@ func (g *global) unloadOne(ctx context.Context, root string, f loader.Found) err
 	if err != nil {
 		return err
 	}
-	if err := os.Remove(g.socket(f.Name)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove the admin socket: %w", err)
+	for _, file := range []string{g.socket(f.Name), g.takeoverPath(f.Name)} {
+		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("remove its socket: %w", err)
+		}
 	}
 	return nil
 }

@@ -18,6 +18,9 @@ import (
 
 const unit = "pillion@shop.service"
 
+// exitExec is systemd's code for a program that cannot be executed.
+const exitExec = 203
+
 // TestLife is about what systemd does to the unit, and what the connections of the
 // service see of it.
 func TestLife(t *testing.T) {
@@ -38,6 +41,7 @@ func TestLife(t *testing.T) {
 		{"Drained", testDrained},
 		{"Cut", testCut},
 		{"Broken", testBroken},
+		{"Missing", testMissing},
 		{"Strict", testStrict},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -339,6 +343,33 @@ func testBroken(t *testing.T, m *machine, _ *app) {
 	m.configure(t, shop)
 	m.must(t, "systemctl", "start", unit)
 	a.goes(t, relayed, server(1), server(2))
+}
+
+// testMissing: the next process cannot be started. What is pinned stays, and on_failure
+// decides; a stop finds nobody to take it away, and then unload does.
+func testMissing(t *testing.T, m *machine, a *app) {
+	const binary = "/usr/local/bin/pillion"
+	m.configure(t, "on_failure: closed\n"+shop)
+	m.must(t, "systemctl", "reload", unit)
+	m.must(t, "mv", binary, binary+".away")
+	t.Cleanup(func() { m.try("mv", binary+".away", binary) })
+	m.must(t, "systemctl", "kill", "--kill-who=main", "--signal=KILL", unit)
+	testutil.Eventually(t, rig.Limit, func() bool { return m.show(t, unit, "ExecMainStatus") == fmt.Sprint(exitExec) }, "systemd does not find it")
+	if got := a.dial(t, relayed); got != "ECONNREFUSED" {
+		t.Errorf("a new connection: %s", got)
+	}
+	m.must(t, "systemctl", "stop", unit)
+	if got := a.dial(t, relayed); got != "ECONNREFUSED" {
+		t.Errorf("a new connection when it is stopped: %s", got)
+	}
+	m.must(t, "mv", binary+".away", binary)
+	m.must(t, binary, "unload", "shop")
+	m.nothingLeft(t)
+	if got := a.dial(t, unnamed); got != unnamed.String() {
+		t.Errorf("a new connection when it is unloaded: %s", got)
+	}
+	m.must(t, "systemctl", "start", unit)
+	m.serves(t, "shop")
 }
 
 // testStrict: the filter of system calls denies nothing that Pillion asks for: it lives
