@@ -349,6 +349,7 @@ func (i *instance) writeFirst(ctx context.Context, beat *circle) error {
 		return err
 	}
 	i.countOn(&t.state.Totals)
+	i.recallTotals()
 	i.collector.Adopt(t.state.Halves)
 	// It is as much memory as the connections take themselves.
 	t.given, t.state.Connections, t.state.Halves = nil, nil, nil

@@ -1,9 +1,17 @@
 package main
 
 import (
+	"bytes"
+	"encoding/gob"
+	"errors"
+	"fmt"
+	"io"
 	"net/netip"
+	"os"
+	"sync"
 
 	"github.com/pillion-project/pillion/telemetry/metrics"
+	"golang.org/x/sys/unix"
 )
 
 // handedTotals are counters that the next process goes on from. One that does not know
@@ -56,4 +64,89 @@ func (i *instance) countOn(t *handedTotals) {
 			}
 		}
 	}
+}
+
+// totalsName is what a registry calls the file with the totals.
+const totalsName = "totals"
+
+// keptTotals is the file that a worker leaves, for the case that it is killed. Each is
+// another one, so that the next worker finds all of the last one, or of the one before.
+type keptTotals struct {
+	mu   sync.Mutex // orders scrapes
+	file *os.File   // nil: none yet
+}
+
+// keepTotals has the next worker count on from what is about to be told: so to who
+// reads the metrics no counter jumps back.
+func (i *instance) keepTotals() {
+	s := i.global.survival
+	i.kept.mu.Lock()
+	defer i.kept.mu.Unlock()
+	f, err := writeTotals(i.totals())
+	if err == nil && !s.registry.KeepSocket(totalsName, int(f.Fd())) {
+		err = errors.Join(errors.New("the registry has no room"), f.Close())
+	}
+	if err != nil {
+		i.log.Warn("after a kill the counters of the metrics will jump back", "error", err)
+		return
+	}
+	before := i.kept.file
+	if i.kept.file = f; before != nil {
+		before.Close()
+	}
+}
+
+func writeTotals(t handedTotals) (*os.File, error) {
+	fd, err := unix.MemfdCreate(totalsName, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("keep totals: %w", os.NewSyscallError("memfd_create", err))
+	}
+	f := os.NewFile(uintptr(fd), totalsName)
+	var b bytes.Buffer
+	if err = gob.NewEncoder(&b).Encode(t); err == nil {
+		_, err = f.WriteAt(b.Bytes(), 0)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("keep totals: %w", err), f.Close())
+	}
+	return f, nil
+}
+
+// recallTotals goes on from what the worker before told last, and has the totals kept
+// from then on.
+func (i *instance) recallTotals() {
+	s := i.global.survival
+	if s == nil {
+		return
+	}
+	if fd, ok := s.sockets[totalsName]; ok {
+		delete(s.sockets, totalsName)
+		defer func() {
+			if i.kept.file != nil {
+				unix.Close(fd) // the registry names another one by then
+			}
+		}()
+		t, err := readTotals(fd)
+		if err != nil {
+			i.log.Warn("the counters of the metrics begin at 0", "why", err)
+		} else {
+			i.countOn(&t)
+		}
+	}
+	i.keepTotals()
+	i.metrics.BeforeTelling(i.keepTotals)
+}
+
+// readTotals leaves the descriptor open: the registry names it until there is another.
+func readTotals(fd int) (t handedTotals, err error) {
+	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return t, fmt.Errorf("read totals: %w", err)
+	}
+	f := os.NewFile(uintptr(dup), totalsName)
+	defer f.Close()
+	if err := gob.NewDecoder(io.NewSectionReader(f, 0, 1<<30)).Decode(&t); err != nil {
+		return t, fmt.Errorf("read totals: %w", err)
+	}
+	return t, nil
 }

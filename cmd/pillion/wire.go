@@ -80,6 +80,7 @@ type instance struct {
 	draining  atomic.Bool
 	existing  atomic.Int64
 	sets      setStats
+	kept      keptTotals
 	charge    atomic.Bool // nobody else has the instance,
 	gone      atomic.Bool // and another process has it by now
 	giving    sync.Mutex  // who holds it gives the instance away, if it is not gone
@@ -215,6 +216,7 @@ func (i *instance) assembleRest(rules loader.Rules) error {
 		return err
 	}
 	i.owned()
+	i.recallTotals()
 	return i.datapath.AttachLookup()
 }
 

@@ -21,6 +21,9 @@ func (m *Metrics) serve(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "read the metrics: "+err.Error(), http.StatusInternalServerError)
 		return
 	}
+	if m.before != nil {
+		m.before()
+	}
 	w.Header().Set("Content-Type", string(expfmt.NewFormat(expfmt.TypeTextPlain)))
 	w.Header().Set("Vary", "Accept-Encoding")
 	var to io.Writer = w

@@ -16,6 +16,7 @@ type Metrics struct {
 	endpoints Endpoints // nil: there are none
 	sources   Sources
 	base      []Total // of the process before; see Resume
+	before    func()  // see BeforeTelling; nil: nobody wants to know
 }
 
 // New returns metrics that read from s.
@@ -28,6 +29,11 @@ func New(s Sources) *Metrics {
 		newScrape(s))
 	return m
 }
+
+// BeforeTelling has f called by each scrape, when its counters are read and before any
+// is told, so that f can have [Metrics.Totals] which are as high. Call it before the
+// first one. Scrapes may be at once.
+func (m *Metrics) BeforeTelling(f func()) { m.before = f }
 
 // Record counts a connection that ended. It does not keep r.
 func (m *Metrics) Record(r *flow.Record) { m.flows.record(r) }

@@ -1,14 +1,10 @@
 package upgrade
 
 import (
-	"bufio"
-	"context"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
-	"strconv"
-	"strings"
 	"testing"
 
 	"github.com/pillion-project/pillion/tests/rig"
@@ -28,9 +24,9 @@ func TestTotals(t *testing.T) {
 	}
 	connect()
 	i.AllRelayed(t, each)
-	before := counters(t, i)
+	before := i.Counters(t)
 	i.Replace(t, rig.Binary(t))
-	for name, v := range counters(t, i) {
+	for name, v := range i.Counters(t) {
 		if v < before[name] {
 			t.Errorf("%s jumps from %v to %v", name, before[name], v)
 		}
@@ -41,7 +37,7 @@ func TestTotals(t *testing.T) {
 	}
 	connect()
 	i.AllRelayed(t, 2*each)
-	all := counters(t, i)
+	all := i.Counters(t)
 	for _, name := range []string{
 		"pillion_relay_accepted_total", "pillion_relay_ended_total", "pillion_relay_dials_total", "pillion_connects_total",
 		`pillion_endpoint_connects_total{cluster="` + vip.String() + `",endpoint="` + to.String() + `"}`,
@@ -54,30 +50,4 @@ func TestTotals(t *testing.T) {
 	if name := `pillion_bytes_total{direction="sent",path="relay"}`; all[name] != 2*each*float64(len("hello\n")) {
 		t.Errorf("%s is %v", name, all[name])
 	}
-}
-
-// counters are an instance's, by name and labels as they are in the text.
-func counters(t *testing.T, i *rig.Instance) map[string]float64 {
-	t.Helper()
-	body, err := i.Metrics(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer body.Close()
-	all := map[string]float64{}
-	lines := bufio.NewScanner(body)
-	for lines.Scan() {
-		name, value, _ := strings.Cut(lines.Text(), " ")
-		bare, _, _ := strings.Cut(name, "{")
-		if !strings.HasPrefix(bare, "pillion_") || !strings.HasSuffix(bare, "_total") && !strings.HasSuffix(bare, "_count") && !strings.HasSuffix(bare, "_bucket") {
-			continue
-		}
-		if all[name], err = strconv.ParseFloat(value, 64); err != nil {
-			t.Fatalf("%q: %v", lines.Text(), err)
-		}
-	}
-	if err := lines.Err(); err != nil {
-		t.Fatal(err)
-	}
-	return all
 }
