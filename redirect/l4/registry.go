@@ -34,7 +34,9 @@ const (
 // was read from one socket and written to the other, at every moment, and recovery
 // asks it (recover.go). So a byte costs no store, a read and its write three, and
 // nothing costs a system call. All stores are plain, in an order in which every
-// beginning is a valid state.
+// beginning is a valid state. On arm64 the compiler joins the stores to two neighbours
+// at the place of the later one, past others to the same slot: two that have to stay in
+// order are no neighbours, or have a call or a branch between them.
 //
 // Rejected: to move everything by splice(2), so that no byte is ever in a process's
 // memory. It costs a third more per round trip of small messages.
@@ -211,20 +213,24 @@ func (k *downstream) get() flow.Downstream {
 	}
 }
 
-// The layout, from the beginning of what OpenRegistry is given.
+// pageMost is the largest page of any kernel: arm64 has 4, 16 or 64 KiB.
+const pageMost = 64 << 10
+
+// The layout, from the beginning of what OpenRegistry is given. Every part begins on a
+// page; what is not written takes no memory.
 const (
-	headSize   = 3 * 4096 // whole pages
-	marksSize  = registryWorkers * unsafe.Sizeof(mark{})
+	headSize   = pageMost
+	marksSize  = (registryWorkers*unsafe.Sizeof(mark{}) + pageMost - 1) &^ (pageMost - 1)
 	copyAll    = registryWorkers * copySize
-	slotsSize  = (registryMost*unsafe.Sizeof(slot{}) + 4095) &^ 4095
+	slotsSize  = (registryMost*unsafe.Sizeof(slot{}) + pageMost - 1) &^ (pageMost - 1)
 	areaSize   = 2 * registryMost * copySize
 	registryOf = headSize + marksSize + copyAll + slotsSize + areaSize
 )
 
-// Its head fits, and chunks begin on pages.
+// Its head fits, and a chunk is whole pages.
 const (
 	_ = uint(headSize - unsafe.Sizeof(registryHead{}))
-	_ = -uint(marksSize % 4096)
+	_ = -uint(copySize % pageMost)
 )
 
 // OpenRegistry maps the registry that is in a memfd from offset on, and makes it if

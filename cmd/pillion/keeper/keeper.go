@@ -34,8 +34,10 @@ type page struct {
 	died   unix.Timespec // and when, by CLOCK_MONOTONIC
 }
 
-// PageSize is how much of the memory is the keeper's own, from its beginning.
-const PageSize = 4096
+// PageSize is how much of the memory is the keeper's own, from its beginning: the
+// largest page of any kernel, so that the rest can be mapped on all. The keeper itself
+// uses, and maps, the first 4096 bytes.
+const PageSize = 64 << 10
 
 // Start makes this process a keeper and its worker, by executing the program again
 // with the same arguments. It returns only if that fails.
