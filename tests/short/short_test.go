@@ -166,6 +166,23 @@ func check(t *testing.T, records []flow.Record) {
 	}
 }
 
+// TestShortExec is the main job around one command, which knows of nothing.
+func TestShortExec(t *testing.T) {
+	r := rig.New(t)
+	a := r.Serve(t, netip.AddrPortFrom(rig.Far4, 7001), shout("a"))
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, stderr, err := r.Exec(t, []string{"--service", "10.96.0.12:80=" + a.String(), "--summary"}, self, argApp, "10.96.0.12:80")
+	if want := "a-HELLO 10.96.0.12:80 " + testutil.AppV4.Addr().String() + "\n"; err != nil || out != want {
+		t.Errorf("%q, %v, want %q\n%s", out, err, want, stderr)
+	}
+	if !strings.Contains(stderr, a.String()) || !strings.Contains(stderr, "relay") {
+		t.Errorf("the summary says neither where it went nor how:\n%s", stderr)
+	}
+}
+
 // TestShortFaults: with the handler dead, connections go where they were going;
 // when it is back they are redirected again.
 func TestShortFaults(t *testing.T) {

@@ -42,6 +42,9 @@ func faultyDir() string {
 }
 
 var buildFaulty = sync.OnceValues(func() (path string, err error) {
+	if path, ok := testutil.Prebuilt("pillion-faulty"); ok {
+		return path, nil
+	}
 	path = filepath.Join(faultyDir(), "pillion")
 	cmd := exec.Command("go", "build", "-tags", "pillion_fault", "-ldflags", entry, "-o", path, "github.com/pillion-project/pillion/cmd/pillion")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -73,6 +76,9 @@ type stage struct {
 
 func newStage(t *testing.T, r *rig.Rig, more string, q task) *stage {
 	t.Helper()
+	if testutil.InVM() { // its processor is emulated
+		q.Workers, q.Pings, q.Most = (q.Workers+4)/5, (q.Pings+4)/5, (q.Most+3)/4
+	}
 	s := &stage{Rig: r, far: &talker{end: make(chan struct{})}, flows: filepath.Join(t.TempDir(), "flows")}
 	for _, e := range ends {
 		s.Serve(t, e, s.far.serve)
@@ -138,7 +144,14 @@ func (s *stage) recorded(t *testing.T, o *outcome) {
 		}
 	}
 	cookies, ends, bytes := map[uint64]int{}, map[string]int{}, map[whole]int{}
+	alone := 0
 	for _, r := range all {
+		if r.End == flow.ReasonHandlerLost && testutil.InVM() {
+			// There a handler takes seconds to come back, for which a half does not
+			// wait: the other has a record of its own.
+			alone++
+			continue
+		}
 		cookies[r.Cookie]++
 		ends[r.Path.String()+" "+r.End.String()]++
 		bytes[whole{r.Source.Port(), r.Sent, r.Received}]++
@@ -157,8 +170,8 @@ func (s *stage) recorded(t *testing.T, o *outcome) {
 		near := slices.DeleteFunc(slices.Clone(all), func(r flow.Record) bool { return r.Source.Port() != w.Port })
 		t.Errorf("of %d connections that were open all the time, %+v has no record: %+v", len(o.Stayed), w, near)
 	}
-	if len(cookies) != len(all) {
-		t.Errorf("%d records, of %d connections", len(all), len(cookies))
+	if len(cookies) != len(all)-alone {
+		t.Errorf("%d records, of %d connections", len(all)-alone, len(cookies))
 	}
 }
 
@@ -205,6 +218,9 @@ func TestKills(t *testing.T) {
 func faults(t *testing.T, program string, oneIn int, more string, q task) {
 	t.Helper()
 	const enough, limit = 8, 6 * time.Second
+	if testutil.InVM() {
+		oneIn /= 10 // it comes to less in the time
+	}
 	r := rig.New(t)
 	count := filepath.Join(t.TempDir(), "count")
 	if err := os.WriteFile(count, nil, 0o600); err != nil {
@@ -252,12 +268,12 @@ func TestPoison(t *testing.T) {
 	s := newStage(t, r, "", task{Pings: 50})
 	s.Serve(t, poison, func(c net.Conn) { io.Copy(io.Discard, c) })
 	time.Sleep(500 * time.Millisecond)
-	client := fmt.Sprintf("exec 3<>/dev/tcp/%s/%d && echo hello >&3 && cat <&3", poison.Addr(), poison.Port())
-	out, err := s.Try("timeout", "60", "bash", "-c", client)
-	for start := time.Now(); err != nil && strings.Contains(err.Error(), "refused") && time.Since(start) < rig.Limit; {
-		out, err = s.Try("timeout", "60", "bash", "-c", client) // the handler was late, on a busy machine
+	// The handler may be late, on a busy machine.
+	out, err := s.Try(os.Args[0], "-test.run=^TestPoisoned$", "-poison="+poison.String())
+	for start := time.Now(); err != nil && strings.Contains(out, "refused") && time.Since(start) < rig.Limit; {
+		out, err = s.Try(os.Args[0], "-test.run=^TestPoisoned$", "-poison="+poison.String())
 	}
-	if err == nil || !strings.Contains(err.Error(), "reset by peer") {
+	if err == nil || !strings.Contains(out, "reset by peer") {
 		t.Errorf("the connection that kills: %q, %v; want a reset", out, err)
 	}
 	s.ready(t)
@@ -270,6 +286,29 @@ func TestPoison(t *testing.T) {
 	}
 	if crashed != 1 {
 		t.Errorf("%d connections are on record as %v, want 1", crashed, flow.ReasonCrashed)
+	}
+}
+
+// dialPoison is where TestPoisoned goes.
+var dialPoison = flag.String("poison", "", "dial this address")
+
+// TestPoisoned is the application that kills its handler. As a test it does nothing.
+func TestPoisoned(t *testing.T) {
+	if *dialPoison == "" {
+		return
+	}
+	c, err := net.DialTimeout("tcp", *dialPoison, lifetime)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(lifetime))
+	_, err = io.WriteString(c, "hello\n")
+	if _, again := io.Copy(io.Discard, c); again != nil {
+		err = again
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -7,28 +7,20 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/pillion-project/pillion/cmd/pillion/keeper"
+	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
 )
 
-// build makes the worker, with the keeper in it if entry is set.
-func build(t *testing.T, entry bool) string {
+// build makes the worker, with the keeper in it.
+func build(t *testing.T) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "worker")
-	args := []string{"build", "-o", path}
-	if entry {
-		args = append(args, "-ldflags=-E=github.com/pillion-project/pillion/cmd/pillion/keeper.entry")
-	}
-	cmd := exec.Command("go", append(args, "./testdata/worker")...)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
-	}
-	return path
+	return testutil.Build(t, "keeper-worker", "-ldflags=-E=github.com/pillion-project/pillion/cmd/pillion/keeper.entry",
+		"github.com/pillion-project/pillion/cmd/pillion/keeper/testdata/worker")
 }
 
 func code(err error) int {
@@ -50,7 +42,7 @@ func TestNotLinked(t *testing.T) {
 }
 
 func TestEnds(t *testing.T) {
-	path := build(t, true)
+	path := build(t)
 	for _, tt := range []struct {
 		what  string
 		code  int
@@ -79,7 +71,7 @@ func TestEnds(t *testing.T) {
 
 // What a worker has open when it is killed is there for the next one.
 func TestLeft(t *testing.T) {
-	out, err := exec.Command(build(t, true), "once").Output()
+	out, err := exec.Command(build(t), "once").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -94,7 +86,7 @@ func TestLeft(t *testing.T) {
 
 // A signal to the keeper is the worker's, and its exit code the keeper's.
 func TestSignal(t *testing.T) {
-	cmd := exec.Command(build(t, true), "wait")
+	cmd := exec.Command(build(t), "wait")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -104,9 +96,11 @@ func TestSignal(t *testing.T) {
 	}
 	for lines := bufio.NewScanner(out); lines.Scan() && lines.Text() != "waits"; {
 	}
-	names, _ := exec.Command("ps", "-o", "comm=", "-p", fmt.Sprint(cmd.Process.Pid), "--ppid", fmt.Sprint(cmd.Process.Pid)).Output()
-	if got := strings.Fields(string(names)); len(got) != 2 || got[0] != "pillion" || got[1] != "pillion" {
-		t.Errorf("keeper and worker are called %q", got)
+	worker, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", cmd.Process.Pid))
+	for _, pid := range []string{strconv.Itoa(cmd.Process.Pid), strings.TrimSpace(string(worker))} {
+		if name, err := os.ReadFile("/proc/" + pid + "/comm"); string(name) != "pillion\n" {
+			t.Errorf("keeper or worker is called %q, %v", name, err)
+		}
 	}
 	if err := cmd.Process.Signal(unix.SIGTERM); err != nil {
 		t.Fatal(err)
