@@ -25,10 +25,10 @@ BLACKBOX    := ./tests/...
 ONNODE := PILLION_REQUIRE_ROOT=1 PILLION=$(abspath $(PILLION)) PILLION_IMAGE=$(abspath $(BUILD)/image) $(GO) test -count=1 -v
 
 .DEFAULT_GOAL := build
-.PHONY: help build generate check format test test-unit test-kernel test-vm test-kubernetes stress traps failure suites bench demo image install clean test-systemd test-containers test-kubelet test-cluster
+.PHONY: help build generate check format test test-unit test-kernel test-vm test-vm-arm64 test-kubernetes stress traps failure suites bench demo image install clean test-systemd test-containers test-kubelet test-cluster
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## compile build/pillion (needs Go alone)
 	$(GOBUILD) -o $(PILLION) ./cmd/pillion
@@ -63,6 +63,10 @@ test-kernel: build ## the tests that use the kernel and real programs (as root)
 test-vm: ## the attach tests on Debian's 6.1, the oldest supported kernel, in qemu
 	@scripts/setup.sh vm
 	scripts/vm-test.sh $(VM_PKGS)
+
+test-vm-arm64: ## the kernel side, the keeper, take-overs and exec on an arm64 machine, emulated (some minutes)
+	@scripts/setup.sh vm arm64
+	VM_ARCH=arm64 scripts/vm-test.sh $(VM_PKGS)
 
 test-kubernetes: ## discovery against a real kube-apiserver and etcd (built once, some minutes)
 	bin=$$(scripts/kubernetes.sh) && PILLION_KUBE_BIN=$$bin $(GO) test -count=1 -v -timeout 10m ./tests/kubernetes

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Installs what a target of the Makefile needs on Debian 12 and is not there.
 #
-#   scripts/setup.sh GROUP...     build generate check demo test bench traps vm image
+#   scripts/setup.sh GROUP...     build generate check demo test bench traps vm arm64 image
 #                                 systemd containers node
 #
 # It says nothing and needs no privilege when nothing is missing. It starts no
@@ -33,6 +33,8 @@ traps=("${tests[@]}" "${bench[@]}" python3=python3
 vm=(qemu-system-x86_64=qemu-system-x86
 	/usr/share/doc/busybox-static/copyright=busybox-static
 	cpio=cpio dpkg-deb=dpkg xz=xz-utils curl=curl)
+arm64=(qemu-system-aarch64=qemu-system-arm
+	/usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring)
 image=(runc=runc podman=podman)
 systemd=(debootstrap=debootstrap systemd-nspawn=systemd-container
 	nsenter=util-linux)
@@ -144,11 +146,12 @@ main() {
 		bench) needs+=("${bench[@]}") ;;
 		traps) needs+=("${traps[@]}") ;;
 		vm) needs+=("${vm[@]}") ;;
+		arm64) needs+=("${arm64[@]}") ;;
 		image) needs+=("${image[@]}") ;;
 		systemd) needs+=("${systemd[@]}") ;;
 		containers) needs+=("${containers[@]}") ;;
 		node) needs+=("${node[@]}") ;;
-		*) die "no group $group: build generate check demo test bench traps vm image systemd containers node" ;;
+		*) die "no group $group: build generate check demo test bench traps vm arm64 image systemd containers node" ;;
 		esac
 	done
 	check_go
