@@ -75,7 +75,7 @@ own() { [[ $arch == amd64 && $kernel == 6.1 ]]; }
 
 # cached names the newest kernel in the cache.
 cached() {
-	find "$cache" -maxdepth 1 -name "$wanted*-$flavour" -printf '%f\n' |
+	find "$cache/" -maxdepth 1 -name "$wanted*-$flavour" -printf '%f\n' |
 		sort -V | tail -n 1
 }
 
@@ -308,11 +308,11 @@ summary() {
 main() {
 	mkdir -p "$cache"
 	local name work
+	exec 9>"$cache/lock"
+	flock 9
 	name=$(newest_kernel)
-	(
-		flock 9
-		fetch_kernel "$name"
-	) 9>"$cache/lock"
+	fetch_kernel "$name"
+	exec 9>&-
 
 	work=$(mktemp -d "$cache/run.XXXXXX")
 	# shellcheck disable=SC2064
