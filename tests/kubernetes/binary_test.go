@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -17,6 +16,7 @@ import (
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/rig/app"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
@@ -53,10 +53,7 @@ func TestBinary(t *testing.T) {
 	for n := 1; n < 10; n++ {
 		s.serveAs(t, pod(n))
 	}
-	r.Serve(t, netip.MustParseAddrPort("[2001:db8:7::1]:8080"), func(c net.Conn) {
-		fmt.Fprintln(c, "six")
-		io.Copy(io.Discard, c)
-	})
+	r.Serve(t, netip.MustParseAddrPort("[2001:db8:7::1]:8080"), app.NewServer("six").Serve)
 	for _, tt := range []struct {
 		name string
 		test func(*testing.T, *stage)
@@ -83,16 +80,13 @@ func TestBinary(t *testing.T) {
 // serveAs serves at an address, and says which that is.
 func (s *stage) serveAs(t *testing.T, addr netip.AddrPort) {
 	t.Helper()
-	s.Serve(t, addr, func(c net.Conn) {
-		fmt.Fprintln(c, addr)
-		io.Copy(io.Discard, c)
-	})
+	s.Serve(t, addr, app.NewServer(addr.String()).Serve)
 }
 
 // instance is a running pillion with an application.
 type instance struct {
 	*rig.Instance
-	*app
+	*app.Application
 	s *stage
 }
 
@@ -103,7 +97,7 @@ func (s *stage) run(t *testing.T, kubernetes, yaml string) *instance {
 		kubernetes += ", "
 	}
 	return &instance{s: s, Instance: s.Run(t, fmt.Sprintf("kubernetes: {%sserver: %q, ca_file: %q, token_file: %q}\n",
-		kubernetes, s.url, s.path("ca.crt"), s.path("token"))+yaml), app: newApp(t, s.Rig)}
+		kubernetes, s.url, s.path("ca.crt"), s.path("token"))+yaml), Application: app.Start(t, s.Rig)}
 }
 
 func (i *instance) service(t testing.TB, name string) (admin.ServiceStatus, bool) {
@@ -158,7 +152,7 @@ func (i *instance) goes(t testing.TB, to netip.AddrPort, want ...netip.AddrPort)
 	t.Helper()
 	got := map[string]bool{}
 	for range 24 * len(want) {
-		got[i.dial(t, to)] = true
+		got[i.Dial(t, to)] = true
 	}
 	for _, w := range want {
 		if !got[w.String()] {
@@ -218,7 +212,7 @@ func testListed(t *testing.T, s *stage) {
 			i.has(t, name, want...)
 			if len(want) > 0 {
 				i.goes(t, to, want...)
-			} else if got := i.dial(t, to); got != "ECONNREFUSED" {
+			} else if got := i.Dial(t, to); got != "ECONNREFUSED" {
 				t.Errorf("%s without endpoints: %s", name, got)
 			}
 		}
@@ -299,7 +293,7 @@ func testAwayAtStart(t *testing.T, s *stage) {
 				}, name, " is what it was; stale: ", stale)
 				i.goes(t, at(ip, 80), pod(1)) // that is in the zone
 			}
-			if got := i.dial(t, at(ip, 80)); got != pod(1).String() && got != pod(2).String() {
+			if got := i.Dial(t, at(ip, 80)); got != pod(1).String() && got != pod(2).String() {
 				t.Fatalf("the first connection: %s", got)
 			}
 			kept(false)
@@ -327,7 +321,7 @@ func testExempt(t *testing.T, s *stage) {
 	s.Home = testutil.Place{Cgroup: s.Scope}
 	defer func() { s.Home = testutil.Place{} }()
 	i := s.run(t, "on_demand: true", "")
-	if got := i.dial(t, at(ip, 80)); got != pod(1).String() {
+	if got := i.Dial(t, at(ip, 80)); got != pod(1).String() {
 		t.Errorf("the first connection: %s", got)
 	}
 	i.has(t, "default/exempt:80", pod(1))
@@ -353,10 +347,7 @@ func testResident(t *testing.T, s *stage) {
 	const services, endpoints, most = 200, 50, 30_000_000
 	// Whatever is asked for in this range is served.
 	s.command(t, s.World, "ip", "route", "add", "local", "198.18.0.0/16", "dev", "lo")
-	s.Serve(t, netip.MustParseAddrPort("0.0.0.0:8081"), func(c net.Conn) {
-		fmt.Fprintln(c, "many")
-		io.Copy(io.Discard, c)
-	})
+	s.Serve(t, netip.MustParseAddrPort("0.0.0.0:8081"), app.NewServer("many").Serve)
 	var asked []netip.AddrPort
 	for n := range services {
 		name := fmt.Sprintf("resident-%d", n)
@@ -370,7 +361,7 @@ func testResident(t *testing.T, s *stage) {
 	i := s.run(t, "on_demand: true", "path: direct\n")
 	before := i.resident(t)
 	for _, to := range asked {
-		if got := i.do(t, request{To: to, Keep: true}); got != "many" {
+		if got := i.Open(t, to.String(), to); got != "many" {
 			_, known := i.named(t, to)
 			t.Fatalf("the first connection to %s: %s (a service names it by now: %v)", to, got, known)
 		}
@@ -409,7 +400,7 @@ func testResident(t *testing.T, s *stage) {
 	}
 	t.Logf("%d services of %d endpoints: at most %d KiB resident in a minute, %d KiB after a scrape of %d KiB, %d KiB at its end; %d KiB while they were found, %d KiB before",
 		services, endpoints, settled>>10, after>>10, scraped>>10, i.resident(t)>>10, found>>10, before>>10)
-	i.do(t, request{Drop: true})
+	i.Close(t, "")
 }
 
 // scrape reads the metrics, and returns how many bytes those are.

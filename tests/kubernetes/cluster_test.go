@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-project/pillion/tests/rig/app"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
@@ -35,6 +36,7 @@ const (
 )
 
 func TestMain(m *testing.M) {
+	app.Main()
 	if os.Getenv(envBin) == "" {
 		fmt.Println("tests/kubernetes: skipped, since " + envBin + " is not set: make test-kubernetes builds an API server and runs them")
 	}

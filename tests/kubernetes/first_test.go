@@ -37,14 +37,14 @@ func testFirst(t *testing.T, s *stage) {
 	} {
 		t.Run(strings.ReplaceAll(strings.TrimSpace(tt.yaml), "\n", ", "), func(t *testing.T) {
 			i := s.run(t, "on_demand: true", tt.yaml)
-			if got := i.dial(t, four); got != pod(1).String() && got != pod(2).String() {
+			if got := i.Dial(t, four); got != pod(1).String() && got != pod(2).String() {
 				t.Errorf("the first connection: %s", got)
 			}
 			i.has(t, "default/first:80", pod(1), pod(2))
 			i.goes(t, four, pod(1), pod(2))
 			// The address of the second family is found by reading all services,
 			// which takes longer the second time.
-			if got := i.dial(t, six); got != "six" {
+			if got := i.Dial(t, six); got != "six" {
 				t.Errorf("the first connection to %s: %s", six, got)
 			}
 			i.has(t, "default/first:80/ipv6", netip.MustParseAddrPort("[2001:db8:7::1]:8080"))
@@ -62,7 +62,7 @@ func testFirst(t *testing.T, s *stage) {
 				}
 			}
 			// What is no service's goes where it always did.
-			if got := i.dial(t, pod(3)); got != pod(3).String() {
+			if got := i.Dial(t, pod(3)); got != pod(3).String() {
 				t.Errorf("%s: %s", pod(3), got)
 			}
 			if tt.path == flow.PathRelay {
@@ -97,12 +97,16 @@ func testPassed(t *testing.T, s *stage) {
 		s.serveAs(t, to)
 		t.Run(name, func(t *testing.T) {
 			i := s.run(t, "on_demand: true", "default: pass\npath: direct\n")
-			if got := i.do(t, request{To: to, Keep: keep}); got != to.String() {
+			got := i.Open(t, name, to)
+			if !keep {
+				i.Close(t, name)
+			}
+			if got != to.String() {
 				t.Errorf("the first connection: %s", got)
 			}
 			i.has(t, "default/"+name+":8080", pod(5))
 			i.goes(t, to, pod(5))
-			i.do(t, request{Drop: true})
+			i.Close(t, "")
 		})
 	}
 }
@@ -123,7 +127,7 @@ func testReborn(t *testing.T, s *stage) {
 	}
 	first := func(to netip.AddrPort, want int) {
 		t.Helper()
-		if got := i.dial(t, to); got != pod(want).String() {
+		if got := i.Dial(t, to); got != pod(want).String() {
 			t.Errorf("the first connection to %s: %s", to, got)
 		}
 		i.has(t, name, pod(want))
@@ -134,7 +138,7 @@ func testReborn(t *testing.T, s *stage) {
 	first(to, 6)
 	absent("idle again")
 	// A connection that stays is use.
-	if got := i.do(t, request{To: to, Keep: true}); got != pod(6).String() {
+	if got := i.Open(t, to.String(), to); got != pod(6).String() {
 		t.Fatalf("a connection that stays: %s", got)
 	}
 	for range 8 {
@@ -153,6 +157,6 @@ func testReborn(t *testing.T, s *stage) {
 		t.Fatalf("the address is %s again", to)
 	}
 	first(next, 7)
-	i.do(t, request{Drop: true})
+	i.Close(t, "")
 	s.must(http.MethodDelete, servicesPath+"/holder", "")
 }

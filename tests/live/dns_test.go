@@ -128,7 +128,7 @@ func TestSRV(t *testing.T) {
 	t.Parallel()
 	r := rig.New(t)
 	serve(t, r, 1, 2)
-	newServer(t, r, netip.AddrPortFrom(far(3).Addr(), 9090))
+	server(t, r, netip.AddrPortFrom(far(3).Addr(), 9090))
 	n := newNames(t, r, hosts("a.example", 1)+hosts("b.example", 3),
 		"--srv-host=_http._tcp.web.example,a.example,8080,1,2", "--srv-host=_http._tcp.web.example,b.example,9090,1,6",
 		"--srv-host=_http._tcp.web.example,a.example,8081,2,9") // for when the first are gone
@@ -137,7 +137,7 @@ func TestSRV(t *testing.T) {
 	s.has(t, "s1", "1 weight 2", netip.AddrPortFrom(far(3).Addr(), 9090).String()+" weight 6")
 	seen := map[string]int{}
 	for range 200 {
-		seen[s.dial(t, vip(1))]++
+		seen[s.Dial(t, vip(1))]++
 	}
 	if len(seen) != 2 || seen[far(1).String()] > 100 {
 		t.Errorf("%v, want one of four at %s", seen, far(1))
@@ -154,7 +154,7 @@ func TestFamilies(t *testing.T) {
 		r := rig.New(t)
 		serve(t, r, 1)
 		six := netip.AddrPortFrom(rig.Far6, 8080)
-		newServer(t, r, six)
+		server(t, r, six)
 		n := newNames(t, r, hosts("web.example", 1)+six.Addr().String()+" web.example\n")
 		at := func(addr netip.AddrPort) string {
 			return fmt.Sprintf("services:\n  - {name: s1, address: %q, path: %s, discover: {dns: {name: web.example, port: 8080, min_ttl: 200ms, servers: [%q]}}}\n", addr, path, n.at)
@@ -163,7 +163,7 @@ func TestFamilies(t *testing.T) {
 		s := newStage(t, r, at(vip(1)))
 		s.goes(t, 1, 1)
 		s.reload(t, at(vip6))
-		testutil.Eventually(t, rig.Limit, func() bool { return s.dial(t, vip6) == six.String() }, "it is served in IPv6")
+		testutil.Eventually(t, rig.Limit, func() bool { return s.Dial(t, vip6) == six.String() }, "it is served in IPv6")
 		s.reload(t, at(vip(1)))
 		s.has(t, "s1", "1")
 		s.goes(t, 1, 1)

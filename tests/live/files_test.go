@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/rig/app"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
@@ -64,7 +65,7 @@ func TestConfigMap(t *testing.T) {
 	mount(t, dir, 1, files(1, 2))
 	s := &stage{Rig: r, file: filepath.Join(dir, "pillion.yaml")}
 	s.Instance = r.Run(t, "", "--config", s.file)
-	s.app = newApp(t, r)
+	s.Application = app.Start(t, r)
 	s.goes(t, 1, 1)
 	s.goes(t, 2, 2)
 	for version := 2; version < 6; version++ {
@@ -172,10 +173,10 @@ func fileSource(t *testing.T, format, path string) {
 	// Nobody, said explicitly.
 	put(t, file, "[]")
 	s.has(t, "s1")
-	testutil.Eventually(t, rig.Limit, func() bool { return s.dial(t, vip(1)) == "ECONNREFUSED" }, "nobody serves")
+	testutil.Eventually(t, rig.Limit, func() bool { return s.Dial(t, vip(1)) == "ECONNREFUSED" }, "nobody serves")
 	put(t, file, list(3))
 	s.has(t, "s1", "3")
-	testutil.Eventually(t, rig.Limit, func() bool { return s.dial(t, vip(1)) == far(3).String() }, "somebody serves again")
+	testutil.Eventually(t, rig.Limit, func() bool { return s.Dial(t, vip(1)) == far(3).String() }, "somebody serves again")
 	if s.service(t, "s1").Source.Stale {
 		t.Error("stale, although the file is right")
 	}

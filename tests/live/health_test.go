@@ -30,9 +30,9 @@ var checks = map[string]func(t testing.TB, r *rig.Rig) patients{
 		all := serve(t, r, 1, 2)
 		return patients{"{tcp: {}, " + every + "}", func(t testing.TB, n int, well bool) {
 			if well {
-				all[n].start(t, r)
+				all[n].Start(t)
 			} else {
-				all[n].refuse()
+				all[n].Refuse()
 			}
 		}}
 	},
@@ -89,7 +89,7 @@ func checked(t *testing.T, ward func(testing.TB, *rig.Rig) patients, more string
 	with := "services:\n" + service(1, more+", policy: random, no_endpoint: EHOSTUNREACH, health_check: "+p.check, 1, 2)
 	s := newStage(t, r, with)
 	s.goes(t, 1, 1, 2)
-	if got := s.open(t, "old", vip(1)); got == "" {
+	if got := s.Open(t, "old", vip(1)); got == "" {
 		t.Fatal("not connected")
 	}
 
@@ -111,18 +111,18 @@ func checked(t *testing.T, ward func(testing.TB, *rig.Rig) patients, more string
 	p.set(t, 2, false)
 	s.has(t, "s1", "1 down", "2 down")
 	for range 10 {
-		if got := s.dial(t, vip(1)); got != "EHOSTUNREACH" {
+		if got := s.Dial(t, vip(1)); got != "EHOSTUNREACH" {
 			t.Fatalf("all are down, and connect gives %q", got)
 		}
 	}
-	if got := s.talk(t, "old"); got != "" {
+	if got := s.Talk(t, "old"); got != "" {
 		t.Errorf("the connection that was open: %s", got)
 	}
 
 	p.set(t, 1, true)
 	s.has(t, "s1", "1", "2 down")
 	// The hook may go by what it was told for a moment.
-	testutil.Eventually(t, rig.Limit, func() bool { return s.dial(t, vip(1)) == far(1).String() }, "it serves again")
+	testutil.Eventually(t, rig.Limit, func() bool { return s.Dial(t, vip(1)) == far(1).String() }, "it serves again")
 	s.goes(t, 1, 1)
 
 	p.set(t, 2, true)
@@ -145,7 +145,7 @@ func TestCheckRemoved(t *testing.T) {
 		s.has(t, "s1", "1 down", "2 down")
 		s.reload(t, without)
 		s.has(t, "s1", "1", "2")
-		testutil.Eventually(t, rig.Limit, func() bool { return s.dial(t, vip(1)) != "ECONNREFUSED" }, "somebody serves")
+		testutil.Eventually(t, rig.Limit, func() bool { return s.Dial(t, vip(1)) != "ECONNREFUSED" }, "somebody serves")
 		s.goes(t, 1, 1, 2)
 		s.reload(t, with)
 		s.has(t, "s1", "1 down", "2 down")

@@ -36,7 +36,7 @@ func TestKept(t *testing.T) {
 		// One that is removed and has connections is no endpoint, whatever the kernel
 		// side knows of it still.
 		for n := range 8 {
-			s.open(t, fmt.Sprint(n), vip(1))
+			s.Open(t, fmt.Sprint(n), vip(1))
 		}
 		put(t, file, fmt.Sprintf(`["%s", "%s"]`, far(1), far(2)))
 		for _, n := range []int{1, 2, 4} {
@@ -159,7 +159,7 @@ func TestRemovedMeanwhile(t *testing.T) {
 			put(t, file, list(1))
 			s := newStage(t, r, of(1))
 			for n := range fates {
-				if got := s.open(t, fmt.Sprint(n), vip(n)); got != far(1).String() {
+				if got := s.Open(t, fmt.Sprint(n), vip(n)); got != far(1).String() {
 					t.Fatal(got)
 				}
 			}
@@ -171,12 +171,12 @@ func TestRemovedMeanwhile(t *testing.T) {
 				s.has(t, fmt.Sprintf("s%d", n), "2")
 			}
 			for _, n := range []int{2, 3} {
-				if got := s.ended(t, fmt.Sprint(n)); got != resets["direct"] {
+				if got := s.EndOf(t, fmt.Sprint(n)); got != resets["direct"] {
 					t.Errorf("%s: the connection ended by %s, want %s", fates[n], got, resets["direct"])
 				}
 			}
 			for _, n := range []int{1, 4} {
-				if got := s.talk(t, fmt.Sprint(n)); got != "" {
+				if got := s.Talk(t, fmt.Sprint(n)); got != "" {
 					t.Errorf("%s: the connection ended: %s", fates[n], got)
 				}
 			}

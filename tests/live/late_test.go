@@ -39,7 +39,7 @@ func late(t *testing.T, path, source string, answer func(*rig.Rig)) {
 	r := rig.New(t)
 	serve(t, r, 3)
 	// The address of the first service exists: open leads there.
-	own := newServer(t, r, netip.AddrPortFrom(netip.MustParseAddr("198.51.100.99"), 80))
+	own := server(t, r, netip.AddrPortFrom(netip.MustParseAddr("198.51.100.99"), 80))
 	if strings.Contains(source, "dns") {
 		silent := r.ListenUDP(t, netip.MustParseAddrPort("198.51.100.53:5353"))
 		before := answer
@@ -48,13 +48,13 @@ func late(t *testing.T, path, source string, answer func(*rig.Rig)) {
 			before(r)
 		}
 	}
-	s := newStage(t, r, fmt.Sprintf("services:\n  - {name: open, address: %q, path: %s, discover: %s}\n", own.at, path, source)+
+	s := newStage(t, r, fmt.Sprintf("services:\n  - {name: open, address: %q, path: %s, discover: %s}\n", own.At, path, source)+
 		service(2, fmt.Sprintf("path: %s, on_failure: closed, discover: %s", path, source))+service(3, "path: "+path, 3))
 	for range 5 {
-		if got := s.dial(t, own.at); got != own.at.String() {
+		if got := s.Dial(t, own.At); got != own.At.String() {
 			t.Errorf("open, and nobody has told: %s", got)
 		}
-		if got := s.dial(t, vip(2)); got != "ECONNREFUSED" {
+		if got := s.Dial(t, vip(2)); got != "ECONNREFUSED" {
 			t.Errorf("closed, and nobody has told: %s", got)
 		}
 	}
@@ -68,7 +68,7 @@ func late(t *testing.T, path, source string, answer func(*rig.Rig)) {
 	answer(r)
 	s.has(t, "open", "3")
 	s.has(t, "s2", "3")
-	testutil.Eventually(t, rig.Limit, func() bool { return s.dial(t, own.at) == far(3).String() && s.dial(t, vip(2)) == far(3).String() }, "they are served")
+	testutil.Eventually(t, rig.Limit, func() bool { return s.Dial(t, own.At) == far(3).String() && s.Dial(t, vip(2)) == far(3).String() }, "they are served")
 	s.goes(t, 2, 3)
 }
 

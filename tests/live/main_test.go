@@ -3,7 +3,11 @@ package live
 import (
 	"testing"
 
+	"github.com/pillion-project/pillion/tests/rig/app"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
-func TestMain(m *testing.M) { testutil.Main(m) }
+func TestMain(m *testing.M) {
+	app.Main()
+	testutil.Main(m)
+}

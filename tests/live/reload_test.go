@@ -70,8 +70,8 @@ func TestReloads(t *testing.T) {
 		testutil.Eventually(t, rig.Limit, func() bool { return s.status(t).Configuration.Generation == want }, "generation ", want)
 	}
 	l := s.unload(t)
-	if l.Rounds < 1000 || len(l.Connects) != 5 {
-		t.Errorf("the load was none: %d rounds, connects %v", l.Rounds, l.Connects)
+	if l.Rounds < 1000 || len(l.Names) != 5 {
+		t.Errorf("the load was none: %d rounds, connects %v", l.Rounds, l.Names)
 	}
 	status := s.status(t)
 	if g := status.Configuration.Generation; g != before+reloads || len(status.Configuration.Refused) != 0 {

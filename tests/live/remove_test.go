@@ -72,7 +72,7 @@ func onRemove(t *testing.T, by, path string) {
 	open := func(id string, want int) {
 		t.Helper()
 		for n := range fates {
-			if got := s.open(t, fmt.Sprint(id, n), vip(n)); got != far(want).String() {
+			if got := s.Open(t, fmt.Sprint(id, n), vip(n)); got != far(want).String() {
 				t.Fatalf("connected to %s, want endpoint %d", got, want)
 			}
 		}
@@ -85,13 +85,13 @@ func onRemove(t *testing.T, by, path string) {
 	set(2)
 	open("new", 2)
 	for _, n := range []int{2, 3} {
-		if got := s.ended(t, fmt.Sprint("old", n)); got != resets[path] {
+		if got := s.EndOf(t, fmt.Sprint("old", n)); got != resets[path] {
 			t.Errorf("%s: the connection ended by %s, want %s", fates[n], got, resets[path])
 		}
 	}
 	lives := func(id string, n int) {
 		t.Helper()
-		if got := s.talk(t, fmt.Sprint(id, n)); got != "" {
+		if got := s.Talk(t, fmt.Sprint(id, n)); got != "" {
 			t.Errorf("%s: the connection %s ended: %s", fates[n], id, got)
 		}
 	}
@@ -130,7 +130,7 @@ func TestBackInTime(t *testing.T) {
 		more := "path: " + path + ", on_remove: close, remove_after: 2s"
 		s := newStage(t, r, "services:\n"+service(1, more, 1)+service(2, more, 1))
 		for n := 1; n <= 2; n++ {
-			if got := s.open(t, fmt.Sprint(n), vip(n)); got != far(1).String() {
+			if got := s.Open(t, fmt.Sprint(n), vip(n)); got != far(1).String() {
 				t.Fatal(got)
 			}
 		}
@@ -138,11 +138,11 @@ func TestBackInTime(t *testing.T) {
 		renamed := fmt.Sprintf("  - {name: other, address: %q, endpoints: %s, %s}\n", vip(1), list(1, 2), more)
 		s.reload(t, "services:\n"+renamed+service(2, more, 3))
 		// When the one that did not come back is ended, the other would be too.
-		if got := s.ended(t, "2"); got != resets[path] {
+		if got := s.EndOf(t, "2"); got != resets[path] {
 			t.Errorf("ended by %s, want %s", got, resets[path])
 		}
 		time.Sleep(100 * time.Millisecond) // it would have been ended before: by name
-		if got := s.talk(t, "1"); got != "" {
+		if got := s.Talk(t, "1"); got != "" {
 			t.Errorf("it came back, and its connection was ended: %s", got)
 		}
 	})
@@ -161,7 +161,7 @@ func TestRenameKeepsConnections(t *testing.T) {
 		}
 		fixed := more + ", endpoints: " + list(1)
 		s := newStage(t, r, named("a", 1, fixed))
-		if got := s.open(t, "c", vip(1)); got != far(1).String() {
+		if got := s.Open(t, "c", vip(1)); got != far(1).String() {
 			t.Fatal(got)
 		}
 		file := filepath.Join(t.TempDir(), "endpoints.json")
@@ -174,7 +174,7 @@ func TestRenameKeepsConnections(t *testing.T) {
 			named("b", 1, found(other)), // nobody knows yet: those before stay
 		} {
 			s.reload(t, text)
-			if got := s.talk(t, "c"); got != "" {
+			if got := s.Talk(t, "c"); got != "" {
 				t.Fatalf("after %s: %s", text, got)
 			}
 		}
@@ -183,7 +183,7 @@ func TestRenameKeepsConnections(t *testing.T) {
 			t.Errorf("%+v", s.service(t, "b").Source)
 		}
 		put(t, other, list(2))
-		if got := s.ended(t, "c"); got != resets[path] {
+		if got := s.EndOf(t, "c"); got != resets[path] {
 			t.Errorf("the endpoint is gone, and the connection ended by %s", got)
 		}
 		s.goes(t, 1, 2)
@@ -215,8 +215,8 @@ func TestSourceUnderLoad(t *testing.T) {
 			s.reload(t, of("endpoints: "+list(1)))
 			s.has(t, "s1", "1")
 		}
-		if l := s.unload(t); len(l.Connects) != 3 {
-			t.Errorf("connects %v, want all three", l.Connects)
+		if l := s.unload(t); len(l.Names) != 3 {
+			t.Errorf("connects %v, want all three", l.Names)
 		}
 	})
 }
@@ -247,8 +247,8 @@ func TestSwap(t *testing.T) {
 			s.goes(t, 2, 2)
 		}
 		l := s.unload(t)
-		if len(l.Connects) != 2 || l.Rounds == 0 {
-			t.Errorf("connects %v, want at 1 and 2 only, and rounds %d", l.Connects, l.Rounds)
+		if len(l.Names) != 2 || l.Rounds == 0 {
+			t.Errorf("connects %v, want at 1 and 2 only, and rounds %d", l.Names, l.Rounds)
 		}
 		testutil.Eventually(t, rig.Limit, func() bool { return s.service(t, "e").Name == "" }, "e is gone")
 	})

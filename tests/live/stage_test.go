@@ -10,11 +10,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/rig/app"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
@@ -29,13 +31,19 @@ func far(n int) netip.AddrPort {
 }
 
 // serve serves at some of these, and returns the servers by number.
-func serve(t testing.TB, r *rig.Rig, numbers ...int) map[int]*server {
+func serve(t testing.TB, r *rig.Rig, numbers ...int) map[int]*rig.Server {
 	t.Helper()
-	all := map[int]*server{}
+	all := map[int]*rig.Server{}
 	for _, n := range numbers {
-		all[n] = newServer(t, r, far(n))
+		all[n] = server(t, r, far(n))
 	}
 	return all
+}
+
+// server is one that says its address to whoever connects.
+func server(t testing.TB, r *rig.Rig, at netip.AddrPort) *rig.Server {
+	t.Helper()
+	return r.Server(t, at, app.NewServer(at.String()).Serve)
 }
 
 // service is one in YAML, on a line, with more keys.
@@ -62,7 +70,7 @@ func list(endpoints ...int) string {
 type stage struct {
 	*rig.Rig
 	*rig.Instance
-	*app
+	*app.Application
 	file string
 }
 
@@ -72,8 +80,26 @@ func newStage(t *testing.T, r *rig.Rig, yaml string) *stage {
 	s := &stage{Rig: r, file: filepath.Join(t.TempDir(), "pillion.yaml")}
 	put(t, s.file, yaml)
 	s.Instance = r.Run(t, "", "--config", s.file)
-	s.app = newApp(t, r)
+	s.Application = app.Start(t, r)
 	return s
+}
+
+// load has workers connect all the time, and open connections repeat checked bytes,
+// until unload.
+func (s *stage) load(t testing.TB, workers, open int, to ...netip.AddrPort) {
+	t.Helper()
+	s.Load(t, app.Load{
+		To: to, Named: true, Stay: open, Kinds: []app.Kind{app.Echo}, Every: 2 * time.Millisecond,
+		Come: workers, Visits: []app.Kind{app.Greet}, Pause: 3 * time.Millisecond, // the load is not what is tested
+	})
+}
+
+// unload ends the load, of which nothing may have failed.
+func (s *stage) unload(t testing.TB) *app.Report {
+	t.Helper()
+	r := s.Unload(t)
+	r.Check(t)
+	return r
 }
 
 // put replaces a file by rename, as it should be.
@@ -180,7 +206,7 @@ func (s *stage) goes(t testing.TB, n int, endpoints ...int) {
 		want[far(e).String()] = true
 	}
 	for range 24 * len(endpoints) {
-		got[s.dial(t, vip(n))] = true
+		got[s.Dial(t, vip(n))] = true
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("service %d goes to (-want +got)\n%s", n, diff)

@@ -107,33 +107,10 @@ func (r *Rig) Beside(t testing.TB) *Rig {
 	return &other
 }
 
-// Serve has serve answer every connection to addr in the world, until the end of
-// the test. The address is as in [Rig.Listen]; it returns it with its port.
+// Serve is [Rig.Server] for one that stays. It returns the address with its port.
 func (r *Rig) Serve(t testing.TB, addr netip.AddrPort, serve func(net.Conn)) netip.AddrPort {
 	t.Helper()
-	ln := r.Listen(t, addr)
-	var all sync.WaitGroup
-	var conns sync.Map
-	all.Go(func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			conns.Store(c, nil)
-			all.Go(func() {
-				defer conns.Delete(c)
-				defer c.Close()
-				serve(c)
-			})
-		}
-	})
-	t.Cleanup(func() {
-		ln.Close()
-		conns.Range(func(c, _ any) bool { c.(net.Conn).Close(); return true })
-		all.Wait()
-	})
-	return ln.Addr().(*net.TCPAddr).AddrPort()
+	return r.Server(t, addr, serve).At
 }
 
 // Command prepares a command that runs as an application: in the scope and in

@@ -22,6 +22,7 @@ import (
 
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/rig/app"
 	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
 )
@@ -65,12 +66,29 @@ func faulty(t *testing.T) string {
 	return path
 }
 
+// task is what the application does.
+type task struct {
+	// Workers make one connection after the other, of all kinds; Pings stay, and Urgent,
+	// which send urgent bytes too.
+	Workers, Pings, Urgent int
+	// Most is the most that a connection sends in one direction, in bytes.
+	Most uint32
+}
+
+// kinds are those of the connections that do not stay, as often as they are here.
+func kinds() []app.Kind {
+	return []app.Kind{
+		app.Both, app.Both, app.Both, app.Both, app.AppFirst, app.AppFirst, app.FarFirst, app.FarFirst,
+		app.AppResets, app.FarResets, app.Empty,
+	}
+}
+
 // stage is an instance that survives, with servers and an application.
 type stage struct {
 	*rig.Rig
 	*rig.Instance
-	*app
-	far   *talker
+	*app.Application
+	far   *app.Server
 	flows string // the flow log
 }
 
@@ -79,9 +97,9 @@ func newStage(t *testing.T, r *rig.Rig, more string, q task) *stage {
 	if testutil.InVM() { // its processor is emulated
 		q.Workers, q.Pings, q.Most = (q.Workers+4)/5, (q.Pings+4)/5, (q.Most+3)/4
 	}
-	s := &stage{Rig: r, far: &talker{end: make(chan struct{})}, flows: filepath.Join(t.TempDir(), "flows")}
+	s := &stage{Rig: r, far: app.NewServer(""), flows: filepath.Join(t.TempDir(), "flows")}
 	for _, e := range ends {
-		s.Serve(t, e, s.far.serve)
+		s.Serve(t, e, s.far.Serve)
 	}
 	s.Instance = s.Run(t, fmt.Sprintf(`
 survive: crash
@@ -96,8 +114,11 @@ services:
     endpoints: [%q]
     on_failure: closed
 `, s.flows, more, vip, ends[0], ends[1], poison, poison))
-	q.To = vip
-	s.app = newApp(t, s.Rig, q)
+	s.Application = app.Start(t, r)
+	s.Load(t, app.Load{
+		To: []netip.AddrPort{vip}, Stay: q.Pings + q.Urgent, Kinds: slices.Concat(slices.Repeat([]app.Kind{app.Echo}, q.Pings), slices.Repeat([]app.Kind{app.Marked}, q.Urgent)), Every: 30 * time.Millisecond,
+		Come: q.Workers, Visits: kinds(), Most: q.Most,
+	})
 	return s
 }
 
@@ -119,29 +140,30 @@ func (s *stage) ready(t *testing.T) {
 }
 
 // finish ends all and wants every byte where it was to go.
-func (s *stage) finish(t *testing.T) outcome {
+func (s *stage) finish(t *testing.T) {
 	t.Helper()
-	o := s.end(t)
-	for _, e := range s.far.take() {
-		t.Errorf("server: %s", e)
-	}
+	o := s.Unload(t)
+	o.Check(t)
+	s.far.Check(t)
 	s.Conserved(t)
 	s.Idle(t)
-	t.Logf("%d connections, %d bytes there and %d back; %d came to the server without a byte, %d were opened so",
-		o.Opened, s.far.sent.Load(), o.Bytes, s.far.none.Load(), o.Empty)
-	s.recorded(t, &o)
-	return o
+	t.Logf("%d connections, %d bytes there and %d back", o.Opened, s.far.Right(), o.Bytes)
+	s.recorded(t, o)
 }
 
 // recorded wants one record of each connection, with all its bytes.
-func (s *stage) recorded(t *testing.T, o *outcome) {
+func (s *stage) recorded(t *testing.T, o *app.Report) {
 	t.Helper()
 	var all []flow.Record
 	// What has lost its other half waits for it.
-	for still := time.Now(); time.Since(still) < 4*time.Second && len(all) < int(o.Opened); time.Sleep(100 * time.Millisecond) {
+	for still := time.Now(); time.Since(still) < 4*time.Second && len(all) < o.Opened; time.Sleep(100 * time.Millisecond) {
 		if now := readLog(t, s.flows); len(now) > len(all) {
 			all, still = now, time.Now()
 		}
+	}
+	type whole struct {
+		port           uint16
+		sent, received uint64
 	}
 	cookies, ends, bytes := map[uint64]int{}, map[string]int{}, map[whole]int{}
 	alone := 0
@@ -156,15 +178,16 @@ func (s *stage) recorded(t *testing.T, o *outcome) {
 		ends[r.Path.String()+" "+r.End.String()]++
 		bytes[whole{r.Source.Port(), r.Sent, r.Received}]++
 	}
-	missing := func(list []whole) (none []whole) {
-		for _, w := range list {
+	missing := func(list []app.Conn) (none []app.Conn) {
+		for _, c := range list {
+			w := whole{c.Port, c.Up + app.HeadSize, c.Down}
 			if bytes[w]--; bytes[w] < 0 {
-				none = append(none, w)
+				none = append(none, c)
 			}
 		}
 		return none
 	}
-	stayed, others := missing(o.Stayed), missing(o.Whole)
+	stayed, others := missing(o.Stayed), missing(o.Came)
 	t.Logf("%d records of %d connections: %v; %d without one of their bytes", len(all), o.Opened, ends, len(others))
 	for _, w := range stayed {
 		near := slices.DeleteFunc(slices.Clone(all), func(r flow.Record) bool { return r.Source.Port() != w.Port })
@@ -297,12 +320,12 @@ func TestPoisoned(t *testing.T) {
 	if *dialPoison == "" {
 		return
 	}
-	c, err := net.DialTimeout("tcp", *dialPoison, lifetime)
+	c, err := net.DialTimeout("tcp", *dialPoison, 2*rig.Limit)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(lifetime))
+	c.SetDeadline(time.Now().Add(2 * rig.Limit))
 	_, err = io.WriteString(c, "hello\n")
 	if _, again := io.Copy(io.Discard, c); again != nil {
 		err = again

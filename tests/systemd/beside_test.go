@@ -10,16 +10,17 @@ import (
 	"testing"
 
 	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/tests/rig/app"
 )
 
 // TestBeside is about the drop-in: what becomes of the connections of a service from
 // its first instruction to its last.
 func TestBeside(t *testing.T) {
 	m := stage(t)
-	m.beside(t, "shop", shop, fmt.Sprintf("Environment=%s=%s %s=%s", envFirst, relayed, envLast, relayed))
+	m.beside(t, "shop", shop, fmt.Sprintf("Environment=%s=%s %s=%s", app.EnvFirst, relayed, app.EnvLast, relayed))
 	m.must(t, "systemctl", "start", "shop.service")
 	m.serves(t, "shop")
-	m.app(t, "shop.service") // it has made its first connection when it listens
+	m.client(t, "shop.service") // it has made its first connection when it listens
 	t.Run("Restarted", m.testRestarted)
 	t.Run("Stopped", m.testStopped)
 	t.Run("Order", m.testOrder)
@@ -36,9 +37,9 @@ func (m *machine) testRestarted(t *testing.T) {
 	for range times {
 		m.must(t, "systemctl", "restart", "shop.service")
 		seen[m.inode(t, "/sys/fs/cgroup/pillion.slice/pillion-shop.slice/shop.service")] = true
-		a := m.app(t, "shop.service")
-		if r := a.do(t, order{Do: "first"}); r.Name != server(1).String() && r.Name != server(2).String() {
-			t.Errorf("the first connection of a start: %+v", r)
+		a := m.client(t, "shop.service")
+		if got := a.First(t); got != server(1).String() && got != server(2).String() {
+			t.Errorf("the first connection of a start: %s", got)
 		}
 	}
 	if len(seen) != times {
@@ -91,7 +92,7 @@ func (m *machine) testStopped(t *testing.T) {
 	if got := m.links(t); !slices.Equal(got, links) {
 		t.Errorf("the links were %v and are %v", links, got)
 	}
-	m.app(t, "shop.service").goes(t, relayed, server(1), server(2))
+	m.client(t, "shop.service").goes(t, relayed, server(1), server(2))
 	m.conserved(t, "shop")
 }
 
@@ -129,7 +130,7 @@ func (m *machine) testOrder(t *testing.T) {
 	}
 	log := strings.Count(m.read(t, flowLog), "\n")
 	m.must(t, "systemctl", "start", "all.target")
-	m.app(t, "shop.service")
+	m.client(t, "shop.service")
 	m.serves(t, "shop")
 	if ready, started := m.when(t, "pillion@shop.service", "ActiveEnter"), m.when(t, "shop.service", "ExecMainStart"); ready > started {
 		t.Errorf("Pillion was ready at %d us, the application started at %d us", ready, started)
@@ -177,7 +178,7 @@ func (m *machine) testDashes(t *testing.T) {
 	if got := m.status(t, name).Scope; got != `/sys/fs/cgroup/pillion.slice/pillion-my\x2dapp.slice` {
 		t.Errorf("the scope is %s", got)
 	}
-	tries := m.app(t, name+".service").goes(t, relayed, server(1), server(2))
+	tries := m.client(t, name+".service").goes(t, relayed, server(1), server(2))
 	m.records(t, name, relayed, tries)
 	m.conserved(t, name)
 	m.must(t, "systemctl", "stop", name+".service", `pillion@`+escaped+`.service`)
@@ -203,7 +204,7 @@ func (m *machine) testOutside(t *testing.T) {
 	m.service(t, "plain.service")
 	m.must(t, "systemctl", "daemon-reload")
 	m.must(t, "systemctl", "start", "pay.service", "plain.service")
-	shop, pay, plain := m.app(t, "shop.service"), m.app(t, "pay.service"), m.app(t, "plain.service")
+	shop, pay, plain := m.client(t, "shop.service"), m.client(t, "pay.service"), m.client(t, "plain.service")
 	shop.goes(t, relayed, server(1), server(2))
 	pay.goes(t, relayed, server(5))
 	plain.goes(t, unnamed, unnamed)

@@ -30,7 +30,7 @@ func TestLife(t *testing.T) {
 	m.serves(t, "shop")
 	for _, tt := range []struct {
 		name string
-		test func(*testing.T, *machine, *app)
+		test func(*testing.T, *machine, client)
 	}{
 		{"Reloaded", testReloaded},
 		{"Refused", testRefused},
@@ -46,7 +46,7 @@ func TestLife(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			start := time.Now()
-			tt.test(t, m, m.app(t, "shop.service"))
+			tt.test(t, m, m.client(t, "shop.service"))
 			t.Logf("took %v", time.Since(start).Round(time.Millisecond))
 		})
 		// As it was, whatever the test did.
@@ -68,18 +68,18 @@ func (m *machine) configure(t testing.TB, text string) {
 }
 
 // testReloaded: systemctl reload puts a changed file in force before it returns.
-func testReloaded(t *testing.T, m *machine, a *app) {
-	if got := a.open(t, "old", relayed); got != server(1).String() && got != server(2).String() {
+func testReloaded(t *testing.T, m *machine, a client) {
+	if got := a.Open(t, "old", relayed); got != server(1).String() && got != server(2).String() {
 		t.Fatal(got)
 	}
 	before := m.status(t, "shop")
 	m.configure(t, strings.NewReplacer(server(1).String(), server(5).String(), server(2).String(), server(6).String()).Replace(shop))
 	m.must(t, "systemctl", "reload", unit)
 	a.goes(t, relayed, server(5), server(6))
-	if got := a.talk(t, "old"); got != "" {
+	if got := a.Talk(t, "old"); got != "" {
 		t.Errorf("a connection that was open before the reload: %s", got)
 	}
-	a.do(t, order{Do: "close", ID: "old"})
+	a.Close(t, "old")
 	after := m.status(t, "shop")
 	if after.Pid != before.Pid || after.Configuration.Generation <= before.Configuration.Generation {
 		t.Errorf("process %d, generation %d; before: %d, %d", after.Pid, after.Configuration.Generation, before.Pid, before.Configuration.Generation)
@@ -89,7 +89,7 @@ func testReloaded(t *testing.T, m *machine, a *app) {
 
 // testRefused: a broken file makes systemctl reload fail, says why in the journal, and
 // changes nothing else.
-func testRefused(t *testing.T, m *machine, a *app) {
+func testRefused(t *testing.T, m *machine, a client) {
 	before := m.status(t, "shop").Pid
 	m.configure(t, shop+"- {name: broken, adress: 10.96.0.3:80}\n")
 	if code, out := m.code(t, "systemctl", "reload", unit); code == 0 {
@@ -141,21 +141,21 @@ func (m *machine) release(t testing.TB, before int) {
 // testKilled: the process is killed. What it carried ends, the rest goes on; in the
 // meantime services are balanced in the kernel, and the next process takes over what
 // is pinned.
-func testKilled(t *testing.T, m *machine, a *app) {
+func testKilled(t *testing.T, m *machine, a client) {
 	m.hold(t)
-	a.open(t, "relayed", relayed)
-	a.open(t, "direct", direct)
+	a.Open(t, "relayed", relayed)
+	a.Open(t, "direct", direct)
 	before := m.status(t, "shop")
 	links, restarts := m.links(t), m.show(t, unit, "NRestarts")
 	m.killed(t)
 	// A reset where bytes were on their way.
-	if got := a.ended(t, "relayed"); got != "ECONNRESET" && got != "EOF" {
+	if got := a.EndOf(t, "relayed"); got != "ECONNRESET" && got != "EOF" {
 		t.Errorf("a relayed connection ended with %s", got)
 	}
-	if got := a.dial(t, relayed); got != server(1).String() && got != server(2).String() {
+	if got := a.Dial(t, relayed); got != server(1).String() && got != server(2).String() {
 		t.Errorf("a new connection: %s", got)
 	}
-	if got := a.talk(t, "direct"); got != "" {
+	if got := a.Talk(t, "direct"); got != "" {
 		t.Errorf("a direct connection: %s", got)
 	}
 	m.release(t, before.Pid)
@@ -173,21 +173,21 @@ func testKilled(t *testing.T, m *machine, a *app) {
 	if n := after.Counters[flow.ReasonHandlerAbsent.String()]; n != before.Counters[flow.ReasonHandlerAbsent.String()]+1 {
 		t.Errorf("%d connections found no handler, and one was made meanwhile", n)
 	}
-	if got := a.talk(t, "direct"); got != "" {
+	if got := a.Talk(t, "direct"); got != "" {
 		t.Errorf("a direct connection: %s", got)
 	}
 	m.conserved(t, "shop")
 }
 
 // testKilledClosed: the same, for who wants no connection rather than one past Pillion.
-func testKilledClosed(t *testing.T, m *machine, a *app) {
+func testKilledClosed(t *testing.T, m *machine, a client) {
 	m.hold(t)
 	m.configure(t, "on_failure: closed\n"+shop)
 	m.must(t, "systemctl", "reload", unit)
 	before := m.status(t, "shop").Pid
 	m.killed(t)
 	for to, want := range map[netip.AddrPort]string{relayed: "ECONNREFUSED", unnamed: "ECONNREFUSED", direct: "198.51.100."} {
-		if got := a.dial(t, to); !strings.HasPrefix(got, want) {
+		if got := a.Dial(t, to); !strings.HasPrefix(got, want) {
 			t.Errorf("a new connection to %s: %s, want %s", to, got, want)
 		}
 	}
@@ -198,7 +198,7 @@ func testKilledClosed(t *testing.T, m *machine, a *app) {
 
 // testKilledRenewed: the service is started again, in another cgroup, while nobody is
 // there: the slice stays, and with it what is attached.
-func testKilledRenewed(t *testing.T, m *machine, a *app) {
+func testKilledRenewed(t *testing.T, m *machine, a client) {
 	m.override(t, "RestartSec=1h")
 	m.configure(t, "on_failure: closed\n"+shop)
 	m.must(t, "systemctl", "reload", unit)
@@ -208,12 +208,12 @@ func testKilledRenewed(t *testing.T, m *machine, a *app) {
 	before := m.inode(t, dir)
 	// It asks for Pillion, which would be started at once.
 	m.must(t, "systemctl", "restart", "--job-mode=ignore-dependencies", "shop.service")
-	a = m.app(t, "shop.service")
+	a = m.client(t, "shop.service")
 	if m.inode(t, dir) == before {
 		t.Fatal("the service has its old cgroup: the test proves nothing")
 	}
 	for to, want := range map[netip.AddrPort]string{relayed: "ECONNREFUSED", unnamed: "ECONNREFUSED", direct: "198.51.100."} {
-		if got := a.dial(t, to); !strings.HasPrefix(got, want) {
+		if got := a.Dial(t, to); !strings.HasPrefix(got, want) {
 			t.Errorf("a new connection to %s: %s, want %s", to, got, want)
 		}
 	}
@@ -229,7 +229,7 @@ func testKilledRenewed(t *testing.T, m *machine, a *app) {
 // testStuck: a process that says nothing any more is ended by the watchdog, and
 // another one started. One that is only stopped by the test is seen by the hooks long
 // before.
-func testStuck(t *testing.T, m *machine, a *app) {
+func testStuck(t *testing.T, m *machine, a client) {
 	if got := m.show(t, unit, "WatchdogUSec"); got != "10s" {
 		t.Errorf("the shipped watchdog is %s", got)
 	}
@@ -273,23 +273,23 @@ func (m *machine) stuckStatus() (admin.Status, error) {
 
 // testDrained: systemctl stop lets open connections end, and new ones go by
 // on_failure.
-func testDrained(t *testing.T, m *machine, a *app) {
-	a.open(t, "open", relayed)
+func testDrained(t *testing.T, m *machine, a client) {
+	a.Open(t, "open", relayed)
 	m.must(t, "systemctl", "stop", "--no-block", unit)
 	testutil.Eventually(t, rig.Limit, func() bool {
 		s, err := m.instance("shop").Status(context.Background())
 		return err == nil && s.State == admin.StateDraining
 	}, "it drains")
-	if got := a.talk(t, "open"); got != "" {
+	if got := a.Talk(t, "open"); got != "" {
 		t.Errorf("an open connection while it drains: %s", got)
 	}
-	if got := a.dial(t, relayed); got != server(1).String() && got != server(2).String() {
+	if got := a.Dial(t, relayed); got != server(1).String() && got != server(2).String() {
 		t.Errorf("a new connection while it drains: %s", got)
 	}
 	if state := m.show(t, unit, "ActiveState"); state != "deactivating" {
 		t.Errorf("the unit is %s while a connection is open", state)
 	}
-	a.do(t, order{Do: "close", ID: "open"})
+	a.Close(t, "open")
 	testutil.Eventually(t, rig.Limit, func() bool { return m.show(t, unit, "ActiveState") == "inactive" }, "it ends with the last connection")
 	if result, code := m.show(t, unit, "Result"), m.show(t, unit, "ExecMainStatus"); result != "success" || code != "0" {
 		t.Errorf("the unit ended with %s, code %s", result, code)
@@ -299,15 +299,15 @@ func testDrained(t *testing.T, m *machine, a *app) {
 
 // testCut: what is open still at the deadline is ended; the exit code tells, and is no
 // failure.
-func testCut(t *testing.T, m *machine, a *app) {
+func testCut(t *testing.T, m *machine, a client) {
 	exec := m.must(t, "systemctl", "cat", unit)
 	_, exec, _ = strings.Cut(exec, "ExecStart=")
 	exec, _, _ = strings.Cut(exec, "\n")
 	m.override(t, "ExecStart=", "ExecStart="+exec+" --drain-timeout 1s")
 	m.must(t, "systemctl", "restart", unit)
-	a.open(t, "open", relayed)
+	a.Open(t, "open", relayed)
 	m.must(t, "systemctl", "stop", unit)
-	if got := a.ended(t, "open"); got != "ECONNRESET" {
+	if got := a.EndOf(t, "open"); got != "ECONNRESET" {
 		t.Errorf("the connection ended with %s", got)
 	}
 	for property, want := range map[string]string{"ActiveState": "inactive", "Result": "success", "ExecMainStatus": fmt.Sprint(75)} {
@@ -323,7 +323,7 @@ func testCut(t *testing.T, m *machine, a *app) {
 
 // testBroken: with a broken file it does not start, is not tried again, and says why;
 // the service starts all the same.
-func testBroken(t *testing.T, m *machine, _ *app) {
+func testBroken(t *testing.T, m *machine, _ client) {
 	m.must(t, "systemctl", "stop", "shop.service", unit)
 	m.configure(t, "services: [{address: 10.96.0.1:80, endpoints: [here]}]\n")
 	m.must(t, "systemctl", "start", "shop.service")
@@ -335,8 +335,8 @@ func testBroken(t *testing.T, m *machine, _ *app) {
 	if journal := m.journal(t, unit); !strings.Contains(journal, "pillion: /etc/pillion/shop.yaml:1:") {
 		t.Errorf("the journal does not tell:\n%s", journal)
 	}
-	a := m.app(t, "shop.service")
-	if got := a.dial(t, unnamed); got != unnamed.String() {
+	a := m.client(t, "shop.service")
+	if got := a.Dial(t, unnamed); got != unnamed.String() {
 		t.Errorf("a connection of the service: %s", got)
 	}
 	m.nothingLeft(t)
@@ -374,7 +374,7 @@ func testMissing(t *testing.T, m *machine, a *app) {
 
 // testStrict: the filter of system calls denies nothing that Pillion asks for: it lives
 // with one that kills instead, and does not where that has one call less.
-func testStrict(t *testing.T, m *machine, a *app) {
+func testStrict(t *testing.T, m *machine, a client) {
 	m.override(t, "SystemCallErrorNumber=kill", "SystemCallFilter=~bpf", "Restart=no")
 	m.must(t, "systemctl", "stop", unit)
 	if code, _ := m.code(t, "systemctl", "start", unit); code == 0 || m.show(t, unit, "ExecMainStatus") != fmt.Sprint(int(unix.SIGSYS)) {
@@ -393,7 +393,7 @@ func testStrict(t *testing.T, m *machine, a *app) {
 	// Much at once is spliced.
 	a.load(t, 4, 4, relayed, direct)
 	time.Sleep(time.Second) // the load is what is to happen, not waited for
-	if sum := a.unload(t); len(sum.Failed)+len(sum.Broken) > 0 {
+	if sum := a.Unload(t); len(sum.Failed)+len(sum.Broken) > 0 {
 		t.Errorf("%v %v", sum.Failed, sum.Broken)
 	}
 	if _, err := m.instance("shop").Flows(t.Context(), admin.FlowQuery{}); err != nil {
@@ -407,12 +407,12 @@ func testStrict(t *testing.T, m *machine, a *app) {
 		t.Errorf("process %d, then %d", pid, got)
 	}
 	// systemctl is asked, and the store is used.
-	a.open(t, "kept", relayed)
+	a.Open(t, "kept", relayed)
 	m.must(t, "systemctl", "restart", unit)
-	if got := a.talk(t, "kept"); got != "" {
+	if got := a.Talk(t, "kept"); got != "" {
 		t.Errorf("a connection that was open before the restart: %s", got)
 	}
-	a.do(t, order{Do: "close", ID: "kept"})
+	a.Close(t, "kept")
 	m.must(t, "systemctl", "stop", unit)
 	if got := m.show(t, unit, "Result"); got != "success" {
 		t.Errorf("it ended with %s", got)

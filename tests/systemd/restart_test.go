@@ -13,6 +13,7 @@ import (
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/rig/app"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
@@ -22,7 +23,7 @@ func TestRestart(t *testing.T) {
 	m := stage(t)
 	m.beside(t, "shop", shop)
 	m.must(t, "systemctl", "start", "shop.service")
-	a := m.app(t, "shop.service")
+	a := m.client(t, "shop.service")
 	m.serves(t, "shop")
 	t.Run("Loaded", func(t *testing.T) { testRestartLoaded(t, m, a) })
 	t.Run("Idle", func(t *testing.T) { testRestartIdle(t, m, a) })
@@ -31,7 +32,7 @@ func TestRestart(t *testing.T) {
 }
 
 // testRestartLoaded: with connections that send and receive all the time.
-func testRestartLoaded(t *testing.T, m *machine, a *app) {
+func testRestartLoaded(t *testing.T, m *machine, a client) {
 	const restarts, open = 6, 40
 	builds := []string{rig.Binary(t), build(t, "next")}
 	a.load(t, 2, open, relayed, direct, unnamed)
@@ -52,7 +53,7 @@ func testRestartLoaded(t *testing.T, m *machine, a *app) {
 		}
 		time.Sleep(200 * time.Millisecond) // the load is to go on in between
 	}
-	sum := a.unload(t)
+	sum := a.Unload(t)
 	for _, text := range slices.Concat(sum.Failed, sum.Broken) {
 		t.Error(text)
 	}
@@ -60,11 +61,11 @@ func testRestartLoaded(t *testing.T, m *machine, a *app) {
 		t.Errorf("%d restarts made %d processes", restarts, len(seen))
 	}
 	connects := 0
-	for _, n := range sum.Connects {
+	for _, n := range sum.Names {
 		connects += n
 	}
 	t.Logf("%d restarts: %d new connections, none failed; %d open ones, %d KiB checked, the longest without a byte %v",
-		restarts, connects, open, sum.Bytes>>10, sum.Longest.Round(time.Millisecond))
+		restarts, connects, open, sum.Bytes>>10, slices.Max(sum.Slowest).Round(time.Millisecond))
 	journal := m.journal(t, unit)
 	if n := strings.Count(journal, `msg="kept for the next process"`); n != restarts {
 		t.Errorf("%d of %d processes kept what was open", n, restarts)
@@ -94,12 +95,12 @@ func build(t *testing.T, version string) string {
 
 // testRestartIdle: what is open has one record, with all of its bytes, whichever
 // processes carried it; endpoints keep their counts.
-func testRestartIdle(t *testing.T, m *machine, a *app) {
-	if got := a.open(t, "kept", relayed); !strings.HasPrefix(got, "198.51.100.") {
+func testRestartIdle(t *testing.T, m *machine, a client) {
+	if got := a.Open(t, "kept", relayed); !strings.HasPrefix(got, "198.51.100.") {
 		t.Fatal(got)
 	}
 	m.must(t, "systemctl", "restart", unit)
-	if got := a.talk(t, "kept"); got != "" {
+	if got := a.Talk(t, "kept"); got != "" {
 		t.Errorf("after the restart: %s", got)
 	}
 	m.serves(t, "shop")
@@ -112,13 +113,13 @@ func testRestartIdle(t *testing.T, m *machine, a *app) {
 	if live != 1 {
 		t.Errorf("%d connections are counted at the endpoints, one is open", live)
 	}
-	a.do(t, order{Do: "close", ID: "kept"})
+	a.Close(t, "kept")
 	var kept []flow.Record
 	testutil.Eventually(t, rig.Limit, func() bool {
-		kept = slices.DeleteFunc(m.records(t, "shop", relayed, 1), func(r flow.Record) bool { return r.Sent != 5 }) // a line of one word
+		kept = slices.DeleteFunc(m.records(t, "shop", relayed, 1), func(r flow.Record) bool { return r.Sent != app.HeadSize+app.TalkSize })
 		return len(kept) > 0
 	}, "the connection is on record")
-	if len(kept) != 1 || kept[0].Received != uint64(len(server(1).String()+"\n"))+5 || kept[0].Path != flow.PathRelay {
+	if len(kept) != 1 || kept[0].Received != uint64(len(server(1).String()+"\n"))+app.TalkSize || kept[0].Path != flow.PathRelay {
 		t.Errorf("the records of the connection: %+v", kept)
 	}
 	// A stop is no restart: nothing is kept.
@@ -135,27 +136,27 @@ func testRestartIdle(t *testing.T, m *machine, a *app) {
 
 // testRestartLate: what is open waits also while the next process cannot be started
 // at first.
-func testRestartLate(t *testing.T, m *machine, a *app) {
-	a.open(t, "waits", relayed)
+func testRestartLate(t *testing.T, m *machine, a client) {
+	a.Open(t, "waits", relayed)
 	m.override(t, `ExecStartPre=/bin/sh -c "mkdir /var/log/pillion/once.d || exit 0; exit 1"`)
 	if code, _ := m.code(t, "systemctl", "restart", unit); code == 0 {
 		t.Fatal("it was started at once: the test proves nothing")
 	}
-	if got := a.talk(t, "waits"); got != "" {
+	if got := a.Talk(t, "waits"); got != "" {
 		t.Errorf("a connection that was open before: %s", got)
 	}
 	m.serves(t, "shop")
-	if got := a.dial(t, relayed); !strings.HasPrefix(got, "198.51.100.") {
+	if got := a.Dial(t, relayed); !strings.HasPrefix(got, "198.51.100.") {
 		t.Errorf("a new connection: %s", got)
 	}
-	a.do(t, order{Do: "close", ID: "waits"})
+	a.Close(t, "waits")
 	m.override(t)
 	m.conserved(t, "shop")
 }
 
 // testRestartUseless: where the next process would not start, and where there is no
 // store, a restart drains: it does not drop what is open at once.
-func testRestartUseless(t *testing.T, m *machine, a *app) {
+func testRestartUseless(t *testing.T, m *machine, a client) {
 	for _, tt := range []struct {
 		name  string
 		spoil func()
@@ -167,17 +168,17 @@ func testRestartUseless(t *testing.T, m *machine, a *app) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			m.serves(t, "shop")
-			a.open(t, tt.name, relayed)
+			a.Open(t, tt.name, relayed)
 			tt.spoil()
 			m.must(t, "systemctl", "restart", "--no-block", unit)
 			testutil.Eventually(t, rig.Limit, func() bool {
 				s, err := m.instance("shop").Status(context.Background())
 				return err == nil && s.State == admin.StateDraining
 			}, "it drains")
-			if got := a.talk(t, tt.name); got != "" {
+			if got := a.Talk(t, tt.name); got != "" {
 				t.Errorf("while it drains: %s", got)
 			}
-			a.do(t, order{Do: "close", ID: tt.name})
+			a.Close(t, tt.name)
 			testutil.Eventually(t, rig.Limit, func() bool { return m.show(t, unit, "ActiveState") == tt.then }, "it is ", tt.then)
 			if journal := m.journal(t, unit); !strings.Contains(journal, tt.log) {
 				t.Errorf("%q is not in the journal:\n%s", tt.log, journal)

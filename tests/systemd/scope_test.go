@@ -9,6 +9,7 @@ import (
 
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/rig/app"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
@@ -26,13 +27,13 @@ RuntimeDirectoryPreserve=yes
 // shipped uses a slice.
 func TestBare(t *testing.T) {
 	m := stage(t)
-	m.service(t, "plain.service", "Environment="+envFirst+"="+unnamed.String())
+	m.service(t, "plain.service", "Environment="+app.EnvFirst+"="+unnamed.String())
 	m.write(t, units+"/bare.service", bare)
 	m.write(t, "/etc/pillion/plain.yaml", fmt.Sprintf("services: [{address: %q, path: relay, endpoints: [%q]}]\n", relayed, server(5)))
 	m.must(t, "systemctl", "daemon-reload")
 	m.must(t, "systemctl", "start", "plain.service", "bare.service")
 	m.serves(t, "plain")
-	m.app(t, "plain.service").goes(t, relayed, server(5))
+	m.client(t, "plain.service").goes(t, relayed, server(5))
 	const dir = "/sys/fs/cgroup/system.slice/plain.service"
 	before := m.inode(t, dir)
 
@@ -47,7 +48,7 @@ func TestBare(t *testing.T) {
 	}
 	m.must(t, "systemctl", "start", "plain.service")
 	start := time.Now()
-	a := m.app(t, "plain.service")
+	a := m.client(t, "plain.service")
 	if after := m.inode(t, dir); after == before {
 		t.Fatal("the service has its old cgroup: the test proves nothing")
 	}
@@ -67,7 +68,7 @@ func TestBare(t *testing.T) {
 	}
 	m.must(t, "systemctl", "start", "--no-block", "bare.service")
 	m.must(t, "systemctl", "start", "plain.service")
-	a = m.app(t, "plain.service")
+	a = m.client(t, "plain.service")
 	m.serves(t, "plain")
 	tries := a.goes(t, relayed, server(5))
 	for _, r := range m.records(t, "plain", relayed, tries) {

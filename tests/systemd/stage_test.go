@@ -3,8 +3,6 @@ package systemd
 import (
 	"context"
 	"fmt"
-	"io"
-	"net"
 	"net/netip"
 	"strings"
 	"testing"
@@ -12,6 +10,7 @@ import (
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/rig/app"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
@@ -42,10 +41,7 @@ func stage(t *testing.T) *machine {
 	t.Helper()
 	m := boot(t)
 	for n := 1; n <= 7; n++ {
-		m.Serve(t, server(n), func(c net.Conn) {
-			fmt.Fprintln(c, server(n))
-			io.Copy(c, c)
-		})
+		m.Serve(t, server(n), app.NewServer(server(n).String()).Serve)
 	}
 	return m
 }
@@ -94,12 +90,12 @@ func (m *machine) serves(t testing.TB, name string) {
 
 // goes fails the test unless the application's connections are served by each of
 // these servers and nobody else. It returns how many connections that took.
-func (a *app) goes(t testing.TB, to netip.AddrPort, want ...netip.AddrPort) int {
+func (a client) goes(t testing.TB, to netip.AddrPort, want ...netip.AddrPort) int {
 	t.Helper()
 	got := map[string]int{}
 	tries := 16 * len(want)
 	for range tries {
-		got[a.dial(t, to)]++
+		got[a.Dial(t, to)]++
 	}
 	for _, w := range want {
 		if got[w.String()] == 0 {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"testing"
 
@@ -19,7 +20,7 @@ func TestSurvive(t *testing.T) {
 	m := stage(t)
 	m.beside(t, "shop", "survive: crash\n"+shop)
 	m.must(t, "systemctl", "start", "shop.service")
-	a := m.app(t, "shop.service")
+	a := m.client(t, "shop.service")
 	m.serves(t, "shop")
 	keeper := m.show(t, unit, "MainPID")
 	if pid := m.status(t, "shop").Pid; strconv.Itoa(pid) == keeper {
@@ -35,11 +36,11 @@ func TestSurvive(t *testing.T) {
 				return err == nil && s.Ready && s.State == admin.StateServing && s.Pid != before
 			}, "another handler is ready")
 		}
-		sum := a.unload(t)
+		sum := a.Unload(t)
 		for _, text := range sum.Broken {
 			t.Error(text)
 		}
-		t.Logf("%d KiB were checked, the longest without a byte %v; new connections: %v, failed: %v", sum.Bytes>>10, sum.Longest, sum.Connects, sum.Failed)
+		t.Logf("%d KiB were checked, the longest without a byte %v; new connections: %v, failed: %v", sum.Bytes>>10, slices.Max(sum.Slowest), sum.Names, sum.Failed)
 		if got, n := m.show(t, unit, "MainPID"), m.show(t, unit, "NRestarts"); got != keeper || n != "0" {
 			t.Errorf("systemd has seen it: main process %s, before %s, %s restarts", got, keeper, n)
 		}
@@ -58,7 +59,7 @@ func TestSurvive(t *testing.T) {
 			m.must(t, "systemctl", "restart", unit)
 			m.serves(t, "shop")
 		}
-		sum := a.unload(t)
+		sum := a.Unload(t)
 		for _, text := range append(sum.Broken, sum.Failed...) {
 			t.Error(text)
 		}
@@ -66,7 +67,7 @@ func TestSurvive(t *testing.T) {
 			t.Error("it is the same main process")
 		}
 		// What came out of the store is kept over a death, too.
-		a.open(t, "kept", relayed)
+		a.Open(t, "kept", relayed)
 		m.must(t, "systemctl", "restart", unit)
 		m.serves(t, "shop")
 		before := m.status(t, "shop").Pid
@@ -75,10 +76,10 @@ func TestSurvive(t *testing.T) {
 			s, err := m.instance("shop").Status(context.Background())
 			return err == nil && s.Ready && s.State == admin.StateServing && s.Pid != before
 		}, "another handler is ready")
-		if got := a.talk(t, "kept"); got != "" {
+		if got := a.Talk(t, "kept"); got != "" {
 			t.Errorf("after a restart and a death: %s", got)
 		}
-		a.do(t, order{Do: "close", ID: "kept"})
+		a.Close(t, "kept")
 	})
 	m.conserved(t, "shop")
 	m.must(t, "systemctl", "stop", unit)

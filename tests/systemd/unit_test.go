@@ -195,7 +195,7 @@ func (m *machine) testExposure(t *testing.T) {
 
 // testWorks: so hardened, it captures, balances and records on every path.
 func (m *machine) testWorks(t *testing.T) {
-	a := m.app(t, "shop.service")
+	a := m.client(t, "shop.service")
 	ways := []struct {
 		to   netip.AddrPort
 		path flow.Path

@@ -212,7 +212,7 @@ func TestGiverDies(t *testing.T) {
 			b := newBetween(t, s.Runtime, s.Name)
 			if at == handover.KindFreeze {
 				// The connections die with their process: none are to be there.
-				s.far.finish()
+				s.far.Finish()
 				s.end(t)
 			}
 			old := s.Cmd
@@ -228,8 +228,7 @@ func TestGiverDies(t *testing.T) {
 				t.Fatal("nobody was killed")
 			}
 			if at == handover.KindFreeze {
-				app := newApp(t, s.Rig, task{To: vip, Conns: 1})
-				app.end(t)
+				newClient(t, s.Rig, task{Conns: 1}).end(t)
 				return
 			}
 			s.finish(t, q)

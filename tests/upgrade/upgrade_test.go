@@ -20,6 +20,7 @@ import (
 	"github.com/pillion-project/pillion/cmd/pillion/handover"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/rig/app"
 	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
 )
@@ -55,51 +56,43 @@ const many = 500
 type stage struct {
 	*rig.Rig
 	*rig.Instance
-	*app
-	far *far
+	client
+	far *app.Server
 	log string // of flows
 	dir string
 }
 
 func newStage(t *testing.T, more string, q task, prepare ...func(*stage)) *stage {
 	t.Helper()
-	s := &stage{Rig: rig.New(t), far: newFar(), dir: t.TempDir()}
+	s := &stage{Rig: rig.New(t), far: app.NewServer(""), dir: t.TempDir()}
 	for _, e := range ends {
-		s.Serve(t, e, s.far.serve)
+		s.Serve(t, e, s.far.Serve)
 	}
-	t.Cleanup(s.far.finish)
+	t.Cleanup(s.far.Finish)
 	for _, f := range prepare {
 		f(s)
 	}
 	s.log = filepath.Join(s.dir, "flows")
 	s.Instance = s.Run(t, fmt.Sprintf("flow_log: %s\n%s", s.log, more))
-	q.To = vip
-	s.app = newApp(t, s.Rig, q)
+	s.client = newClient(t, s.Rig, q)
 	return s
 }
 
 // finish ends the connections, and wants every byte where it was to go, and a record
 // of each connection.
-func (s *stage) finish(t *testing.T, q task) outcome {
+func (s *stage) finish(t *testing.T, q task) *app.Report {
 	t.Helper()
-	s.far.finish()
+	s.far.Finish()
 	o := s.end(t)
-	if len(o.Conns) != q.Conns {
-		t.Errorf("%d connections have ended, want %d", len(o.Conns), q.Conns)
+	if len(o.Stayed) != q.Conns {
+		t.Errorf("%d connections have ended, want %d", len(o.Stayed), q.Conns)
 	}
-	testutil.Eventually(t, rig.Limit, func() bool {
-		s.far.mu.Lock()
-		defer s.far.mu.Unlock()
-		return len(s.far.counts) >= len(o.Conns)+o.New
-	}, "the server has seen the end of every connection")
-	s.far.mu.Lock()
-	defer s.far.mu.Unlock()
-	for _, err := range s.far.errs {
-		t.Error(err)
-	}
-	for id, c := range o.Conns {
-		if got := s.far.counts[id]; got != c.counts {
-			t.Errorf("connection %d (%c): the server counts %+v, the application %+v", id, c.Kind, got, c.counts)
+	testutil.Eventually(t, rig.Limit, func() bool { return len(s.far.Seen()) >= o.Opened }, "the server has seen the end of every connection")
+	s.far.Check(t)
+	seen := s.far.Seen()
+	for _, c := range slices.Concat(o.Stayed, o.Came) {
+		if got := seen[c.ID]; got != c.Bytes {
+			t.Errorf("connection %d (%c): the server counts %+v, the application %+v", c.ID, c.Kind, got, c.Bytes)
 		}
 	}
 	s.Conserved(t)
@@ -108,9 +101,9 @@ func (s *stage) finish(t *testing.T, q task) outcome {
 }
 
 // recorded wants one record of each connection in the flow log.
-func (s *stage) recorded(t *testing.T, o outcome, q task) {
+func (s *stage) recorded(t *testing.T, o *app.Report, q task) {
 	t.Helper()
-	want := q.Conns + o.New
+	want := o.Opened
 	var all []flow.Record
 	testutil.Eventually(t, rig.Limit, func() bool {
 		all = readLog(t, s.log)
@@ -144,22 +137,22 @@ func (s *stage) recorded(t *testing.T, o outcome, q task) {
 		// A machine that is too busy for heartbeats: on_failure.
 		t.Logf("connections that were not relayed: %v of %d", other, len(all))
 	}
-	for id, c := range o.Conns {
+	for _, c := range slices.Concat(o.Stayed, o.Came) {
 		ok := slices.ContainsFunc(byPort[c.Port], func(r flow.Record) bool {
-			return r.Sent == c.Up+headSize+urgents(r, c) && r.Received == c.Down
+			return r.Sent == c.Up+app.HeadSize+urgents(r, c) && r.Received == c.Down
 		})
 		if !ok {
-			t.Errorf("connection %d (%c) has no record of its bytes %+v: %+v", id, c.Kind, c.counts, byPort[c.Port])
+			t.Errorf("connection %d (%c) has no record of its bytes %+v: %+v", c.ID, c.Kind, c.Bytes, byPort[c.Port])
 		}
 	}
 }
 
 // urgents are the bytes that a connection has sent beside its stream.
-func urgents(r flow.Record, c conn) uint64 {
-	if c.Kind != kindUrgent {
+func urgents(r flow.Record, c app.Conn) uint64 {
+	if c.Kind != app.Urgent {
 		return 0
 	}
-	return r.Sent - c.Up - headSize // not counted here
+	return r.Sent - c.Up - app.HeadSize // not counted here
 }
 
 func readLog(t testing.TB, path string) []flow.Record {
@@ -201,7 +194,7 @@ func testUpgrades(t *testing.T, versions [2]string) {
 	s.turn(t)
 	time.Sleep(time.Second)
 	quiet := s.turn(t)
-	var answers, pauses []int64
+	var answers, pauses []time.Duration
 	first := 0
 	for n := range upgrades {
 		before := s.Cmd.Process.Pid
@@ -218,7 +211,7 @@ func testUpgrades(t *testing.T, versions [2]string) {
 		if o.Version == status.Version {
 			t.Fatalf("upgrade %d: both are %s", n, o.Version)
 		}
-		pauses = append(pauses, o.Pause.Microseconds())
+		pauses = append(pauses, o.Pause)
 		if n == 1 {
 			first = descriptors(t, s.Cmd.Process.Pid)
 		}
@@ -234,7 +227,7 @@ func testUpgrades(t *testing.T, versions [2]string) {
 	t.Logf("connections paused for: p50 %v, p99 %v, most %v", at(pauses, 50), at(pauses, 99), at(pauses, 100))
 	t.Logf("slowest answer of each of %d connections, in an upgrade: p50 %v, p99 %v, most %v; in a second without: p50 %v, p99 %v, most %v; %d new connections",
 		len(quiet.Slowest), at(answers, 50), at(answers, 99), at(answers, 100),
-		at(quiet.Slowest, 50), at(quiet.Slowest, 99), at(quiet.Slowest, 100), o.New)
+		at(quiet.Slowest, 50), at(quiet.Slowest, 99), at(quiet.Slowest, 100), o.Opened-q.Conns)
 	if typical := at(pauses, 50); typical > time.Second && !testutil.InVM() {
 		t.Errorf("connections pause for %v as a rule", typical)
 	}
@@ -267,9 +260,9 @@ func testUpgradesOfHandshakes(t *testing.T, versions [2]string) {
 		}
 	}
 	if late < upgrades || waited < early {
-		t.Errorf("of %d connections %d have waited, %d for long, and %d have not", q.Conns+o.New, waited, late, early)
+		t.Errorf("of %d connections %d have waited, %d for long, and %d have not", o.Opened, waited, late, early)
 	}
-	t.Logf("%d of %d dials took long", late, q.Conns+o.New)
+	t.Logf("%d of %d dials took long", late, o.Opened)
 }
 
 // serveSlowly serves at an address where a third of the SYNs is lost, which come again
@@ -305,12 +298,12 @@ func (s *stage) serveSlowly(t *testing.T, at netip.AddrPort) {
 			}
 			all.Go(func() {
 				defer c.Close()
-				s.far.serve(c)
+				s.far.Serve(c)
 			})
 		}
 	})
 	t.Cleanup(func() {
-		s.far.finish()
+		s.far.Finish()
 		ln.Close()
 		all.Wait()
 	})
@@ -378,13 +371,13 @@ func TestUpgradesWithKeeper(t *testing.T) {
 
 // TestNobodyThere takes over where there is nobody, and what was killed.
 func TestNobodyThere(t *testing.T) {
-	s := &stage{Rig: rig.New(t), far: newFar()}
-	s.far.finish()
-	s.Serve(t, ends[0], s.far.serve)
+	s := &stage{Rig: rig.New(t), far: app.NewServer("")}
+	s.far.Finish()
+	s.Serve(t, ends[0], s.far.Serve)
 	s.Instance = s.Run(t, service(ends[0]), "--take-over")
 	talk := func() {
 		t.Helper()
-		s.app = newApp(t, s.Rig, task{To: vip, Conns: 1})
+		s.client = newClient(t, s.Rig, task{Conns: 1})
 		s.end(t)
 	}
 	talk()
@@ -418,9 +411,9 @@ func TestNobodyThere(t *testing.T) {
 // TestSilentSource takes over while a source has nothing to say: what the service had
 // stays.
 func TestSilentSource(t *testing.T) {
-	s := &stage{Rig: rig.New(t), far: newFar()}
-	s.far.finish()
-	s.Serve(t, ends[0], s.far.serve)
+	s := &stage{Rig: rig.New(t), far: app.NewServer("")}
+	s.far.Finish()
+	s.Serve(t, ends[0], s.far.Serve)
 	file := filepath.Join(t.TempDir(), "endpoints.json")
 	if err := os.WriteFile(file, fmt.Appendf(nil, `[{"targets": [%q]}]`, ends[0]), 0o600); err != nil {
 		t.Fatal(err)
@@ -431,7 +424,7 @@ func TestSilentSource(t *testing.T) {
 	}
 	for range 2 {
 		s.Replace(t, rig.Binary(t))
-		newApp(t, s.Rig, task{To: vip, Conns: 3}).end(t)
+		newClient(t, s.Rig, task{Conns: 3}).end(t)
 	}
 	// Those of the processes before are known, too.
 	if all := s.Ended(t, 6); len(all) != 6 {
@@ -519,8 +512,8 @@ func descriptors(t testing.TB, pid int) int {
 	return len(all)
 }
 
-func at(sorted []int64, percent int) time.Duration {
-	return time.Duration(sorted[min(len(sorted)*percent/100, len(sorted)-1)]) * time.Microsecond
+func at(sorted []time.Duration, percent int) time.Duration {
+	return sorted[min(len(sorted)*percent/100, len(sorted)-1)]
 }
 
 func service(endpoints ...netip.AddrPort) string {
