@@ -17,18 +17,24 @@ import (
 // one before has ended, without an error, and the other is ready.
 func (i *Instance) Replace(t testing.TB, binary string) {
 	t.Helper()
-	before, after := i.done, make(chan struct{})
+	cmd := i.succeeds(t, binary)
+	if i.err != nil {
+		t.Fatalf("the process before ended: %v\n%s", i.err, i.log)
+	}
+	i.await(t, cmd)
+}
+
+// succeeds starts a process of the binary, and waits until the one before has ended.
+func (i *Instance) succeeds(t testing.TB, binary string) *exec.Cmd {
+	t.Helper()
 	cmd := i.Successor(t, binary)
 	select {
-	case <-before:
+	case <-i.done:
 	case <-time.After(Limit):
 		cmd.Process.Kill()
 		t.Fatalf("the process before does not end\n%s", i.log)
 	}
-	if i.err != nil {
-		t.Fatalf("the process before ended: %v\n%s", i.err, i.log)
-	}
-	i.await(t, cmd, after)
+	return cmd
 }
 
 // Contend is Replace where either process may end as the one that runs the instance. It
@@ -58,8 +64,9 @@ func (i *Instance) Contend(t testing.TB, binary string) (replaced bool) {
 }
 
 // await makes cmd the process of the instance, when it is ready.
-func (i *Instance) await(t testing.TB, cmd *exec.Cmd, after chan struct{}) {
+func (i *Instance) await(t testing.TB, cmd *exec.Cmd) {
 	t.Helper()
+	after := make(chan struct{})
 	i.Cmd, i.done = cmd, after
 	go i.wait(cmd, after)
 	testutil.Eventually(t, Limit, func() bool {
@@ -90,15 +97,7 @@ func (i *Instance) Successor(t testing.TB, binary string, flags ...string) *exec
 // Inherits is Replace for a process before that is killed meanwhile.
 func (i *Instance) Inherits(t testing.TB, binary string) {
 	t.Helper()
-	before, after := i.done, make(chan struct{})
-	cmd := i.Successor(t, binary)
-	select {
-	case <-before:
-	case <-time.After(Limit):
-		cmd.Process.Kill()
-		t.Fatalf("the process before does not end\n%s", i.log)
-	}
-	i.await(t, cmd, after)
+	i.await(t, i.succeeds(t, binary))
 }
 
 // parent returns the parent of a process: of one that has a keeper, that.
