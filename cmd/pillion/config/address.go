@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"github.com/pillion-project/pillion/redirect/upstream/discover/spelling"
 	"net/netip"
 	"regexp"
 	"strconv"
@@ -16,7 +17,7 @@ import (
 func ParseService(s string) (Service, error) {
 	addr, list, found := strings.Cut(s, "=")
 	if !found {
-		return Service{}, fmt.Errorf("service %s: no endpoints, want ADDR:PORT=ENDPOINT[,ENDPOINT...]", show(s))
+		return Service{}, fmt.Errorf("service %s: no endpoints, want ADDR:PORT=ENDPOINT[,ENDPOINT...]", spelling.Show(s))
 	}
 	var errs []error
 	a, err := parseAddrPort(addr)
@@ -33,7 +34,7 @@ func ParseService(s string) (Service, error) {
 		service.Endpoints = append(service.Endpoints, e)
 	}
 	if len(errs) > 0 {
-		return Service{}, fmt.Errorf("service %s: %w", show(s), errors.Join(errs...))
+		return Service{}, fmt.Errorf("service %s: %w", spelling.Show(s), errors.Join(errs...))
 	}
 	return service, nil
 }
@@ -50,7 +51,7 @@ func parseEndpoint(s string) (Endpoint, error) {
 	}
 	w, ok := parseNumber(weight, 1, maxWeight)
 	if !ok {
-		return Endpoint{}, fmt.Errorf("%s: weight %s: want 1 to %d", show(s), show(weight), maxWeight)
+		return Endpoint{}, fmt.Errorf("%s: weight %s: want 1 to %d", spelling.Show(s), spelling.Show(weight), maxWeight)
 	}
 	return Endpoint{Addr: a, Weight: uint32(w)}, nil
 }
@@ -60,7 +61,7 @@ func parseEndpoint(s string) (Endpoint, error) {
 func ParseRule(s string) (Rule, error) {
 	r, err := parseRule(s)
 	if err != nil {
-		return Rule{}, fmt.Errorf("%s: %w", show(s), err)
+		return Rule{}, fmt.Errorf("%s: %w", spelling.Show(s), err)
 	}
 	return r, nil
 }
@@ -95,7 +96,7 @@ func splitRule(s string) (where string, port *string, err error) {
 		case hasPort:
 			return where, &after, nil
 		case rest != "":
-			return "", nil, fmt.Errorf("%s after ]: want [CIDR]:PORT", show(rest))
+			return "", nil, fmt.Errorf("%s after ]: want [CIDR]:PORT", spelling.Show(rest))
 		default:
 			return where, nil, nil
 		}
@@ -119,7 +120,7 @@ func parsePrefix(s string) (netip.Prefix, error) {
 		case err != nil:
 			return netip.Prefix{}, notAddress(s, "CIDR[:PORT] or ADDR[:PORT]")
 		case a.Zone() != "":
-			return netip.Prefix{}, fmt.Errorf("zone %s: a rule has none", show(a.Zone()))
+			return netip.Prefix{}, fmt.Errorf("zone %s: a rule has none", spelling.Show(a.Zone()))
 		default:
 			a = a.Unmap()
 			return netip.PrefixFrom(a, a.BitLen()), nil
@@ -133,9 +134,9 @@ func parsePrefix(s string) (netip.Prefix, error) {
 		case err != nil:
 			return netip.Prefix{}, notAddress(host, "CIDR[:PORT] or ADDR[:PORT]")
 		case a.Zone() != "":
-			return netip.Prefix{}, fmt.Errorf("zone %s: a rule has none", show(a.Zone()))
+			return netip.Prefix{}, fmt.Errorf("zone %s: a rule has none", spelling.Show(a.Zone()))
 		default:
-			return netip.Prefix{}, fmt.Errorf("prefix length %s: want 0 to %d", show(bits), a.BitLen())
+			return netip.Prefix{}, fmt.Errorf("prefix length %s: want 0 to %d", spelling.Show(bits), a.BitLen())
 		}
 	}
 	if p != p.Masked() {
@@ -155,9 +156,9 @@ var zone = regexp.MustCompile(`^[\w.-]{1,15}$`)
 // parseAddrPort reads ADDR:PORT or [ADDR]:PORT and says what is wrong in the
 // words of somebody who wants to know what to write instead.
 func parseAddrPort(s string) (netip.AddrPort, error) {
-	host, port, err := splitAddrPort(s)
+	host, port, err := spelling.SplitAddrPort(s)
 	if err != nil {
-		return netip.AddrPort{}, fmt.Errorf("%s: %w", show(s), err)
+		return netip.AddrPort{}, fmt.Errorf("%s: %w", spelling.Show(s), err)
 	}
 	bare, bracketed := strings.CutPrefix(host, "[")
 	bare = strings.TrimSuffix(bare, "]")
@@ -168,47 +169,17 @@ func parseAddrPort(s string) (netip.AddrPort, error) {
 	case bracketed != a.Is6():
 		err = errors.New("brackets are for IPv6: want ADDR:PORT or [ADDR]:PORT")
 	case a.Zone() != "" && !zone.MatchString(a.Zone()):
-		err = fmt.Errorf("zone %s: want the name of an interface", show(a.Zone()))
+		err = fmt.Errorf("zone %s: want the name of an interface", spelling.Show(a.Zone()))
 	default:
 	}
 	if err != nil {
-		return netip.AddrPort{}, fmt.Errorf("%s: %w", show(s), err)
+		return netip.AddrPort{}, fmt.Errorf("%s: %w", spelling.Show(s), err)
 	}
 	p, err := parsePort(port)
 	if err != nil {
-		return netip.AddrPort{}, fmt.Errorf("%s: %w", show(s), err)
+		return netip.AddrPort{}, fmt.Errorf("%s: %w", spelling.Show(s), err)
 	}
 	return netip.AddrPortFrom(a.Unmap(), p), nil
-}
-
-// splitAddrPort parts an address from its port. Brackets stay with the address.
-func splitAddrPort(s string) (host, port string, err error) {
-	switch {
-	case s == "":
-		return "", "", errors.New("empty, want ADDR:PORT")
-	case strings.Contains(s, "://"):
-		return "", "", errors.New("this is a URL, want ADDR:PORT")
-	case strings.Contains(s, "/"):
-		return "", "", errors.New("this is a range, want one address: ADDR:PORT")
-	default:
-	}
-	if a, err := netip.ParseAddr(strings.Trim(s, "[]")); err == nil && !strings.Contains(s, "]:") {
-		if a.Is6() {
-			return "", "", fmt.Errorf("no port, want [%s]:PORT", a)
-		}
-		return "", "", fmt.Errorf("no port, want %s:PORT", a)
-	}
-	i := strings.LastIndexByte(s, ':')
-	switch {
-	case i < 0:
-		return "", "", notAddress(s, "ADDR:PORT")
-	case i == 0:
-		return "", "", fmt.Errorf("no address, want ADDR:PORT such as 127.0.0.1%s", s)
-	case strings.HasPrefix(s, "[") && s[i-1] != ']':
-		return "", "", errors.New("want [ADDR]:PORT")
-	default:
-		return s[:i], s[i+1:], nil
-	}
 }
 
 // notAddress says why s is no IP address.
@@ -220,9 +191,9 @@ func notAddress(s, want string) error {
 	case s == "localhost":
 		return errors.New("localhost is a name, and names are not resolved: want 127.0.0.1 or ::1")
 	case strings.ContainsFunc(s, isLetter) && !strings.ContainsAny(s, ":%[] \t\n"):
-		return fmt.Errorf("%s is a name, and names are not resolved: want an IP address", show(s))
+		return fmt.Errorf("%s is a name, and names are not resolved: want an IP address", spelling.Show(s))
 	default:
-		return fmt.Errorf("%s is not an IP address: want %s", show(s), want)
+		return fmt.Errorf("%s is not an IP address: want %s", spelling.Show(s), want)
 	}
 }
 
@@ -230,7 +201,7 @@ func parsePort(s string) (uint16, error) {
 	if n, ok := parseNumber(s, 1, 65535); ok {
 		return uint16(n), nil
 	}
-	return 0, fmt.Errorf("port %s: want 1 to 65535", show(s))
+	return 0, fmt.Errorf("port %s: want 1 to 65535", spelling.Show(s))
 }
 
 // parseNumber reads a decimal number from low to high. A sign other than minus

@@ -11,6 +11,7 @@ import (
 	"github.com/goccy/go-yaml/token"
 
 	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/upstream/discover/spelling"
 )
 
 // decoder turns nodes into values and remembers where each value stands. What
@@ -111,7 +112,7 @@ func (d *decoder) mapping(path string, n ast.Node, fields []field, said map[stri
 	}
 	m, ok := n.(ast.MapNode)
 	if !ok {
-		want := "a mapping with the keys " + oneOf(keys(fields))
+		want := "a mapping with the keys " + spelling.OneOf(keys(fields))
 		if len(fields) == 0 {
 			want = "{}, since it has no keys"
 		}
@@ -129,7 +130,7 @@ func (d *decoder) mapping(path string, n ast.Node, fields []field, said map[stri
 		lines[name] = at.line
 		f := find(fields, name)
 		if f == nil {
-			hint := meant(name, keys(fields))
+			hint := spelling.Meant(name, keys(fields))
 			if len(fields) == 0 {
 				hint = "want {}"
 			}
@@ -220,7 +221,7 @@ func (d *decoder) scalar(path string, n ast.Node, want string) bool {
 
 // word reads one of the words known, and reports whether it did.
 func word[T ~string](d *decoder, path string, n ast.Node, known []T, into *T) bool {
-	if !d.scalar(path, n, oneOf(known)) {
+	if !d.scalar(path, n, spelling.OneOf(known)) {
 		return false
 	}
 	for _, k := range known {
@@ -229,7 +230,7 @@ func word[T ~string](d *decoder, path string, n ast.Node, known []T, into *T) bo
 			return true
 		}
 	}
-	d.fail(path, n, "%s: %s", show(raw(n)), meant(raw(n), known))
+	d.fail(path, n, "%s: %s", spelling.Show(raw(n)), spelling.Meant(raw(n), known))
 	return false
 }
 
@@ -266,7 +267,7 @@ func (d *decoder) boolean(into *bool) func(string, ast.Node) {
 		}
 		b, ok := n.(*ast.BoolNode)
 		if !ok {
-			d.fail(path, n, "%s: want true or false", show(raw(n)))
+			d.fail(path, n, "%s: want true or false", spelling.Show(raw(n)))
 			return
 		}
 		*into = b.Value
@@ -296,7 +297,7 @@ func (d *decoder) number(into *int, low, high int) func(string, ast.Node) {
 		v, ok := parseNumber(raw(n), low, high)
 		switch quoted := n.GetToken().Type; {
 		case !ok:
-			d.fail(path, n, "%s: want %s", show(raw(n)), want)
+			d.fail(path, n, "%s: want %s", spelling.Show(raw(n)), want)
 		case quoted == token.SingleQuoteType || quoted == token.DoubleQuoteType:
 			d.fail(path, n, "this is text: want %s, without quotes", want)
 		default:
@@ -317,9 +318,9 @@ func (d *decoder) duration(into *time.Duration) func(string, ast.Node) {
 		v, err := time.ParseDuration(s)
 		switch {
 		case err != nil && bareNumber.MatchString(s):
-			d.fail(path, n, "%s has no unit: want a duration such as %ss", show(s), s)
+			d.fail(path, n, "%s has no unit: want a duration such as %ss", spelling.Show(s), s)
 		case err != nil:
-			d.fail(path, n, "%s is no duration: want one such as 500ms, 5s or 1h30m", show(s))
+			d.fail(path, n, "%s is no duration: want one such as 500ms, 5s or 1h30m", spelling.Show(s))
 		case v < 0:
 			d.fail(path, n, "%s is negative", s)
 		default:
@@ -398,7 +399,7 @@ var plainKey = regexp.MustCompile(`^[\w-]{1,64}$`)
 // join adds a key to a path.
 func join(path, key string) string {
 	if !plainKey.MatchString(key) {
-		key = show(key)
+		key = spelling.Show(key)
 	}
 	if path == "" {
 		return key

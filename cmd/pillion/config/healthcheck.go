@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/goccy/go-yaml/ast"
+	"github.com/pillion-project/pillion/redirect/upstream/discover/spelling"
 )
 
 // HealthCheck is how every endpoint of a service is probed. One of TCP, HTTP and
@@ -121,7 +122,7 @@ func (d *decoder) status(path string, n ast.Node) StatusRange {
 	from, ok := parseNumber(first, 0, 999)
 	to, ok2 := parseNumber(last, 0, 999)
 	if !ok || !ok2 {
-		d.fail(path, n, "%s: want %s", show(raw(n)), want)
+		d.fail(path, n, "%s: want %s", spelling.Show(raw(n)), want)
 	}
 	return StatusRange{First: from, Last: to}
 }
@@ -170,11 +171,11 @@ func (k *check) healthCheck(path string, c *HealthCheck) {
 func (k *check) httpCheck(path string, c *HTTPCheck) {
 	u, err := url.ParseRequestURI(c.Path)
 	if err != nil || !strings.HasPrefix(c.Path, "/") || u.Host != "" || strings.Contains(c.Path, "#") {
-		k.add(path+".path", "%s: want a path such as /healthz", show(c.Path))
+		k.add(path+".path", "%s: want a path such as /healthz", spelling.Show(c.Path))
 	}
 	// What would end the header, or make two of it, must not get into it.
 	if strings.ContainsFunc(c.Host, func(r rune) bool { return r <= ' ' || r >= 0x7f || strings.ContainsRune("/?#@", r) }) {
-		k.add(path+".host", "%s is no host", show(c.Host))
+		k.add(path+".host", "%s is no host", spelling.Show(c.Host))
 	}
 	if len(c.Status) == 0 {
 		k.add(path+".status", "no status is good: want one at least")

@@ -3,6 +3,7 @@ package config
 import (
 	"cmp"
 	"fmt"
+	"github.com/pillion-project/pillion/redirect/upstream/discover/spelling"
 	"net/netip"
 	"slices"
 	"strings"
@@ -226,7 +227,7 @@ func (m *merge) clash() {
 			refuse(byAddr, "address", s.Addr)
 		}
 		if nameTaken {
-			refuse(byName, "name", show(s.Name))
+			refuse(byName, "name", spelling.Show(s.Name))
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/goccy/go-yaml/ast"
 
 	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/upstream/discover/spelling"
 	"github.com/pillion-project/pillion/redirect/upstream/health"
 )
 
@@ -186,7 +187,7 @@ func (d *decoder) endpoint(path string, n ast.Node) Endpoint {
 	e := Endpoint{Weight: 1}
 	if _, ok := n.(ast.MapNode); !ok {
 		if addr, weight, ok := strings.Cut(raw(n), "*"); ok {
-			d.fail(path, n, "%s: want {address: %s, weight: %s}", show(raw(n)), addr, weight)
+			d.fail(path, n, "%s: want {address: %s, weight: %s}", spelling.Show(raw(n)), addr, weight)
 			return e
 		}
 		d.addrPort(&e.Addr)(path, n)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/goccy/go-yaml/ast"
+	"github.com/pillion-project/pillion/redirect/upstream/discover/spelling"
 )
 
 // Discover is where the endpoints of a service are found: one of its fields is
@@ -138,7 +139,7 @@ func (d *decoder) kubernetesService(path string, n ast.Node) *KubernetesService 
 			}
 			var ok bool
 			if s.Namespace, s.Name, ok = strings.Cut(raw(n), "/"); !ok {
-				d.fail(path, n, "%s: want NAMESPACE/NAME, such as default/%s", show(raw(n)), raw(n))
+				d.fail(path, n, "%s: want NAMESPACE/NAME, such as default/%s", spelling.Show(raw(n)), raw(n))
 			}
 		}},
 		{"port", func(path string, n ast.Node) {
@@ -168,7 +169,7 @@ func (k *check) discover(path string, s *Discover) {
 		said = append(said, "file")
 		k.text(path+".file", s.File)
 		if ext := filepath.Ext(s.File); !slices.Contains([]string{".json", ".yaml", ".yml"}, ext) {
-			k.add(path+".file", "%s: want a file whose name ends in .json, .yaml or .yml", show(s.File))
+			k.add(path+".file", "%s: want a file whose name ends in .json, .yaml or .yml", spelling.Show(s.File))
 		}
 	}
 	if s.DNS != nil {
@@ -202,7 +203,7 @@ func (k *check) dns(path string, s *DNS) {
 	case err == nil:
 		k.add(path+".name", "%s is an address: want a name, or endpoints in place of discover", s.Name)
 	case len(s.Name) > maxName+1 || !dnsName.MatchString(s.Name):
-		k.add(path+".name", "%s is no name in DNS", show(s.Name))
+		k.add(path+".name", "%s is no name in DNS", spelling.Show(s.Name))
 	default:
 	}
 	// Empty: the service has no address that could tell, and a problem of its own.
@@ -234,7 +235,7 @@ func (k *check) kubernetesService(path string, s *KubernetesService) {
 	case s.Namespace == "" && s.Name == "":
 		k.add(path+".service", "missing, want NAMESPACE/NAME")
 	case !label.MatchString(s.Namespace) || !label.MatchString(s.Name):
-		k.add(path+".service", "%s: want NAMESPACE/NAME, each of lower-case letters, digits and -", show(s.Namespace+"/"+s.Name))
+		k.add(path+".service", "%s: want NAMESPACE/NAME, each of lower-case letters, digits and -", spelling.Show(s.Namespace+"/"+s.Name))
 	default:
 	}
 	if s.Port == "" {
@@ -242,7 +243,7 @@ func (k *check) kubernetesService(path string, s *KubernetesService) {
 	}
 	_, number := parseNumber(s.Port, 1, maxPort)
 	if !number && (len(s.Port) > 15 || !label.MatchString(s.Port) || bareNumber.MatchString(s.Port)) {
-		k.add(path+".port", "%s: want the name of a port, or a number from 1 to %d", show(s.Port), maxPort)
+		k.add(path+".port", "%s: want the name of a port, or a number from 1 to %d", spelling.Show(s.Port), maxPort)
 	}
 }
 
@@ -250,11 +251,11 @@ func (k *check) kubernetes(s *Kubernetes) {
 	if s.Server != "" {
 		u, err := url.Parse(s.Server)
 		if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-			k.add("kubernetes.server", "%s: want a URL such as https://10.0.0.1:6443", show(s.Server))
+			k.add("kubernetes.server", "%s: want a URL such as https://10.0.0.1:6443", spelling.Show(s.Server))
 		}
 	}
 	if strings.HasPrefix(s.Server, "http:") && s.TokenFile != "" {
-		k.add("kubernetes.server", "%s: the token would go over the network as it is, want https", show(s.Server))
+		k.add("kubernetes.server", "%s: the token would go over the network as it is, want https", spelling.Show(s.Server))
 	}
 	k.text("kubernetes.server", s.Server)
 	k.text("kubernetes.token_file", s.TokenFile)

@@ -9,6 +9,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/upstream/discover/spelling"
 )
 
 // What the kernel side has room for; a test compares them with its maps.
@@ -75,7 +76,7 @@ func (k *check) number(path string, n, low, high int) {
 // also.
 func oneWord[T ~string](k *check, path string, have T, known []T, also ...T) {
 	if !slices.Contains(known, have) && !slices.Contains(also, have) {
-		k.add(path, "%s: %s", show(string(have)), meant(string(have), known))
+		k.add(path, "%s: %s", spelling.Show(string(have)), spelling.Meant(string(have), known))
 	}
 }
 
@@ -133,7 +134,7 @@ func (k *check) services(c *Config) {
 		switch {
 		case !s.Addr.IsValid():
 		case taken:
-			k.clash(path+".address", index("services", first)+".address", "%s is the address of service %s already", addr, show(services[first].Name))
+			k.clash(path+".address", index("services", first)+".address", "%s is the address of service %s already", addr, spelling.Show(services[first].Name))
 		default:
 			addrs[addr] = i
 		}
@@ -142,7 +143,7 @@ func (k *check) services(c *Config) {
 		switch {
 		case s.Name == "" || named && taken && s.Name == addr.String():
 		case named:
-			k.clash(path+".name", index("services", other)+".name", "%s is the name of another service", show(s.Name))
+			k.clash(path+".name", index("services", other)+".name", "%s is the name of another service", spelling.Show(s.Name))
 		default:
 			names[s.Name] = i
 		}
@@ -155,7 +156,7 @@ func (k *check) name(path string, s Service) {
 	case s.Name == "" && s.Addr.IsValid():
 		k.add(path, "empty")
 	case len(s.Name) > maxName:
-		k.add(path, "%s is %d bytes long: want at most %d", show(s.Name), len(s.Name), maxName)
+		k.add(path, "%s is %d bytes long: want at most %d", spelling.Show(s.Name), len(s.Name), maxName)
 	default:
 		k.text(path, s.Name)
 	}
@@ -165,7 +166,7 @@ func (k *check) name(path string, s Service) {
 func (k *check) text(path, s string) {
 	unprintable := func(r rune) bool { return !unicode.IsPrint(r) }
 	if !utf8.ValidString(s) || slices.ContainsFunc([]rune(s), unprintable) {
-		k.add(path, "%s: want printable characters only", show(s))
+		k.add(path, "%s: want printable characters only", spelling.Show(s))
 	}
 }
 

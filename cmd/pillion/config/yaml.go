@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
-	"strings"
 	"unicode"
 	"unicode/utf8"
 
@@ -14,6 +13,7 @@ import (
 	"github.com/goccy/go-yaml/lexer"
 	"github.com/goccy/go-yaml/parser"
 	"github.com/goccy/go-yaml/token"
+	"github.com/pillion-project/pillion/redirect/upstream/discover/spelling"
 )
 
 // The parser needs memory by the square of the depth and time by the square of
@@ -47,7 +47,7 @@ func parseYAML(w *places, data []byte, most int) (ast.Node, error) {
 	if err := checkText(w, data); err != nil {
 		return nil, err
 	}
-	tokens := mendColons(lexer.Tokenize(string(data)))
+	tokens := spelling.MendColons(lexer.Tokenize(string(data)))
 	if err := checkTokens(w, tokens); err != nil {
 		return nil, err
 	}
@@ -117,53 +117,6 @@ func checkTokens(w *places, tokens token.Tokens) error {
 	}
 	return errors.Join(errs...)
 }
-
-// mendColons puts together what the lexer took apart: in a list that is in
-// braces it takes 192.0.2.1:80 for a mapping of one key, although a colon ends a
-// word only before a space. (goccy/go-yaml issue 832.)
-func mendColons(tokens token.Tokens) token.Tokens {
-	var mended token.Tokens
-	var open []token.Type // brackets
-	for i := 0; i < len(tokens); i++ {
-		t := tokens[i]
-		switch t.Type {
-		case token.SequenceStartType, token.MappingStartType:
-			open = append(open, t.Type)
-		case token.SequenceEndType, token.MappingEndType:
-			open = open[:max(len(open)-1, 0)]
-		case token.MappingValueType:
-			inList := len(open) > 0 && open[len(open)-1] == token.SequenceStartType
-			if !inList || i+1 == len(tokens) || !isWord(tokens[i+1]) || startsWithSpace(tokens[i+1].Origin) {
-				break
-			}
-			rest := tokens[i+1]
-			i++
-			t = token.String(":"+rest.Value, ":"+rest.Origin, t.Position)
-			// Nothing is before the colon of ::1.
-			if n := len(mended); n > 0 && isWord(mended[n-1]) {
-				first := mended[n-1]
-				mended = mended[:n-1]
-				t = token.String(first.Value+t.Value, first.Origin+t.Origin, first.Position)
-			}
-		default:
-		}
-		mended.Add(t)
-	}
-	return mended
-}
-
-// isWord reports whether t is a scalar without quotes.
-func isWord(t *token.Token) bool {
-	switch t.Type {
-	case token.StringType, token.IntegerType, token.FloatType, token.BoolType, token.NullType,
-		token.BinaryIntegerType, token.OctetIntegerType, token.HexIntegerType, token.InfinityType, token.NanType:
-		return true
-	default:
-		return false
-	}
-}
-
-func startsWithSpace(s string) bool { return s == "" || strings.ContainsRune(" \t\r\n", rune(s[0])) }
 
 // nesting follows how deep a token is. In block style a key or a dash that is
 // further to the right than the one before is one level deeper; in flow style

@@ -10,6 +10,7 @@ import (
 	"unicode"
 
 	"github.com/pillion-project/pillion/redirect/upstream/discover"
+	"github.com/pillion-project/pillion/redirect/upstream/discover/spelling"
 )
 
 // maxZone is how many bytes the name of a zone may have, as a label's value in
@@ -82,7 +83,7 @@ func (r *interpreter) single(n *node) {
 		case "zone":
 			zone = r.zone(m)
 		default:
-			r.add(m.at, "unknown key %s, %s", show(m.key), meant(m.key, "address", "weight", "zone", "targets", "labels"))
+			r.add(m.at, "unknown key %s, %s", spelling.Show(m.key), spelling.Meant(m.key, []string{"address", "weight", "zone", "targets", "labels"}))
 		}
 	}
 	switch {
@@ -106,7 +107,7 @@ func (r *interpreter) group(n *node) {
 		case "labels":
 			weight, zone = r.labels(m.value)
 		default:
-			r.add(m.at, "unknown key %s, %s", show(m.key), meant(m.key, "targets", "labels"))
+			r.add(m.at, "unknown key %s, %s", spelling.Show(m.key), spelling.Meant(m.key, []string{"targets", "labels"}))
 		}
 	}
 	switch {
@@ -137,7 +138,7 @@ func (r *interpreter) labels(n *node) (weight uint32, zone string) {
 	for _, m := range r.members(n) {
 		switch m.value.kind {
 		case isList, isMapping, isNull:
-			r.add(m.value.at, "label %s: this is %s: want text", show(m.key), m.value.kind)
+			r.add(m.value.at, "label %s: this is %s: want text", spelling.Show(m.key), m.value.kind)
 			continue
 		default:
 		}
@@ -168,7 +169,7 @@ func (r *interpreter) weight(m member) uint32 {
 	case err == nil && w == 0:
 		r.add(m.value.at, "%s: 0: want 1 to %d, and leave out an endpoint that is to get nothing", m.key, discover.MaxWeight)
 	case err != nil || w < 1 || w > discover.MaxWeight || strconv.Itoa(w) != m.value.text:
-		r.add(m.value.at, "%s: %s: want a number from 1 to %d", m.key, show(m.value.text), discover.MaxWeight)
+		r.add(m.value.at, "%s: %s: want a number from 1 to %d", m.key, spelling.Show(m.value.text), discover.MaxWeight)
 	default:
 		return uint32(w)
 	}
@@ -182,7 +183,7 @@ func (r *interpreter) zone(m member) string {
 	case m.value.kind != isText && m.value.kind != isNumber:
 		r.add(m.value.at, "%s: this is %s: want text", m.key, m.value.kind)
 	case len(z) > maxZone || strings.ContainsFunc(z, unprintable):
-		r.add(m.value.at, "%s: %s: want at most %d printable characters", m.key, show(z), maxZone)
+		r.add(m.value.at, "%s: %s: want at most %d printable characters", m.key, spelling.Show(z), maxZone)
 	default:
 		return z
 	}
@@ -204,12 +205,12 @@ func (r *interpreter) endpoint(n *node, weight uint32, zone string) {
 		return
 	}
 	if addr, weight, ok := strings.Cut(n.text, "*"); ok {
-		r.add(n.at, "%s: want {address: %s, weight: %s}", show(n.text), addr, weight)
+		r.add(n.at, "%s: want {address: %s, weight: %s}", spelling.Show(n.text), addr, weight)
 		return
 	}
 	addr, err := parseAddrPort(n.text)
 	if err != nil {
-		r.add(n.at, "%s: %v", show(n.text), err)
+		r.add(n.at, "%s: %v", spelling.Show(n.text), err)
 		return
 	}
 	e := discover.Endpoint{Addr: addr, Weight: weight, Zone: zone}
@@ -240,7 +241,7 @@ func (r *interpreter) members(n *node) []member {
 	var once []member
 	for _, m := range n.members {
 		if first, twice := lines[m.key]; twice {
-			r.add(m.at, "%s is given twice, first on line %d", show(m.key), first)
+			r.add(m.at, "%s is given twice, first on line %d", spelling.Show(m.key), first)
 			continue
 		}
 		lines[m.key] = m.at.line
@@ -254,7 +255,7 @@ var interfaceName = regexp.MustCompile(`^[\w.-]{1,15}$`)
 
 // parseAddrPort reads ADDR:PORT or [ADDR]:PORT and says what to write instead.
 func parseAddrPort(s string) (netip.AddrPort, error) {
-	host, port, err := splitAddrPort(s)
+	host, port, err := spelling.SplitAddrPort(s)
 	if err != nil {
 		return netip.AddrPort{}, err
 	}
@@ -268,9 +269,9 @@ func parseAddrPort(s string) (netip.AddrPort, error) {
 	case bracketed != a.Is6():
 		return netip.AddrPort{}, errors.New("brackets are for IPv6: want ADDR:PORT or [ADDR]:PORT")
 	case a.Zone() != "" && !interfaceName.MatchString(a.Zone()):
-		return netip.AddrPort{}, fmt.Errorf("zone %s: want the name of an interface", show(a.Zone()))
+		return netip.AddrPort{}, fmt.Errorf("zone %s: want the name of an interface", spelling.Show(a.Zone()))
 	case perr != nil || p == 0 || strconv.FormatUint(p, 10) != port:
-		return netip.AddrPort{}, fmt.Errorf("port %s: want 1 to 65535", show(port))
+		return netip.AddrPort{}, fmt.Errorf("port %s: want 1 to 65535", spelling.Show(port))
 	default:
 	}
 	if err := discover.CheckAddr(a); err != nil {
@@ -279,42 +280,12 @@ func parseAddrPort(s string) (netip.AddrPort, error) {
 	return netip.AddrPortFrom(a.Unmap(), uint16(p)), nil
 }
 
-// splitAddrPort parts an address from its port. Brackets stay with the address.
-func splitAddrPort(s string) (host, port string, err error) {
-	switch {
-	case s == "":
-		return "", "", errors.New("empty, want ADDR:PORT")
-	case strings.Contains(s, "://"):
-		return "", "", errors.New("this is a URL, want ADDR:PORT")
-	case strings.Contains(s, "/"):
-		return "", "", errors.New("want one address and no path or range: ADDR:PORT")
-	default:
-	}
-	if a, err := netip.ParseAddr(strings.Trim(s, "[]")); err == nil && !strings.Contains(s, "]:") {
-		if a.Is6() {
-			return "", "", fmt.Errorf("no port, want [%s]:PORT", a)
-		}
-		return "", "", fmt.Errorf("no port, want %s:PORT", a)
-	}
-	i := strings.LastIndexByte(s, ':')
-	switch {
-	case i < 0:
-		return "", "", notAddress(s)
-	case i == 0:
-		return "", "", fmt.Errorf("no address, want ADDR:PORT such as 127.0.0.1%s", s)
-	case strings.HasPrefix(s, "[") && s[i-1] != ']':
-		return "", "", errors.New("want [ADDR]:PORT")
-	default:
-		return s[:i], s[i+1:], nil
-	}
-}
-
 // notAddress says why s is no IP address.
 func notAddress(s string) error {
 	isLetter := func(r rune) bool { return unicode.IsLetter(r) || r == '_' }
 	if strings.ContainsFunc(s, isLetter) && !strings.ContainsAny(s, ":%[] \t\n") {
 		return fmt.Errorf("%s is a name, and names in a file are not resolved: "+
-			"want an IP address here, or a service whose endpoints come from dns", show(s))
+			"want an IP address here, or a service whose endpoints come from dns", spelling.Show(s))
 	}
-	return fmt.Errorf("%s is not an IP address: want ADDR:PORT", show(s))
+	return fmt.Errorf("%s is not an IP address: want ADDR:PORT", spelling.Show(s))
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"unicode"
 	"unicode/utf8"
 )
@@ -75,51 +74,4 @@ func (p *problems) checkText(data []byte) {
 		at.column++
 		i += size
 	}
-}
-
-// show quotes a value, shortened to what fits into a line.
-func show(s string) string {
-	const most = 80
-	if r := []rune(s); len(r) > most {
-		return fmt.Sprintf("%q...", string(r[:most]))
-	}
-	return fmt.Sprintf("%q", s)
-}
-
-// meant returns which of the words known another was probably meant to be, as the
-// end of a sentence.
-func meant(word string, known ...string) string {
-	best, distance := "", len(word)/3+2
-	for _, k := range known {
-		if d := edits(strings.ToLower(word), k); d < distance && d < len(k) {
-			best, distance = k, d
-		}
-	}
-	if best != "" {
-		return fmt.Sprintf("did you mean %s?", best)
-	}
-	return "want " + strings.Join(known[:len(known)-1], ", ") + " or " + known[len(known)-1]
-}
-
-// edits returns how many bytes must be added, removed or changed to make b of a.
-func edits(a, b string) int {
-	if len(a) > len(b)+8 {
-		return len(a)
-	}
-	last, row := make([]int, len(b)+1), make([]int, len(b)+1)
-	for j := range last {
-		last[j] = j
-	}
-	for i := range len(a) {
-		row[0] = i + 1
-		for j := range len(b) {
-			change := last[j]
-			if a[i] != b[j] {
-				change++
-			}
-			row[j+1] = min(change, last[j+1]+1, row[j]+1)
-		}
-		last, row = row, last
-	}
-	return last[len(b)]
 }

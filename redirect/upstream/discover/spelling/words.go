@@ -1,13 +1,13 @@
-package config
+package spelling
 
 import (
 	"fmt"
 	"strings"
 )
 
-// meant returns what a word that is not known was probably meant to be, as the
+// Meant returns what a word that is not known was probably meant to be, as the
 // end of a sentence.
-func meant[T ~string](word string, known []T) string {
+func Meant[T ~string](word string, known []T) string {
 	best, distance := "", len(word)/3+2
 	for _, t := range known {
 		k := string(t)
@@ -23,11 +23,11 @@ func meant[T ~string](word string, known []T) string {
 	if best != "" {
 		return fmt.Sprintf("did you mean %s?", best)
 	}
-	return "want " + oneOf(known)
+	return "want " + OneOf(known)
 }
 
-// oneOf lists words as a choice.
-func oneOf[T ~string](known []T) string {
+// OneOf lists words as a choice.
+func OneOf[T ~string](known []T) string {
 	words := make([]string, len(known))
 	for i, k := range known {
 		words[i] = string(k)
@@ -71,8 +71,8 @@ func edits(a, b string) int {
 	return last[len(b)]
 }
 
-// show quotes a value for an error, shortened to what fits into a line.
-func show(s string) string {
+// Show quotes a value for an error, shortened to what fits into a line.
+func Show(s string) string {
 	const most = 80
 	if r := []rune(s); len(r) > most {
 		return fmt.Sprintf("%q...", string(r[:most]))
