@@ -1,29 +1,24 @@
 package survive
 
 import (
-	"encoding/json"
 	"flag"
 	"fmt"
-	"io"
-	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/rig/app"
 	"golang.org/x/sys/unix"
 )
 
 // pauses is how many deaths TestPause measures.
 var pauses = flag.Int("pauses", 4, "deaths that TestPause measures")
-
-// envPause makes this test binary the application of TestPause.
-const envPause = "PILLION_TEST_SURVIVE_PAUSE"
 
 // pauseConns is how many connections it has.
 const pauseConns = 50
@@ -33,36 +28,17 @@ const pauseConns = 50
 // pause was made of: the programs that were loaded are those of the first handler still.
 func TestPause(t *testing.T) {
 	r := rig.New(t)
-	r.Serve(t, ends[0], func(c net.Conn) { io.Copy(c, c) })
+	r.Serve(t, ends[0], app.NewServer("").Serve)
 	s := &stage{Rig: r}
 	s.Instance = s.Run(t, fmt.Sprintf("survive: crash\nservices:\n  - name: s\n    address: %q\n    endpoints: [%q]\nflow_log: %q\n",
 		vip, ends[0], filepath.Join(t.TempDir(), "flows")))
-	cmd := r.Command(os.Args[0], "-test.run=^TestPauses$")
-	cmd.Env = append(os.Environ(), envPause+"="+vip.String())
-	cmd.Stderr = os.Stderr
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := r.Start(cmd); err != nil {
-		t.Fatal(err)
-	}
-	defer cmd.Wait()
-	defer in.Close()
-	answers := json.NewDecoder(out)
-	ask := func() (gaps []time.Duration) {
+	s.Application = app.Start(t, r)
+	s.Load(t, app.Load{To: []netip.AddrPort{vip}, Stay: pauseConns, Kinds: []app.Kind{app.Echo}, Every: 5 * time.Millisecond, Longest: 64})
+	ask := func() []time.Duration {
 		t.Helper()
-		if _, err := fmt.Fprintln(in, "next"); err != nil {
-			t.Fatal(err)
-		}
-		if err := answers.Decode(&gaps); err != nil {
-			t.Fatalf("the application: %v", err)
-		}
-		return gaps
+		o := s.Turn(t)
+		o.Check(t)
+		return o.Slowest
 	}
 	var all, quiet []time.Duration
 	loaded := s.programs(t)
@@ -72,7 +48,11 @@ func TestPause(t *testing.T) {
 		ask()
 		time.Sleep(300 * time.Millisecond)
 		quiet = append(quiet, ask()...)
-		if err := unix.Kill(s.worker(), unix.SIGKILL); err != nil {
+		w := s.worker()
+		if w == 0 { // kill(2) would take it for everybody
+			t.Fatalf("there is no worker\n%s", s.Log())
+		}
+		if err := unix.Kill(w, unix.SIGKILL); err != nil {
 			t.Fatal(err)
 		}
 		s.ready(t)
@@ -112,48 +92,4 @@ func (s *stage) programs(t *testing.T) []string {
 func at(all []time.Duration, percent int) time.Duration {
 	slices.Sort(all)
 	return all[min(len(all)*percent/100, len(all)-1)]
-}
-
-// TestPauses is the application of TestPause: for each line that it reads, it writes the
-// slowest answer of each connection since the last one. As a test it does nothing.
-func TestPauses(*testing.T) {
-	to := os.Getenv(envPause)
-	if to == "" {
-		return
-	}
-	var mu sync.Mutex
-	slowest := make([]time.Duration, pauseConns)
-	for n := range pauseConns {
-		c, err := net.Dial("tcp", to)
-		if err != nil {
-			panic(err)
-		}
-		go func() {
-			b := make([]byte, 64)
-			for {
-				time.Sleep(5 * time.Millisecond)
-				sent := time.Now()
-				if _, err := c.Write(b); err != nil {
-					panic(err)
-				}
-				if _, err := io.ReadFull(c, b); err != nil {
-					panic(err)
-				}
-				mu.Lock()
-				slowest[n] = max(slowest[n], time.Since(sent))
-				mu.Unlock()
-			}
-		}()
-	}
-	answers := json.NewEncoder(os.Stdout)
-	for {
-		var word string
-		if _, err := fmt.Scanln(&word); err != nil {
-			os.Exit(0)
-		}
-		mu.Lock()
-		answers.Encode(slowest)
-		clear(slowest)
-		mu.Unlock()
-	}
 }

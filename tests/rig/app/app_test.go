@@ -68,9 +68,14 @@ func TestKinds(t *testing.T) {
 	if len(r.Stayed) != 2*len(lasting) || len(r.Came) == 0 || r.Names["somebody"]+len(r.Stayed) != r.Opened || r.Rounds == 0 || r.Bytes == 0 {
 		t.Errorf("in the end: %+v", r)
 	}
-	testutil.Eventually(t, rig.Limit, func() bool { return len(server.Seen()) >= len(r.Stayed)+len(r.Came) }, "the server has seen all")
-	seen, kinds := server.Seen(), map[Kind]bool{}
-	for _, c := range slices.Concat(r.Stayed, r.Came) {
+	all := slices.Concat(r.Stayed, r.Came)
+	var seen map[uint32]Bytes
+	testutil.Eventually(t, rig.Limit, func() bool {
+		seen = server.Seen()
+		return !slices.ContainsFunc(all, func(c Conn) bool { _, ok := seen[c.ID]; return !ok })
+	}, "the server has seen all")
+	kinds := map[Kind]bool{}
+	for _, c := range all {
 		kinds[c.Kind] = true
 		if got := seen[c.ID]; got != c.Bytes || c.Up+c.Down == 0 {
 			t.Errorf("%d (%c): the server counts %+v, the application %+v", c.ID, c.Kind, got, c.Bytes)

@@ -1,6 +1,7 @@
 package app
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -21,10 +22,11 @@ type Load struct {
 	// Named: the servers say their names first.
 	Named bool
 	// Stay connections are there from the beginning to the end, of these kinds in
-	// turn; they send messages so often, in the mean.
-	Stay  int
-	Kinds []Kind
-	Every time.Duration
+	// turn; they send messages so often, in the mean, of at most so many bytes (0: 4000).
+	Stay    int
+	Kinds   []Kind
+	Every   time.Duration
+	Longest int
 	// Come workers make one connection after the other, of these kinds at random,
 	// with a pause between them. Each side sends at most so many bytes.
 	Come   int
@@ -90,6 +92,7 @@ type load struct {
 // start opens everything and returns when it is open.
 func start(want *Load, patience time.Duration) *load {
 	l := &load{Load: *want, patience: patience, end: make(chan struct{}), report: Report{Names: map[string]int{}}}
+	l.Longest = cmp.Or(l.Longest, 4000)
 	var opened sync.WaitGroup
 	for n := range l.Stay {
 		opened.Add(1)
@@ -209,9 +212,6 @@ func (l *load) lasts(s *side, slow *atomic.Int64) error {
 	}
 }
 
-// longest is the longest message of a connection that talks.
-const longest = 4000
-
 // talk exchanges messages until the end.
 func (l *load) talk(s *side, slow *atomic.Int64) error {
 	time.Sleep(time.Duration(s.ID%1000) * l.Every / 1000) // not all at once
@@ -223,7 +223,7 @@ func (l *load) talk(s *side, slow *atomic.Int64) error {
 		}
 		start := time.Now()
 		s.SetDeadline(start.Add(rig.Limit))
-		if err := s.exchange(s.amount(n, longest)); err != nil {
+		if err := s.exchange(s.amount(n, l.Longest)); err != nil {
 			return fmt.Errorf("message %d: %w", n, err)
 		}
 		l.rounds.Add(1)
@@ -240,7 +240,7 @@ func (l *load) talk(s *side, slow *atomic.Int64) error {
 func (l *load) stream(s *side, slow *atomic.Int64) error {
 	read := make(chan error, 1)
 	go func() { read <- watch(s, slow) }()
-	err := errors.Join(s.pour(l.end, l.Every, longest), s.CloseWrite(), <-read)
+	err := errors.Join(s.pour(l.end, l.Every, l.Longest), s.CloseWrite(), <-read)
 	if err == nil && s.in.at != s.out.at {
 		err = fmt.Errorf("read %d bytes of %d", s.in.at, s.out.at)
 	}

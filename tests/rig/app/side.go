@@ -199,7 +199,8 @@ func (s *side) control(f func(fd int) error) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(raw.Control(func(fd uintptr) { err = f(int(fd)) }), err)
+	control := raw.Control(func(fd uintptr) { err = f(int(fd)) })
+	return errors.Join(control, err)
 }
 
 // bounded does one side of a connection that ends by itself: mine is how much this side
