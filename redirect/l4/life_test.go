@@ -20,19 +20,20 @@ import (
 // A silent connection ends, one that moves bytes does not.
 func TestIdleTimeout(t *testing.T) {
 	families(t, func(t *testing.T, loopback netip.Addr) {
-		const timeout = 300 * time.Millisecond
+		// A busy machine may do nothing else for a while.
+		const timeout = time.Second
 		r := newRig(t, setup{
 			loopback: loopback, endpoints: []netip.AddrPort{serve(t, loopback, echo)},
 			options: func(o *l4.Options) { o.IdleTimeout = timeout },
 		})
 		silent, busy := r.dial(), r.dial()
 		mustExchange(t, silent, "and no more")
-		for start := time.Now(); time.Since(start) < 4*timeout; {
+		for start := time.Now(); time.Since(start) < 5*timeout/2; {
 			mustExchange(t, busy, "go on")
 		}
 		wantReset(t, silent, nil)
 		rec := r.awaitEnded(1)[0]
-		if rec.End != flow.ReasonIdleTimeout || rec.Duration < timeout || rec.Duration > timeout+3*time.Second {
+		if rec.End != flow.ReasonIdleTimeout || rec.Duration < timeout || rec.Duration > timeout+patience {
 			t.Errorf("record: %+v", rec)
 		}
 		mustExchange(t, busy, "still there")
@@ -55,7 +56,7 @@ func TestMaxLifetime(t *testing.T) {
 			err = exchange(c, []byte("go on"))
 		}
 		rec := r.awaitEnded(1)[0]
-		if rec.End != flow.ReasonMaxLifetime || rec.Duration < lifetime || rec.Duration > lifetime+3*time.Second {
+		if rec.End != flow.ReasonMaxLifetime || rec.Duration < lifetime || rec.Duration > lifetime+patience {
 			t.Errorf("record: %+v", rec)
 		}
 	})
