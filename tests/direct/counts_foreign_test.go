@@ -82,7 +82,7 @@ func TestCountsForeign(t *testing.T) {
 	for n := range open {
 		a.wants("hello", "ask(%d)", n)
 	}
-	m := series(t, i)
+	m := i.Series(t)
 	if m["pillion_reconcile_corrections_total"] == 0 {
 		t.Error("no metric tells of it")
 	}

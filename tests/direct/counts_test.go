@@ -89,14 +89,7 @@ func dead(t testing.TB, r *rig.Rig) {
 func serveEnds(t testing.TB, r *rig.Rig, program string, addrs ...string) {
 	t.Helper()
 	cmd := exec.Command(program, append([]string{"serve"}, addrs...)...)
-	stop, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	stop, out := testutil.Pipes(t, cmd)
 	if err := r.World.Start(cmd); err != nil {
 		t.Fatal(err)
 	}
@@ -158,7 +151,7 @@ func liveEverywhere(t testing.TB, i *rig.Instance) (status, metrics, kernel int)
 			status += int(e.Live)
 		}
 	}
-	for name, n := range series(t, i) {
+	for name, n := range i.Series(t) {
 		if strings.HasPrefix(name, "pillion_endpoint_connections{") {
 			metrics += int(n)
 		}
@@ -218,7 +211,7 @@ func TestCountsEnds(t *testing.T) {
 		return status == 0 && metrics == 0 && kernel == 0
 	}, "nobody is connected, but by status ", number{&status}, ", by metrics ", number{&metrics}, ", by the kernel ", number{&kernel})
 	i.Conserved(t)
-	m := series(t, i)
+	m := i.Series(t)
 	if n := m["pillion_connects_total"]; n < 50_000 {
 		t.Errorf("there were %v connects", n)
 	}
@@ -231,7 +224,7 @@ func TestCountsEnds(t *testing.T) {
 	// Every one is on record.
 	var ended int
 	testutil.Eventually(t, rig.Limit, func() bool {
-		ended = int(series(t, i)[`pillion_records_lost_total{where="ring"}`])
+		ended = int(i.Series(t)[`pillion_records_lost_total{where="ring"}`])
 		for _, total := range i.Totals(t) {
 			ended += total.Count
 		}

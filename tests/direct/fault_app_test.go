@@ -80,13 +80,8 @@ func newApp(t testing.TB, place testutil.Place) *app {
 	cmd := exec.Command(strings.TrimSpace(string(python)), "-c", acting)
 	a := &app{t: t}
 	cmd.Stderr = &a.err
-	if a.in, err = cmd.StdinPipe(); err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	in, out := testutil.Pipes(t, cmd)
+	a.in = in
 	a.out = bufio.NewReader(out)
 	if err := place.Start(cmd); err != nil {
 		t.Fatal(err)

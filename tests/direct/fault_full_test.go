@@ -161,7 +161,7 @@ func TestFaultNoStorage(t *testing.T) {
 	if n := i.Reasons(t)["no_memory"]; n != 10 {
 		t.Errorf("%d connects without memory, want 10", n)
 	}
-	m := series(t, i)
+	m := i.Series(t)
 	if m["pillion_escapes_total"] != 5 || m["pillion_denials_total"] != 5 {
 		t.Errorf("%v escapes and %v denials, want 5 each", m["pillion_escapes_total"], m["pillion_denials_total"])
 	}
@@ -201,7 +201,7 @@ func TestFaultRing(t *testing.T) {
 	}
 	recorded := 0
 	testutil.Eventually(t, rig.Limit, func() bool {
-		recorded = int(series(t, i)[`pillion_records_lost_total{where="ring"}`])
+		recorded = int(i.Series(t)[`pillion_records_lost_total{where="ring"}`])
 		for _, total := range i.Totals(t) {
 			recorded += total.Count
 		}
@@ -253,7 +253,7 @@ func TestFaultDiscovery(t *testing.T) {
 			t.Errorf("%s: %+v", name, all)
 		}
 		t.Logf("%s: %s", name, source.Error)
-		if n := series(t, i)[fmt.Sprintf(`pillion_discovery_stale{service=%q,source=%q}`, name, name)]; n != 1 {
+		if n := i.Series(t)[fmt.Sprintf(`pillion_discovery_stale{service=%q,source=%q}`, name, name)]; n != 1 {
 			t.Errorf("%s: pillion_discovery_stale is %v", name, n)
 		}
 	}

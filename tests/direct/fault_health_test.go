@@ -57,7 +57,7 @@ func TestFaultEjection(t *testing.T) {
 			}
 		}
 	}
-	m := series(t, i)
+	m := i.Series(t)
 	for name, want := range map[string]float64{
 		"pillion_endpoint_ejected": 1, "pillion_endpoint_ejections_total": 1, "pillion_endpoint_failures_total": 2,
 		"pillion_endpoint_connections": 0, "pillion_endpoint_connects_total": 0,
@@ -133,7 +133,7 @@ func TestFaultCheck(t *testing.T) {
 			t.Errorf("%+v", f)
 		}
 	}
-	if got := series(t, i)[of("pillion_endpoint_down", vip, netip.AddrPortFrom(rig.Far4, 8001))]; got != 1 {
+	if got := i.Series(t)[of("pillion_endpoint_down", vip, netip.AddrPortFrom(rig.Far4, 8001))]; got != 1 {
 		t.Errorf("pillion_endpoint_down is %v", got)
 	}
 	up()
@@ -193,7 +193,7 @@ def blame(a, port, n):
 		default:
 		}
 	}
-	m := series(t, i)
+	m := i.Series(t)
 	var ejections, failures float64
 	for _, e := range addrs(rig.Far4, 8001, 8002, 8003) {
 		ejections += m[of("pillion_endpoint_ejections_total", vip, e)]
@@ -207,7 +207,7 @@ def blame(a, port, n):
 	before := failures
 	attacker.wants("None", "exec(%q, globals())", "time.sleep = lambda s: None")
 	attacker.wants("None", "blame(%q, 80, 40)", vip4)
-	m, failures = series(t, i), 0
+	m, failures = i.Series(t), 0
 	for _, e := range addrs(rig.Far4, 8001, 8002, 8003) {
 		failures += m[of("pillion_endpoint_failures_total", vip, e)]
 	}

@@ -70,7 +70,7 @@ func TestFaultRemove(t *testing.T) {
 	if removed != 1 {
 		t.Errorf("endpoints with a connection to one that is removed: %+v", all)
 	}
-	if n := series(t, i)["pillion_endpoint_removed_connections_total"]; n != 2 {
+	if n := i.Series(t)["pillion_endpoint_removed_connections_total"]; n != 2 {
 		t.Errorf("%v connections were ended, want 2", n)
 	}
 	for _, f := range i.Ended(t, 2) {

@@ -122,7 +122,7 @@ func TestFaultSwap(t *testing.T) {
 	l := press(t, s.Rig, s.program, 2, s.service)
 	began := time.Now()
 	done := s.swap(t, i, func(n int) bool {
-		return n >= swaps && n%50 == 0 && (int(series(t, i)["pillion_connects_total"]) >= connects || time.Since(began) > 2*rig.Limit)
+		return n >= swaps && n%50 == 0 && (int(i.Series(t)["pillion_connects_total"]) >= connects || time.Since(began) > 2*rig.Limit)
 	})
 	took := time.Since(began)
 	conns := l.end()
@@ -130,7 +130,7 @@ func TestFaultSwap(t *testing.T) {
 	if conns < connects {
 		t.Errorf("%d connects, want %d", conns, connects)
 	}
-	m := series(t, i)
+	m := i.Series(t)
 	var before map[netip.AddrPort]int
 	recorded := func() bool {
 		sum := int(m[`pillion_records_lost_total{where="ring"}`] + m[`pillion_records_lost_total{where="flowlog"}`])

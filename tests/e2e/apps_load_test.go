@@ -90,14 +90,7 @@ func TestCrowd(t *testing.T) {
 	cmd := goCommand(t, r, "crowd", fmt.Sprint(count), at4(7).String(), at6(7).String())
 	var errs rig.Log
 	cmd.Stderr = &errs
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	in, out := testutil.Pipes(t, cmd)
 	if err := r.Start(cmd); err != nil {
 		t.Fatal(err)
 	}

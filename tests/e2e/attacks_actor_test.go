@@ -143,13 +143,8 @@ func newActor(t testing.TB, place testutil.Place, attr *syscall.SysProcAttr) *ac
 	}
 	a := &actor{t: t, cmd: exec.Command(strings.TrimSpace(string(python)), "-c", acting)}
 	a.cmd.Stderr, a.cmd.SysProcAttr = &a.err, attr
-	if a.in, err = a.cmd.StdinPipe(); err != nil {
-		t.Fatal(err)
-	}
-	out, err := a.cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	in, out := testutil.Pipes(t, a.cmd)
+	a.in = in
 	a.out = bufio.NewReader(out)
 	if err := place.Start(a.cmd); err != nil {
 		t.Fatal(err)
@@ -311,28 +306,6 @@ func counted(t testing.TB, i *rig.Instance, before map[string]uint64, want map[s
 // tests is among them.
 func arrived(t testing.TB, i *rig.Instance) float64 {
 	t.Helper()
-	m := series(t, i)
+	m := i.Series(t)
 	return m["pillion_relay_ended_total"] + m["pillion_relay_connections"]
-}
-
-// series returns the metrics of an instance, by name and labels as written.
-func series(t testing.TB, i *rig.Instance) map[string]float64 {
-	t.Helper()
-	body, err := i.Metrics(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer body.Close()
-	all := map[string]float64{}
-	lines := bufio.NewScanner(body)
-	for lines.Scan() {
-		name, text, _ := strings.Cut(lines.Text(), " ")
-		if n, err := strconv.ParseFloat(text, 64); err == nil {
-			all[name] = n
-		}
-	}
-	if err := lines.Err(); err != nil {
-		t.Fatal(err)
-	}
-	return all
 }

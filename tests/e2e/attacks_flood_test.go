@@ -23,7 +23,7 @@ func TestAttackRecordFlood(t *testing.T) {
 			a, b := captive(t, s.Rig, one), captive(t, s.Rig, two)
 			a.learn("%s", scan)
 			denied := s.i.Reasons(t)["denied"]
-			before := series(t, s.i)
+			before := s.i.Series(t)
 			if stopped {
 				s.i.Signal(t, unix.SIGSTOP)
 			}
@@ -40,7 +40,7 @@ func TestAttackRecordFlood(t *testing.T) {
 			works(t, s.i, b)
 			var lost, given, others float64
 			testutil.Eventually(t, rig.Limit, func() bool {
-				m := series(t, s.i)
+				m := s.i.Series(t)
 				kind := `pillion_connections_total{end="denied",path="deny",reason="denied"}`
 				given = m[kind] - before[kind]
 				lost = m[`pillion_records_lost_total{where="ring"}`]

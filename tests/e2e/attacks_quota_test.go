@@ -133,7 +133,7 @@ func TestAttackAbandonedDials(t *testing.T) {
 		a.do("[begin(%q, 80) for i in range(20)]", rig.Void4)
 		a.do("time.sleep(0.02)")
 		a.do("let_go()")
-		most = max(most, series(t, s.i)["pillion_relay_connections"])
+		most = max(most, s.i.Series(t)["pillion_relay_connections"])
 	}
 	if most > quota+quota/8+8 {
 		t.Errorf("the handler carried %v connections of one container, want little more than its quota of %d", most, quota)

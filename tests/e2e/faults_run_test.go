@@ -52,14 +52,8 @@ func newSession(t *testing.T, r *rig.Rig, to netip.AddrPort) *session {
 	t.Helper()
 	testutil.Need(t, "python3")
 	s := &session{cmd: r.Command("python3", "-c", talk, to.Addr().String(), fmt.Sprint(to.Port()))}
-	var err error
-	if s.in, err = s.cmd.StdinPipe(); err != nil {
-		t.Fatal(err)
-	}
-	out, err := s.cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	in, out := testutil.Pipes(t, s.cmd)
+	s.in = in
 	s.out = bufio.NewScanner(out)
 	if err := r.Start(s.cmd); err != nil {
 		t.Fatal(err)

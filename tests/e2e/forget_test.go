@@ -44,14 +44,7 @@ while input():
         s.close()
     print("done", flush=True)
 `)
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	in, out := testutil.Pipes(t, cmd)
 	if err := r.Start(cmd); err != nil {
 		t.Fatal(err)
 	}

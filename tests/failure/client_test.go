@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
 )
 
 // app is an application process in the test's hands.
@@ -40,14 +41,7 @@ func newApp(t *testing.T, r *rig.Rig, first int) *app {
 	a := &app{cmd: r.Command(self), done: make(chan struct{}), waiting: map[int]chan answer{}, streamed: map[string][]outcome{}}
 	a.cmd.Env = append(os.Environ(), fmt.Sprint(envApp, "=", first))
 	a.cmd.Stderr = &a.errs
-	stdin, err := a.cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := a.cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	stdin, stdout := testutil.Pipes(t, a.cmd)
 	if err := r.Start(a.cmd); err != nil {
 		t.Fatal(err)
 	}

@@ -21,6 +21,7 @@ import (
 
 	"github.com/pillion-project/pillion/redirect/upstream/discover"
 	"github.com/pillion-project/pillion/redirect/upstream/discover/kube"
+	"github.com/pillion-project/pillion/tests/testutil"
 )
 
 const httpPort = `{"name":"http","port":8080,"protocol":"TCP"}`
@@ -438,14 +439,7 @@ func testMemory(t *testing.T, c *cluster) {
 	}
 	cmd := exec.Command(bin, "-server="+c.url, "-ca="+c.path("ca.crt"), "-token="+c.path("token"))
 	cmd.Stderr = os.Stderr
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	stdin, stdout := testutil.Pipes(t, cmd)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

@@ -32,13 +32,8 @@ func startPeer(t testing.TB, place testutil.Place, lanes int) *remote {
 	p := &remote{cmd: exec.Command(self, argPeer)}
 	var errs rig.Log
 	p.cmd.Stderr = &errs
-	if p.in, err = p.cmd.StdinPipe(); err != nil {
-		t.Fatal(err)
-	}
-	out, err := p.cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	in, out := testutil.Pipes(t, p.cmd)
+	p.in = in
 	p.orders = gob.NewEncoder(p.in)
 	for range lanes {
 		p.lanes = append(p.lanes, make(chan result, 1))

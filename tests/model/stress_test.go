@@ -46,13 +46,8 @@ func startProgram(t *testing.T, place testutil.Place, name string) *program {
 	p := &program{}
 	cmd := exec.Command(self, name)
 	cmd.Stderr = &p.errs
-	if p.in, err = cmd.StdinPipe(); err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	in, out := testutil.Pipes(t, cmd)
+	p.in = in
 	p.out = bufio.NewScanner(out)
 	p.out.Buffer(nil, 64<<20)
 	if err := place.Start(cmd); err != nil {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
 )
 
@@ -31,14 +32,7 @@ func start(t testing.TB, r *rig.Rig, name string, args ...string) *dialog {
 	cmd := r.Command(name, args...)
 	var errs rig.Log
 	cmd.Stderr = &errs
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	in, out := testutil.Pipes(t, cmd)
 	if err := r.Start(cmd); err != nil {
 		t.Fatal(err)
 	}

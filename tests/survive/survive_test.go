@@ -2,7 +2,6 @@ package survive
 
 import (
 	"context"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
@@ -157,7 +156,7 @@ func (s *stage) recorded(t *testing.T, o *app.Report) {
 	var all []flow.Record
 	// What has lost its other half waits for it.
 	for still := time.Now(); time.Since(still) < 4*time.Second && len(all) < o.Opened; time.Sleep(100 * time.Millisecond) {
-		if now := readLog(t, s.flows); len(now) > len(all) {
+		if now := rig.ReadFlows(t, s.flows); len(now) > len(all) {
 			all, still = now, time.Now()
 		}
 	}
@@ -195,23 +194,6 @@ func (s *stage) recorded(t *testing.T, o *app.Report) {
 	}
 	if len(cookies) != len(all)-alone {
 		t.Errorf("%d records, of %d connections", len(all)-alone, len(cookies))
-	}
-}
-
-func readLog(t testing.TB, path string) []flow.Record {
-	t.Helper()
-	f, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	var all []flow.Record
-	for d := json.NewDecoder(f); ; {
-		var r flow.Record
-		if err := d.Decode(&r); err != nil {
-			return all // io.EOF, or half written
-		}
-		all = append(all, r)
 	}
 }
 
@@ -302,7 +284,7 @@ func TestPoison(t *testing.T) {
 	s.ready(t)
 	s.finish(t)
 	crashed := 0
-	for _, r := range readLog(t, s.flows) {
+	for _, r := range rig.ReadFlows(t, s.flows) {
 		if r.End == flow.ReasonCrashed {
 			crashed++
 		}

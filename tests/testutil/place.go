@@ -2,8 +2,10 @@ package testutil
 
 import (
 	"fmt"
+	"io"
 	"os/exec"
 	"syscall"
+	"testing"
 
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -84,4 +86,17 @@ func limitCaps(keep []uintptr) error {
 		return fmt.Errorf("clear inheritable capabilities: %w", err)
 	}
 	return nil
+}
+
+// Pipes returns what goes to a command that is not started yet, and what comes from it.
+func Pipes(t testing.TB, cmd *exec.Cmd) (in io.WriteCloser, out io.ReadCloser) {
+	t.Helper()
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err = cmd.StdoutPipe(); err != nil {
+		t.Fatal(err)
+	}
+	return in, out
 }

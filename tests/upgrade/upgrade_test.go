@@ -1,9 +1,7 @@
 package upgrade
 
 import (
-	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -105,13 +103,13 @@ func (s *stage) recorded(t *testing.T, o *app.Report, q task) {
 	want := o.Opened
 	var all []flow.Record
 	testutil.Eventually(t, rig.Limit, func() bool {
-		all = readLog(t, s.log)
+		all = rig.ReadFlows(t, s.log)
 		return len(all) >= want
 	}, "records of ", want, " connections")
 	if q.Conns >= many {
 		// A half that is left over comes when it has waited for the other in vain.
 		time.Sleep(3 * time.Second)
-		all = readLog(t, s.log)
+		all = rig.ReadFlows(t, s.log)
 	}
 	if len(all) != want {
 		t.Errorf("%d records of %d connections", len(all), want)
@@ -152,26 +150,6 @@ func urgents(r flow.Record, c app.Conn) uint64 {
 		return 0
 	}
 	return r.Sent - c.Up - app.HeadSize // not counted here
-}
-
-func readLog(t testing.TB, path string) []flow.Record {
-	t.Helper()
-	f, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	var all []flow.Record
-	lines := bufio.NewScanner(f)
-	lines.Buffer(nil, 1<<20)
-	for lines.Scan() {
-		var r flow.Record
-		if err := json.Unmarshal(lines.Bytes(), &r); err != nil {
-			return all // half written
-		}
-		all = append(all, r)
-	}
-	return all
 }
 
 // TestUpgrades has two builds take over from each other, twenty times, so that every
@@ -248,7 +226,7 @@ func testUpgradesOfHandshakes(t *testing.T, versions [2]string) {
 	}
 	o := s.finish(t, q)
 	late, waited, early := 0, 0, 0
-	for _, r := range readLog(t, s.log) {
+	for _, r := range rig.ReadFlows(t, s.log) {
 		switch {
 		case r.Path != flow.PathRelay:
 		case !r.Mirrored:

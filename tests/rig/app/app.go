@@ -33,14 +33,7 @@ func Start(t testing.TB, r *rig.Rig) *Application {
 	cmd := r.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), Env+"=-")
 	cmd.Stderr = os.Stderr
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	in, out := testutil.Pipes(t, cmd)
 	if err := r.Start(cmd); err != nil {
 		t.Fatal(err)
 	}
