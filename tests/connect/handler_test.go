@@ -118,9 +118,7 @@ func TestHandlerStopped(t *testing.T) {
 	i.Prefer(t)
 	i.NoLeaks(t)
 	apps := pendingApps(t, g)
-	i.Signal(t, unix.SIGSTOP)
-	// Whatever happens, it goes on.
-	t.Cleanup(func() { i.Cmd.Process.Signal(unix.SIGCONT) })
+	i.Halt(t)
 	for _, at := range []netip.AddrPort{far4(portEcho), far6(portEcho)} {
 		g.becomes(t, at, "connect send=hello recv", alive)
 		g.wants(t, netip.AddrPortFrom(at.Addr(), portClosed), "connect", refused)

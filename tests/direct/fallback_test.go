@@ -202,9 +202,7 @@ func TestHandlerStopped(t *testing.T) {
 	t.Parallel()
 	f := newFallen(t)
 	f.serves(t, talked)
-	f.Signal(t, unix.SIGSTOP)
-	// Whatever happens, it goes on.
-	t.Cleanup(func() { f.Cmd.Process.Signal(unix.SIGCONT) })
+	f.Halt(t)
 	testutil.Eventually(t, rig.Limit, func() bool {
 		saw, err := f.run(patience, f.open[0], talk)
 		return err == nil && saw == talked

@@ -176,7 +176,7 @@ func TestFaultRing(t *testing.T) {
 	serveEnds(t, r, program, ":8001")
 	vip := netip.AddrPortFrom(vip4, 80)
 	i := r.Run(t, "path: direct\nservices:\n"+service(vip, "", addrs(rig.Far4, 8001)...))
-	i.Signal(t, unix.SIGSTOP)
+	i.Halt(t)
 	cmd := r.Command(program, "load", "4", "80", vip4.String())
 	stop, err := cmd.StdinPipe()
 	if err != nil {

@@ -25,7 +25,7 @@ func TestAttackRecordFlood(t *testing.T) {
 			denied := s.i.Reasons(t)["denied"]
 			before := s.i.Series(t)
 			if stopped {
-				s.i.Signal(t, unix.SIGSTOP)
+				s.i.Halt(t)
 			}
 			got := a.do("attempts(addresses('100.64', 0, %d), 80)", flood)
 			if got != "{'ECONNREFUSED': 50000}" {

@@ -134,18 +134,6 @@ func judge(t *testing.T, all []outcome, setting string, w window) {
 	}
 }
 
-func waitState(t *testing.T, pid int, state string) {
-	t.Helper()
-	testutil.Eventually(t, rig.Limit, func() bool {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
-		return fields[0] == state
-	}, "process state ", state)
-}
-
 // quotas are the ways to leave a process five milliseconds of a second.
 var quotas = []struct {
 	root  string

@@ -338,8 +338,7 @@ func TestUnloadForce(t *testing.T) {
 				t.Errorf("status %+v, %v", st, err)
 			}
 			if hung {
-				i.Signal(t, unix.SIGSTOP)
-				waitState(t, i.Cmd.Process.Pid, "T")
+				i.Halt(t)
 			}
 			out, err := g.Pillion(t, "unload", "--force", i.Name)
 			if err != nil || !strings.Contains(out, "removed "+i.Name) {

@@ -5,9 +5,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
-	"path/filepath"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -57,8 +54,7 @@ while input():
 	for range rounds {
 		// If this takes too long, connections are passed by; they arrive
 		// all the same.
-		i.Signal(t, unix.SIGSTOP)
-		stopped(t, i.Cmd.Process.Pid)
+		i.Halt(t)
 		fmt.Fprintln(in, "go")
 		said.Scan()
 		i.Signal(t, unix.SIGCONT)
@@ -75,24 +71,6 @@ while input():
 	if n := bytes.Load(); n != 16*rounds*each {
 		t.Errorf("the server got %d bytes, want %d", n, 16*rounds*each)
 	}
-}
-
-// stopped waits until no thread of a process runs any more, after SIGSTOP.
-func stopped(t testing.TB, pid int) {
-	t.Helper()
-	testutil.Eventually(t, rig.Limit, func() bool {
-		files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
-		if err != nil || len(files) == 0 {
-			t.Fatalf("threads of %d: %v", pid, err)
-		}
-		for _, file := range files {
-			stat, err := os.ReadFile(file)
-			if err == nil && !strings.Contains(string(stat), ") T ") {
-				return false
-			}
-		}
-		return true
-	}, "every thread has stopped")
 }
 
 // lingers is longer than the halves of a record wait for each other.

@@ -46,19 +46,7 @@ func launch(t *testing.T, s *stage) {
 	s.Prefer(t)
 }
 
-func stop(t *testing.T, s *stage) {
-	s.Signal(t, unix.SIGSTOP)
-	pid := s.Cmd.Process.Pid
-	// Whatever happens, it goes on.
-	t.Cleanup(func() { s.Cmd.Process.Signal(unix.SIGCONT) })
-	testutil.Eventually(t, rig.Limit, func() bool {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))[0] == "T"
-	}, "it is stopped")
-}
+func stop(t *testing.T, s *stage) { s.Halt(t) }
 
 func proceed(t *testing.T, s *stage) { s.Signal(t, unix.SIGCONT) }
 

@@ -171,11 +171,11 @@ func playAll(t *testing.T, seed uint64, n int, connect string) {
 
 // relayed fails the test unless so many connections have ended, and nearly all
 // were relayed: on a busy machine the handler may be late once, and then
-// connections are passed by.
-func relayed(t *testing.T, i *rig.Instance, want int) {
+// connections are passed by. It returns how many.
+func relayed(t *testing.T, i *rig.Instance, want int) (passed int) {
 	t.Helper()
 	i.Idle(t)
-	sum, passed := 0, 0
+	sum := 0
 	testutil.Eventually(t, rig.Limit, func() bool {
 		sum, passed = 0, 0
 		for _, total := range i.Totals(t) {
@@ -194,6 +194,7 @@ func relayed(t *testing.T, i *rig.Instance, want int) {
 	} else if passed > 0 {
 		t.Logf("%d of %d connections were not relayed", passed, want)
 	}
+	return passed
 }
 
 // play plays a script on both roads, and fails the test unless they agree.

@@ -410,6 +410,7 @@ func TestProbes(t *testing.T) {
 	}
 	// It lives, and nobody hears it.
 	s.cmd.Process.Signal(unix.SIGSTOP)
+	rig.Stopped(t, s.cmd.Process.Pid)
 	if _, err := p.pillion(t, nil, "live", "--timeout", "200ms"); exitCode(err) != 1 {
 		t.Errorf("live of a stopped sidecar: %v", err)
 	}

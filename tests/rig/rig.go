@@ -259,6 +259,35 @@ func (i *Instance) Signal(t testing.TB, s syscall.Signal) {
 	}
 }
 
+// Halt stops every thread of the process. They go on at SIGCONT, at the latest when the
+// test ends.
+func (i *Instance) Halt(t testing.TB) {
+	t.Helper()
+	process := i.Cmd.Process
+	t.Cleanup(func() { process.Signal(unix.SIGCONT) })
+	i.Signal(t, unix.SIGSTOP)
+	Stopped(t, process.Pid)
+}
+
+// Stopped waits until no thread of a process runs any more, after SIGSTOP: on a busy
+// machine one that was told to stop may answer still.
+func Stopped(t testing.TB, pid int) {
+	t.Helper()
+	testutil.Eventually(t, Limit, func() bool {
+		files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		if err != nil || len(files) == 0 {
+			t.Fatalf("threads of %d: %v", pid, err)
+		}
+		for _, file := range files {
+			stat, err := os.ReadFile(file)
+			if err == nil && !strings.Contains(string(stat), ") T ") {
+				return false
+			}
+		}
+		return true
+	}, "every thread of ", pid, " has stopped")
+}
+
 // Stop ends the process as an operator would, and returns how it ended.
 func (i *Instance) Stop(t testing.TB) error {
 	t.Helper()

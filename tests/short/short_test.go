@@ -205,7 +205,7 @@ func TestShortFaults(t *testing.T) {
 		t.Errorf("reasons %v", reasons)
 	}
 	// Stopped it still listens, and only the heartbeat tells.
-	i.Signal(t, unix.SIGSTOP)
+	i.Halt(t)
 	time.Sleep(500 * time.Millisecond) // the time that noticing may take
 	if got, err := app(t, r, addr); err != nil || !strings.HasPrefix(got, "far-HELLO") {
 		t.Errorf("stopped: %q, %v", got, err)

@@ -273,7 +273,7 @@ func fullBuffer(t testing.TB, s *site) {
 	const connects = 20000
 	s.extra = "deny: [203.0.113.0/24]"
 	s.start()
-	s.Signal(s.t, unix.SIGSTOP)
+	s.Halt(s.t)
 	refused := 0
 	for n := range connects {
 		fd := s.app.socket(unix.AF_INET, 0)

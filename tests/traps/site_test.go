@@ -252,23 +252,10 @@ func (s *site) freeze(frozen bool) {
 	case s.sys != pillion:
 		s.peer.Freeze(s.t, frozen)
 	case frozen:
-		s.Signal(s.t, unix.SIGSTOP)
-		testutil.Eventually(s.t, rig.Limit, func() bool { return stopped(s.Cmd.Process.Pid) }, "Pillion has stopped")
+		s.Halt(s.t)
 	default:
 		s.Signal(s.t, unix.SIGCONT)
 	}
-}
-
-// stopped tells whether every thread of a process has stopped.
-func stopped(pid int) bool {
-	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
-	for _, name := range threads {
-		text, e := os.ReadFile(name)
-		if e != nil || !bytes.Contains(text, []byte(") T ")) {
-			return false
-		}
-	}
-	return err == nil && len(threads) > 0
 }
 
 // again starts the system that was killed.
