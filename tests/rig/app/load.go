@@ -97,7 +97,7 @@ func start(want *Load, patience time.Duration) *load {
 	for n := range l.Stay {
 		opened.Add(1)
 		slow := new(atomic.Int64)
-		h := head{Kind: l.Kinds[n%len(l.Kinds)], ID: l.id.Add(1)}
+		h := head{Kind: l.Kinds[n%len(l.Kinds)], ID: l.id.Add(1), Up: uint32(l.Longest)}
 		if h.Kind == Echo || h.Kind == Stream {
 			l.slow = append(l.slow, slow)
 		}

@@ -86,8 +86,10 @@ func (s *Server) ends(h head, b Bytes, err error) {
 
 func (s *Server) play(far *side) error {
 	switch far.Kind {
-	case Echo, Urgent, Marked, Stream, Idle, Once:
+	case Echo, Urgent, Stream, Idle, Once:
 		return far.answer()
+	case Marked:
+		return far.answerWhole()
 	case Duplex, Half:
 		return far.duplex(s.end, pacing, pace)
 	case FarHalf:

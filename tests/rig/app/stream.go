@@ -40,8 +40,8 @@ const (
 // that sends any.
 const HeadSize = 13
 
-// head begins a connection: what it does, its number, and how much each side sends
-// if that is known before.
+// head begins a connection: what it does, its number, and how much each side sends if
+// that is known before; of what lasts, Up is the longest message.
 type head struct {
 	Kind     Kind
 	ID       uint32
