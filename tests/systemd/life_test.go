@@ -347,7 +347,7 @@ func testBroken(t *testing.T, m *machine, _ client) {
 
 // testMissing: the next process cannot be started. What is pinned stays, and on_failure
 // decides; a stop finds nobody to take it away, and then unload does.
-func testMissing(t *testing.T, m *machine, a *app) {
+func testMissing(t *testing.T, m *machine, a client) {
 	const binary = "/usr/local/bin/pillion"
 	m.configure(t, "on_failure: closed\n"+shop)
 	m.must(t, "systemctl", "reload", unit)
@@ -355,17 +355,17 @@ func testMissing(t *testing.T, m *machine, a *app) {
 	t.Cleanup(func() { m.try("mv", binary+".away", binary) })
 	m.must(t, "systemctl", "kill", "--kill-who=main", "--signal=KILL", unit)
 	testutil.Eventually(t, rig.Limit, func() bool { return m.show(t, unit, "ExecMainStatus") == fmt.Sprint(exitExec) }, "systemd does not find it")
-	if got := a.dial(t, relayed); got != "ECONNREFUSED" {
+	if got := a.Dial(t, relayed); got != "ECONNREFUSED" {
 		t.Errorf("a new connection: %s", got)
 	}
 	m.must(t, "systemctl", "stop", unit)
-	if got := a.dial(t, relayed); got != "ECONNREFUSED" {
+	if got := a.Dial(t, relayed); got != "ECONNREFUSED" {
 		t.Errorf("a new connection when it is stopped: %s", got)
 	}
 	m.must(t, "mv", binary+".away", binary)
 	m.must(t, binary, "unload", "shop")
 	m.nothingLeft(t)
-	if got := a.dial(t, unnamed); got != unnamed.String() {
+	if got := a.Dial(t, unnamed); got != unnamed.String() {
 		t.Errorf("a new connection when it is unloaded: %s", got)
 	}
 	m.must(t, "systemctl", "start", unit)

@@ -169,7 +169,7 @@ func testLayouts(t *testing.T, versions [2]string) {
 	}
 	var all []flow.Record
 	testutil.Eventually(t, rig.Limit, func() bool {
-		all = readLog(t, log)
+		all = rig.ReadFlows(t, log)
 		return len(all) >= total
 	}, "records of ", total, " connections")
 	checkRecords(t, all, want)
