@@ -113,9 +113,10 @@ func watchdog(ctx context.Context, every time.Duration, stuck func() error) erro
 func (i *instance) beWatched(ctx context.Context) {
 	every, err := watchdogEvery(i.global.survival.mainPID())
 	if err == nil && every > 0 {
+		begun := false // it stays so when it drains, and is not ready any more
 		err = watchdog(ctx, every, func() error {
-			if i.taking != nil && !i.ready.Load() {
-				return nil // it has no heartbeat yet
+			if begun = begun || i.ready.Load(); !begun {
+				return nil // it has no heartbeat yet, if it takes over or goes on
 			}
 			return i.stuck()
 		})
