@@ -2,7 +2,6 @@ package events
 
 import (
 	"testing"
-	"time"
 
 	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -13,10 +12,10 @@ import (
 // in the ring on.
 func BenchmarkEvent(b *testing.B) {
 	c := newCollector(Options{Names: names, Sinks: []Sink{metrics.New(metrics.Sources{})}}, &fakeRing{})
-	e, now := raw(event(1, flow.PathDirect, bpf.EndingClosed)), time.Now()
+	e := raw(event(1, flow.PathDirect, bpf.EndingClosed))
 	b.ReportAllocs()
 	for b.Loop() {
-		c.event(e, now)
+		c.event(e)
 	}
 }
 
@@ -31,14 +30,14 @@ func BenchmarkRing(b *testing.B) {
 	defer r.close()
 	c := newCollector(Options{Names: names, Sinks: []Sink{metrics.New(metrics.Sources{})}}, r)
 	const burst = 1000
-	emit, now := emitter(b, m, event(1, flow.PathDirect, bpf.EndingClosed), noWakeup), time.Now()
+	emit := emitter(b, m, event(1, flow.PathDirect, bpf.EndingClosed), noWakeup)
 	b.ReportAllocs()
 	b.ResetTimer()
 	for n := 0; n < b.N; n += burst {
 		b.StopTimer()
 		emit(burst)
 		b.StartTimer()
-		if err := r.read(func(raw []byte) { c.event(raw, now) }); err != nil {
+		if _, err := r.read(c.event); err != nil {
 			b.Fatal(err)
 		}
 	}

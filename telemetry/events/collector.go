@@ -26,6 +26,10 @@ const (
 	// bufferMax is the largest buffer, in records, that is kept for the next
 	// poll.
 	bufferMax = 4096
+	// untoldMax is how long nobody is given up while one of the sides does not tell
+	// all, by the joiner's clock. One that takes longer hangs, and does not just get no
+	// processor.
+	untoldMax = 5 * patience
 )
 
 // Handler tells what became of the connections that it carries. It is safe for
@@ -33,7 +37,8 @@ const (
 type Handler interface {
 	// Ended appends to buf what ended since the last call. It is cheap.
 	Ended(buf []flow.Record) []flow.Record
-	// Live returns a copy of the open connections.
+	// Live returns a copy of the open connections, some of them if ctx is done
+	// before.
 	Live(ctx context.Context) []flow.Record
 	// Lost counts the ended connections that the handler had no room for.
 	Lost() uint64
@@ -87,7 +92,7 @@ type Losses struct {
 
 // source is where the kernel side's events come from.
 type source interface {
-	read(each func(raw []byte)) error
+	read(each func(raw []byte)) (all bool, err error)
 	wait(ctx context.Context, d time.Duration)
 	close() error
 }
@@ -104,13 +109,16 @@ type Collector struct {
 	now     func() time.Time
 	history history
 
-	// mu orders polls: it holds joiner, buffer, scratch, closed, the reading
-	// side of ring, and the calls of the sinks.
-	mu      sync.Mutex
-	joiner  *joiner
-	buffer  []flow.Record
-	scratch flow.Record // the event that is being read
-	closed  bool
+	// mu orders polls: it holds the fields below up to closed, the reading side
+	// of ring, and the calls of the sinks.
+	mu sync.Mutex
+	// patient is the joiner's clock, see pass, and told what it was when both sides
+	// last told all. polled is when it was set.
+	patient, told, polled time.Time
+	joiner                *joiner
+	buffer                []flow.Record
+	scratch               flow.Record // the event that is being read
+	closed                bool
 
 	unreadable atomic.Uint64
 }
@@ -256,36 +264,52 @@ func (c *Collector) poll() error {
 	if c.closed {
 		return nil
 	}
-	now := c.now()
-	var err error
+	c.pass()
+	all, err := true, error(nil)
 	if c.ring != nil {
-		err = c.ring.read(func(raw []byte) { c.event(raw, now) })
+		all, err = c.ring.read(c.event)
 	}
 	// Before the ended ones are taken: what ends in between is then in both.
-	carried := c.carried(now)
+	carried, known := c.carried()
 	if c.handler != nil {
-		c.takeEnded(now)
+		c.takeEnded()
 	}
-	c.joiner.expire(now, carried)
+	all = all && known
+	if all {
+		c.told = c.patient
+	}
+	if all || c.patient.Sub(c.told) >= untoldMax {
+		c.joiner.expire(c.patient, carried)
+	}
 	return err
 }
 
+// pass lets the joiner's time pass. A poll counts for an interval at most: who got no
+// processor for seconds does not take for lost what the other side, which had none
+// either, could not tell.
+func (c *Collector) pass() {
+	now := c.now()
+	c.patient = c.patient.Add(min(max(now.Sub(c.polled), 0), interval))
+	c.polled = now
+}
+
 // carried are the connections that the handler has, if that is of interest now.
-func (c *Collector) carried(now time.Time) map[key]bool {
-	if c.handler == nil || !c.joiner.due(now) {
-		return nil
+// known is false if the handler has not told of all.
+func (c *Collector) carried() (all map[key]bool, known bool) {
+	if c.handler == nil || !c.joiner.due(c.patient) {
+		return nil, true
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), interval)
 	defer cancel()
-	all := map[key]bool{}
+	all = map[key]bool{}
 	for _, r := range c.handler.Live(ctx) {
 		all[key{cookie: r.Cookie, port: r.Source.Port()}] = true
 	}
-	return all
+	return all, ctx.Err() == nil
 }
 
 // event takes one event of the kernel side.
-func (c *Collector) event(raw []byte, now time.Time) {
+func (c *Collector) event(raw []byte) {
 	e, ok := bpf.ParseEvent(raw)
 	if !ok || !readable(&e) {
 		c.unreadable.Add(1)
@@ -305,13 +329,13 @@ func (c *Collector) event(raw []byte, now time.Time) {
 		c.emit(r)
 		return
 	}
-	c.joiner.add(fromKernel, r, now)
+	c.joiner.add(fromKernel, r, c.patient)
 }
 
-func (c *Collector) takeEnded(now time.Time) {
+func (c *Collector) takeEnded() {
 	c.buffer = c.handler.Ended(c.buffer[:0])
 	for i := range c.buffer {
-		c.joiner.add(fromHandler, &c.buffer[i], now)
+		c.joiner.add(fromHandler, &c.buffer[i], c.patient)
 	}
 	if cap(c.buffer) > bufferMax {
 		c.buffer = nil

@@ -97,7 +97,7 @@ func FuzzEvent(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		s := &sink{}
 		c := newCollector(Options{Sinks: []Sink{s}, Names: names}, &fakeRing{})
-		c.event(b, epoch)
+		c.event(b)
 		records := s.taken()
 		if n := uint64(len(records)); n+c.unreadable.Load() > 1 {
 			t.Fatalf("%d records and %d unreadable of one event", n, c.unreadable.Load())

@@ -26,7 +26,7 @@ func (c *Collector) Freeze() *Frozen {
 func (f *Frozen) Halves() []Half {
 	c := f.c
 	if !c.closed && c.handler != nil {
-		c.takeEnded(c.now())
+		c.takeEnded()
 	}
 	var all []Half
 	for e := c.joiner.order.Front(); e != nil; e = e.Next() {
@@ -58,13 +58,12 @@ func (f *Frozen) Leave() error {
 func (c *Collector) Adopt(halves []Half) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	now := c.now()
 	for i := range halves {
 		from := fromHandler
 		if halves[i].Kernel {
 			from = fromKernel
 		}
-		c.joiner.add(from, &halves[i].Record, now)
+		c.joiner.add(from, &halves[i].Record, c.patient)
 	}
 }
 

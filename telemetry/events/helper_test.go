@@ -104,6 +104,7 @@ func (s *sink) taken() []flow.Record {
 type fakeRing struct {
 	mu     sync.Mutex
 	events [][]byte
+	busy   bool // nothing can be read
 	err    error
 	closed int
 }
@@ -114,14 +115,17 @@ func (f *fakeRing) put(events ...[]byte) {
 	f.events = append(f.events, events...)
 }
 
-func (f *fakeRing) read(each func(raw []byte)) error {
+func (f *fakeRing) read(each func(raw []byte)) (all bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.busy {
+		return false, f.err
+	}
 	for _, e := range f.events {
 		each(e)
 	}
 	f.events = nil
-	return f.err
+	return true, f.err
 }
 
 func (f *fakeRing) wait(ctx context.Context, _ time.Duration) { pause(ctx, time.Millisecond) }
@@ -153,6 +157,7 @@ func names(orig netip.AddrPort) (string, string) {
 type fakeHandler struct {
 	mu    sync.Mutex
 	ended []flow.Record
+	hangs bool // it does not say what it carries
 }
 
 func (f *fakeHandler) end(records ...flow.Record) {
@@ -169,6 +174,11 @@ func (f *fakeHandler) Ended(buf []flow.Record) []flow.Record {
 	return buf
 }
 
-func (f *fakeHandler) Live(context.Context) []flow.Record { return []flow.Record{{Open: true}} }
+func (f *fakeHandler) Live(ctx context.Context) []flow.Record {
+	if f.hangs {
+		<-ctx.Done()
+	}
+	return []flow.Record{{Open: true}}
+}
 
 func (f *fakeHandler) Lost() uint64 { return 5 }

@@ -64,20 +64,21 @@ func openBell(fd int) (*os.File, error) {
 }
 
 // read calls each with what is in the ring, at most a batch. The bytes are
-// valid during the call.
-func (r *ring) read(each func(raw []byte)) error {
+// valid during the call. all is false if something was in the way: who writes an
+// event and lost the processor there holds up all that come after it.
+func (r *ring) read(each func(raw []byte)) (all bool, err error) {
 	for range batch {
 		raw, err := r.window.peek()
 		if err != nil {
-			return fmt.Errorf("read ring buffer: %w", err)
+			return false, fmt.Errorf("read ring buffer: %w", err)
 		}
 		if raw == nil {
-			return nil
+			return !r.window.busy, nil
 		}
 		each(raw)
 		r.window.advance()
 	}
-	return nil
+	return true, nil // more than was in it at the beginning
 }
 
 // wait returns when the kernel side says that the ring fills up, after d, or

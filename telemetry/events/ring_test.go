@@ -75,20 +75,20 @@ func TestRingRead(t *testing.T) {
 	for _, emit := range []func(int){quiet, loud, quiet} {
 		emit(3)
 		n := 0
-		err := r.read(func(raw []byte) {
+		all, err := r.read(func(raw []byte) {
 			n++
 			if e, ok := bpf.ParseEvent(raw); !ok || e != want {
 				t.Errorf("read %+v", e)
 			}
 		})
-		if err != nil || n != 3 {
-			t.Fatalf("read %d: %v", n, err)
+		if err != nil || n != 3 || !all {
+			t.Fatalf("read %d, all: %t, %v", n, all, err)
 		}
 	}
 	if err := r.close(); err != nil {
 		t.Error(err)
 	}
-	if err := r.read(func([]byte) {}); err == nil {
+	if _, err := r.read(func([]byte) {}); err == nil {
 		t.Error("read after close")
 	}
 }
@@ -110,7 +110,7 @@ func TestRingWindow(t *testing.T) {
 	for range rounds {
 		one(each)
 		other(each / 3)
-		err := r.read(func(raw []byte) {
+		_, err := r.read(func(raw []byte) {
 			switch v, ok := bpf.ParseEvent(raw); {
 			case ok && v == e:
 				got++
@@ -135,7 +135,7 @@ func TestRingWindow(t *testing.T) {
 	}
 	long(t, m)
 	read := 0
-	if err := r.read(func(raw []byte) { read = len(raw) }); err != nil || read != longRecord {
+	if _, err := r.read(func(raw []byte) { read = len(raw) }); err != nil || read != longRecord {
 		t.Errorf("read a record of %d bytes: %v, want %d", read, err, longRecord)
 	}
 }

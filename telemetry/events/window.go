@@ -24,6 +24,7 @@ type window struct {
 	data               []byte // mapped, from the offset from on
 	from               int
 	at, size           uint64 // of the record that peek returned
+	busy               bool   // peek met a record that is being written
 }
 
 // openWindow maps a ring of so many bytes.
@@ -81,11 +82,12 @@ func (w *window) see(offset, n int) ([]byte, error) {
 }
 
 // peek returns the next record, which stays valid until advance, or nil if there is
-// none. What the kernel discarded is skipped.
+// none, or none that is written: busy tells. What the kernel discarded is skipped.
 func (w *window) peek() ([]byte, error) {
 	if w.consumer == nil {
 		return nil, os.ErrClosed
 	}
+	w.busy = false
 	for {
 		w.at = w.word(w.consumer).Load()
 		if w.at >= w.word(w.producer).Load() {
@@ -98,7 +100,8 @@ func (w *window) peek() ([]byte, error) {
 		}
 		head := atomic.LoadUint32((*uint32)(unsafe.Pointer(&b[0])))
 		if head&unix.BPF_RINGBUF_BUSY_BIT != 0 {
-			return nil, nil // being written
+			w.busy = true
+			return nil, nil
 		}
 		length := int(head &^ (unix.BPF_RINGBUF_BUSY_BIT | unix.BPF_RINGBUF_DISCARD_BIT))
 		w.size = uint64(length+unix.BPF_RINGBUF_HDR_SZ+7) &^ 7
