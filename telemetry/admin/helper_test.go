@@ -18,6 +18,12 @@ var epoch = time.Unix(1_700_000_000, 0).UTC()
 // server and waits for it; the test's end does too.
 func start(t *testing.T, api API) (path string, stop func()) {
 	t.Helper()
+	return startWith(t, api, writeTimeout)
+}
+
+// startWith is start with a bound of its own for writes, 0 for none.
+func startWith(t *testing.T, api API, write time.Duration) (path string, stop func()) {
+	t.Helper()
 	path = filepath.Join(t.TempDir(), "admin.sock")
 	ln, err := Listen(path)
 	if err != nil {
@@ -25,7 +31,7 @@ func start(t *testing.T, api API) (path string, stop func()) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- Serve(ctx, ln, api) }()
+	go func() { done <- serve(ctx, ln, api, write) }()
 	stopped := false
 	stop = func() {
 		cancel()

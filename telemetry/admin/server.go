@@ -55,13 +55,18 @@ type API struct {
 // Serve answers on ln until ctx is done, then lets the requests in flight end
 // for 3 s. It closes ln and waits for every goroutine that it starts.
 func Serve(ctx context.Context, ln net.Listener, api API) error {
+	return serve(ctx, ln, api, writeTimeout)
+}
+
+// serve is Serve with a bound of its own for writes, 0 for none.
+func serve(ctx context.Context, ln net.Listener, api API, write time.Duration) error {
 	var conns sync.WaitGroup
 	defer conns.Wait()
 	s := &http.Server{
 		Handler:           newRoutes(api),
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       readTimeout,
-		WriteTimeout:      writeTimeout,
+		WriteTimeout:      write,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
 		// The end of ctx is not the end of the requests, see shutdown.
