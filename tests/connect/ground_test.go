@@ -24,7 +24,7 @@ const (
 	portReset  = 8004 // the firewall resets
 	portICMP   = 8010 // and those after: the firewall rejects by ICMP
 	portSilent = 8020 // dropped
-	portDrops  = 8021 // dropped until a test has the rule removed
+	portDrops  = 8021 // SYNs are dropped until a test has the rule removed
 	portGreets = 8022 // accepted; the server speaks first
 	// The first SYN is dropped. The second is accepted, refused, or rejected.
 	portLate     = 8030
@@ -171,6 +171,11 @@ func (g *ground) routes(t testing.TB) {
 	in(t, g.App, b.String(), "ip", "-batch", "-")
 }
 
+// dropsSYNs is the rule of portDrops. What else comes is of connections that were
+// answered, and may be on its way when a test has the rule made again: without the
+// FIN they would be open as long as it holds.
+var dropsSYNs = fmt.Sprintf(`tcp dport %d tcp flags syn / syn,ack counter drop comment "drops"`, portDrops)
+
 // firewall loads the world's rules. They count in no connection's state.
 func (g *ground) firewall(t testing.TB) {
 	t.Helper()
@@ -179,7 +184,7 @@ func (g *ground) firewall(t testing.TB) {
 		fmt.Fprintf(&b, `table %s connect {
 set seen { typeof tcp sport . tcp sequence; flags dynamic; size 65535; timeout 2m; }
 chain switch {
-  tcp dport %d counter drop comment "drops"
+  %s
 }
 chain count {
   type filter hook prerouting priority 0;
@@ -191,7 +196,7 @@ chain in {
   tcp dport %d counter drop comment "silent"
   jump switch
   tcp dport %d-%d tcp flags syn / syn,ack tcp sport . tcp sequence != @seen add @seen { tcp sport . tcp sequence } counter drop comment "first"
-`, family, portDrops, portReset, portSilent, firstLate, lastLate)
+`, family, dropsSYNs, portReset, portSilent, firstLate, lastLate)
 		codes, verb := icmp4, "icmp"
 		if family == "ip6" {
 			codes, verb = icmp6, "icmpv6"
@@ -236,7 +241,7 @@ func (g *ground) answer(t testing.TB, answers bool) {
 	for _, family := range []string{"ip", "ip6"} {
 		fmt.Fprintf(&b, "flush chain %s connect switch\n", family)
 		if !answers {
-			fmt.Fprintf(&b, "add rule %s connect switch tcp dport %d counter drop comment \"drops\"\n", family, portDrops)
+			fmt.Fprintf(&b, "add rule %s connect switch %s\n", family, dropsSYNs)
 		}
 	}
 	in(t, g.World, b.String(), "nft", "-f", "-")
