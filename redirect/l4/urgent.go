@@ -26,9 +26,15 @@ func (w *worker) sawUrgent(c *conn, k int) {
 
 // passUrgent passes on an urgent byte of side k that is next in the stream. A read
 // stops before it, and the next would take it for one like others. It returns false
-// when side k cannot go on now.
+// when side k is not to be read now.
 func (w *worker) passUrgent(c *conn, k int) bool {
 	s, d := &c.sides[k], &c.sides[1-k]
+	// A byte that is here is urgent or not, for good; one that comes after the look for
+	// the mark may be urgent, and the read would not tell.
+	if sysQueued(s.fd, unix.SIOCINQ) == 0 && !s.fin {
+		s.readable = false // what comes is an event
+		return false
+	}
 	if !sysAtMark(s.fd) {
 		return true
 	}
@@ -36,8 +42,12 @@ func (w *worker) passUrgent(c *conn, k int) bool {
 	b := w.buf[:1]
 	n, e := sysRead(s.fd, b)
 	w.hasRead(n)
-	if n != 1 || e != 0 {
-		return true // not here yet; or what it is the next read says too
+	switch {
+	case e == unix.EAGAIN:
+		w.later(c, k) // it is here: at the mark a pending signal ends a read
+		return false
+	case n != 1 || e != 0:
+		return true // what it is the next read says too
 	}
 	fault(faultUrgent)
 	_, e = w.writeUrgent(d, b)

@@ -5,6 +5,8 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
+	"strconv"
 	"testing"
 	"time"
 
@@ -217,4 +219,108 @@ func inline(t *testing.T, c *net.TCPConn) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// An urgent byte that arrives just when the relay reads is never one of the stream, for
+// who does not read them in their places.
+func TestUrgentBeside(t *testing.T) {
+	families(t, func(t *testing.T, loopback netip.Addr) {
+		server, conns := serveTo(t, loopback)
+		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
+		c := r.dial()
+		mustWrite(t, c, []byte("x"))
+		s := accept(t, conns)
+		wantBytes(t, s, []byte("x"))
+		for n := range 4000 {
+			for _, to := range []struct{ from, to *net.TCPConn }{{c, s}, {s, c}} {
+				mustWrite(t, to.from, []byte("before"))
+				// The relay has read that, and is about to see that there is no more.
+				for begun := time.Now(); time.Since(begun) < time.Duration(n%400)*100*time.Nanosecond; {
+				}
+				if err := writeUrgent(to.from, '!'); err != nil {
+					t.Fatal(err)
+				}
+				mustWrite(t, to.from, []byte("after"))
+				wantBytes(t, to.to, []byte("beforeafter"))
+				if t.Failed() {
+					t.Fatalf("in round %d", n)
+				}
+			}
+		}
+		c.Close()
+		s.Close()
+	})
+}
+
+// With a signal pending the kernel reads nothing at an urgent mark, as if nothing were
+// there. The Go runtime sends such signals to its threads.
+func TestUrgentSignalled(t *testing.T) {
+	server, conns := serveTo(t, loopback4)
+	r := newRig(t, setup{endpoints: []netip.AddrPort{server}})
+	c := r.dial()
+	mustWrite(t, c, []byte("x"))
+	s := accept(t, conns)
+	wantBytes(t, s, []byte("x"))
+	stop, done := make(chan struct{}), make(chan error, 1)
+	go func() { done <- signalThreads(stop) }()
+	for n := range 5000 {
+		if err := writeUrgent(c, '!'); err != nil {
+			t.Fatal(err)
+		}
+		mustWrite(t, c, []byte("after"))
+		if got := readPatiently(t, s, len("after")); got != "after" {
+			t.Errorf("in round %d: got %q", n, got)
+			break
+		}
+		mustWrite(t, s, []byte("y"))
+		readPatiently(t, c, 1)
+	}
+	close(stop)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	c.Close()
+	s.Close()
+}
+
+// signalThreads sends all threads of this process signals until stop is closed.
+func signalThreads(stop <-chan struct{}) error {
+	for {
+		threads, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			return err
+		}
+		for _, thread := range threads {
+			id, err := strconv.Atoi(thread.Name())
+			if err != nil {
+				return err
+			}
+			if err := unix.Tgkill(os.Getpid(), id, unix.SIGURG); err != nil && !errors.Is(err, unix.ESRCH) {
+				return err
+			}
+		}
+		select {
+		case <-stop:
+			return nil
+		default:
+		}
+	}
+}
+
+// readPatiently reads n bytes, and looks again and again: the signals are for the reader
+// too, who is told nothing either.
+func readPatiently(t *testing.T, c *net.TCPConn, n int) string {
+	t.Helper()
+	b := make([]byte, n)
+	got := 0
+	for limit := time.Now().Add(patience); got < n; {
+		c.SetReadDeadline(time.Now().Add(5 * time.Millisecond))
+		m, err := c.Read(b[got:])
+		got += m
+		if err != nil && (!errors.Is(err, os.ErrDeadlineExceeded) || time.Now().After(limit)) {
+			t.Fatalf("got %q and %v", b[:got], err)
+		}
+	}
+	c.SetReadDeadline(time.Time{})
+	return string(b)
 }
