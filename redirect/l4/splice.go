@@ -101,6 +101,9 @@ func (w *worker) emptyPipe(c *conn, k int) bool {
 func (w *worker) stopSplicing(c *conn, k int) {
 	s := &c.sides[k]
 	s.splicing = false
+	if s.readable && sysAtMark(s.fd) {
+		w.sawUrgent(c, k) // the event that says so may come after the next read
+	}
 	c.keepPipe(k, noPipe)
 	fault(faultReturned)
 	w.pipes.put(s.pipe, s.inPipe)

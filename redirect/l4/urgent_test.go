@@ -205,6 +205,32 @@ func TestUrgentInPlace(t *testing.T) {
 	})
 }
 
+// One that comes while bulk is spliced, before the event that tells of it, is the next
+// byte when the splice ends; also if it is the first one of the connection.
+func TestUrgentBehindBulk(t *testing.T) {
+	server, conns := serveTo(t, loopback4)
+	r := newRig(t, setup{endpoints: []netip.AddrPort{server}})
+	for n := range 200 {
+		c := r.dial()
+		mustWrite(t, c, []byte("x"))
+		s := accept(t, conns)
+		wantBytes(t, s, []byte("x"))
+		inline(t, s)
+		b := randomBytes(200_000 + n*97)
+		done := make(chan error, 1)
+		go writeWithUrgent(c, b, done)
+		wantBytes(t, s, b)
+		wantBytes(t, s, []byte("!"))
+		wantBytes(t, s, b)
+		wantEOF(t, s)
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		s.Close()
+		wantEOF(t, c)
+	}
+}
+
 // inline has urgent bytes read in their places.
 func inline(t *testing.T, c *net.TCPConn) {
 	t.Helper()
