@@ -101,9 +101,7 @@ func (w *worker) emptyPipe(c *conn, k int) bool {
 func (w *worker) stopSplicing(c *conn, k int) {
 	s := &c.sides[k]
 	s.splicing = false
-	if s.readable && sysAtMark(s.fd) {
-		w.sawUrgent(c, k) // the event that says so may come after the next read
-	}
+	s.readable = s.readable && !s.drained() // a read would skip an urgent byte that comes just then
 	c.keepPipe(k, noPipe)
 	fault(faultReturned)
 	w.pipes.put(s.pipe, s.inPipe)

@@ -31,8 +31,8 @@ func (w *worker) passUrgent(c *conn, k int) bool {
 	s, d := &c.sides[k], &c.sides[1-k]
 	// A byte that is here is urgent or not, for good; one that comes after the look for
 	// the mark may be urgent, and the read would not tell.
-	if sysQueued(s.fd, unix.SIOCINQ) == 0 && !s.fin {
-		s.readable = false // what comes is an event
+	if s.drained() {
+		s.readable = false
 		return false
 	}
 	if !sysAtMark(s.fd) {
@@ -67,6 +67,10 @@ func (w *worker) passUrgent(c *conn, k int) bool {
 	fault(faultUrgent)
 	return true
 }
+
+// drained tells whether there is nothing to read before the next event: nothing at all,
+// or an urgent byte that no event has told of.
+func (s *side) drained() bool { return !s.fin && sysQueued(s.fd, unix.SIOCINQ) == 0 }
 
 // writeUrgent is write for an urgent byte.
 func (w *worker) writeUrgent(d *side, b []byte) (int, syscall.Errno) {

@@ -205,8 +205,8 @@ func TestUrgentInPlace(t *testing.T) {
 	})
 }
 
-// One that comes while bulk is spliced, before the event that tells of it, is the next
-// byte when the splice ends; also if it is the first one of the connection.
+// The first urgent byte of a connection is not lost when it comes while bulk is spliced,
+// and is the next to be read before an event has told of it.
 func TestUrgentBehindBulk(t *testing.T) {
 	server, conns := serveTo(t, loopback4)
 	r := newRig(t, setup{endpoints: []netip.AddrPort{server}})
