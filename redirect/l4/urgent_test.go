@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-project/pillion/redirect/flow"
 	"golang.org/x/sys/unix"
 )
 
@@ -396,5 +397,31 @@ func TestUrgentOvertaken(t *testing.T) {
 			c.Close()
 			s.Close()
 		})
+	}
+}
+
+// An urgent byte that is the very first one, and there when the connection is accepted, is
+// skipped by the first read, and is no part of the record either.
+func TestUrgentFirst(t *testing.T) {
+	server, conns := serveTo(t, loopback4)
+	r := newRig(t, setup{endpoints: []netip.AddrPort{server}})
+	f := r.freeze() // before it has accepted
+	c := r.dial()
+	if err := writeUrgent(c, '!'); err != nil {
+		t.Fatal(err)
+	}
+	mustWrite(t, c, []byte("after"))
+	if err := c.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	f.Thaw()
+	s := accept(t, conns)
+	inline(t, s)
+	wantBytes(t, s, []byte("after"))
+	wantEOF(t, s)
+	s.Close()
+	wantEOF(t, c)
+	if rec := r.awaitEnded(1)[0]; rec.End != flow.ReasonClosed || rec.Sent != uint64(len("after")) {
+		t.Errorf("record %+v", rec)
 	}
 }
