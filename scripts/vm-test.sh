@@ -103,9 +103,10 @@ apt_lists() {
 	mirror=$(apt-get indextargets --format '$(CODENAME) $(ORIGIN) $(REPO_URI)' \
 		'Created-By: Packages' 2>/dev/null |
 		sed -n 's/^bookworm Debian //p' | sort -u | sed -n 1p)
+	[[ -n $mirror ]] || die "this machine has no packages of Debian 12 (apt-get update)"
 	mkdir -p "$cache/apt/lists/partial" "$cache/apt/archives/partial"
 	: >"$cache/apt/status"
-	printf "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ${mirror:-http://deb.debian.org/debian} %s main\n" \
+	printf "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror %s main\n" \
 		bookworm bookworm-backports >"$cache/apt/sources.list"
 	apt_run apt-get -qq update >&2 || die "could not read the package lists of $arch"
 }
