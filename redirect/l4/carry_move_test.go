@@ -147,10 +147,7 @@ func TestMoveWhileTalking(t *testing.T) {
 func TestMoveReset(t *testing.T) {
 	server, conns := serveTo(t, loopback4)
 	r := newRig(t, setup{endpoints: []netip.AddrPort{server}})
-	c := r.dial()
-	mustWrite(t, c, []byte("x"))
-	s := accept(t, conns)
-	wantBytes(t, s, []byte("x"))
+	c, s := r.opened(t, conns)
 	r.successor(func() {
 		mustWrite(t, s, []byte("last words"))
 		reset(s)

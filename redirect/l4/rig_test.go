@@ -245,6 +245,16 @@ func (r *rig) dial() *net.TCPConn {
 	return c
 }
 
+// opened returns a connection over which a byte has come, from both sides.
+func (r *rig) opened(t testing.TB, conns <-chan *net.TCPConn) (c, s *net.TCPConn) {
+	t.Helper()
+	c = r.dial()
+	mustWrite(t, c, []byte("x"))
+	s = accept(t, conns)
+	wantBytes(t, s, []byte("x"))
+	return c, s
+}
+
 func (r *rig) tryDial() (*net.TCPConn, error) {
 	return dialTo(r.listeners[r.next.Add(1)%uint64(len(r.listeners))])
 }

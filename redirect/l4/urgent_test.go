@@ -136,10 +136,7 @@ func TestUrgentIsUrgent(t *testing.T) {
 	families(t, func(t *testing.T, loopback netip.Addr) {
 		server, conns := serveTo(t, loopback)
 		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
-		c := r.dial()
-		mustWrite(t, c, []byte("x"))
-		s := accept(t, conns)
-		wantBytes(t, s, []byte("x"))
+		c, s := r.opened(t, conns)
 		for _, to := range []struct{ from, to *net.TCPConn }{{c, s}, {s, c}} {
 			mustWrite(t, to.from, []byte("before"))
 			if err := writeUrgent(to.from, '!'); err != nil {
@@ -185,10 +182,7 @@ func TestUrgentInPlace(t *testing.T) {
 	families(t, func(t *testing.T, loopback netip.Addr) {
 		server, conns := serveTo(t, loopback)
 		r := newRig(t, setup{loopback: loopback, endpoints: []netip.AddrPort{server}})
-		c := r.dial()
-		mustWrite(t, c, []byte("x"))
-		s := accept(t, conns)
-		wantBytes(t, s, []byte("x"))
+		c, s := r.opened(t, conns)
 		inline(t, c)
 		inline(t, s)
 		for range 2000 {
@@ -212,10 +206,7 @@ func TestUrgentBehindBulk(t *testing.T) {
 	server, conns := serveTo(t, loopback4)
 	r := newRig(t, setup{endpoints: []netip.AddrPort{server}})
 	for n := range 200 {
-		c := r.dial()
-		mustWrite(t, c, []byte("x"))
-		s := accept(t, conns)
-		wantBytes(t, s, []byte("x"))
+		c, s := r.opened(t, conns)
 		inline(t, s)
 		b := randomBytes(200_000 + n*97)
 		done := make(chan error, 1)
@@ -253,10 +244,7 @@ func inline(t *testing.T, c *net.TCPConn) {
 func TestUrgentBeside(t *testing.T) {
 	server, conns := serveTo(t, loopback4)
 	r := newRig(t, setup{endpoints: []netip.AddrPort{server}})
-	c := r.dial()
-	mustWrite(t, c, []byte("x"))
-	s := accept(t, conns)
-	wantBytes(t, s, []byte("x"))
+	c, s := r.opened(t, conns)
 	for n := range 10_000 {
 		for _, to := range []struct{ from, to *net.TCPConn }{{c, s}, {s, c}} {
 			mustWrite(t, to.from, []byte("before"))
@@ -280,10 +268,7 @@ func TestUrgentBeside(t *testing.T) {
 func TestUrgentSignalled(t *testing.T) {
 	server, conns := serveTo(t, loopback4)
 	r := newRig(t, setup{endpoints: []netip.AddrPort{server}})
-	c := r.dial()
-	mustWrite(t, c, []byte("x"))
-	s := accept(t, conns)
-	wantBytes(t, s, []byte("x"))
+	c, s := r.opened(t, conns)
 	stop, done := make(chan struct{}), make(chan error, 1)
 	go func() { done <- signalThreads(stop) }()
 	defer func() {
