@@ -51,11 +51,11 @@ type packet struct {
 	dst  netip.Addr
 	// ip and tcp are headers; known marks the bytes that every such packet
 	// has, slot those that are the slot's address.
-	ip, tcp             []byte
-	knownIP, knownTCP   []bool
-	slot                []bool
-	ctState             uint32
-	inbound, everywhere bool
+	ip, tcp           []byte
+	knownIP, knownTCP []bool
+	slot              []bool
+	ctState           uint32
+	inbound           bool
 }
 
 // outcome is what a rule says of a packet.

@@ -328,7 +328,6 @@ const ledgerSize = 1 << 15
 // ledger holds the records of ended connections until they are taken.
 type ledger struct {
 	mu      sync.Mutex // held for an append or a swap only: the worker must not wait
-	slots   []*slot    // of the registry, of records that wait
 	records []flow.Record
 	spare   []flow.Record
 	lost    atomic.Uint64

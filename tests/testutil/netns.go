@@ -22,37 +22,17 @@ var errGoexit = errors.New("function did not return")
 // NS is a network namespace with its loopback interface up.
 type NS struct {
 	handle netns.NsHandle
-	// Name is that under /run/netns, and empty for an anonymous namespace.
-	Name string
 }
 
 // NewNS makes an anonymous network namespace. It ends with the test.
 func NewNS(t testing.TB) *NS {
 	t.Helper()
-	return newNS(t, "", netns.New)
-}
-
-// NewNamedNS makes a network namespace under /run/netns. It ends with the
-// test. Use it where something must be able to find the namespace by path.
-func NewNamedNS(t testing.TB, name string) *NS {
-	t.Helper()
-	ns := newNS(t, name, func() (netns.NsHandle, error) { return netns.NewNamed(name) })
-	t.Cleanup(func() {
-		if err := netns.DeleteNamed(name); err != nil {
-			t.Errorf("delete namespace %s: %v", name, err)
-		}
-	})
-	return ns
-}
-
-func newNS(t testing.TB, name string, create func() (netns.NsHandle, error)) *NS {
-	t.Helper()
 	RequireRoot(t)
-	ns := &NS{handle: netns.None(), Name: name}
+	ns := &NS{handle: netns.None()}
 	err := onThread(func() error {
 		var err error
-		// create also moves this thread into the new namespace.
-		if ns.handle, err = create(); err != nil {
+		// This also moves the thread there.
+		if ns.handle, err = netns.New(); err != nil {
 			return err
 		}
 		return linkUp("lo")

@@ -16,11 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Services that nobody in the world has the address of.
-var (
-	shop = netip.MustParseAddrPort("10.96.0.12:80")
-	mail = netip.MustParseAddrPort("10.96.0.13:25")
-)
+// shop is a service that nobody in the world has the address of.
+var shop = netip.MustParseAddrPort("10.96.0.12:80")
 
 const (
 	planned   = "planned, with UDP and DNS"

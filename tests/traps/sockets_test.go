@@ -206,22 +206,6 @@ func (a *application) dial(t testing.TB, to netip.AddrPort) *net.TCPConn {
 	return c
 }
 
-// raw runs f on a connection's socket.
-func raw(t testing.TB, c *net.TCPConn, f func(fd int) error) {
-	t.Helper()
-	rc, err := c.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var inner error
-	if err := rc.Control(func(fd uintptr) { inner = f(int(fd)) }); err != nil {
-		t.Fatal(err)
-	}
-	if inner != nil {
-		t.Fatal(inner)
-	}
-}
-
 // abort closes a connection by a reset.
 func abort(c net.Conn) {
 	_ = c.(*net.TCPConn).SetLinger(0)
