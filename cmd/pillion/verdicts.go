@@ -1,0 +1,144 @@
+package main
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/loader"
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/redirect/upstream"
+	"github.com/pillion-project/pillion/redirect/upstream/health/check"
+)
+
+// What is known of the health of endpoints, on its way to who picks.
+
+// targets are what is checked actively.
+func targets(services []service) []check.Target {
+	var all []check.Target
+	for i := range services {
+		s := &services[i]
+		if s.Check == nil {
+			continue
+		}
+		spec := checkSpec(s.Check)
+		for _, e := range s.endpoints {
+			all = append(all, check.Target{Cluster: s.Name, Addr: e.Addr, Spec: spec})
+		}
+	}
+	return all
+}
+
+func checkSpec(h *config.HealthCheck) check.Spec {
+	s := check.Default()
+	s.Interval, s.Timeout, s.Jitter = h.Interval, h.Timeout, h.Jitter
+	s.Healthy, s.Unhealthy, s.Port = h.Healthy, h.Unhealthy, h.Port
+	switch {
+	case h.HTTP != nil:
+		s.Kind = check.KindHTTP
+		s.HTTP = check.HTTP{Path: h.HTTP.Path, Host: h.HTTP.Host}
+		for _, r := range h.HTTP.Status {
+			s.HTTP.Status = append(s.HTTP.Status, check.StatusRange(r))
+		}
+	case len(h.Command) > 0:
+		s.Kind, s.Command = check.KindCommand, h.Command
+	default:
+	}
+	return s
+}
+
+// setDown writes what a health check found to both sides.
+func (c *control) setDown(change check.Change) {
+	down := change.State == check.StateDown
+	s := c.listing().named(change.Cluster)
+	if s == nil || down && s.Check == nil {
+		return // it, or its check, is gone meanwhile
+	}
+	for _, e := range s.cluster.Endpoints {
+		// Of a set that is kept, the kernel side has what an earlier process found.
+		if e.Addr != change.Addr || e.Down() == down && !s.kept {
+			continue
+		}
+		e.SetDown(down)
+		c.i.log.Info("health check", "service", s.Name, "endpoint", e.Addr, "state", change.State, "error", change.Err)
+		if s.set == nil && !s.kept {
+			continue
+		}
+		err := c.i.datapath.SetDown(s.Addr, e.Addr, down)
+		if err != nil && !errors.Is(err, loader.ErrNoService) && !errors.Is(err, loader.ErrNoSuchEndpoint) {
+			c.i.log.Error("cannot tell the connect hook what a health check found", "service", s.Name, "error", err)
+		}
+	}
+}
+
+// unchecked forgets what health checks found that there are no more.
+func (c *control) unchecked(services []service) {
+	for i := range services {
+		s := &services[i]
+		if s.Check != nil {
+			continue
+		}
+		for _, e := range s.cluster.Endpoints {
+			if e.Down() {
+				c.setDown(check.Change{Cluster: s.Name, Addr: e.Addr, State: check.StateUp})
+			}
+		}
+	}
+}
+
+// closedFor is how long the connect hook refuses a service after it was last told
+// to: this process may die.
+const closedFor = 3 * overflowEvery
+
+// close has the connect hook refuse, on relay, services that have no endpoint but
+// such as health checks found down. The handler would say so too, but only once a
+// connection is with it whose connect has succeeded. It is called more often than
+// every closedFor. On direct the hook sees for itself.
+func (c *control) close(in *config.Config, services []service) {
+	if c.unsettled {
+		return
+	}
+	closed := make(map[netip.AddrPort]bool)
+	tell := func(addr netip.AddrPort, wait time.Duration) {
+		if err := c.i.datapath.Unavailable(addr, wait); err != nil {
+			c.i.log.Error("cannot tell the connect hook which services are unavailable", "error", err)
+		}
+	}
+	for i := range services {
+		s := &services[i]
+		up := func(e *upstream.Endpoint) bool { return !e.Down() }
+		switch {
+		case s.path != flow.PathRelay || !s.known && !closes(in, s) || s.idle():
+		case !slices.ContainsFunc(s.cluster.Endpoints, up):
+			closed[s.Addr] = true
+			tell(s.Addr, closedFor)
+		case c.closed[s.Addr]:
+			tell(s.Addr, 0)
+		default:
+		}
+	}
+	c.closed = closed
+}
+
+// overflow tells the connect hook how much is to leave the local zone.
+func (c *control) overflow() {
+	for _, s := range c.list() {
+		if s.set == nil || s.set.Tiers[1].Count == 0 {
+			continue
+		}
+		states, err := c.i.datapath.EndpointStates(s.Addr)
+		if err != nil {
+			continue // it is gone, and that was told
+		}
+		up := make(map[netip.AddrPort]bool, len(states))
+		for _, e := range states {
+			up[e.Addr] = !e.Down && e.Ejected == 0
+		}
+		spill := s.set.Overflow(func(n int) bool { return up[s.set.Endpoints[n].Addr] })
+		if err := c.i.datapath.SetSpill(s.Addr, spill); err != nil && !errors.Is(err, loader.ErrNoService) {
+			c.i.log.Error("cannot tell the connect hook how much leaves the zone", "service", s.Name, "error", err)
+		}
+	}
+}
