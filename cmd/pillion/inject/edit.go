@@ -74,14 +74,15 @@ func (o Options) plan(pod dict) ([]edit, error) {
 
 // suits returns why a pod cannot have Pillion beside it.
 func (o Options) suits(spec dict, ours bool) error {
+	selector := dictOf(spec["nodeSelector"])
 	switch {
 	case len(seqOf(spec["containers"])) == 0:
 		return refuse("it has no containers")
-	case dictOf(spec["os"])["name"] == "windows", dictOf(spec["nodeSelector"])["kubernetes.io/os"] == "windows":
+	case dictOf(spec["os"])["name"] == "windows", selector["kubernetes.io/os"] == "windows", selector["beta.kubernetes.io/os"] == "windows":
 		return refuse("it is a pod for Windows")
-	case spec["hostUsers"] == false:
+	case says(spec["hostUsers"], false):
 		return refuse("hostUsers: false gives it a user namespace of its own, in which nobody may load BPF programs")
-	case spec["hostNetwork"] == true && !o.HostNetwork:
+	case says(spec["hostNetwork"], true) && !o.HostNetwork:
 		return refuse("it is on the node's network (hostNetwork), whose addresses it shares with others; say that this is meant")
 	case ours:
 		return nil
@@ -97,6 +98,19 @@ func (o Options) suits(spec dict, ours bool) error {
 		}
 	}
 	return nil
+}
+
+// says tells whether v is this truth value for Kubernetes, which reads YAML 1.1: the
+// parser here leaves its other words as they are.
+func says(v any, truth bool) bool {
+	if s, ok := v.(string); ok {
+		words := []string{"n", "no", "off"}
+		if truth {
+			words = []string{"y", "yes", "on"}
+		}
+		return slices.Contains(words, strings.ToLower(s))
+	}
+	return v == truth
 }
 
 // planner makes edits, and does them.
@@ -145,6 +159,7 @@ func (p *planner) first(key string, want seq) {
 		p.renew(key, 0, want)
 		return
 	}
+	want = p.spared(have, want)
 	p.trim(key, 0)
 	p.insert(key, 0, want)
 }
@@ -162,6 +177,7 @@ func (p *planner) last(key string, want seq) {
 		p.renew(key, at, want)
 		return
 	}
+	want = p.spared(have, want)
 	p.trim(key, 0)
 	p.insert(key, len(seqOf(dictOf(p.pod["spec"])[key])), want)
 }
@@ -183,6 +199,22 @@ func (p *planner) renew(key string, from int, want seq) {
 			p.do(edit{replace, []string{"spec", key, strconv.Itoa(from + i)}, w})
 		}
 	}
+}
+
+// spared returns what is to be put elsewhere: with what others have added to it, which
+// an API server that has called every webhook again does not do once more.
+func (p *planner) spared(have, want seq) seq {
+	if !p.spare {
+		return want
+	}
+	want = slices.Clone(want)
+	for i, w := range want {
+		same := func(h any) bool { return dictOf(h)["name"] == dictOf(w)["name"] && covers(plain(h), plain(w)) }
+		if at := slices.IndexFunc(have, same); at >= 0 {
+			want[i] = have[at]
+		}
+	}
+	return want
 }
 
 func (p *planner) insert(key string, from int, want seq) {

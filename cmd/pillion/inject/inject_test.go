@@ -140,6 +140,11 @@ const podHead = "apiVersion: v1\nkind: Pod\nmetadata:\n  name: a\nspec:\n"
 func TestRefused(t *testing.T) {
 	for _, tt := range []struct{ name, text, want string }{
 		{"host network", podHead + "  hostNetwork: true\n  containers:\n  - name: a\n", "hostNetwork"},
+		{"host network, as YAML 1.1 says it", podHead + "  hostNetwork: yes\n  containers:\n  - name: a\n", "hostNetwork"},
+		{"user namespace, as YAML 1.1 says it", podHead + "  hostUsers: Off\n  containers:\n  - name: a\n", "user namespace"},
+		{"windows by the older selector", podHead + "  nodeSelector: {beta.kubernetes.io/os: windows}\n  containers:\n  - name: a\n", "Windows"},
+		{"UTF-16", "\xff\xfea\x00:\x00 \x00b\x00\n\x00", "UTF-8"},
+		{"a NUL", "a: \x00\n", "UTF-8"},
 		{"windows", podHead + "  os: {name: windows}\n  containers:\n  - name: a\n", "Windows"},
 		{"windows by selector", podHead + "  nodeSelector: {kubernetes.io/os: windows}\n  containers:\n  - name: a\n", "Windows"},
 		{"user namespace", podHead + "  hostUsers: false\n  containers:\n  - name: a\n", "user namespace"},
@@ -173,6 +178,27 @@ func TestAlone(t *testing.T) {
 		out, _, err := options().Manifest([]byte(text))
 		if err != nil || string(out) != text {
 			t.Errorf("%q becomes %q: %v", text, out, err)
+		}
+	}
+}
+
+// TestLists wants the pods of every kind of list to be found: those of the API have
+// elements that do not say what they are.
+func TestLists(t *testing.T) {
+	const spec = `"metadata":{"name":"a"},"spec":{"containers":[{"name":"a"}]}`
+	for _, text := range []string{
+		`{"apiVersion":"v1","kind":"List","items":[{"apiVersion":"v1","kind":"Pod",` + spec + `}]}`,
+		`{"apiVersion":"v1","kind":"PodList","items":[{` + spec + `}]}`,
+		`{"apiVersion":"v1","kind":"PodList","items":[{"apiVersion":"v1","kind":"Pod",` + spec + `}]}`,
+		`{"apiVersion":"apps/v1","kind":"DeploymentList","items":[{"metadata":{"name":"a"},"spec":{"template":{` + spec + `}}}]}`,
+		"apiVersion: v1\nkind: PodList\nitems:\n- metadata:\n    name: a\n  spec:\n    containers:\n    - name: a\n",
+	} {
+		out, results, err := options().Manifest([]byte(text))
+		if err != nil || len(results) != 1 || !results[0].Changed || !strings.Contains(string(out), sidecarName) {
+			t.Errorf("%s: %v, %v", text, results, err)
+		}
+		if again, _, err := options().Manifest(out); err != nil || !bytes.Equal(again, out) {
+			t.Errorf("%s, done again: %v\n%s", text, err, cmp.Diff(string(out), string(again)))
 		}
 	}
 }
@@ -227,6 +253,59 @@ func TestSpared(t *testing.T) {
 		patch, err := o.Patch(change(tt.f))
 		if err != nil || (patch != nil) != tt.changes {
 			t.Errorf("%s: %v, %s, want a patch: %v", name, err, patch, tt.changes)
+		}
+	}
+}
+
+// TestMoved has another webhook put its init container and its volume before ours: ours
+// are put first again, with what the API server has added to them, since that adds
+// it once.
+func TestMoved(t *testing.T) {
+	o := options()
+	text, _, err := o.Manifest([]byte(`{"apiVersion":"v1","kind":"Pod","metadata":{"name":"a"},"spec":{"containers":[{"name":"a"}]}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := decodeJSON(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec := dictOf(dictOf(v)["spec"])
+	sidecar := dictOf(seqOf(spec["initContainers"])[1])
+	sidecar["volumeMounts"] = append(seqOf(sidecar["volumeMounts"]), dict{"name": "token", "mountPath": "/token"})
+	dictOf(dictOf(seqOf(spec["volumes"])[2])["configMap"])["defaultMode"] = 420
+	spec["initContainers"] = append(seq{dict{"name": "other"}}, seqOf(spec["initContainers"])...)
+	all := seqOf(spec["volumes"])
+	spec["volumes"] = seq{all[0], dict{"name": "other"}, all[1], all[2]}
+	moved, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, _, err := o.Manifest(moved)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err = decodeJSON(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec = dictOf(dictOf(v)["spec"])
+	names := func(key string) (all []string) {
+		for _, e := range seqOf(spec[key]) {
+			all = append(all, dictOf(e)["name"].(string))
+		}
+		return all
+	}
+	want := []string{initName, sidecarName, "other"}
+	if d := cmp.Diff(want, names("initContainers")); d != "" {
+		t.Errorf("-want +got:\n%s", d)
+	}
+	if d := cmp.Diff([]string{"other", bpfVolume, runVolume, configVolume}, names("volumes")); d != "" {
+		t.Errorf("-want +got:\n%s", d)
+	}
+	for _, lost := range []string{`"mountPath": "/token"`, `"defaultMode": 420`} {
+		if !strings.Contains(string(out), lost) {
+			t.Errorf("%s is lost:\n%s", lost, out)
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"regexp"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/goccy/go-yaml"
 )
@@ -44,6 +45,10 @@ var separator = regexp.MustCompile(`^(---|\.\.\.)([ \t\r\n]|$)`)
 func (o Options) Manifest(text []byte) ([]byte, []Result, error) {
 	if err := o.Check(); err != nil {
 		return nil, nil, err
+	}
+	if !utf8.Valid(text) || bytes.IndexByte(text, 0) >= 0 {
+		// Kubernetes reads UTF-16, too, and would find pods where none is seen here.
+		return nil, nil, refuse("it is not in UTF-8")
 	}
 	if trimmed := bytes.TrimSpace(text); len(trimmed) > 0 && trimmed[0] == '{' && json.Valid(trimmed) {
 		return o.manifestJSON(text)
@@ -168,21 +173,32 @@ func (o Options) object(v any, path []string, write func([]string, edit) error) 
 	obj := dictOf(v)
 	kind, _ := obj["kind"].(string)
 	version, _ := obj["apiVersion"].(string)
-	if kind == "List" && version == "v1" {
+	if group, _, grouped := strings.Cut(version, "/"); grouped && !groups[group] {
+		return nil, nil
+	}
+	of, list := strings.CutSuffix(kind, "List")
+	if _, known := templates[of]; list && (known || of == "") {
 		var all []Result
 		var errs []error
 		for i, item := range seqOf(obj["items"]) {
+			if of != "" && dictOf(item)["kind"] == nil {
+				// The API's own lists do not repeat it.
+				some, err := o.workload(of, dictOf(item), join(path, "items", fmt.Sprint(i)), write)
+				all, errs = append(all, some...), append(errs, err)
+				continue
+			}
 			some, err := o.object(item, join(path, "items", fmt.Sprint(i)), write)
 			all, errs = append(all, some...), append(errs, err)
 		}
 		return all, errors.Join(errs...)
 	}
-	group, _, grouped := strings.Cut(version, "/")
-	if !grouped {
-		group = ""
-	}
+	return o.workload(kind, obj, path, write)
+}
+
+// workload edits the pod of an object of a kind, if that is one that has pods.
+func (o Options) workload(kind string, obj dict, path []string, write func([]string, edit) error) ([]Result, error) {
 	below, known := templates[kind]
-	if !known || !groups[group] {
+	if !known {
 		return nil, nil
 	}
 	name, _ := dictOf(obj["metadata"])["name"].(string)
