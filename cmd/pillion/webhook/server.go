@@ -1,7 +1,6 @@
 package webhook
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -25,6 +24,14 @@ const (
 	// bodyMax is more than an object in etcd may have, twice: the old one comes
 	// too.
 	bodyMax = 7 << 20
+	// smallMax is as much of a body as is read of many at a time. What is longer, which
+	// hardly any pod is, takes ten times as much memory to look at, and anybody in the
+	// cluster may send it: one at a time.
+	smallMax = 128 << 10
+	// busyMax is how many are looked at at a time.
+	busyMax = 8
+	// patience is how long one that is long may wait: as long as an API server does.
+	patience = 5 * time.Second
 	// endMax is how long requests may go on when the server ends.
 	endMax = 10 * time.Second
 )
@@ -70,42 +77,94 @@ type (
 	}
 )
 
+// server answers in bounded memory.
+type server struct {
+	Options
+	patience time.Duration
+	long     chan struct{} // has the one that reads a body longer than smallMax
+	busy     chan struct{} // has those that are looked at; nobody waits for a client with it
+}
+
+func newServer(o Options) *server {
+	return &server{Options: o, patience: patience, long: make(chan struct{}, 1), busy: make(chan struct{}, busyMax)}
+}
+
 // Handler answers reviews at [Path], and probes at /ready and /live.
-func Handler(o Options) http.Handler {
+func Handler(o Options) http.Handler { return newServer(o).handler() }
+
+func (s *server) handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("POST "+Path, o.serve)
+	mux.HandleFunc("POST "+Path, s.serve)
 	well := func(http.ResponseWriter, *http.Request) {}
 	mux.HandleFunc("GET /ready", well)
 	mux.HandleFunc("GET /live", well)
 	return mux
 }
 
+// errBusy means that another long body is being read.
+var errBusy = errors.New("another review as long as this one is being looked at")
+
+// read returns the body, which done is called after.
+func (s *server) read(w http.ResponseWriter, r *http.Request) (body []byte, done func(), err error) {
+	all := http.MaxBytesReader(w, r.Body, bodyMax)
+	done = func() {}
+	body, err = io.ReadAll(io.LimitReader(all, smallMax+1))
+	if err != nil || len(body) <= smallMax {
+		return body, done, err
+	}
+	wait := time.NewTimer(s.patience)
+	defer wait.Stop()
+	select {
+	case s.long <- struct{}{}:
+		done = func() { <-s.long }
+	case <-wait.C:
+		return nil, done, errBusy
+	}
+	rest, err := io.ReadAll(all)
+	return append(body, rest...), done, err
+}
+
 // serve answers one request. What is no review is the caller's error; everything
 // else has an answer in a review.
-func (o Options) serve(w http.ResponseWriter, r *http.Request) {
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, bodyMax))
+func (s *server) serve(w http.ResponseWriter, r *http.Request) {
+	body, done, err := s.read(w, r)
+	defer done()
 	if err != nil {
-		http.Error(w, err.Error(), http.StatusRequestEntityTooLarge)
+		code := http.StatusBadRequest
+		var long *http.MaxBytesError
+		switch {
+		case errors.Is(err, errBusy):
+			code = http.StatusServiceUnavailable
+		case errors.As(err, &long):
+			code = http.StatusRequestEntityTooLarge
+		}
+		http.Error(w, err.Error(), code)
 		return
 	}
-	var in review
-	if err := json.Unmarshal(body, &in); err != nil {
-		http.Error(w, fmt.Sprintf("read the review: %v", err), http.StatusBadRequest)
-		return
-	}
-	if in.APIVersion != reviewVersion || in.Kind != reviewKind || in.Request == nil {
-		http.Error(w, fmt.Sprintf("want a request in an %s of %s, got %s of %s", reviewKind, reviewVersion, in.Kind, in.APIVersion), http.StatusBadRequest)
-		return
-	}
-	var out bytes.Buffer
-	if err := json.NewEncoder(&out).Encode(review{APIVersion: reviewVersion, Kind: reviewKind, Response: o.answer(in.Request)}); err != nil {
-		http.Error(w, err.Error(), http.StatusInternalServerError)
+	out, code, err := s.review(body)
+	if err != nil {
+		http.Error(w, err.Error(), code)
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
-	if _, err := w.Write(out.Bytes()); err != nil {
-		o.Log.Warn("the answer to a review was not taken", "error", err)
+	if _, err := w.Write(out); err != nil {
+		s.Log.Warn("the answer to a review was not taken", "error", err)
 	}
+}
+
+// review answers what is in a body, or says with which status it is refused.
+func (s *server) review(body []byte) (answer []byte, code int, err error) {
+	s.busy <- struct{}{}
+	defer func() { <-s.busy }()
+	var in review
+	if err := json.Unmarshal(body, &in); err != nil {
+		return nil, http.StatusBadRequest, fmt.Errorf("read the review: %w", err)
+	}
+	if in.APIVersion != reviewVersion || in.Kind != reviewKind || in.Request == nil {
+		return nil, http.StatusBadRequest, fmt.Errorf("want a request in an %s of %s, got %s of %s", reviewKind, reviewVersion, in.Kind, in.APIVersion)
+	}
+	answer, err = json.Marshal(review{APIVersion: reviewVersion, Kind: reviewKind, Response: s.answer(in.Request)})
+	return answer, http.StatusInternalServerError, err
 }
 
 // answer decides on one object.

@@ -209,6 +209,56 @@ func TestNoReview(t *testing.T) {
 	}
 }
 
+// TestLong has a client send a long body and stop in the middle: others are answered
+// meanwhile, and another long one is refused rather than kept in memory.
+func TestLong(t *testing.T) {
+	own := newServer(options())
+	own.patience = 10 * time.Millisecond
+	s := httptest.NewServer(own.handler())
+	defer s.Close()
+	head, tail := `{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"u-1","operation":"CREATE","object":`+pod, "}}"
+	post := func(body io.Reader) int {
+		t.Helper()
+		r, err := s.Client().Post(s.URL+Path, "application/json", body)
+		if err != nil {
+			t.Error(err)
+			return 0
+		}
+		io.Copy(io.Discard, r.Body)
+		r.Body.Close()
+		return r.StatusCode
+	}
+	long := head + strings.Repeat(" ", smallMax)
+	r, w := io.Pipe()
+	slow := make(chan int, 1)
+	go func() { slow <- post(r) }()
+	if _, err := io.WriteString(w, long); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(time.Minute); len(own.long) == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("nobody reads it")
+		}
+	}
+	if got := post(strings.NewReader(head + tail)); got != http.StatusOK {
+		t.Errorf("a short one meanwhile: %d", got)
+	}
+	if got := post(strings.NewReader(long + tail)); got != http.StatusServiceUnavailable {
+		t.Errorf("a long one meanwhile: %d, want %d", got, http.StatusServiceUnavailable)
+	}
+	if _, err := io.WriteString(w, tail); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	if got := <-slow; got != http.StatusOK {
+		t.Errorf("the long one, when it is complete: %d", got)
+	}
+	own.patience = time.Minute
+	if got := post(strings.NewReader(long + tail)); got != http.StatusOK {
+		t.Errorf("a long one after that: %d", got)
+	}
+}
+
 // makePair writes a certificate with a serial number, and its key.
 func makePair(t *testing.T, dir string, serial int64) {
 	t.Helper()
