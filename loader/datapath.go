@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -171,7 +170,7 @@ func Create(o Options) (*Datapath, error) {
 }
 
 func createIn(root *dir, o Options) (*Datapath, error) {
-	path := filepath.Join(root.path, o.Name)
+	path := pinDir(o.BPFFS, o.Name)
 	if err := os.Mkdir(path, 0o700); err != nil {
 		if errors.Is(err, os.ErrExist) {
 			return nil, fmt.Errorf("create instance %s: %w", o.Name, ErrExists)

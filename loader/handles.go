@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"reflect"
 	"strconv"
 	"strings"
@@ -100,7 +99,7 @@ func resume(o Options) (_ *Datapath, err error) {
 	}
 	d := newDatapath(o)
 	d.adopted, d.resumed = true, true
-	d.dir = &dir{path: filepath.Join(pinRoot(o.BPFFS), o.Name)}
+	d.dir = &dir{path: pinDir(o.BPFFS, o.Name)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.Close())

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -69,7 +68,7 @@ func join(o Options, h *Handover) (*Datapath, error) {
 	if err := o.fill(); err != nil {
 		return nil, err
 	}
-	path := filepath.Join(pinRoot(o.BPFFS), o.Name)
+	path := pinDir(o.BPFFS, o.Name)
 	if _, err := os.Stat(path); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNotFound, err)
 	}

@@ -17,6 +17,17 @@ const BPFFS = "/sys/fs/bpf"
 // pinRoot is the directory of all instances.
 func pinRoot(bpffs string) string { return filepath.Join(bpffs, "pillion") }
 
+// pinDir is where the pins of an instance are. The bpf file system keeps dots in names
+// for itself (EPERM), and units have them: a colon, which no name has, stands for one.
+func pinDir(bpffs, name string) string {
+	return filepath.Join(pinRoot(bpffs), strings.ReplaceAll(name, ".", ":"))
+}
+
+// instanceOf returns whose pins are in a directory.
+func instanceOf(path string) string {
+	return strings.ReplaceAll(filepath.Base(path), ":", ".")
+}
+
 var (
 	// ErrInUse means that a process runs the instance.
 	ErrInUse = errors.New("the instance is running")
@@ -79,7 +90,7 @@ func lockDir(path string, wait bool) (*dir, error) {
 	for {
 		f, err := os.Open(path)
 		if errors.Is(err, os.ErrNotExist) {
-			return nil, fmt.Errorf("%w: %s", ErrNotFound, filepath.Base(path))
+			return nil, fmt.Errorf("%w: %s", ErrNotFound, instanceOf(path))
 		}
 		if err != nil {
 			return nil, fmt.Errorf("open pins: %w", err)
@@ -91,7 +102,7 @@ func lockDir(path string, wait bool) (*dir, error) {
 		if err := unix.Flock(int(f.Fd()), how); err != nil {
 			f.Close()
 			if errors.Is(err, unix.EWOULDBLOCK) {
-				return nil, fmt.Errorf("%w: %s", ErrInUse, filepath.Base(path))
+				return nil, fmt.Errorf("%w: %s", ErrInUse, instanceOf(path))
 			}
 			if errors.Is(err, unix.EINTR) {
 				continue
@@ -110,7 +121,7 @@ func lockDir(path string, wait bool) (*dir, error) {
 // hold them for moments, to look at them or to sweep, and only with the directory
 // of all instances locked: so what is locked while we have that one is run.
 func lockInstance(bpffs, name string) (*dir, error) {
-	path := filepath.Join(pinRoot(bpffs), name)
+	path := pinDir(bpffs, name)
 	held, err := lockDir(path, false)
 	if !errors.Is(err, ErrInUse) {
 		return held, err

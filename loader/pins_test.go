@@ -5,6 +5,7 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -144,4 +145,34 @@ func (p *place) makeAndGo(name string, done chan<- error) {
 		}
 		return errors.Join(d.SetRules(plain), d.AttachLookup(), d.Close())
 	}()
+}
+
+// TestDots has an instance with a name like a unit's go through its life: the bpf file
+// system keeps names with dots for itself.
+func TestDots(t *testing.T) {
+	const name = "system.slice-shop.service"
+	p := newPlace(t)
+	d := p.create(t, name)
+	p.attach(t, d)
+	all, err := List(p.bpffs, p.root)
+	if err != nil || len(all) != 1 || all[0].Name != name || !all[0].Running {
+		t.Errorf("listed: %+v, %v", all, err)
+	}
+	if err := Remove(p.bpffs, p.root, name); !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), name) {
+		t.Errorf("removed while it is open: %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	err = p.do(t, name, func(o Options) (err error) { d, err = Open(o); return err })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := p.do(t, name, func(Options) error { return Remove(p.bpffs, p.root, name) }); err != nil {
+		t.Error(err)
+	}
+	p.clean(t)
 }

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/cilium/ebpf/link"
@@ -74,7 +73,7 @@ func (d *Datapath) renewDir() error {
 		return err
 	}
 	defer root.unlock()
-	path := filepath.Join(root.path, d.options.Name)
+	path := pinDir(d.options.BPFFS, d.options.Name)
 	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("create pins again: %w", err)
 	}

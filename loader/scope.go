@@ -62,6 +62,9 @@ func FindScope(root, path string) (Scope, error) {
 	case st.Type != unix.CGROUP2_SUPER_MAGIC:
 		return s, fmt.Errorf("%w: %s is not in a cgroup v2 hierarchy (that is at %s)", ErrNoScope, path, root)
 	}
+	if info, err := os.Stat(abs); err == nil && !info.IsDir() {
+		return s, fmt.Errorf("%w: %s is a file in one", ErrNoScope, path)
+	}
 	rel, err := filepath.Rel(root, abs)
 	if err != nil || strings.HasPrefix(rel, "..") {
 		return s, fmt.Errorf("%w: %s is not below %s", ErrNoScope, path, root)

@@ -28,3 +28,11 @@ func TestCgroupPath(t *testing.T) {
 		t.Errorf("above what is seen: %q, %v", path, err)
 	}
 }
+
+// TestFindScopeFile names a file of a cgroup, which is none.
+func TestFindScopeFile(t *testing.T) {
+	scope := testutil.NewCgroup(t)
+	if s, err := FindScope(testutil.CgroupRoot(t), filepath.Join(scope.Path, "cgroup.procs")); !errors.Is(err, ErrNoScope) {
+		t.Errorf("%+v, %v", s, err)
+	}
+}

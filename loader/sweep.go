@@ -38,10 +38,11 @@ func List(bpffs, cgroups string) ([]Found, error) {
 	}
 	var all []Found
 	for _, e := range entries {
-		if !e.IsDir() || CheckName(e.Name()) != nil {
+		name := instanceOf(e.Name())
+		if !e.IsDir() || CheckName(name) != nil {
 			continue
 		}
-		all = append(all, look(bpffs, cgroups, e.Name()))
+		all = append(all, look(bpffs, cgroups, name))
 	}
 	return all, nil
 }
@@ -69,7 +70,7 @@ func lookAt(bpffs, name string, running *bool) (bpf.Instance, error) {
 		return bpf.Instance{}, err
 	}
 	defer root.unlock()
-	path := filepath.Join(root.path, name)
+	path := pinDir(bpffs, name)
 	held, err := lockDir(path, false)
 	switch {
 	case errors.Is(err, ErrInUse):
@@ -110,7 +111,7 @@ func removeIf(bpffs, cgroups, name string, want func(*dir, *bpf.Instance) bool) 
 		return err
 	}
 	defer root.unlock()
-	held, err := lockDir(filepath.Join(root.path, name), false)
+	held, err := lockDir(pinDir(bpffs, name), false)
 	if err != nil {
 		return err
 	}

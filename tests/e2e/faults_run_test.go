@@ -271,6 +271,28 @@ func TestSecondInstance(t *testing.T) {
 	}
 }
 
+// TestUnitCgroup captures a cgroup that is called like a unit's, without a name for the
+// instance: it is called so, too.
+func TestUnitCgroup(t *testing.T) {
+	t.Parallel()
+	g := newGround(t)
+	unit := filepath.Join(g.Scope.Path, "shop.service")
+	if err := os.Mkdir(unit, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(unit)
+	out, err := g.Pillion(t, "init", "--cgroup", unit)
+	if err != nil {
+		t.Fatalf("init: %v\n%s", err, out)
+	}
+	name := filepath.Base(g.Scope.Path) + "-shop.service"
+	out, err = g.Pillion(t, "unload", name)
+	if err != nil || !strings.Contains(out, "removed "+name) {
+		t.Errorf("unload: %q, %v", out, err)
+	}
+	nothingIn(t, g.Rig)
+}
+
 // TestAdopt kills a run and starts it again: the slots, the counters and the
 // range are kept, and the connection that was open is accounted for.
 func TestAdopt(t *testing.T) {
