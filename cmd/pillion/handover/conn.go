@@ -36,9 +36,11 @@ const (
 	pieceMax = 32 << 10
 	// piecesFDs is how many descriptors one message may carry (SCM_MAX_FD).
 	pieceFDs = 253
-	// frameMax and fdsMax bound what is taken from a peer.
+	// frameMax and fdsMax bound what is taken from a peer, wordMax what of one that is
+	// not to say much: somebody who only begins to talk makes nobody run out of memory.
 	frameMax = 1 << 30
 	fdsMax   = 1 << 20
+	wordMax  = 64 << 10
 )
 
 // The first byte of a message is the kind of the frame, the second tells whether
@@ -199,8 +201,24 @@ func (c *Conn) SendJSON(kind Kind, v any, fds []int) error {
 	return c.Send(kind, b, fds)
 }
 
+// longest is how long a frame of a kind may be.
+func longest(k Kind) int {
+	switch k {
+	case KindWelcome, KindState, KindFarewell:
+		return frameMax
+	default:
+		return wordMax
+	}
+}
+
 // Receive reads the next frame. It returns [io.EOF] when the other end is closed.
 func (c *Conn) Receive() (Frame, error) {
+	return c.receive(func(Kind) bool { return true })
+}
+
+// receive reads the next frame, if it is of a kind that may come; of any other it reads
+// the beginning.
+func (c *Conn) receive(mayCome func(Kind) bool) (Frame, error) {
 	var f Frame
 	buf, oob := make([]byte, headSize+pieceMax), make([]byte, unix.CmsgSpace(4*pieceFDs))
 	for more := true; more; {
@@ -216,7 +234,7 @@ func (c *Conn) Receive() (Frame, error) {
 			err = errors.New("no room for all descriptors (RLIMIT_NOFILE)")
 		case f.Kind != 0 && Kind(buf[0]) != f.Kind:
 			err = errors.New("a frame is not complete")
-		case len(f.Data) > frameMax || len(f.FDs) > fdsMax:
+		case len(f.Data) > longest(Kind(buf[0])) || len(f.FDs) > fdsMax:
 			err = errors.New("a frame is too long")
 		default:
 		}
@@ -228,6 +246,9 @@ func (c *Conn) Receive() (Frame, error) {
 			return Frame{}, fmt.Errorf("receive frame: %w", err)
 		}
 		f.Kind, more = Kind(buf[0]), buf[1] != 0
+		if !mayCome(f.Kind) {
+			return f, nil
+		}
 		f.Data = append(f.Data, buf[headSize:n]...)
 	}
 	return f, nil

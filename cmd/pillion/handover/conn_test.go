@@ -88,6 +88,23 @@ func TestFrames(t *testing.T) {
 	}
 }
 
+// TestTooLong has somebody begin with words that never end, or with a frame that is not
+// to come: he is not listened to for long.
+func TestTooLong(t *testing.T) {
+	for _, kind := range []Kind{KindHello, KindState, 200} {
+		a, b := pair(t)
+		sent := make(chan error, 1)
+		go func() { sent <- a.Send(kind, make([]byte, 100*wordMax), nil) }()
+		if f, err := b.Expect(KindHello); err == nil {
+			t.Errorf("kind %d: %d bytes were taken", kind, len(f.Data))
+		}
+		b.Close()
+		if err := <-sent; err == nil {
+			t.Errorf("kind %d: all was read", kind)
+		}
+	}
+}
+
 // A refusal and an abort are errors with their words, also if the other end is closed
 // by then and has not read what came.
 func TestRefusal(t *testing.T) {

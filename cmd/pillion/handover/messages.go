@@ -72,7 +72,7 @@ var ErrRefused = errors.New("the running process refuses")
 
 // Expect receives a frame of this kind. A refusal or an abort is an error that says why.
 func (c *Conn) Expect(kind Kind) (Frame, error) {
-	f, err := c.Receive()
+	f, err := c.receive(func(k Kind) bool { return k == kind || k == KindRefusal || k == KindAbort })
 	if err != nil || f.Kind == kind {
 		return f, err
 	}
