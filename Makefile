@@ -16,6 +16,10 @@ VCS     := $(shell git rev-parse HEAD >/dev/null 2>&1 && echo auto || echo false
 KEEPER  := -E=github.com/pillion-project/pillion/cmd/pillion/keeper.entry
 GOBUILD := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=$(VCS) -ldflags=$(KEEPER)
 
+# What has the race detector in it sleeps for a second before it exits, and tests
+# start it hundreds of times. What is left is for a report that is being written.
+export GORACE ?= atexit_sleep_ms=50
+
 # Packages whose tests touch the kernel's global state (programs, cgroups,
 # namespaces) run one at a time; the others run side by side.
 KERNEL_PKGS := ./bpf/... ./loader/... ./cmd/pillion
