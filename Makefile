@@ -72,8 +72,8 @@ test-vm-arm64: ## the kernel side, the keeper, take-overs and exec on an arm64 m
 	@scripts/setup.sh vm arm64
 	VM_ARCH=arm64 scripts/vm-test.sh $(VM_PKGS)
 
-test-kubernetes: ## discovery against a real kube-apiserver and etcd (built once, some minutes)
-	bin=$$(scripts/kubernetes.sh) && PILLION_KUBE_BIN=$$bin $(GO) test -count=1 -v -timeout 10m ./tests/kubernetes
+test-kubernetes: build ## discovery against a real kube-apiserver and etcd (as root; built once, some minutes)
+	bin=$$(scripts/kubernetes.sh) && PILLION_KUBE_BIN=$$bin PILLION=$(abspath $(PILLION)) $(GO) test -count=1 -v -timeout 10m ./tests/kubernetes
 
 test-systemd: build ## the unit and the drop-in under a real systemd in a container (as root, some minutes)
 	@scripts/setup.sh systemd
