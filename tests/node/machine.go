@@ -25,10 +25,14 @@ const (
 	link = "node0"
 )
 
+// ownDirs are where CNI and the kubelet write what no setting moves. A machine need
+// not have them.
+var ownDirs = []string{"/var/lib/cni", "/var/lib/kubelet"}
+
 // prepare makes the machine: what is mounted and set up here is seen and used by
 // nobody outside of the namespaces.
 func prepare(dir string, l Layout, cgroup string) error {
-	for _, m := range []string{dir, "/run", "/var/log", "/var/lib/cni"} {
+	for _, m := range append([]string{dir, "/run", "/var/log"}, ownDirs...) {
 		if err := unix.Mount("tmpfs", m, "tmpfs", 0, "mode=0755"); err != nil {
 			return fmt.Errorf("mount a tmpfs on %s: %w", m, err)
 		}

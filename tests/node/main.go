@@ -75,9 +75,10 @@ func inside(l Layout) (err error) {
 		return fmt.Errorf("make a directory: %w", err)
 	}
 	defer os.Remove(dir) // empty, for those out here
-	const cni = "/var/lib/cni"
-	if os.Mkdir(cni, 0o755) == nil {
-		defer os.Remove(cni)
+	for _, d := range ownDirs {
+		if os.Mkdir(d, 0o755) == nil {
+			defer os.Remove(d)
+		}
 	}
 	defer func() {
 		if e := removeCgroups(name); e != nil && err == nil {
