@@ -57,7 +57,8 @@ func CheckName(name string) error {
 	return nil
 }
 
-// mountBPFFS makes sure that a bpf file system is mounted.
+// mountBPFFS makes sure that a bpf file system is mounted. It fails with ENOTEMPTY where
+// something else is.
 func mountBPFFS(dir string) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
@@ -65,6 +66,10 @@ func mountBPFFS(dir string) error {
 	}
 	if st.Type == unix.BPF_FS_MAGIC {
 		return nil
+	}
+	// A name that was mistaken is not to hide what is there.
+	if all, err := os.ReadDir(dir); err != nil || len(all) > 0 {
+		return fmt.Errorf("mount the bpf file system on %s: want an empty directory, it has %d files: %w", dir, len(all), errors.Join(err, unix.ENOTEMPTY))
 	}
 	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 	err := unix.Mount("bpf", dir, "bpf", flags, "mode=0700")

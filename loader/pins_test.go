@@ -2,7 +2,9 @@ package loader
 
 import (
 	"errors"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -175,4 +177,22 @@ func TestDots(t *testing.T) {
 		t.Error(err)
 	}
 	p.clean(t)
+}
+
+// TestMountOverFiles takes a directory of somebody else's for that of the bpf file
+// system: what is in it stays to be seen.
+func TestMountOverFiles(t *testing.T) {
+	testutil.RequireRoot(t)
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	err := mountBPFFS(dir)
+	if err == nil {
+		unix.Unmount(dir, unix.MNT_DETACH)
+	}
+	if !errors.Is(err, unix.ENOTEMPTY) {
+		t.Errorf("mounted: %v", err)
+	}
 }
