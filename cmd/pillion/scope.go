@@ -64,7 +64,7 @@ func (p *plan) locateCgroup(ctx context.Context, f *runFlags, _ bool) error {
 	if err != nil {
 		return usage(err)
 	}
-	p.name = nameOf(p.cgroups, f.cgroup)
+	p.name = nameOf(p.cgroups, p.scope.Path)
 	return nil
 }
 

@@ -272,7 +272,7 @@ func TestSecondInstance(t *testing.T) {
 }
 
 // TestUnitCgroup captures a cgroup that is called like a unit's, without a name for the
-// instance: it is called so, too.
+// instance: it is called so, too, whatever way leads there.
 func TestUnitCgroup(t *testing.T) {
 	t.Parallel()
 	g := newGround(t)
@@ -281,16 +281,26 @@ func TestUnitCgroup(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer os.Remove(unit)
-	out, err := g.Pillion(t, "init", "--cgroup", unit)
+	wd, err := os.Getwd()
 	if err != nil {
-		t.Fatalf("init: %v\n%s", err, out)
+		t.Fatal(err)
 	}
-	name := filepath.Base(g.Scope.Path) + "-shop.service"
-	out, err = g.Pillion(t, "unload", name)
-	if err != nil || !strings.Contains(out, "removed "+name) {
-		t.Errorf("unload: %q, %v", out, err)
+	relative, err := filepath.Rel(wd, unit)
+	if err != nil {
+		t.Fatal(err)
 	}
-	nothingIn(t, g.Rig)
+	for _, path := range []string{unit, relative} {
+		out, err := g.Pillion(t, "init", "--cgroup", path)
+		if err != nil {
+			t.Fatalf("init: %v\n%s", err, out)
+		}
+		name := filepath.Base(g.Scope.Path) + "-shop.service"
+		out, err = g.Pillion(t, "unload", name)
+		if err != nil || !strings.Contains(out, "removed "+name) {
+			t.Errorf("unload: %q, %v", out, err)
+		}
+		nothingIn(t, g.Rig)
+	}
 }
 
 // TestAdopt kills a run and starts it again: the slots, the counters and the
