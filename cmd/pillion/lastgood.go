@@ -22,7 +22,7 @@ func (s *survival) keepConfiguration(file string) error {
 	if s == nil || file == "" {
 		return nil
 	}
-	text, err := os.ReadFile(file)
+	text, err := config.Read(file)
 	if err == nil {
 		_, err = config.Parse(file, text)
 	}

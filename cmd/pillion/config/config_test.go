@@ -202,6 +202,44 @@ func TestLoad(t *testing.T) {
 			t.Error("no error")
 		}
 	})
+	pipe := func(t *testing.T) string {
+		path := filepath.Join(t.TempDir(), "pipe.yaml")
+		if err := unix.Mkfifo(path, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	t.Run("pipe without a writer", func(t *testing.T) {
+		if _, err := readWithin(pipe(t), time.Millisecond); err == nil || !strings.Contains(err.Error(), "nobody wrote") {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("pipe that stays open", func(t *testing.T) {
+		path := pipe(t)
+		w, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Close()
+		if _, err := w.WriteString("zone: a\n"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := readWithin(path, time.Millisecond); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("pipe with a writer", func(t *testing.T) {
+		path := pipe(t)
+		written := make(chan error, 1)
+		go func() { written <- os.WriteFile(path, []byte("zone: a\n"), 0o600) }() // waits for the reader
+		data, err := readWithin(path, time.Minute)
+		if err != nil || string(data) != "zone: a\n" {
+			t.Errorf("got %q, %v", data, err)
+		}
+		if err := <-written; err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 func TestParseNotText(t *testing.T) {

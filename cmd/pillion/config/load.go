@@ -1,10 +1,14 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // maxSize is how many bytes a configuration may have: the kernel side's tables
@@ -15,27 +19,63 @@ const maxSize = 8 << 20
 // caller owns it. All problems of the file are in one error, each on a line
 // that begins with path:line:column.
 func Load(path string) (*Config, error) {
-	data, err := readFile(path)
+	data, err := Read(path)
 	if err != nil {
 		return nil, err
 	}
 	return Parse(path, data)
 }
 
-func readFile(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("read the configuration: %w", err)
-	}
-	defer f.Close()
-	// One byte more than is allowed, so that Parse sees that it is too much.
-	// What the file system says of the size is no guide: it may be a pipe.
-	data, err := io.ReadAll(io.LimitReader(f, maxSize+1))
+// patience is how long a pipe may take to say all: who reads it may be a process
+// that has connections to look after.
+const patience = 5 * time.Second
+
+// Read returns the text of the file at path, and of what is too long to be a
+// configuration as much as [Parse] needs to say so.
+func Read(path string) ([]byte, error) {
+	data, err := readWithin(path, patience)
 	if err != nil {
 		return nil, fmt.Errorf("read the configuration: %w", err)
 	}
 	return data, nil
 }
+
+func readWithin(path string, limit time.Duration) ([]byte, error) {
+	// Not blocking: a named pipe without a writer would hold us up for ever, and no
+	// signal ends an open.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	pipe := info.Mode()&os.ModeNamedPipe != 0
+	if pipe {
+		if err := f.SetReadDeadline(time.Now().Add(limit)); err != nil {
+			return nil, err
+		}
+	}
+	for {
+		// One byte more than is allowed, so that Parse sees that it is too much.
+		// What the file system says of the size is no guide: it may be a pipe.
+		data, err := io.ReadAll(io.LimitReader(f, maxSize+1))
+		switch {
+		case len(data) == 0 && errors.Is(err, os.ErrDeadlineExceeded):
+			return nil, fmt.Errorf("%s is a pipe, and nobody wrote to it", path)
+		case err != nil || len(data) > 0 || !pipe:
+			return data, err
+		default:
+			// The writer may wait for a reader, and then take a moment.
+			time.Sleep(pipePoll)
+		}
+	}
+}
+
+// pipePoll is how often a pipe without a writer is looked at.
+const pipePoll = 10 * time.Millisecond
 
 // Parse reads a configuration from data, as [Load] does from a file. name is
 // what errors call it.

@@ -39,7 +39,7 @@ type Refused struct {
 // whose name or address cannot be read: that might be any of those. A service
 // that is right but claims the name or address of one that stays is refused too.
 func LoadPartial(path string, last *Config) (*Config, []Refused, error) {
-	data, err := readFile(path)
+	data, err := Read(path)
 	if err != nil {
 		return nil, nil, err
 	}

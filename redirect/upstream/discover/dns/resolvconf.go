@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Bounds of resolv.conf(5).
@@ -66,11 +68,19 @@ func (o Options) resolver() (*resolver, error) {
 }
 
 func readConf(path string) (string, error) {
-	f, err := os.Open(path)
+	// Not blocking: it may be an application's, which could put a pipe there.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return "", err
 	}
 	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	if info.Mode()&os.ModeNamedPipe != 0 {
+		return "", fmt.Errorf("%s is a pipe", path)
+	}
 	b, err := io.ReadAll(io.LimitReader(f, maxConfSize))
 	return string(b), err
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/pillion-project/pillion/tests/testutil"
 )
@@ -98,6 +99,13 @@ func TestCandidates(t *testing.T) {
 
 func TestResolver(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "resolv.conf")
+	pipe := path + ".pipe"
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := (Options{ResolvConf: pipe}).resolver(); err == nil || !strings.Contains(err.Error(), "is a pipe") {
+		t.Errorf("of a pipe: %v", err)
+	}
 	if _, err := (Options{ResolvConf: path}).resolver(); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a file that was named and is missing: %v", err)
 	}
