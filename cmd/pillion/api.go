@@ -24,6 +24,7 @@ func (i *instance) api() admin.API {
 		Explain: i.explainer().explain,
 		Config:  i.configuration,
 		Reload:  i.control.requestReload,
+		Diff:    i.control.diff,
 		Ready:   i.missing,
 		Live:    i.stuck,
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -199,7 +200,7 @@ func (c *control) requestReload(ctx context.Context) (admin.ReloadResult, error)
 // reload reads the configuration again and puts in force what can be taken of it.
 func (c *control) reload() admin.ReloadResult {
 	before := c.inForce()
-	next, refused, err := c.i.reread(before)
+	next, refused, err := c.reread(before)
 	if err != nil {
 		return c.refuse(err)
 	}
@@ -234,6 +235,18 @@ func (c *control) reload() admin.ReloadResult {
 	return admin.ReloadResult{Generation: c.state.Generation, Changes: changes.Lines(), Refused: c.state.Refused}
 }
 
+// reread makes the next configuration of last and what the file says now.
+func (c *control) reread(last *config.Config) (*config.Config, []config.Refused, error) {
+	if c.i.file == "" {
+		return last, nil, nil
+	}
+	text, err := config.Read(c.i.file)
+	if err != nil {
+		return nil, nil, err
+	}
+	return c.i.merge(c.i.file, text, last)
+}
+
 // refuse keeps what holds, and says why.
 func (c *control) refuse(err error) admin.ReloadResult {
 	c.i.log.Error("the configuration is refused, the last one stays", "error", err)
@@ -242,11 +255,17 @@ func (c *control) refuse(err error) admin.ReloadResult {
 	c.reloads++
 	c.failures++
 	c.state.Tried = time.Now()
-	c.state.Refused = []admin.Refusal{}
-	for _, p := range config.Problems(err) {
-		c.state.Refused = append(c.state.Refused, refusalOf(&p))
-	}
+	c.state.Refused = refusalsOf(err)
 	return admin.ReloadResult{Generation: c.state.Generation, Changes: []string{}, Refused: c.state.Refused}
+}
+
+// refusalsOf are those of a whole configuration.
+func refusalsOf(err error) []admin.Refusal {
+	all := []admin.Refusal{}
+	for _, p := range config.Problems(err) {
+		all = append(all, refusalOf(&p))
+	}
+	return all
 }
 
 func refusalOf(p *config.Problem) admin.Refusal {
@@ -258,6 +277,21 @@ func refusalOf(p *config.Problem) admin.Refusal {
 		r.Where = fmt.Sprintf("%s:%d:%d", p.File, p.Line, p.Column)
 	}
 	return r
+}
+
+// diff tells what a reload would do if the file said text. That goes by what a reload
+// goes by, flags and what was refused before too.
+func (c *control) diff(_ context.Context, name string, text []byte) (admin.DiffResult, error) {
+	before := c.inForce()
+	next, refused, err := c.i.merge(name, text, before)
+	if err != nil {
+		return admin.DiffResult{Refused: refusalsOf(err)}, nil
+	}
+	changes, err := json.Marshal(next.Diff(before))
+	if err != nil {
+		return admin.DiffResult{}, fmt.Errorf("encode changes: %w", err)
+	}
+	return admin.DiffResult{Changes: changes, Refused: refusals(refused)}, nil
 }
 
 // withoutRestart is next with what only a start reads as it was.

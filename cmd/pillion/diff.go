@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"net/netip"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
@@ -22,8 +23,9 @@ func newDiff(g *global) *cobra.Command {
 		Short: "Tell what a reload with a configuration would do",
 		Long: `Compares FILE with the configuration that a running instance goes by, or with
 another file, and tells what a reload would change: services, endpoints, what
-becomes of connections, and what takes a restart. It changes nothing. The exit
-code is 0 whether or not anything differs, and 64 if a file is not right.`,
+becomes of connections, what takes a restart, and what would be refused. It
+changes nothing. The exit code is 0 whether or not anything differs, and 64 if
+a file is not right.`,
 		Example: `  pillion diff /etc/pillion.yaml
   pillion diff /etc/pillion.yaml /tmp/new.yaml -o json`,
 		Args: func(c *cobra.Command, args []string) error {
@@ -58,29 +60,27 @@ type changes struct {
 	// Open counts the connections to endpoints that go, by service; nil if no
 	// instance was asked.
 	Open map[string]int64 `json:"open_connections,omitempty"`
+	// Refused is what a reload would not take.
+	Refused []admin.Refusal `json:"refused,omitempty"`
 }
 
 func diff(ctx context.Context, w io.Writer, g *global, o *output, instance string, files []string) error {
-	// All that is wrong with both at once.
-	var all []*config.Config
-	var errs []error
-	for _, file := range files {
-		c, err := config.Load(file)
-		all, errs = append(all, c), append(errs, err)
+	if len(files) == 2 {
+		return diffFiles(w, o, files[0], files[1])
 	}
-	if err := errors.Join(errs...); err != nil {
+	text, err := config.Read(files[0])
+	if err != nil {
 		return usage(err)
-	}
-	to := all[len(all)-1]
-	if len(all) == 2 {
-		d := to.Diff(all[0])
-		return printChanges(w, o, &changes{Changes: d, Restart: d.Restart()})
 	}
 	client, err := g.client(instance)
 	if err != nil {
+		// What is wrong with the file can be told all the same.
+		if _, wrong := config.Parse(files[0], text); wrong != nil {
+			return usage(wrong)
+		}
 		return err
 	}
-	from, err := runningConfig(ctx, client)
+	c, err := diffRunning(ctx, client, files[0], text)
 	if err != nil {
 		return err
 	}
@@ -88,21 +88,71 @@ func diff(ctx context.Context, w io.Writer, g *global, o *output, instance strin
 	if err != nil {
 		return fmt.Errorf("ask for the connections: %w", err)
 	}
-	d := to.Diff(from)
-	return printChanges(w, o, &changes{Changes: d, Restart: d.Restart(), Open: openTo(d, &status)})
+	c.Open = openTo(c.Changes, &status)
+	return printChanges(w, o, c)
 }
 
-// runningConfig asks an instance what it goes by.
-func runningConfig(ctx context.Context, client *admin.Client) (*config.Config, error) {
+// diffFiles tells all that is wrong with both at once.
+func diffFiles(w io.Writer, o *output, old, new string) error {
+	from, err := config.Load(old)
+	to, err2 := config.Load(new)
+	if err := errors.Join(err, err2); err != nil {
+		return usage(err)
+	}
+	d := to.Diff(from)
+	return printChanges(w, o, &changes{Changes: d, Restart: d.Restart()})
+}
+
+// diffRunning has the instance say what a reload would do, which knows best.
+func diffRunning(ctx context.Context, client *admin.Client, file string, text []byte) (*changes, error) {
+	r, err := client.Diff(ctx, file, text)
+	switch e, ok := errors.AsType[*admin.Error](err); {
+	case ok && e.Code == http.StatusNotFound:
+		return diffHere(ctx, client, file, text)
+	case err != nil:
+		return nil, fmt.Errorf("ask what would change: %w", err)
+	case r.Changes == nil:
+		return nil, usage(refusedWhole(r.Refused))
+	default:
+	}
+	c := &changes{Refused: r.Refused}
+	if err := json.Unmarshal(r.Changes, &c.Changes); err != nil {
+		return nil, fmt.Errorf("read what would change: %w", err)
+	}
+	c.Restart = c.Changes.Restart()
+	return c, nil
+}
+
+// refusedWhole is the error of a text of which a reload would take nothing.
+func refusedWhole(refused []admin.Refusal) error {
+	var errs []error
+	for _, r := range refused {
+		text := r.Text
+		if r.Where != "" {
+			text = r.Where + ": " + text
+		}
+		errs = append(errs, errors.New(text))
+	}
+	return errors.Join(errs...)
+}
+
+// diffHere is for an instance of an earlier version, which tells only what it goes
+// by.
+func diffHere(ctx context.Context, client *admin.Client, file string, text []byte) (*changes, error) {
+	to, err := config.Parse(file, text)
+	if err != nil {
+		return nil, usage(err)
+	}
 	data, err := client.Config(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("ask for the configuration: %w", err)
 	}
-	c := new(config.Config)
-	if err := json.Unmarshal(data, c); err != nil {
+	from := new(config.Config)
+	if err := json.Unmarshal(data, from); err != nil {
 		return nil, fmt.Errorf("the instance, of another version perhaps, has a configuration that cannot be read here: %w", err)
 	}
-	return c, nil
+	d := to.Diff(from)
+	return &changes{Changes: d, Restart: d.Restart()}, nil
 }
 
 // openTo counts the connections to the endpoints that go.
@@ -134,14 +184,31 @@ func formerName(s *config.ServiceChange) string {
 	return s.Name
 }
 
+// printChanges returns an exitError if something would be refused.
 func printChanges(w io.Writer, o *output, c *changes) error {
-	if o.json() {
-		return printJSON(w, c)
+	var err error
+	switch {
+	case o.json():
+		err = printJSON(w, c)
+	case c.Empty():
+		_, err = fmt.Fprintln(w, "no change")
+	default:
+		err = printChanged(w, c)
 	}
-	if c.Empty() {
-		_, err := fmt.Fprintln(w, "no change")
+	if err != nil || len(c.Refused) == 0 {
 		return err
 	}
+	if !o.json() {
+		for _, text := range refusalTexts(c.Refused) {
+			if _, err := fmt.Fprintf(w, "! %s\n", text); err != nil {
+				return err
+			}
+		}
+	}
+	return &exitError{code: exitUsage}
+}
+
+func printChanged(w io.Writer, c *changes) error {
 	t := newTable("service", "change", "what", "from", "to", "effect")
 	row := func(service, change, what, from, to, effect string) {
 		t.AppendRow([]any{cmp.Or(service, "-"), change, cmp.Or(what, "-"), cmp.Or(from, "-"), cmp.Or(to, "-"), cmp.Or(effect, "-")})

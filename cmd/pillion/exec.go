@@ -79,12 +79,9 @@ func (f *execFlags) configuration() (*config.Config, error) {
 	return f.overlay(c)
 }
 
-// reread reads the file again for a process that has a configuration, last.
-func (f *execFlags) reread(last *config.Config) (*config.Config, []config.Refused, error) {
-	if f.file == "" {
-		return last, nil, nil
-	}
-	c, refused, err := config.LoadPartial(f.file, last)
+// merge reads the text of a file for a process that has a configuration, last.
+func (f *execFlags) merge(file string, text []byte, last *config.Config) (*config.Config, []config.Refused, error) {
+	c, refused, err := config.ParsePartial(file, text, last)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -170,7 +167,7 @@ func execute(ctx context.Context, g *global, f *execFlags, args []string) error 
 	if err != nil {
 		return err
 	}
-	p := plan{name: name, kind: loader.KindExec, cgroups: root, config: c, global: g, log: log, file: f.file, reread: f.reread}
+	p := plan{name: name, kind: loader.KindExec, cgroups: root, config: c, global: g, log: log, file: f.file, merge: f.merge}
 	if p.scope, err = loader.FindScope(root, cgroup.path); err != nil {
 		return errors.Join(err, cgroup.remove())
 	}

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/loader"
 	"github.com/spf13/cobra"
 )
@@ -40,7 +41,7 @@ func prepare(ctx context.Context, g *global, f *runFlags) error {
 	if err != nil {
 		return err
 	}
-	i := &instance{plan: plan{kind: loader.KindInit, config: c, global: g, log: log, file: f.file, reread: f.reread}, started: started}
+	i := &instance{plan: plan{kind: loader.KindInit, config: c, global: g, log: log, file: f.file, merge: config.ParsePartial}, started: started}
 	if err := i.locate(ctx, f, true); err != nil {
 		return err
 	}

@@ -81,14 +81,6 @@ usual. Until it has everything, the other one goes on if this one fails.`,
 	return c
 }
 
-// reread reads the configuration again for a process that has one, last.
-func (f *runFlags) reread(last *config.Config) (*config.Config, []config.Refused, error) {
-	if f.file == "" {
-		return last, nil, nil
-	}
-	return config.LoadPartial(f.file, last)
-}
-
 // daemon runs until SIGTERM or SIGINT; a second one ends at once.
 func daemon(g *global, f *runFlags) error {
 	frugal()
@@ -119,7 +111,7 @@ func daemon(g *global, f *runFlags) error {
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, unix.SIGHUP)
 	defer signal.Stop(hangups)
-	p := plan{kind: loader.KindRun, config: c, global: g, log: log, file: f.file, reread: f.reread, hangups: hangups}
+	p := plan{kind: loader.KindRun, config: c, global: g, log: log, file: f.file, merge: config.ParsePartial, hangups: hangups}
 	if err := p.locate(told, f, false); err != nil {
 		return err
 	}

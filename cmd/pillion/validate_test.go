@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/telemetry/admin"
@@ -131,15 +133,45 @@ func TestDiff(t *testing.T) {
 // TestDiffRunning compares with what an instance goes by, and counts the
 // connections that it has.
 func TestDiffRunning(t *testing.T) {
-	dir := t.TempDir()
 	c, err := config.Parse("old.yaml", []byte(oldConfig))
 	if err != nil {
 		t.Fatal(err)
 	}
+	i := &instance{plan: plan{merge: config.ParsePartial}}
+	for name, answer := range map[string]http.Handler{
+		"": answerDiff(&control{i: i, config: c}),
+		// It tells what it goes by, and no more.
+		"an earlier version": http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(http.StatusNotFound)
+			_ = json.NewEncoder(w).Encode(admin.Error{Message: "no such path"})
+		}),
+	} {
+		t.Run(name, func(t *testing.T) { diffRunningWith(t, c, answer) })
+	}
+}
+
+// answerDiff is the route of admin's server.
+func answerDiff(c *control) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		text, err := io.ReadAll(r.Body)
+		if err != nil {
+			panic(err)
+		}
+		result, err := c.diff(r.Context(), r.URL.Query().Get("name"), text)
+		if err != nil {
+			panic(err)
+		}
+		_ = json.NewEncoder(w).Encode(result)
+	})
+}
+
+func diffRunningWith(t *testing.T, c *config.Config, byInstance http.Handler) {
+	dir := t.TempDir()
 	mux := http.NewServeMux()
 	answer := func(v any) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode(v) }
 	}
+	mux.Handle("POST /v1/diff", byInstance)
 	mux.Handle("GET /v1/config", answer(c))
 	mux.Handle("GET /v1/status", answer(admin.Status{Instance: "i", Services: []admin.ServiceStatus{
 		{Name: "web", Endpoints: []admin.EndpointStatus{{Address: "10.0.0.1:80", Live: 7}, {Address: "10.0.0.2:80", Live: 2}}},
@@ -180,5 +212,71 @@ func TestDiffRunning(t *testing.T) {
 	same := write(t, dir, "same.yaml", oldConfig)
 	if out, err := call(t, "--runtime-dir", dir, "diff", same); err != nil || out != "no change\n" {
 		t.Errorf("%q, %v", out, err)
+	}
+}
+
+// TestDiffAsReload: what diff says is what a reload does, of what flags said and of what
+// is refused, too.
+func TestDiffAsReload(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "p.yaml")
+	flags := &execFlags{
+		file: file, path: "auto", onFailure: "closed", connect: "early", existing: "reset",
+		services: []string{"10.96.0.9:80=10.0.0.9:80"}, deny: []string{"10.9.0.0/16"}, exclude: []string{"10.8.0.0/16"},
+	}
+	if err := os.WriteFile(file, []byte(oldConfig), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	before, err := flags.configuration()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &control{i: &instance{plan: plan{file: file, merge: flags.merge}}, config: before}
+	for name, tt := range map[string]struct {
+		text             string
+		services, wanted int // that change; that are refused
+		whole            bool
+	}{
+		"the same":         {text: oldConfig},
+		"another":          {text: newConfig, services: 4},
+		"partly wrong":     {text: strings.Replace(newConfig, "10.0.0.1:80", "10.0.0.1:0", 1), services: 4, wanted: 1},
+		"wrong":            {text: "servces: []", wanted: 1, whole: true},
+		"empty":            {text: "", wanted: 1, whole: true},
+		"nothing, said":    {text: "services: []", services: 2},
+		"no YAML":          {text: "a: [", wanted: 1, whole: true},
+		"a flag's service": {text: "services: [{name: x, address: 10.96.0.9:80, endpoints: [10.0.0.1:80]}]", wanted: 1, whole: true},
+	} {
+		got, err := c.diff(t.Context(), file, []byte(tt.text))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		var changes config.Changes
+		if whole := got.Changes == nil; whole != tt.whole {
+			t.Errorf("%s: refused as a whole: %t", name, whole)
+		} else if !whole {
+			if err := json.Unmarshal(got.Changes, &changes); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if len(changes.Services) != tt.services || len(got.Refused) != tt.wanted {
+			t.Errorf("%s: %+v, refused %+v", name, changes, got.Refused)
+		}
+		// What a reload does.
+		if err := os.WriteFile(file, []byte(tt.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		next, refused, err := c.reread(before)
+		if (err != nil) != tt.whole {
+			t.Errorf("%s: a reload: %v", name, err)
+		}
+		if err != nil {
+			continue
+		}
+		if diff := cmp.Diff(next.Diff(before).Lines(), changes.Lines()); diff != "" {
+			t.Errorf("%s: reload -, diff +:\n%s", name, diff)
+		}
+		if diff := cmp.Diff(refusals(refused), got.Refused, cmpopts.EquateEmpty()); diff != "" {
+			t.Errorf("%s: refused, reload -, diff +:\n%s", name, diff)
+		}
 	}
 }

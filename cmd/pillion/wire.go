@@ -41,10 +41,11 @@ type plan struct {
 	pod     *loader.Pod    // that scope is all of; nil: it is no pod, or not ours
 	births  *loader.Births // of the pod's containers; nil: nobody wants to know, or can
 	config  *config.Config
-	// file is where the configuration came from; empty: there is none. reread
-	// reads it again, and hangups are the signals to do so.
+	// file is where the configuration came from; empty: there is none. merge makes
+	// the next configuration of last and the text of a file, and hangups are the
+	// signals to do so.
 	file    string
-	reread  func(last *config.Config) (*config.Config, []config.Refused, error)
+	merge   func(file string, text []byte, last *config.Config) (*config.Config, []config.Refused, error)
 	hangups <-chan os.Signal
 	taking  *taking // nil: nobody is there to take over from
 	global  *global

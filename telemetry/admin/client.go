@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -98,12 +99,29 @@ func (c *Client) Config(ctx context.Context) (json.RawMessage, error) {
 func (c *Client) Reload(ctx context.Context) (ReloadResult, error) {
 	var r ReloadResult
 	err := insist(func() error {
-		body, err := c.send(ctx, http.MethodPost, "/v1/reload", nil)
+		body, err := c.send(ctx, http.MethodPost, "/v1/reload", nil, nil)
 		if err != nil {
 			return err
 		}
 		r = ReloadResult{}
 		return c.decode(body, "/v1/reload", &r)
+	})
+	return r, err
+}
+
+// Diff asks what a reload would do if text were in the instance's file; refusals
+// call that by name. What would be wrong with that is in the result, and no error. An
+// instance of a version that does not know the question answers with an [*Error]
+// of code 404.
+func (c *Client) Diff(ctx context.Context, name string, text []byte) (DiffResult, error) {
+	var r DiffResult
+	err := insist(func() error {
+		body, err := c.send(ctx, http.MethodPost, "/v1/diff", url.Values{"name": {name}}, text)
+		if err != nil {
+			return err
+		}
+		r = DiffResult{}
+		return c.decode(body, "/v1/diff", &r)
 	})
 	return r, err
 }
@@ -166,15 +184,15 @@ func (c *Client) decode(body io.ReadCloser, path string, answer any) error {
 	return nil
 }
 
-// get is send with the method that all routes but one have.
+// get is send with the method that most routes have.
 func (c *Client) get(ctx context.Context, path string, v url.Values) (io.ReadCloser, error) {
-	return c.send(ctx, http.MethodGet, path, v)
+	return c.send(ctx, http.MethodGet, path, v, nil)
 }
 
 // send returns the body of a good answer; the caller closes it.
-func (c *Client) send(ctx context.Context, method, path string, v url.Values) (io.ReadCloser, error) {
+func (c *Client) send(ctx context.Context, method, path string, v url.Values, text []byte) (io.ReadCloser, error) {
 	u := url.URL{Scheme: "http", Host: "pillion", Path: path, RawQuery: v.Encode()}
-	req, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), bytes.NewReader(text))
 	if err != nil {
 		return nil, fmt.Errorf("ask %s: %w", c.path, err)
 	}

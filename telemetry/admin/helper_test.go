@@ -3,6 +3,7 @@ package admin
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"net/netip"
 	"path/filepath"
@@ -120,6 +121,12 @@ func testAPI() API {
 		},
 		Config: func(context.Context) (json.RawMessage, error) {
 			return json.RawMessage(`{"default":"relay"}`), nil
+		},
+		Diff: func(_ context.Context, name string, text []byte) (DiffResult, error) {
+			if len(text) == 0 {
+				return DiffResult{}, nil
+			}
+			return DiffResult{Changes: json.RawMessage(fmt.Sprintf(`{"name":%q,"text":%q}`, name, text)), Refused: []Refusal{refusal()}}, nil
 		},
 		Reload: func(context.Context) (ReloadResult, error) {
 			return ReloadResult{Generation: 4, Changes: []string{"service web: policy: random -> maglev"}, Refused: []Refusal{refusal()}}, nil

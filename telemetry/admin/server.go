@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -23,6 +24,8 @@ const (
 	writeTimeout  = 30 * time.Second
 	idleTimeout   = time.Minute
 	maxHeader     = 16 << 10
+	// maxText is how much of a configuration is read: more than one may have.
+	maxText = 16 << 20
 	// grace is how long requests may take once the server ends.
 	grace = 3 * time.Second
 )
@@ -50,6 +53,9 @@ type API struct {
 	// Reload reads the configuration again. What is wrong with it is in the
 	// result; an error means that it could not be tried.
 	Reload func(ctx context.Context) (ReloadResult, error)
+	// Diff tells what Reload would do if text were in its file. Refusals call that
+	// file by the name given.
+	Diff func(ctx context.Context, name string, text []byte) (DiffResult, error)
 }
 
 // Serve answers on ln until ctx is done, then lets the requests in flight end
@@ -151,6 +157,9 @@ func newRoutes(api API) routes {
 		})
 		r.method = http.MethodPost
 		all["/v1/reload"] = r
+	}
+	if api.Diff != nil {
+		all["/v1/diff"] = route{method: http.MethodPost, params: []string{"name"}, serve: api.diff}
 	}
 	for path, ask := range map[string]func() error{"/v1/ready": api.Ready, "/v1/live": api.Live} {
 		if ask == nil {
@@ -288,4 +297,17 @@ func (a API) explain(ctx context.Context, v url.Values) (any, error) {
 		return nil, err
 	}
 	return list(all), nil
+}
+
+func (a API) diff(w http.ResponseWriter, r *http.Request, v url.Values) error {
+	text, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxText))
+	if err != nil {
+		return badRequest("read the text: %v", err)
+	}
+	result, err := a.Diff(r.Context(), v.Get("name"), text)
+	if err != nil {
+		return err
+	}
+	result.Refused = list(result.Refused)
+	return send(w, http.StatusOK, result)
 }

@@ -71,6 +71,17 @@ func TestClientAndServer(t *testing.T) {
 	if diff := cmp.Diff(want, r); err != nil || diff != "" {
 		t.Errorf("reload: %v\n%s", err, diff)
 	}
+	d, err := c.Diff(ctx, "a + b%.yaml", []byte("zone: a\n"))
+	wantDiff := DiffResult{Changes: json.RawMessage(`{"name":"a + b%.yaml","text":"zone: a\n"}`), Refused: []Refusal{refusal()}}
+	if diff := cmp.Diff(wantDiff, d); err != nil || diff != "" {
+		t.Errorf("diff: %v\n%s", err, diff)
+	}
+	if d, err := c.Diff(ctx, "x", nil); err != nil || d.Changes != nil || d.Refused == nil {
+		t.Errorf("diff of what is refused: %+v, %v", d, err)
+	}
+	if _, err := c.Diff(ctx, "x", make([]byte, maxText+1)); !errors.As(err, &e) || e.Code != http.StatusBadRequest {
+		t.Errorf("diff of too much: %v", err)
+	}
 	body, err := c.Metrics(ctx)
 	if err != nil {
 		t.Fatal(err)
@@ -129,6 +140,8 @@ func TestBadRequests(t *testing.T) {
 		{"PUT", "/v1/reload", 405, "PUT: want POST"},
 		{"POST", "/v1/reload?now=true", 400, `unknown parameter "now"`},
 		{"POST", "/v1/reload", 500, "no file"},
+		{"GET", "/v1/diff", 405, "GET: want POST"},
+		{"POST", "/v1/diff?file=x", 400, `unknown parameter "file"`},
 		{"POST", "/v1/config", 405, "POST: want GET"},
 		{"POST", "/v1/explain?dst=web", 405, "POST: want GET"},
 		{"GET", "/v1/explain", 400, "dst: want an address"},

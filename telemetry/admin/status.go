@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"encoding/json"
 	"time"
 
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -110,6 +111,14 @@ type ReloadResult struct {
 	// is.
 	Changes []string `json:"changes"`
 	// Refused is what was not taken.
+	Refused []Refusal `json:"refused"`
+}
+
+// DiffResult is what a reload with another text would do.
+type DiffResult struct {
+	// Changes are those that it would make; nil: it would refuse the whole text.
+	Changes json.RawMessage `json:"changes,omitempty"`
+	// Refused is what it would not take.
 	Refused []Refusal `json:"refused"`
 }
 

@@ -43,10 +43,12 @@ func LoadPartial(path string, last *Config) (*Config, []Refused, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	return parsePartial(path, data, last)
+	return ParsePartial(path, data, last)
 }
 
-func parsePartial(name string, data []byte, last *Config) (*Config, []Refused, error) {
+// ParsePartial reads a configuration from data, as [LoadPartial] does from a file.
+// name is what errors call it.
+func ParsePartial(name string, data []byte, last *Config) (*Config, []Refused, error) {
 	d, err := parseDraft(name, data, maxSize)
 	if err != nil {
 		return nil, nil, err
