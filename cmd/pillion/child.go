@@ -36,7 +36,7 @@ func newChild(args []string, cgroup *commandCgroup, who *syscall.Credential) *ch
 	c := &child{
 		cmd:      exec.Command(args[0], args[1:]...),
 		signals:  make(chan os.Signal, 16),
-		terminal: term.IsTerminal(int(os.Stdin.Fd())),
+		terminal: term.IsTerminal(int(os.Stdin.Fd())) || foreground(),
 	}
 	c.cmd.Stdin, c.cmd.Stdout, c.cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -44,13 +44,26 @@ func newChild(args []string, cgroup *commandCgroup, who *syscall.Credential) *ch
 		CgroupFD:    int(cgroup.dir.Fd()),
 		Credential:  who,
 		// On a terminal the command stays in our group: job control then
-		// stops and continues both. Elsewhere it has its own, so that a
+		// stops and continues both, and one that asks there for a password,
+		// whatever its input is, may. Elsewhere it has its own, so that a
 		// signal to the group comes once.
 		Setpgid: !c.terminal,
 	}
 	signal.Notify(c.signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2,
 		unix.SIGALRM, unix.SIGCONT, unix.SIGWINCH)
 	return c
+}
+
+// foreground tells whether what is typed at the terminal that controls this process
+// comes to its group.
+func foreground() bool {
+	fd, err := unix.Open("/dev/tty", unix.O_RDONLY|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	group, err := unix.IoctlGetInt(fd, unix.TIOCGPGRP)
+	return err == nil && group == unix.Getpgrp()
 }
 
 // run starts the command and waits for it. It returns what the command returned,
@@ -81,7 +94,8 @@ func (c *child) wait(done chan<- error) { done <- c.cmd.Wait() }
 
 // pass hands a signal on, unless the terminal has given it to both.
 func (c *child) pass(s os.Signal) {
-	if c.terminal && (s == unix.SIGINT || s == unix.SIGQUIT || s == unix.SIGWINCH || s == unix.SIGCONT) {
+	typed := s == unix.SIGINT || s == unix.SIGQUIT || s == unix.SIGWINCH || s == unix.SIGCONT
+	if c.terminal && typed && foreground() {
 		return
 	}
 	// It may have ended just now.

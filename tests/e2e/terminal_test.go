@@ -41,3 +41,18 @@ func TestExecTerminal(t *testing.T) {
 		t.Errorf("output %q", out)
 	}
 }
+
+// prompting asks for a password as ssh and sudo do: on the terminal, whatever its input
+// is. One that may not change the terminal is stopped there.
+const prompting = `exec "$0" exec --runtime-dir "$1" -- sh -c 'stty -echo </dev/tty && echo changed; stty echo </dev/tty; echo ready; sleep 60' </dev/null`
+
+// TestExecPrompt has a command that asks on the terminal although its input is none.
+func TestExecPrompt(t *testing.T) {
+	testutil.Need(t, "python3", "stty")
+	r := rig.New(t)
+	// Ctrl-C ends it.
+	out := r.Output(t, "timeout", "--foreground", "-k", "1", "20", "python3", "-c", onTerminal, "/bin/sh", "-c", prompting, rig.Binary(t), r.Runtime)
+	if !strings.Contains(out, "changed\n") || !strings.Contains(out, "code 130") {
+		t.Errorf("output %q", out)
+	}
+}
