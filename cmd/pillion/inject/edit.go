@@ -36,7 +36,8 @@ func refuse(format string, args ...any) error {
 }
 
 // plan returns the edits of a pod, of which pod is the object with metadata and
-// spec: none if it is as it should be already, or if its user wants none.
+// spec: none if it is as it should be already, or if its user wants none, or if it only
+// shows a kubelet's own.
 func (o Options) plan(pod dict) ([]edit, error) {
 	spec, ok := pod["spec"].(dict)
 	if !ok {
@@ -44,6 +45,9 @@ func (o Options) plan(pod dict) ([]edit, error) {
 	}
 	annotations := dictOf(dictOf(pod["metadata"])["annotations"])
 	if v, _ := annotations[Inject].(string); v == "false" || v == "disabled" {
+		return nil, nil
+	}
+	if _, ok := annotations[mirrored]; ok {
 		return nil, nil
 	}
 	if annotations[Inject] == false {

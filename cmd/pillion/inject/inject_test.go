@@ -173,6 +173,7 @@ func TestAlone(t *testing.T) {
 	for _, text := range []string{
 		"", "# nothing\n", "---\n---\n", "apiVersion: v1\nkind: Service\nmetadata: {name: a}\n",
 		"apiVersion: serving.knative.dev/v1\nkind: Job\nspec: {}\n", "just text\n", "- a\n- b\n",
+		"apiVersion: v1\nkind: Pod\nmetadata:\n  annotations:\n    kubernetes.io/config.mirror: 0f\nspec:\n  hostNetwork: true\n  containers:\n  - name: a\n",
 		"apiVersion: v1\nkind: Pod\nmetadata:\n  annotations:\n    " + Inject + ": \"false\"\nspec:\n  containers:\n  - name: a\n",
 	} {
 		out, _, err := options().Manifest([]byte(text))

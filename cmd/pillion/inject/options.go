@@ -15,6 +15,10 @@ const (
 	// Inject is the user's: "false" or "disabled" leaves the pod alone.
 	Inject = "pillion-project.github.io/inject"
 
+	// mirrored says that a pod only shows in the API what a kubelet runs of a file of
+	// its own: nothing comes of a change to it.
+	mirrored = "kubernetes.io/config.mirror"
+
 	defaultContainer = "kubectl.kubernetes.io/default-container"
 )
 
