@@ -155,7 +155,11 @@ func (d *dir) is(now os.FileInfo) bool {
 func lockRoot(bpffs string) (*dir, error) {
 	root := pinRoot(bpffs)
 	for {
-		if err := os.Mkdir(root, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		err := os.Mkdir(root, 0o700)
+		if errors.Is(err, unix.EACCES) && strings.HasPrefix(root, "/sys/") {
+			return nil, fmt.Errorf("create %s: in a container, AppArmor's usual profile lets nobody write below /sys: mount the node's %s elsewhere, and name that with --bpffs: %w", root, BPFFS, err)
+		}
+		if err != nil && !errors.Is(err, os.ErrExist) {
 			return nil, fmt.Errorf("create %s: %w", root, err)
 		}
 		locked, err := lockDir(root, true)

@@ -195,8 +195,12 @@ func mounted(t *testing.T, spec, c any) {
 		}
 		paths[at(m, "mountPath")] = at(spec, "volumes", volume, "hostPath", "path")
 	}
-	if got := paths["/sys/fs/bpf"]; got != "/sys/fs/bpf" {
-		t.Errorf("%v: /sys/fs/bpf is %v of the node", at(c, "name"), got)
+	// Below /sys the AppArmor profile of containers lets nobody write.
+	if got := paths["/bpf"]; got != "/sys/fs/bpf" {
+		t.Errorf("%v: /bpf is %v of the node", at(c, "name"), got)
+	}
+	if args := list(at(c, "args")); !slices.Contains(args, any("--bpffs")) || args[slices.Index(args, any("--bpffs"))+1] != "/bpf" {
+		t.Errorf("%v: its pins are not in /bpf: %v", at(c, "name"), args)
 	}
 	for _, want := range []string{"/run/pillion", "/etc/pillion"} {
 		if from, ok := paths[want]; !ok || from != nil {

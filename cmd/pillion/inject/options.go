@@ -79,13 +79,18 @@ type (
 	seq  = []any
 )
 
-const configFile = "/etc/pillion/pillion.yaml"
+const (
+	configFile = "/etc/pillion/pillion.yaml"
+	// bpfDir is where our containers see the node's bpf file system: below /sys the
+	// AppArmor profile of containers lets nobody write, but to cgroups.
+	bpfDir = "/bpf"
+)
 
 // containers returns the two, as YAML decodes them. ends tells that the pod is
 // one that completes.
 func (o Options) containers(ends bool) (first, beside dict) {
-	first = o.container(initName, "init", "--config", configFile)
-	beside = o.container(sidecarName, "run", "--config", configFile, "--drain-timeout", "25s")
+	first = o.container(initName, "init", "--config", configFile, "--bpffs", bpfDir)
+	beside = o.container(sidecarName, "run", "--config", configFile, "--bpffs", bpfDir, "--drain-timeout", "25s")
 	beside["startupProbe"] = probe("ready", 1, 2, 120)
 	beside["livenessProbe"] = probe("live", 10, 5, 3)
 	// A process that hangs does not drain.
@@ -107,7 +112,7 @@ func (o Options) container(name string, args ...string) dict {
 	}
 	caps := seq{"BPF", "NET_ADMIN", "DAC_READ_SEARCH"}
 	mounts := seq{
-		dict{"name": bpfVolume, "mountPath": "/sys/fs/bpf", "mountPropagation": "HostToContainer"},
+		dict{"name": bpfVolume, "mountPath": bpfDir, "mountPropagation": "HostToContainer"},
 		dict{"name": runVolume, "mountPath": "/run/pillion"},
 		dict{"name": configVolume, "mountPath": "/etc/pillion", "readOnly": true},
 	}
