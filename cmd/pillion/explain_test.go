@@ -43,6 +43,10 @@ services:
   - name: cart
     address: 10.96.0.14:80
     endpoints: [10.1.0.3:8080]
+  - name: 10.9.1.1:22
+    address: 10.96.0.15:80
+    attempts: 2
+    endpoints: [10.1.0.3:8080]
 `
 
 // kernelSide answers as the connect hook of a configuration would, and
@@ -76,6 +80,7 @@ func newExplainer(t *testing.T) (*explainer, *kernelSide, *config.Config) {
 	web, shop := netip.MustParseAddrPort("10.96.0.12:80"), netip.MustParseAddrPort("10.96.0.12:443")
 	k := &kernelSide{verdicts: map[string]loader.Verdict{
 		"10.96.0.12:80":     {Path: flow.PathDirect, Reason: flow.ReasonService, Rule: -1, Service: web, Endpoint: netip.MustParseAddrPort("10.1.0.2:8080"), Tier: 1},
+		"10.96.0.15:80":     {Path: flow.PathDirect, Reason: flow.ReasonHandlerAbsent, Rule: -1, Service: netip.MustParseAddrPort("10.96.0.15:80")},
 		"10.96.0.12:443":    {Path: flow.PathDeny, Reason: flow.ReasonNoEndpoint, Rule: -1, Service: shop, Errno: unix.EHOSTUNREACH},
 		"10.96.0.14:80":     {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 1, Errno: unix.ECONNREFUSED},
 		"10.9.1.1:22":       {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 0, Errno: unix.ECONNREFUSED},
@@ -142,6 +147,8 @@ func TestExplain(t *testing.T) {
 		// A rule goes before a service, which is told all the same.
 		{"cart", []answer{{"10.96.0.14:80", "deny", "denied", "ECONNREFUSED", "deny", "deny 10.96.0.14/32:80", "p.yaml:5:5", "cart", "open"}}},
 		{"10.9.1.1:22", []answer{{"10.9.1.1:22", "deny", "denied", "ECONNREFUSED", "deny", "deny 10.9.0.0/16", "p.yaml:4:5", "", "open"}}},
+		// An address is that, also where a service is called by it.
+		{"10.96.0.15:80", []answer{{"10.96.0.15:80", "direct", "handler_absent", "", "service", "service 10.9.1.1:22", "p.yaml:21:5", "10.9.1.1:22", "open"}}},
 		// The rules have changed meanwhile.
 		{"10.9.1.2:22", []answer{{"10.9.1.2:22", "deny", "denied", "ECONNREFUSED", "deny", "a rule that is being replaced", "", "", "open"}}},
 		{"127.0.0.1:80", []answer{{"127.0.0.1:80", "pass", "loopback", "", "builtin", "built in: never redirected", "", "", "open"}}},
@@ -184,8 +191,14 @@ func TestExplain(t *testing.T) {
 	if len(x.Service.Endpoints) != len(c.Services[0].Endpoints) || x.Service.Path != flow.PathDirect || x.Service.PathAsked != "auto" {
 		t.Errorf("service: %+v", x.Service)
 	}
-	if len(x.Why) != 1 || !strings.HasPrefix(x.Why[0], "pass: ") {
-		t.Errorf("why: %q", x.Why)
+	// Why not a cheaper path is about the path that connections take.
+	for dst, want := range map[string][]string{
+		"web": {"pass: "}, "shop": {"pass: ", "direct: "}, "cart": nil, "10.96.0.15:80": {"pass: "},
+	} {
+		all, err := e.explain(t.Context(), admin.ExplainQuery{Destination: dst})
+		if err != nil || !slices.EqualFunc(all[0].Why, want, strings.HasPrefix) {
+			t.Errorf("%s: why: %v, %q, want %q", dst, err, all[0].Why, want)
+		}
 	}
 }
 

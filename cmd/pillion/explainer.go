@@ -75,16 +75,16 @@ func (e *explainer) explain(ctx context.Context, q admin.ExplainQuery) ([]admin.
 	return all, nil
 }
 
-// targets are the addresses that dst stands for, unmapped. A service's name goes
-// before a host's.
+// targets are the addresses that dst stands for, unmapped. An address is that,
+// whatever is called by it; a service's name goes before a host's.
 func (e *explainer) targets(ctx context.Context, dst string, services []admin.ServiceStatus) ([]netip.AddrPort, error) {
+	if a, err := netip.ParseAddrPort(dst); err == nil {
+		return []netip.AddrPort{netip.AddrPortFrom(a.Addr().Unmap(), a.Port())}, nil
+	}
 	for _, s := range services {
 		if a, ok := serviceAddr(&s); ok && s.Name == dst {
 			return []netip.AddrPort{a}, nil
 		}
-	}
-	if a, err := netip.ParseAddrPort(dst); err == nil {
-		return []netip.AddrPort{netip.AddrPortFrom(a.Addr().Unmap(), a.Port())}, nil
 	}
 	if a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(dst, "["), "]")); err == nil {
 		return portsOf(a.Unmap(), services), nil
@@ -185,10 +185,30 @@ func explanation(c *config.Config, v *loader.Verdict, dst netip.AddrPort, servic
 		x.Why = []string{place(fmt.Sprintf("%s: default: %s is what is left for destinations that nothing names", flow.PathPass, c.Default), c.Where("default"))}
 	}
 	x.Rule = ruleOf(c, v, x.Service)
+	if x.Service != nil {
+		x.Why = cheaperThan(v.Path, x.Rule.Kind, x.Why)
+	}
 	if v.Path == flow.PathDeny {
 		x.Errno = unix.ErrnoName(v.Errno)
 	}
 	return x
+}
+
+// cheaperThan keeps, of why a service is not on cheaper paths, what is about paths that
+// are cheaper than the one that its connections take: where a rule goes before the
+// service, or the handler is not there, that is another one.
+func cheaperThan(path flow.Path, rule string, why []string) []string {
+	if rule != admin.RuleService {
+		return nil
+	}
+	if path == flow.PathDeny {
+		return why
+	}
+	return slices.DeleteFunc(slices.Clone(why), func(text string) bool {
+		of, _, _ := strings.Cut(text, ":")
+		n := slices.IndexFunc(flow.Paths(), func(p flow.Path) bool { return p.String() == of })
+		return n >= 0 && flow.Paths()[n] >= path
+	})
 }
 
 // place appends where to text, if it is known.
