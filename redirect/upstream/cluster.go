@@ -131,7 +131,9 @@ func (c *Cluster) Set(v4 bool) flow.Set {
 	set := a.set
 	set.Hash = c.hash
 	set.Failures, set.Panic = c.group.Config.Failures, c.group.Config.Panic
-	set.Base, set.Max = c.group.Config.Base, c.group.Config.Max
+	if set.Failures > 0 { // else nobody waits, and the waits may be any
+		set.Base, set.Max = c.group.Config.Base, c.group.Config.Max
+	}
 	if slices.ContainsFunc(c.Endpoints, (*Endpoint).Down) {
 		set.Endpoints = slices.Clone(set.Endpoints)
 		for i, from := range a.order {

@@ -36,6 +36,16 @@ func zoned(policy flow.Policy) ClusterSpec {
 }
 
 // What the kernel side gets is one family, with the health of now.
+// What never ejects has no waits: those that are left over from the defaults need not
+// go together, and the kernel side would refuse them.
+func TestSetWithoutEjection(t *testing.T) {
+	h := health.Config{Base: time.Minute, Max: 30 * time.Second}
+	s := build(t, nil, Options{Health: h}, ClusterSpec{Name: "a", Endpoints: []EndpointSpec{{Addr: netip.MustParseAddrPort("10.0.0.1:80"), Weight: 1}}})
+	if set := s.Cluster("a").Set(true); set.Failures != 0 || set.Base != 0 || set.Max != 0 {
+		t.Errorf("failures %d, base %s, max %s", set.Failures, set.Base, set.Max)
+	}
+}
+
 func TestSet(t *testing.T) {
 	h := health.Config{Failures: 3, Base: time.Second, Max: time.Minute, Panic: 20}
 	for _, policy := range flow.Policies() {

@@ -306,6 +306,9 @@ func (d *decoder) number(into *int, low, high int) func(string, ast.Node) {
 	}
 }
 
+// maxDuration keeps what is added to a time from going round to the past.
+const maxDuration = 365 * 24 * time.Hour
+
 // bareNumber is a duration whose unit was forgotten.
 var bareNumber = regexp.MustCompile(`^\d+$`)
 
@@ -323,6 +326,8 @@ func (d *decoder) duration(into *time.Duration) func(string, ast.Node) {
 			d.fail(path, n, "%s is no duration: want one such as 500ms, 5s or 1h30m", spelling.Show(s))
 		case v < 0:
 			d.fail(path, n, "%s is negative", s)
+		case v > maxDuration:
+			d.fail(path, n, "%s is more than a year: want less", s)
 		default:
 			*into = v
 		}

@@ -202,7 +202,7 @@ func (k *check) dns(path string, s *DNS) {
 		k.add(path+".name", "missing, want the name to look up")
 	case err == nil:
 		k.add(path+".name", "%s is an address: want a name, or endpoints in place of discover", s.Name)
-	case len(s.Name) > maxName+1 || !dnsName.MatchString(s.Name):
+	case len(strings.TrimSuffix(s.Name, ".")) > maxName || !dnsName.MatchString(s.Name):
 		k.add(path+".name", "%s is no name in DNS", spelling.Show(s.Name))
 	default:
 	}

@@ -43,8 +43,14 @@ func (c Config) Validate() error {
 	if c.Failures > 0 && c.Max < c.Base {
 		errs = append(errs, fmt.Errorf("longest wait %s is shorter than the base wait %s", c.Max, c.Base))
 	}
+	if c.Failures > 0 && c.Max > maxWait {
+		errs = append(errs, fmt.Errorf("longest wait %s is longer than %s", c.Max, maxWait))
+	}
 	return errors.Join(errs...)
 }
+
+// maxWait is less than the kernel side has room for: 32 bits of milliseconds.
+const maxWait = 1000 * time.Hour
 
 // wait returns how long the given round of an ejection lasts: Base, doubled
 // every round up to Max, less a random part of up to a quarter so that

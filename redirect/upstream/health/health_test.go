@@ -39,6 +39,8 @@ func TestConfigValidate(t *testing.T) {
 		"equal waits":   {Config{Failures: 1, Base: time.Second, Max: time.Second}, nil},
 		"no base":       {Config{Failures: 1}, []string{"base wait 0s is not positive"}},
 		"short max":     {Config{Failures: 1, Base: 2, Max: 1}, []string{"longest wait 1ns is shorter than the base wait 2ns"}},
+		"longest max":   {Config{Failures: 1, Base: 1, Max: 1000 * time.Hour}, nil},
+		"long max":      {Config{Failures: 1, Base: 1, Max: 1000*time.Hour + 1}, []string{"longest wait 1000h0m0.000000001s is longer than 1000h0m0s"}},
 		"percentages":   {Config{Panic: 100}, nil},
 		"everything":    {Config{Failures: -1, Panic: 101}, []string{"failures -1 is negative", "panic 101 is no percentage"}},
 		"panic below 0": {Config{Panic: -1}, []string{"panic -1 is no percentage"}},
