@@ -244,7 +244,7 @@ func (c *control) reread(last *config.Config) (*config.Config, []config.Refused,
 	if err != nil {
 		return nil, nil, err
 	}
-	return c.i.merge(c.i.file, text, last)
+	return c.i.merge(c.i.file, text, last, c.sources.able)
 }
 
 // refuse keeps what holds, and says why.
@@ -283,7 +283,7 @@ func refusalOf(p *config.Problem) admin.Refusal {
 // goes by, flags and what was refused before too.
 func (c *control) diff(_ context.Context, name string, text []byte) (admin.DiffResult, error) {
 	before := c.inForce()
-	next, refused, err := c.i.merge(name, text, before)
+	next, refused, err := c.i.merge(name, text, before, c.sources.able)
 	if err != nil {
 		return admin.DiffResult{Refused: refusalsOf(err)}, nil
 	}

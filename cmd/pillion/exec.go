@@ -80,8 +80,8 @@ func (f *execFlags) configuration() (*config.Config, error) {
 }
 
 // merge reads the text of a file for a process that has a configuration, last.
-func (f *execFlags) merge(file string, text []byte, last *config.Config) (*config.Config, []config.Refused, error) {
-	c, refused, err := config.ParsePartial(file, text, last)
+func (f *execFlags) merge(file string, text []byte, last *config.Config, able func(*config.Discover) error) (*config.Config, []config.Refused, error) {
+	c, refused, err := config.ParsePartial(file, text, last, able)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"reflect"
 	"sync"
@@ -22,12 +23,12 @@ type sources struct {
 	changed func()        // somebody has news
 	asking  chan struct{} // bounds how many ask name servers at once
 
-	kube   *kube.Client // nil: nobody needs it, or it cannot be had
 	demand *kube.Demand // nil: services are not looked up that nobody lists
 	ctx    context.Context
 	parts  sync.WaitGroup
 
-	mu      sync.Mutex // guards what follows, which status reads too
+	mu      sync.Mutex   // guards what follows, which status and diff read too
+	kube    *kube.Client // nil: nobody needs it, or it cannot be had
 	byName  map[string]*source
 	dynamic []kube.Service
 }
@@ -53,21 +54,49 @@ func (s *sources) open(c *config.Config) error {
 	for _, v := range c.Services {
 		needed = needed || v.Discover != nil && v.Discover.Kubernetes != nil
 	}
-	if !needed || s.kube != nil {
+	if !needed || s.client() != nil {
 		return nil
 	}
-	k := &c.Kubernetes
-	client, err := kube.New(kube.Options{
-		Kubeconfig: k.Kubeconfig, Server: k.Server, TokenFile: k.TokenFile, CAFile: k.CAFile,
-		Zone: c.Zone, Exempt: s.i.exempt(),
-	})
+	client, err := s.reach(c)
 	if err != nil {
 		return err
 	}
+	s.mu.Lock()
 	s.kube = client
-	if k.OnDemand {
+	s.mu.Unlock()
+	if k := &c.Kubernetes; k.OnDemand {
 		s.demand = client.Demand(kube.DemandOptions{Idle: k.Idle, Used: s.i.used})
 	}
+	return nil
+}
+
+// reach makes a client of the API server.
+func (s *sources) reach(c *config.Config) (*kube.Client, error) {
+	k := &c.Kubernetes
+	return kube.New(kube.Options{
+		Kubeconfig: k.Kubeconfig, Server: k.Server, TokenFile: k.TokenFile, CAFile: k.CAFile,
+		Zone: c.Zone, Exempt: s.i.exempt(),
+	})
+}
+
+// client returns that of the API server, nil where nobody needed it yet.
+func (s *sources) client() *kube.Client {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.kube
+}
+
+// able says why there can be no such source while this process runs, or nil. A reload
+// asks, so that it refuses that source alone. It may be called by any goroutine.
+func (s *sources) able(d *config.Discover) error {
+	if d.Kubernetes == nil || s.client() != nil {
+		return nil
+	}
+	client, err := s.reach(s.i.control.inForce())
+	if err != nil {
+		return fmt.Errorf("%w (the section kubernetes is read at the start)", err)
+	}
+	client.Close()
 	return nil
 }
 

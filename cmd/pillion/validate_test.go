@@ -139,7 +139,7 @@ func TestDiffRunning(t *testing.T) {
 	}
 	i := &instance{plan: plan{merge: config.ParsePartial}}
 	for name, answer := range map[string]http.Handler{
-		"": answerDiff(&control{i: i, config: c}),
+		"": answerDiff(&control{i: i, config: c, sources: newSources(i, nil)}),
 		// It tells what it goes by, and no more.
 		"an earlier version": http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			w.WriteHeader(http.StatusNotFound)
@@ -218,6 +218,7 @@ func diffRunningWith(t *testing.T, c *config.Config, byInstance http.Handler) {
 // TestDiffAsReload: what diff says is what a reload does, of what flags said and of what
 // is refused, too.
 func TestDiffAsReload(t *testing.T) {
+	t.Setenv("KUBERNETES_SERVICE_HOST", "") // nobody is in a pod
 	file := filepath.Join(t.TempDir(), "p.yaml")
 	flags := &execFlags{
 		file: file, path: "auto", onFailure: "closed", connect: "early", existing: "reset",
@@ -230,7 +231,9 @@ func TestDiffAsReload(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &control{i: &instance{plan: plan{file: file, merge: flags.merge}}, config: before}
+	i := &instance{plan: plan{file: file, merge: flags.merge}}
+	c := &control{i: i, config: before, sources: newSources(i, nil)}
+	i.control = c
 	for name, tt := range map[string]struct {
 		text             string
 		services, wanted int // that change; that are refused
@@ -238,6 +241,7 @@ func TestDiffAsReload(t *testing.T) {
 	}{
 		"the same":         {text: oldConfig},
 		"another":          {text: newConfig, services: 4},
+		"no API server":    {text: strings.Replace(newConfig, "file: /a.json", "kubernetes: {service: a/b}", 1), services: 3, wanted: 1},
 		"partly wrong":     {text: strings.Replace(newConfig, "10.0.0.1:80", "10.0.0.1:0", 1), services: 4, wanted: 1},
 		"wrong":            {text: "servces: []", wanted: 1, whole: true},
 		"empty":            {text: "", wanted: 1, whole: true},

@@ -42,10 +42,10 @@ type plan struct {
 	births  *loader.Births // of the pod's containers; nil: nobody wants to know, or can
 	config  *config.Config
 	// file is where the configuration came from; empty: there is none. merge makes
-	// the next configuration of last and the text of a file, and hangups are the
-	// signals to do so.
+	// the next configuration of last and the text of a file, without the sources
+	// that are not possible, and hangups are the signals to do so.
 	file    string
-	merge   func(file string, text []byte, last *config.Config) (*config.Config, []config.Refused, error)
+	merge   func(file string, text []byte, last *config.Config, able func(*config.Discover) error) (*config.Config, []config.Refused, error)
 	hangups <-chan os.Signal
 	taking  *taking // nil: nobody is there to take over from
 	global  *global

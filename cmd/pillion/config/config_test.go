@@ -340,7 +340,7 @@ func TestParseManyServices(t *testing.T) {
 	}
 	// A running instance takes those for which there is room.
 	last := Default()
-	got, refused, err := ParsePartial("x", []byte(text), &last)
+	got, refused, err := ParsePartial("x", []byte(text), &last, nil)
 	if err != nil || len(got.Services) != maxRelayAddrs || len(refused) != n-maxRelayAddrs {
 		t.Errorf("%d services taken, %d refused: %v", len(got.Services), len(refused), err)
 	}

@@ -43,15 +43,19 @@ func LoadPartial(path string, last *Config) (*Config, []Refused, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	return ParsePartial(path, data, last)
+	return ParsePartial(path, data, last, nil)
 }
 
 // ParsePartial reads a configuration from data, as [LoadPartial] does from a file.
-// name is what errors call it.
-func ParsePartial(name string, data []byte, last *Config) (*Config, []Refused, error) {
+// name is what errors call it. able, if not nil, says what the process cannot do that a
+// source of a service needs; that is then refused like one that is wrong.
+func ParsePartial(name string, data []byte, last *Config, able func(*Discover) error) (*Config, []Refused, error) {
 	d, err := parseDraft(name, data, maxSize)
 	if err != nil {
 		return nil, nil, err
+	}
+	if able != nil {
+		d.refuseSources(able)
 	}
 	last = last.ofFile()
 	if d.empty && len(last.Services)+len(last.Deny)+len(last.Exclude) > 0 {
@@ -72,6 +76,19 @@ func ParsePartial(name string, data []byte, last *Config) (*Config, []Refused, e
 		return nil, nil, fmt.Errorf("what could be taken does not go with what stays: %w", err)
 	}
 	return c, refused, nil
+}
+
+// refuseSources adds a problem for each source that the process is not able to have.
+func (d *draft) refuseSources(able func(*Discover) error) {
+	for i := range d.config.Services {
+		s, path := d.config.Services[i].Discover, index("services", i)+".discover"
+		if s == nil || d.spoiled(path) {
+			continue
+		}
+		if err := able(s); err != nil {
+			d.problems = append(d.problems, problem{path: path, text: err.Error()})
+		}
+	}
 }
 
 // merge makes one configuration of a file and what there was before.

@@ -175,7 +175,7 @@ func TestLoadPartial(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			last := parsed(t, before)
-			got, refused, err := ParsePartial("r.yaml", []byte(c.text), last)
+			got, refused, err := ParsePartial("r.yaml", []byte(c.text), last, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -199,10 +199,10 @@ func TestLoadPartialWithFlags(t *testing.T) {
 	last.Said("services[3]", "--service")
 	flags := parsed(t, "deny: [10.0.0.0/8]")
 	flags.Said("deny[0]", "--deny")
-	if _, _, err := ParsePartial("r.yaml", nil, flags); err != nil {
+	if _, _, err := ParsePartial("r.yaml", nil, flags, nil); err != nil {
 		t.Errorf("an empty file takes nothing away where flags are all: %v", err)
 	}
-	c, refused, err := ParsePartial("r.yaml", []byte("services: [x]"), last)
+	c, refused, err := ParsePartial("r.yaml", []byte("services: [x]"), last, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -222,7 +222,7 @@ func TestLoadPartialNothing(t *testing.T) {
 		"":                                    "r.yaml:1:1: the file is empty",
 		"# soon\n---\n":                       "r.yaml:1:1: the file is empty",
 	} {
-		c, refused, err := ParsePartial("r.yaml", []byte(text), parsed(t, before))
+		c, refused, err := ParsePartial("r.yaml", []byte(text), parsed(t, before), nil)
 		if err == nil || !strings.HasPrefix(err.Error(), want) || c != nil || refused != nil {
 			t.Errorf("%q: %v, %v, %v, want %s", text, c, refused, err, want)
 		}
@@ -265,7 +265,7 @@ func TestKeptIsAsItWas(t *testing.T) {
 	for range 3 {
 		text := "path: relay\nhealth: {failures: 1}\nservices: [{name: web, address: 10.96.0.1:80, endpoints: [10.0.0.9:80], policy: x}]"
 		var err error
-		if now, _, err = ParsePartial("r.yaml", []byte(text), now); err != nil {
+		if now, _, err = ParsePartial("r.yaml", []byte(text), now, nil); err != nil {
 			t.Fatal(err)
 		}
 		s := now.Effective(&now.Services[0])
@@ -278,7 +278,7 @@ func TestKeptIsAsItWas(t *testing.T) {
 	}
 	// And once it is right, it is what the file says.
 	text := "services: [{name: web, address: 10.96.0.1:80, endpoints: [10.0.0.1:80]}]"
-	c, refused, err := ParsePartial("r.yaml", []byte(text), now)
+	c, refused, err := ParsePartial("r.yaml", []byte(text), now, nil)
 	if err != nil || len(refused) > 0 {
 		t.Fatal(refused, err)
 	}
@@ -345,7 +345,7 @@ func checkPartial(t *testing.T, first, second []byte) {
 	if err != nil {
 		return
 	}
-	c, refused, err := ParsePartial("second.yaml", second, last)
+	c, refused, err := ParsePartial("second.yaml", second, last, nil)
 	whole, wholeErr := Parse("second.yaml", second)
 	if err != nil {
 		if d, _ := parseDraft("", second, maxSize); d != nil && d.empty {
@@ -380,7 +380,7 @@ func checkPartial(t *testing.T, first, second []byte) {
 	}
 	checkJSON(t, c)
 	// The same again changes nothing.
-	again, _, err := ParsePartial("second.yaml", second, c)
+	again, _, err := ParsePartial("second.yaml", second, c, nil)
 	if err != nil {
 		t.Errorf("the second time: %v", err)
 		return
@@ -410,7 +410,7 @@ func TestLoadPartialMany(t *testing.T) {
 		s.Name = fmt.Sprintf("s%d", i)
 		last.Services = append(last.Services, s)
 	}
-	c, refused, err := ParsePartial("r.yaml", []byte(text.String()), &last)
+	c, refused, err := ParsePartial("r.yaml", []byte(text.String()), &last, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
