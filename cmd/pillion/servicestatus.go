@@ -4,6 +4,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/redirect/upstream/health/check"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/telemetry/metrics"
@@ -35,11 +36,22 @@ func (c *control) serviceStatus() []admin.ServiceStatus {
 		}
 		c.know(&k, &s, checks)
 		for _, v := range k.views(s.path) {
-			status.Endpoints = append(status.Endpoints, v.status(said.config.Zone))
+			e := v.status(said.config.Zone)
+			if s.leavesOut(&v) {
+				e.State = admin.EndpointLeftOut
+			}
+			status.Endpoints = append(status.Endpoints, e)
 		}
 		all = append(all, status)
 	}
 	return all
+}
+
+// leavesOut tells whether an endpoint is none that the service's set can have: a hook
+// writes an address into a socket of its family, and no link. Sources find such ones.
+func (s *service) leavesOut(v *endpointView) bool {
+	a := v.Addr.Addr()
+	return s.path == flow.PathDirect && !v.removed && (a.Is4() != s.Addr.Addr().Unmap().Is4() || a.Zone() != "")
 }
 
 func (c *control) sourceStatus(s *service) admin.SourceStatus {

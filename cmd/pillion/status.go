@@ -255,6 +255,9 @@ func stateText(e *admin.EndpointStatus) string {
 		// An instance of an earlier version.
 		state = admin.StateOf(e.Ejected, e.Down)
 	}
+	if state == admin.EndpointLeftOut {
+		return "left out (needs path: relay)"
+	}
 	if e.Down && e.Ejected {
 		state += ", ejected"
 	}

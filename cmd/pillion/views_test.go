@@ -119,3 +119,26 @@ func TestCheckStats(t *testing.T) {
 		t.Errorf("of nothing: %+v", got)
 	}
 }
+
+// TestLeftOut: what the connect hook cannot dial does not look available.
+func TestLeftOut(t *testing.T) {
+	c, _ := crowd(t, 1)
+	s := &c.services.services[0]
+	s.endpoints = nil
+	for _, a := range []string{"10.0.0.1:80", "[2001:db8::1]:80", "[fe80::1%eth0]:80"} {
+		s.endpoints = append(s.endpoints, discover.Endpoint{Addr: netip.MustParseAddrPort(a), Weight: 1})
+	}
+	for path, want := range map[flow.Path][]string{
+		flow.PathDirect: {"available", "left out (needs path: relay)", "left out (needs path: relay)"},
+		flow.PathRelay:  {"available", "available", "available"},
+	} {
+		s.path = path
+		var got []string
+		for _, e := range c.serviceStatus()[0].Endpoints {
+			got = append(got, stateText(&e))
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%s: want -, got +:\n%s", path, diff)
+		}
+	}
+}

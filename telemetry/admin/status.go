@@ -174,6 +174,9 @@ const (
 	EndpointDown = "down"
 	// EndpointRemoved: it is no endpoint any more, and still has connections.
 	EndpointRemoved = "removed"
+	// EndpointLeftOut: the service is on direct, and the connect hook cannot dial
+	// it: it is of the other family, or on a link.
+	EndpointLeftOut = "left_out"
 )
 
 // EndpointStatus is one endpoint as the balancer sees it.
