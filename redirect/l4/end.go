@@ -1,6 +1,7 @@
 package l4
 
 import (
+	"context"
 	"net/netip"
 	"time"
 
@@ -144,8 +145,12 @@ func (w *worker) end(c *conn, why flow.Reason, reset bool) {
 	w.reclaim(c)
 }
 
-// endAll ends the connections to an endpoint that was removed, and counts them.
-func (w *worker) endAll(cluster string, endpoint netip.AddrPort) int {
+// endAll ends the connections to an endpoint that was removed, and counts them. It
+// does nothing when ctx is done: the endpoint may be there again.
+func (w *worker) endAll(ctx context.Context, cluster string, endpoint netip.AddrPort) int {
+	if ctx.Err() != nil {
+		return 0
+	}
 	var all []*conn // ending one moves the others, and dialing may begin any
 	for _, c := range w.conns {
 		if c.endpoint != nil && c.endpoint.Addr == endpoint && c.target.Cluster.Name == cluster {

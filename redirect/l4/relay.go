@@ -251,12 +251,13 @@ func (r *Relay) Live(ctx context.Context) []flow.Record {
 // End ends the connections to an endpoint of a cluster with a reset, for
 // ReasonEndpointRemoved, and returns how many there were. One that is still being
 // dialed is tried on another endpoint instead, as when the dial fails. It waits for
-// each worker, at most until ctx is done.
+// each worker, at most until ctx is done: what a worker has not begun by then is not
+// done, so that none is ended that began later.
 func (r *Relay) End(ctx context.Context, cluster string, endpoint netip.AddrPort) int {
 	counts := make(chan int, len(r.workers))
 	asked := 0
 	for _, w := range r.workers {
-		if w.post(func() { counts <- w.endAll(cluster, endpoint) }) {
+		if w.post(func() { counts <- w.endAll(ctx, cluster, endpoint) }) {
 			asked++
 		}
 	}

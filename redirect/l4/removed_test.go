@@ -99,6 +99,35 @@ func TestRemovedEndpoint(t *testing.T) {
 	})
 }
 
+// Who takes the order to end connections back in time has none ended, also where a
+// worker hears of both later only.
+func TestRemovedAndBack(t *testing.T) {
+	endpoint := serve(t, loopback4, echo)
+	r := newRig(t, setup{endpoints: []netip.AddrPort{endpoint}, workers: 2})
+	c := r.dial()
+	mustExchange(t, c, "hello")
+	still, err := r.relay.Freeze(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan int)
+	go func() { ended <- r.relay.End(ctx, "test", endpoint) }()
+	time.Sleep(10 * time.Millisecond) // as a rule it waits by now
+	cancel()
+	n := <-ended
+	still.Thaw()
+	if n != 0 {
+		t.Errorf("%d connections ended, by workers that stand still", n)
+	}
+	r.live() // by then the workers have done what they were told before
+	mustExchange(t, c, "still here")
+	if got := r.remove(endpoint); got != 1 {
+		t.Errorf("%d connections ended, want 1", got)
+	}
+	wantReset(t, c, nil)
+}
+
 // toOther is a table in which the service has another cluster by now.
 func toOther(r *rig, t *l4.Target) flow.Reason {
 	t.Cluster = r.other
