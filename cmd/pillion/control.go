@@ -77,7 +77,7 @@ func newControl(i *instance) *control {
 	}
 	c.checker = check.New(check.Options{Report: c.checked, Exempt: i.exempt(), Log: i.log})
 	c.sources = newSources(i, c.wake)
-	c.removals.end = i.endConnections
+	c.removals.ends = newEnds(i.endConnections)
 	return c
 }
 
@@ -134,6 +134,7 @@ func (c *control) run(ctx context.Context) error {
 		})
 	}
 	parts.Go(func() { _ = c.checker.Run(ctx) })
+	parts.Go(func() { c.removals.ends.run(ctx) })
 	c.sources.start(ctx)
 	defer c.sources.stop()
 	defer end()
@@ -313,13 +314,19 @@ func refusals(all []config.Refused) []admin.Refusal {
 	return out
 }
 
-// freeze has run change nothing until the returned function is called with false; with
-// true it ends.
+// freeze has run change nothing, and nothing ended, until the returned function is
+// called with false; with true it ends.
 func (c *control) freeze(ctx context.Context) (end func(left bool), err error) {
 	over := make(chan bool, 1)
 	select {
 	case c.still <- over:
-		return func(left bool) { over <- left }, nil
+		c.removals.ends.pause()
+		return func(left bool) {
+			if !left {
+				c.removals.ends.resume()
+			}
+			over <- left
+		}, nil
 	case <-ctx.Done():
 		return nil, fmt.Errorf("a change of the configuration is under way: %w", context.Cause(ctx))
 	}

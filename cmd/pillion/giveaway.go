@@ -395,9 +395,9 @@ func (i *instance) giveState(conn *handover.Conn, s *standstill) (connections in
 		return 0, err
 	}
 	state := handed{Connections: data, Services: i.control.tell(), Halves: s.halve, At: monotonicNow() - int64(time.Since(s.since))}
-	for _, r := range i.control.removals.pending {
+	for _, r := range i.control.removals.all() {
 		state.Removals = append(state.Removals, handedRemoval{
-			Service: r.service, Addr: r.addr, Endpoint: r.endpoint, After: time.Until(r.at),
+			Service: r.service, Addr: r.addr, Endpoint: r.endpoint, After: max(time.Until(r.at), 0),
 		})
 	}
 	state.Totals = i.totals()

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"net/netip"
 	"slices"
 	"time"
@@ -10,22 +9,12 @@ import (
 	"github.com/pillion-project/pillion/redirect/upstream"
 )
 
-// removals ends connections to endpoints that are gone, at once or after a time.
+// removals has connections to endpoints that are gone ended, at once or after a time.
 // It belongs to the goroutine of control.
 type removals struct {
-	// end ends the connections of a service to an endpoint. It may wait for those
-	// that carry them until ctx is done.
-	end     func(ctx context.Context, g gone)
+	ends    *ends
 	pending []removal // by time
 	timer   *time.Timer
-}
-
-// gone names an endpoint that was removed from a service.
-type gone struct {
-	service string
-	addr    netip.AddrPort // of the service
-	// endpoint is what was removed.
-	endpoint netip.AddrPort
 }
 
 type removal struct {
@@ -33,15 +22,11 @@ type removal struct {
 	at time.Time
 }
 
-// endLimit is how long one change waits in all for the handler's workers to end
-// connections: what they do later is done, and not counted.
-const endLimit = 250 * time.Millisecond
-
 // add does what a service wants to become of connections to an endpoint.
-func (r *removals) add(ctx context.Context, g gone, how config.OnRemove, after time.Duration) {
+func (r *removals) add(g gone, how config.OnRemove, after time.Duration) {
 	switch how {
 	case config.OnRemoveReset:
-		r.end(ctx, g)
+		r.ends.put(g)
 		r.later(g, lateConnects)
 	case config.OnRemoveClose:
 		r.later(g, after)
@@ -66,10 +51,42 @@ func (r *removals) later(g gone, after time.Duration) {
 	r.arm()
 }
 
-// spare forgets endpoints that are back.
-func (r *removals) spare(back func(gone) bool) {
-	r.pending = slices.DeleteFunc(r.pending, func(p removal) bool { return back(p.gone) })
+// spare forgets endpoints that are back, and returns what was to be done with them.
+// From then on nothing is ended that began later. It comes before anybody is connected
+// to them.
+func (r *removals) spare(back func(gone) bool) (spared []removal) {
+	r.pending = slices.DeleteFunc(r.pending, func(p removal) bool {
+		is := back(p.gone)
+		if is {
+			spared = append(spared, p)
+		}
+		return is
+	})
 	r.arm()
+	for _, g := range r.ends.drop(back) {
+		spared = append(spared, removal{gone: g})
+	}
+	return spared
+}
+
+// restore undoes spare, where they are not back after all.
+func (r *removals) restore(spared []removal) {
+	for _, p := range spared {
+		if p.at.IsZero() {
+			r.ends.put(p.gone)
+		} else {
+			r.later(p.gone, time.Until(p.at))
+		}
+	}
+}
+
+// all is what is to be done still, the first first. Nothing may be under way.
+func (r *removals) all() []removal {
+	var all []removal
+	for _, g := range r.ends.queue {
+		all = append(all, removal{gone: g})
+	}
+	return append(all, r.pending...)
 }
 
 // due is sent to when something is to be ended.
@@ -80,13 +97,11 @@ func (r *removals) due() <-chan time.Time {
 	return r.timer.C
 }
 
-// endDue ends what is due.
+// endDue has ended what is due.
 func (r *removals) endDue() {
-	ctx, cancel := context.WithTimeout(context.Background(), endLimit)
-	defer cancel()
 	now := time.Now()
 	for len(r.pending) > 0 && !r.pending[0].at.After(now) {
-		r.end(ctx, r.pending[0].gone)
+		r.ends.put(r.pending[0].gone)
 		r.pending = r.pending[1:]
 	}
 	r.arm()
@@ -138,32 +153,14 @@ func formerPlaces(former map[string][]formerly, before, now []service) map[strin
 // gone. A service is still there under its name or its address: to rename it or to
 // move it ends nothing. One that is gone itself says what it last said.
 func (c *control) removed(before, now []service) {
-	byName := make(map[string]*service, len(now))
-	byAddr := make(map[netip.AddrPort]*service, len(now))
-	for i := range now {
-		byName[now[i].Name], byAddr[now[i].Addr] = &now[i], &now[i]
-	}
-	// A change is of few services: only their endpoints are put into maps.
-	sets := make(map[*service]map[netip.AddrPort]bool)
-	in := func(s *service, endpoint netip.AddrPort) bool {
-		if s == nil {
-			return false
-		}
-		if sets[s] == nil {
-			sets[s] = addrsOf(s)
-		}
-		return sets[s][endpoint]
-	}
-	there := func(g gone) bool { return in(byName[g.service], g.endpoint) || in(byAddr[g.addr], g.endpoint) }
-	ctx, cancel := context.WithTimeout(context.Background(), endLimit)
-	defer cancel()
+	present := presentIn(now)
 	former := c.former
 	c.former = formerPlaces(former, before, now)
 	for i := range before {
 		s := &before[i]
-		by, is := s, byName[s.Name]
+		by, is := s, present.byName[s.Name]
 		if is == nil {
-			is = byAddr[s.Addr]
+			is = present.byAddr[s.Addr]
 		}
 		if is != nil {
 			if slices.Equal(is.endpoints, s.endpoints) {
@@ -176,18 +173,52 @@ func (c *control) removed(before, now []service) {
 		}
 		for _, e := range s.endpoints {
 			g := gone{s.Name, s.Addr, e.Addr}
-			if there(g) {
+			if present.has(g) {
 				continue
 			}
-			c.removals.add(ctx, g, by.OnRemove, by.RemoveAfter)
+			c.removals.add(g, by.OnRemove, by.RemoveAfter)
 			for _, p := range former[s.Name] {
-				if g := (gone{p.name, p.addr, e.Addr}); !there(g) {
-					c.removals.add(ctx, g, by.OnRemove, by.RemoveAfter)
+				if g := (gone{p.name, p.addr, e.Addr}); !present.has(g) {
+					c.removals.add(g, by.OnRemove, by.RemoveAfter)
 				}
 			}
 		}
 	}
-	c.removals.spare(there)
+	c.removals.spare(present.has)
+}
+
+// present are the endpoints of services, under the names of these and their addresses.
+type present struct {
+	byName map[string]*service
+	byAddr map[netip.AddrPort]*service
+	// A change is of few services: only their endpoints are put into maps.
+	sets map[*service]map[netip.AddrPort]bool
+}
+
+func presentIn(services []service) *present {
+	p := &present{
+		byName: make(map[string]*service, len(services)), byAddr: make(map[netip.AddrPort]*service, len(services)),
+		sets: make(map[*service]map[netip.AddrPort]bool),
+	}
+	for i := range services {
+		s := &services[i]
+		p.byName[s.Name], p.byAddr[s.Addr] = s, s
+	}
+	return p
+}
+
+func (p *present) has(g gone) bool {
+	return p.in(p.byName[g.service], g.endpoint) || p.in(p.byAddr[g.addr], g.endpoint)
+}
+
+func (p *present) in(s *service, endpoint netip.AddrPort) bool {
+	if s == nil {
+		return false
+	}
+	if p.sets[s] == nil {
+		p.sets[s] = addrsOf(s)
+	}
+	return p.sets[s][endpoint]
 }
 
 // left are the services in force, with the endpoints that an earlier process left.

@@ -2,48 +2,162 @@ package main
 
 import (
 	"context"
+	"maps"
 	"net/netip"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 )
+
+var somewhere = netip.MustParseAddrPort("10.0.0.1:80")
+
+func goneOf(service string) gone { return gone{service, somewhere, somewhere} }
+
+func is(service string) func(gone) bool { return func(g gone) bool { return g.service == service } }
+
+// ender counts what is ended, by service, until the test ends. It must be made in a
+// bubble.
+type ender struct {
+	mu    sync.Mutex
+	ended map[string]int
+	// slow, if set, is called first.
+	slow func(ctx context.Context, g gone)
+}
+
+// newEnder makes removals, and has them carried out.
+func newEnder(t *testing.T, slow func(ctx context.Context, g gone)) (*ender, *removals) {
+	t.Helper()
+	e := &ender{ended: map[string]int{}, slow: slow}
+	r := &removals{ends: newEnds(e.end)}
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { r.ends.run(ctx) })
+	t.Cleanup(func() {
+		cancel()
+		running.Wait()
+	})
+	return e, r
+}
+
+// end is like the workers' share of it: nothing is done after ctx.
+func (e *ender) end(ctx context.Context, g gone) {
+	if e.slow != nil {
+		e.slow(ctx, g)
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if ctx.Err() == nil {
+		e.ended[g.service]++
+	}
+}
+
+// wants compares what was ended until nothing moves any more.
+func (e *ender) wants(t *testing.T, when string, want map[string]int) {
+	t.Helper()
+	synctest.Wait()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if diff := cmp.Diff(want, maps.Clone(e.ended)); diff != "" {
+		t.Errorf("%s: ended (-want +got)\n%s", when, diff)
+	}
+}
 
 // TestRemovals: a reset ends what there is at once, and what was under way a moment
 // later; a close ends in time; what is back is spared.
 func TestRemovals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ended := map[string]int{}
-		r := removals{end: func(ctx context.Context, g gone) {
-			if limit, ok := ctx.Deadline(); !ok || time.Until(limit) > endLimit {
-				t.Errorf("%s: it may take until %s", g.service, limit)
-			}
-			ended[g.service]++
-		}}
-		ctx, cancel := context.WithTimeout(t.Context(), endLimit)
-		defer cancel()
-		at := netip.MustParseAddrPort("10.0.0.1:80")
-		r.add(ctx, gone{"reset", at, at}, config.OnRemoveReset, time.Hour)
-		r.add(ctx, gone{"close", at, at}, config.OnRemoveClose, time.Minute)
-		r.add(ctx, gone{"keep", at, at}, config.OnRemoveKeep, 0)
-		r.add(ctx, gone{"back", at, at}, config.OnRemoveReset, 0)
-		wants := func(when string, reset, closed int) {
-			t.Helper()
-			if ended["reset"] != reset || ended["close"] != closed || ended["keep"] != 0 || ended["back"] != 1 {
-				t.Errorf("%s: ended %v, want reset %d, close %d", when, ended, reset, closed)
-			}
+		e, r := newEnder(t, nil)
+		r.add(goneOf("reset"), config.OnRemoveReset, time.Hour)
+		r.add(goneOf("close"), config.OnRemoveClose, time.Minute)
+		r.add(goneOf("keep"), config.OnRemoveKeep, 0)
+		r.add(goneOf("back"), config.OnRemoveReset, 0)
+		e.wants(t, "at once", map[string]int{"reset": 1, "back": 1})
+		if n := len(r.spare(is("back"))); n != 1 {
+			t.Errorf("%d were spared, want 1", n)
 		}
-		wants("at once", 1, 0)
-		r.spare(func(g gone) bool { return g.service == "back" })
 		<-r.due()
 		r.endDue()
-		wants("a moment later", 2, 0)
+		e.wants(t, "a moment later", map[string]int{"reset": 2, "back": 1})
 		<-r.due()
 		r.endDue()
-		wants("a minute later", 2, 1)
+		e.wants(t, "a minute later", map[string]int{"reset": 2, "back": 1, "close": 1})
 		if r.due() != nil {
 			t.Error("there is more to end")
 		}
+	})
+}
+
+// TestBackBeforeItsEnd: workers that are busy hold up no change. What comes back before
+// they have done what was ordered is not ended any more, and what does not is, in order,
+// when they come to it.
+func TestBackBeforeItsEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		busy := make(chan struct{})
+		e, r := newEnder(t, func(ctx context.Context, _ gone) {
+			select {
+			case <-busy:
+			case <-ctx.Done():
+			}
+		})
+		began := time.Now()
+		for _, service := range []string{"first", "second", "third", "fourth"} {
+			r.add(goneOf(service), config.OnRemoveReset, 0)
+		}
+		synctest.Wait() // the first is under way
+		var spared [][]removal
+		for _, service := range []string{"first", "third"} {
+			spared = append(spared, r.spare(is(service)))
+		}
+		if len(spared[0]) != 2 || len(spared[1]) != 2 {
+			t.Errorf("spared: %v, want of each what is now and what is later", spared)
+		}
+		if took := time.Since(began); took != 0 {
+			t.Errorf("the changes took %s", took)
+		}
+		close(busy)
+		e.wants(t, "the workers have come to it", map[string]int{"second": 1, "fourth": 1})
+		// It did not come back: the change could not be put in force.
+		r.restore(spared[1])
+		e.wants(t, "it did not come back", map[string]int{"second": 1, "third": 1, "fourth": 1})
+		<-r.due()
+		r.endDue()
+		e.wants(t, "a moment later", map[string]int{"second": 2, "third": 2, "fourth": 2})
+		// And the one that did goes again.
+		r.add(goneOf("first"), config.OnRemoveReset, 0)
+		e.wants(t, "it goes again", map[string]int{"first": 1, "second": 2, "third": 2, "fourth": 2})
+	})
+}
+
+// TestEndsStandStill: while nothing may change nothing is ended, and all that was
+// ordered is there to be given away; or it goes on.
+func TestEndsStandStill(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		busy := make(chan struct{})
+		e, r := newEnder(t, func(ctx context.Context, _ gone) {
+			select {
+			case <-busy:
+			case <-ctx.Done():
+			}
+		})
+		r.add(goneOf("first"), config.OnRemoveReset, 0)
+		r.add(goneOf("second"), config.OnRemoveReset, 0)
+		r.add(goneOf("third"), config.OnRemoveClose, time.Hour)
+		synctest.Wait()
+		r.ends.pause()
+		close(busy)
+		e.wants(t, "at rest", map[string]int{})
+		var order []string
+		for _, p := range r.all() {
+			order = append(order, p.service)
+		}
+		if diff := cmp.Diff([]string{"first", "second", "first", "second", "third"}, order); diff != "" {
+			t.Errorf("what is to be done (-want +got)\n%s", diff)
+		}
+		r.ends.resume()
+		e.wants(t, "it goes on", map[string]int{"first": 1, "second": 1})
 	})
 }

@@ -1,12 +1,12 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net/netip"
 	"reflect"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/pillion-project/pillion/bpf"
@@ -174,8 +174,11 @@ func (c *control) publish(next *config.Config) error {
 		// The start: there is no handler yet. It takes the table when it is made.
 		c.i.table = table
 	} else {
+		there := sync.OnceValue(func() *present { return presentIn(services) }) // as a rule nobody asks
+		spared := c.removals.spare(func(g gone) bool { return there().has(g) })
 		lacking, err := c.hand(next, services, table)
 		if err != nil {
+			c.removals.restore(spared)
 			return err
 		}
 		refused = append(refused, lacking...)
@@ -368,21 +371,6 @@ func (c *control) listing() *listing {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.services
-}
-
-// endConnections ends the connections to an endpoint that is gone.
-func (i *instance) endConnections(ctx context.Context, g gone) {
-	n := i.handler.End(ctx, g.service, g.endpoint)
-	direct, err := i.datapath.End(g.addr, g.endpoint)
-	switch {
-	case err == nil, errors.Is(err, loader.ErrNoService), errors.Is(err, loader.ErrNoSuchEndpoint): // so nobody is connected
-	default:
-		i.log.Error("cannot end the connections to an endpoint that is gone", "service", g.service, "endpoint", g.endpoint, "error", err)
-	}
-	i.sets.ended.Add(uint64(n + direct))
-	if n+direct > 0 {
-		i.log.Info("ended connections to an endpoint that is gone", "service", g.service, "endpoint", g.endpoint, "connections", n+direct)
-	}
 }
 
 // names returns the service of an original destination, and its cluster.

@@ -148,6 +148,36 @@ func TestBackInTime(t *testing.T) {
 	})
 }
 
+// TestBackAtOnce has an endpoint go whose connections are to be reset, and come back at
+// once: those from before may be, and none that began when it was back.
+func TestBackAtOnce(t *testing.T) {
+	t.Parallel()
+	onPaths(t, func(t *testing.T, path string) {
+		const times = 8
+		r := rig.New(t)
+		serve(t, r, 1, 2)
+		more := "path: " + path + ", on_remove: reset"
+		s := newStage(t, r, "services:\n"+service(1, more, 1))
+		open := func(n int) {
+			t.Helper()
+			if got := s.Open(t, fmt.Sprint(n), vip(1)); got != far(1).String() {
+				t.Fatal(got)
+			}
+		}
+		open(0)
+		for n := range times {
+			s.reload(t, "services:\n"+service(1, more, 2))
+			s.reload(t, "services:\n"+service(1, more, 1))
+			open(n + 1)
+		}
+		// What goes is looked for once more after a second.
+		time.Sleep(1500 * time.Millisecond)
+		if got := s.Talk(t, fmt.Sprint(times)); got != "" {
+			t.Errorf("it began when the endpoint was back, and was ended: %s", got)
+		}
+	})
+}
+
 // TestRenameKeepsConnections renames, moves and redirects a service whose
 // connections are to be reset when their endpoint goes, which it does not.
 func TestRenameKeepsConnections(t *testing.T) {
