@@ -55,7 +55,7 @@ fetch() {
 			bash "./$part" "$bin.log" || return 0
 		grep -v '^go: downloading' "$bin.log" >&2 || true
 		echo "attempt $i of $attempts failed" >&2
-		sleep $((5 * i))
+		((i == attempts)) || sleep $((5 * i))
 	done
 	die "could not fetch the modules of Kubernetes $version"
 }
@@ -65,7 +65,7 @@ build() {
 	echo "building Kubernetes $version, $part, into $bin (some minutes)" >&2
 	running=
 	export CGO_ENABLED=0
-	trap 'kill $running 2>/dev/null; rm -f "$bin.new" "$bin.log"' EXIT
+	trap 'kill $running 2>/dev/null || true; rm -f "$bin.new" "$bin.log"' EXIT
 	fetch
 	major=${version%%.*} minor=${version#*.} minor=${minor%%.*}
 	# Without its version the server says v0.0.0, and refuses much by that.
