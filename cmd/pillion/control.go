@@ -236,12 +236,15 @@ func (c *control) reload() admin.ReloadResult {
 	return admin.ReloadResult{Generation: c.state.Generation, Changes: changes.Lines(), Refused: c.state.Refused}
 }
 
+// rereadLimit is how long all other changes wait where a pipe is in the file's place.
+const rereadLimit = 500 * time.Millisecond
+
 // reread makes the next configuration of last and what the file says now.
 func (c *control) reread(last *config.Config) (*config.Config, []config.Refused, error) {
 	if c.i.file == "" {
 		return last, nil, nil
 	}
-	text, err := config.Read(c.i.file)
+	text, err := config.ReadWithin(c.i.file, rereadLimit)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -26,14 +26,16 @@ func Load(path string) (*Config, error) {
 	return Parse(path, data)
 }
 
-// patience is how long a pipe may take to say all: who reads it may be a process
-// that has connections to look after.
-const patience = 5 * time.Second
+// patience is how long a pipe may take to say all.
+const patience = 30 * time.Second
 
 // Read returns the text of the file at path, and of what is too long to be a
 // configuration as much as [Parse] needs to say so.
-func Read(path string) ([]byte, error) {
-	data, err := readWithin(path, patience)
+func Read(path string) ([]byte, error) { return ReadWithin(path, patience) }
+
+// ReadWithin is Read for who has something else to do than to wait for a pipe.
+func ReadWithin(path string, limit time.Duration) ([]byte, error) {
+	data, err := readWithin(path, limit)
 	if err != nil {
 		return nil, fmt.Errorf("read the configuration: %w", err)
 	}
