@@ -265,15 +265,19 @@ type abiLiveKey struct {
 }
 
 type abiMove struct {
-	_        structs.HostLayout
-	Own      abiIpAddr
-	Peer     abiIpAddr
-	Add      uint64
-	Counter  uint32
-	Tally    uint32
-	OwnPort  uint16
-	PeerPort uint16
-	Zero     uint32
+	_          structs.HostLayout
+	Own        abiIpAddr
+	Peer       abiIpAddr
+	Add        uint64
+	Counter    uint32
+	Tally      uint32
+	OwnPort    uint16
+	PeerPort   uint16
+	Last       uint32
+	Group      uint64
+	Slots      uint64
+	Conns      uint64
+	EventsLost uint64
 }
 
 type abiOnFailure uint32

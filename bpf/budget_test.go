@@ -27,7 +27,9 @@ var budget = map[string]uint32{
 	ProgInject:       20,
 	ProgExplain:      13000,
 	ProgMove:         320,
+	ProgMoveLive:     200,
 	ProgAdd:          60,
+	ProgAddUsage:     80,
 }
 
 func TestBudget(t *testing.T) {

@@ -40,7 +40,7 @@ var layouts = map[string]struct{ goSize, pinned uintptr }{
 	"endpoint":      {unsafe.Sizeof(Endpoint{}), 40},
 	"endpoint_name": {unsafe.Sizeof(EndpointName{}), 24},
 	"dry_run":       {unsafe.Sizeof(DryRun{}), 88},
-	"move":          {unsafe.Sizeof(Move{}), 56},
+	"move":          {unsafe.Sizeof(Move{}), 88},
 }
 
 func TestLayouts(t *testing.T) {

@@ -35,7 +35,9 @@ var programs = map[string]kind{
 	ProgInject:       {ebpf.SchedCLS, ebpf.AttachNone},
 	ProgExplain:      {ebpf.SchedCLS, ebpf.AttachNone},
 	ProgMove:         {ebpf.SchedCLS, ebpf.AttachNone},
+	ProgMoveLive:     {ebpf.SchedCLS, ebpf.AttachNone},
 	ProgAdd:          {ebpf.SchedCLS, ebpf.AttachNone},
+	ProgAddUsage:     {ebpf.SchedCLS, ebpf.AttachNone},
 }
 
 // rodata is the map behind the knobs of one object.

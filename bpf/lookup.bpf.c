@@ -6,6 +6,7 @@
 #include "include/config.h"
 #include "include/count.h"
 #include "include/decide.h"
+#include "include/former.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -19,14 +20,20 @@ static __always_inline __u32 worker_of(const struct live_key *key, __u32 hold,
 {
 	__u32 here = bpf_get_smp_processor_id() % workers;
 	struct live *l;
+	void *former;
 
 	if (!hold)
 		return here;
 	if (!worker) {
 		worker = here + 1;
 		l = bpf_map_lookup_elem(&live, key);
-		if (l)
+		if (l) {
 			l->worker = worker;
+		} else if (cfg_moves & PL_MOVES_LIVE) {
+			former = bpf_map_lookup_elem(&former_live, key);
+			if (former)
+				*(__u8 *)former_worker(former) = worker;
+		}
 	}
 	return (worker - 1) % workers;
 }
@@ -68,6 +75,7 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 	struct bpf_sock *sk;
 	__u32 hold = 0, worker = 0;
 	struct live *l;
+	void *former;
 	__u64 index = 0, zero = 0;
 	__u32 workers;
 	enum reason why;
@@ -102,6 +110,13 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 			p.live = true;
 			hold = l->hold == HOLD_YES;
 			worker = l->worker;
+		} else if (cfg_moves & PL_MOVES_LIVE) {
+			former = bpf_map_lookup_elem(&former_live, &u.k);
+			if (former) {
+				p.live = true;
+				hold = *(__u8 *)former_hold(former) == HOLD_YES;
+				worker = *(__u8 *)former_worker(former);
+			}
 		}
 	}
 	p.listener = true;

@@ -14,6 +14,7 @@
 #include "include/config.h"
 #include "include/count.h"
 #include "include/decide.h"
+#include "include/former.h"
 #include "include/packet.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
@@ -36,7 +37,7 @@ struct ports {
 	__u64 sport, dport, doff, flags;
 };
 
-/* Each family reads its own, and a comment of its own ends the branch: clang
+/* Each family reads its own, and an operand of its own ends the branch: clang
  * would make one read at a variable offset of the two, which needs CAP_PERFMON.
  */
 static __always_inline void read_tcp(const struct tcp *tcp, struct ports *p)
@@ -71,7 +72,7 @@ static __always_inline bool from_slot(struct __sk_buff *skb, struct segment *s)
 		dst = mapped(ip->dst);
 		read_tcp(data + ETH_HLEN + IP4_HLEN, &tcp);
 		size = ETH_HLEN + IP4_HLEN;
-		asm volatile("# IPv4" ::: "memory");
+		asm volatile("" ::"i"(4) : "memory");
 	} else if (eth->proto == bpf_htons(ETH_P_IPV6)) {
 		struct ip6 *ip = data + ETH_HLEN;
 
@@ -82,7 +83,7 @@ static __always_inline bool from_slot(struct __sk_buff *skb, struct segment *s)
 		dst = ip_of(ip->dst[0], ip->dst[1], ip->dst[2], ip->dst[3]);
 		read_tcp(data + ETH_HLEN + IP6_HLEN, &tcp);
 		size = ETH_HLEN + IP6_HLEN;
-		asm volatile("# IPv6" ::: "memory");
+		asm volatile("" ::"i"(6) : "memory");
 	} else {
 		return false;
 	}
@@ -115,12 +116,18 @@ static __always_inline int send_round(struct __sk_buff *skb)
 {
 	struct segment s = {};
 	struct live *l;
+	void *former;
 
 	/* The verdict is on its way: from now on answers pass. */
 	if (from_slot(skb, &s)) {
 		l = bpf_map_lookup_elem(&live, &s.u.k);
-		if (l)
+		if (l) {
 			l->hold = HOLD_OVER;
+		} else if (cfg_moves & PL_MOVES_LIVE) {
+			former = bpf_map_lookup_elem(&former_live, &s.u.k);
+			if (former)
+				*(__u8 *)former_hold(former) = HOLD_OVER;
+		}
 	}
 	count(REASON_INJECTED);
 	return bpf_redirect_neigh(skb->ifindex, NULL, 0, 0);
@@ -137,15 +144,15 @@ static __always_inline bool beats(void)
 }
 
 /* on_failure_of gives that of a connection. */
-static __always_inline __u32 on_failure_of(const struct live *l,
+static __always_inline __u32 on_failure_of(const struct ip_addr *orig,
 					   const struct segment *s,
 					   const struct settings *set)
 {
 	union {
 		__u64 d[3];
 		struct endpoint_key k;
-	} u = { .d = { PAIR(l->orig.w[0], l->orig.w[1]),
-		       PAIR(l->orig.w[2], l->orig.w[3]), s->u.k.slot_port } };
+	} u = { .d = { PAIR(orig->w[0], orig->w[1]),
+		       PAIR(orig->w[2], orig->w[3]), s->u.k.slot_port } };
 	struct service *service = bpf_map_lookup_elem(&services, &u.k);
 
 	return service ? service->on_failure : set->on_failure;
@@ -155,10 +162,10 @@ static __always_inline __u32 on_failure_of(const struct live *l,
  * Where the ring has no room it is as if it had been lost: the kernel sends it
  * again after a second.
  */
-static __always_inline bool hold(struct __sk_buff *skb, struct live *l,
+static __always_inline bool hold(struct __sk_buff *skb, __u64 worker,
 				 const struct segment *s)
 {
-	__u64 index = l->worker - 1;
+	__u64 index = worker - 1;
 	__u32 size = s->size;
 	struct held *h;
 	void *ring = bpf_map_lookup_elem(&held, &index);
@@ -240,26 +247,40 @@ static __always_inline enum reason keep_reset(struct __sk_buff *skb,
 	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
 	struct beat *b = bpf_map_lookup_elem(&beat, &zero);
 	struct live *l = bpf_map_lookup_elem(&live, &s->u.k);
+	const struct ip_addr *orig;
 	struct refusal r = {};
+	void *former;
 
 	/* While the process drains, its listeners may be closed: then it is
 	 * meant.
 	 */
-	if (!l || !set || !b || set->draining)
+	if (!set || !b || set->draining)
 		return REASON_NONE;
+	if (l) {
+		r.hold = l->hold;
+		r.canary = l->canary;
+		orig = &l->orig;
+	} else if (cfg_moves & PL_MOVES_LIVE) {
+		former = bpf_map_lookup_elem(&former_live, &s->u.k);
+		if (!former)
+			return REASON_NONE;
+		r.hold = *(__u8 *)former_hold(former);
+		r.canary = *(__u8 *)former_canary(former);
+		orig = former_orig(former);
+	} else {
+		return REASON_NONE;
+	}
 	/* A refusal would be the process's. This one is for the SYN of an
 	 * application that uses the same port again, sooner than the process
 	 * could end what the kernel keeps of the last time. It has ended now;
 	 * the SYN is sent again.
 	 */
-	if (l->hold == HOLD_YES && beats())
+	if (r.hold == HOLD_YES && beats())
 		return REASON_HELD;
 	r.now = bpf_ktime_get_ns();
 	r.stamp = b->stamp;
 	r.state = state_at(skb, s, false);
-	r.on_failure = on_failure_of(l, s, set);
-	r.hold = l->hold;
-	r.canary = l->canary;
+	r.on_failure = on_failure_of(orig, s, set);
 	return awaits(&r) ? REASON_AWAITED : REASON_NONE;
 }
 
@@ -287,6 +308,20 @@ static __always_inline bool is_ordinary(struct __sk_buff *skb)
 	return !(tcp->flags & (TCP_SYN | TCP_RST));
 }
 
+/* judge_answer tells what becomes of an answer to the application whose entry
+ * has these: hold is HOLD_YES.
+ */
+static __always_inline int judge_answer(struct __sk_buff *skb,
+					const struct segment *s, __u8 *holds,
+					__u64 worker)
+{
+	if (hold(skb, worker, s))
+		return TCX_DROP;
+	/* The connection is early: its resets are the application's too. */
+	*holds = HOLD_NO;
+	return TCX_NEXT;
+}
+
 /* judge_frame is for the few that are not. */
 static __noinline int judge_frame(struct __sk_buff *skb)
 {
@@ -295,6 +330,7 @@ static __noinline int judge_frame(struct __sk_buff *skb)
 	struct segment s = {};
 	enum reason why;
 	struct live *l;
+	void *former;
 
 	if (data + ETH_HLEN > end)
 		return TCX_NEXT;
@@ -318,12 +354,16 @@ static __noinline int judge_frame(struct __sk_buff *skb)
 		return TCX_DROP;
 	}
 	l = bpf_map_lookup_elem(&live, &s.u.k);
-	if (!l || l->hold != HOLD_YES)
-		return TCX_NEXT;
-	if (hold(skb, l, &s))
-		return TCX_DROP;
-	/* The connection is early: its resets are the application's too. */
-	l->hold = HOLD_NO;
+	if (l)
+		return l->hold == HOLD_YES ?
+			       judge_answer(skb, &s, &l->hold, l->worker) :
+			       TCX_NEXT;
+	if (cfg_moves & PL_MOVES_LIVE) {
+		former = bpf_map_lookup_elem(&former_live, &s.u.k);
+		if (former && *(__u8 *)former_hold(former) == HOLD_YES)
+			return judge_answer(skb, &s, former_hold(former),
+					    *(__u8 *)former_worker(former));
+	}
 	return TCX_NEXT;
 }
 

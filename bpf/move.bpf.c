@@ -6,6 +6,7 @@
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 #include "include/count.h"
+#include "include/former.h"
 #include "include/moved.h"
 #include "include/net.h"
 #include "include/packet.h"
@@ -20,18 +21,96 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 static __noinline int bring(struct bpf_sock *sk)
 {
 	__u64 zero = 0;
-	struct decision *d = bpf_map_lookup_elem(&workbench, &zero);
+	union bench *made = bpf_map_lookup_elem(&workbench, &zero);
 	void *before = bpf_sk_storage_get(&former, sk, NULL, 0);
 
-	if (!d || !before || bpf_sk_storage_get(&decisions, sk, NULL, 0))
+	if (!made || !before || bpf_sk_storage_get(&decisions, sk, NULL, 0))
 		return 0;
-	d->opened = 0;
-	if (!carry(before, d))
+	made->decision.opened = 0;
+	if (!carry(before, &made->decision))
 		return 0;
-	return bpf_sk_storage_get(&decisions, sk, d,
+	return bpf_sk_storage_get(&decisions, sk, &made->decision,
 				  BPF_SK_STORAGE_GET_F_CREATE) ?
 		       MOVED :
 		       0;
+}
+
+/* carry_live makes an entry of live of a former one. The loader writes its
+ * body.
+ */
+static __noinline __u64 carry_live(void *from, struct live *to)
+{
+	__u64 done;
+
+	asm volatile("%0 = 0" : "=r"(done) : "r"(from), "r"(to) : "memory");
+	return done;
+}
+
+/* take_back deletes the copy of an entry. */
+static __noinline int take_back(const struct live_key *key, __u64 cookie)
+{
+	struct live *l = bpf_map_lookup_elem(&live, key);
+
+	if (!l || l->cookie != cookie)
+		return 0;
+	return bpf_map_delete_elem(&live, key);
+}
+
+/* pl_move_live moves an entry of live. First it is copied: from then on hooks
+ * find the new one. What a hook that had found the former one has written since
+ * is taken over when no such hook is at work any more, and the former one goes.
+ *
+ * sockops, when a connection ends, deletes the former entry and then the new
+ * one. So who finds the former one gone after the copy takes the copy back,
+ * unless the address is another connection's by now.
+ */
+SEC("tc")
+int pl_move_live(struct __sk_buff *skb)
+{
+	struct move *m = (void *)(long)skb->data + ETH_HLEN;
+	void *end = (void *)(long)skb->data_end;
+	__u64 zero = 0, cookie;
+	union bench *made = bpf_map_lookup_elem(&workbench, &zero);
+	union {
+		__u64 d[5];
+		struct live_key k;
+	} u = {};
+	struct live *now;
+	void *former;
+
+	if (!made || (void *)(m + 1) > end)
+		return -1;
+	u.d[0] = PAIR(m->own.w[0], m->own.w[1]);
+	u.d[1] = PAIR(m->own.w[2], m->own.w[3]);
+	u.d[2] = PAIR(m->peer.w[0], m->peer.w[1]);
+	u.d[3] = PAIR(m->peer.w[2], m->peer.w[3]);
+	u.d[4] = m->own_port | (__u32)m->peer_port << 16;
+	former = bpf_map_lookup_elem(&former_live, &u.k);
+	if (!former)
+		return 0;
+	if (!m->last) {
+		carry_live(former, &made->live);
+		cookie = made->live.cookie;
+		if (bpf_map_update_elem(&live, &u.k, &made->live, BPF_NOEXIST))
+			return 0;
+		former = bpf_map_lookup_elem(&former_live, &u.k);
+		if (!former) {
+			take_back(&u.k, cookie);
+			return 0;
+		}
+	}
+	now = bpf_map_lookup_elem(&live, &u.k);
+	if (!now)
+		return 0; /* there was no memory for it */
+	if (now->cookie == *(__u64 *)former_cookie(former)) {
+		if (!now->worker)
+			now->worker = *(__u8 *)former_worker(former);
+		if (now->hold == HOLD_YES)
+			now->hold = *(__u8 *)former_hold(former);
+	}
+	if (m->last)
+		bpf_map_delete_elem(&former_live, &u.k);
+	return MOVED;
 }
 
 /* pl_move moves what is stored with the socket that the packet names. Softirqs
@@ -96,5 +175,24 @@ int pl_add(struct __sk_buff *skb)
 	if (!n)
 		return 0;
 	*n += m->add;
+	return MOVED;
+}
+
+/* pl_add_usage is pl_add for what a container uses. */
+SEC("tc")
+int pl_add_usage(struct __sk_buff *skb)
+{
+	struct move *m = (void *)(long)skb->data + ETH_HLEN;
+	void *end = (void *)(long)skb->data_end;
+	struct usage *u;
+
+	if ((void *)(m + 1) > end)
+		return -1;
+	u = usage_of(m->group);
+	if (!u)
+		return 0;
+	__sync_fetch_and_add(&u->slots, m->slots);
+	__sync_fetch_and_add(&u->conns, m->conns);
+	__sync_fetch_and_add(&u->events_lost, m->events_lost);
 	return MOVED;
 }

@@ -16,43 +16,48 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	moveMapAnswered      = "answered"
-	moveMapBeat          = "beat"
-	moveMapDecisions     = "decisions"
-	moveMapDeny          = "deny"
-	moveMapDeparted      = "departed"
-	moveMapDryRuns       = "dry_runs"
-	moveMapEndpointNames = "endpoint_names"
-	moveMapEndpoints     = "endpoints"
-	moveMapEvents        = "events"
-	moveMapExclude       = "exclude"
-	moveMapFormer        = "former"
-	moveMapFreeSlots     = "free_slots"
-	moveMapHeld          = "held"
-	moveMapInstance      = "instance"
-	moveMapListeners     = "listeners"
-	moveMapLive          = "live"
-	moveMapOutlived      = "outlived"
-	moveMapOwnAddrs      = "own_addrs"
-	moveMapReasons       = "reasons"
-	moveMapRoutes        = "routes"
-	moveMapServices      = "services"
-	moveMapSets          = "sets"
-	moveMapSettings      = "settings"
-	moveMapSlotByOrig    = "slot_by_orig"
-	moveMapSlots         = "slots"
-	moveMapState         = "state"
-	moveMapTallies       = "tallies"
-	moveMapUsageByGroup  = "usage_by_group"
-	moveMapWorkbench     = "workbench"
-	moveProgPlAdd        = "pl_add"
-	moveProgPlMove       = "pl_move"
-	moveVarCfgFrameTag   = "cfg_frame_tag"
-	moveVarCfgMoves      = "cfg_moves"
-	moveVarCfgNetns      = "cfg_netns"
-	moveVarCfgScopeLevel = "cfg_scope_level"
-	moveVarCfgSlot4      = "cfg_slot4"
-	moveVarCfgSlot6      = "cfg_slot6"
+	moveMapAnswered       = "answered"
+	moveMapBeat           = "beat"
+	moveMapDecisions      = "decisions"
+	moveMapDeny           = "deny"
+	moveMapDeparted       = "departed"
+	moveMapDryRuns        = "dry_runs"
+	moveMapEndpointNames  = "endpoint_names"
+	moveMapEndpoints      = "endpoints"
+	moveMapEvents         = "events"
+	moveMapExclude        = "exclude"
+	moveMapFormer         = "former"
+	moveMapFormerDeparted = "former_departed"
+	moveMapFormerLive     = "former_live"
+	moveMapFormerSlots    = "former_slots"
+	moveMapFreeSlots      = "free_slots"
+	moveMapHeld           = "held"
+	moveMapInstance       = "instance"
+	moveMapListeners      = "listeners"
+	moveMapLive           = "live"
+	moveMapOutlived       = "outlived"
+	moveMapOwnAddrs       = "own_addrs"
+	moveMapReasons        = "reasons"
+	moveMapRoutes         = "routes"
+	moveMapServices       = "services"
+	moveMapSets           = "sets"
+	moveMapSettings       = "settings"
+	moveMapSlotByOrig     = "slot_by_orig"
+	moveMapSlots          = "slots"
+	moveMapState          = "state"
+	moveMapTallies        = "tallies"
+	moveMapUsageByGroup   = "usage_by_group"
+	moveMapWorkbench      = "workbench"
+	moveProgPlAdd         = "pl_add"
+	moveProgPlAddUsage    = "pl_add_usage"
+	moveProgPlMove        = "pl_move"
+	moveProgPlMoveLive    = "pl_move_live"
+	moveVarCfgFrameTag    = "cfg_frame_tag"
+	moveVarCfgMoves       = "cfg_moves"
+	moveVarCfgNetns       = "cfg_netns"
+	moveVarCfgScopeLevel  = "cfg_scope_level"
+	moveVarCfgSlot4       = "cfg_slot4"
+	moveVarCfgSlot6       = "cfg_slot6"
 )
 
 // loadMove returns the embedded CollectionSpec for move.
@@ -97,43 +102,48 @@ type moveSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type moveProgramSpecs struct {
-	PlAdd  *ebpf.ProgramSpec `ebpf:"pl_add"`
-	PlMove *ebpf.ProgramSpec `ebpf:"pl_move"`
+	PlAdd      *ebpf.ProgramSpec `ebpf:"pl_add"`
+	PlAddUsage *ebpf.ProgramSpec `ebpf:"pl_add_usage"`
+	PlMove     *ebpf.ProgramSpec `ebpf:"pl_move"`
+	PlMoveLive *ebpf.ProgramSpec `ebpf:"pl_move_live"`
 }
 
 // moveMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type moveMapSpecs struct {
-	Answered      *ebpf.MapSpec `ebpf:"answered"`
-	Beat          *ebpf.MapSpec `ebpf:"beat"`
-	Decisions     *ebpf.MapSpec `ebpf:"decisions"`
-	Deny          *ebpf.MapSpec `ebpf:"deny"`
-	Departed      *ebpf.MapSpec `ebpf:"departed"`
-	DryRuns       *ebpf.MapSpec `ebpf:"dry_runs"`
-	EndpointNames *ebpf.MapSpec `ebpf:"endpoint_names"`
-	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
-	Events        *ebpf.MapSpec `ebpf:"events"`
-	Exclude       *ebpf.MapSpec `ebpf:"exclude"`
-	Former        *ebpf.MapSpec `ebpf:"former"`
-	FreeSlots     *ebpf.MapSpec `ebpf:"free_slots"`
-	Held          *ebpf.MapSpec `ebpf:"held"`
-	Instance      *ebpf.MapSpec `ebpf:"instance"`
-	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
-	Live          *ebpf.MapSpec `ebpf:"live"`
-	Outlived      *ebpf.MapSpec `ebpf:"outlived"`
-	OwnAddrs      *ebpf.MapSpec `ebpf:"own_addrs"`
-	Reasons       *ebpf.MapSpec `ebpf:"reasons"`
-	Routes        *ebpf.MapSpec `ebpf:"routes"`
-	Services      *ebpf.MapSpec `ebpf:"services"`
-	Sets          *ebpf.MapSpec `ebpf:"sets"`
-	Settings      *ebpf.MapSpec `ebpf:"settings"`
-	SlotByOrig    *ebpf.MapSpec `ebpf:"slot_by_orig"`
-	Slots         *ebpf.MapSpec `ebpf:"slots"`
-	State         *ebpf.MapSpec `ebpf:"state"`
-	Tallies       *ebpf.MapSpec `ebpf:"tallies"`
-	UsageByGroup  *ebpf.MapSpec `ebpf:"usage_by_group"`
-	Workbench     *ebpf.MapSpec `ebpf:"workbench"`
+	Answered       *ebpf.MapSpec `ebpf:"answered"`
+	Beat           *ebpf.MapSpec `ebpf:"beat"`
+	Decisions      *ebpf.MapSpec `ebpf:"decisions"`
+	Deny           *ebpf.MapSpec `ebpf:"deny"`
+	Departed       *ebpf.MapSpec `ebpf:"departed"`
+	DryRuns        *ebpf.MapSpec `ebpf:"dry_runs"`
+	EndpointNames  *ebpf.MapSpec `ebpf:"endpoint_names"`
+	Endpoints      *ebpf.MapSpec `ebpf:"endpoints"`
+	Events         *ebpf.MapSpec `ebpf:"events"`
+	Exclude        *ebpf.MapSpec `ebpf:"exclude"`
+	Former         *ebpf.MapSpec `ebpf:"former"`
+	FormerDeparted *ebpf.MapSpec `ebpf:"former_departed"`
+	FormerLive     *ebpf.MapSpec `ebpf:"former_live"`
+	FormerSlots    *ebpf.MapSpec `ebpf:"former_slots"`
+	FreeSlots      *ebpf.MapSpec `ebpf:"free_slots"`
+	Held           *ebpf.MapSpec `ebpf:"held"`
+	Instance       *ebpf.MapSpec `ebpf:"instance"`
+	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
+	Live           *ebpf.MapSpec `ebpf:"live"`
+	Outlived       *ebpf.MapSpec `ebpf:"outlived"`
+	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
+	Routes         *ebpf.MapSpec `ebpf:"routes"`
+	Services       *ebpf.MapSpec `ebpf:"services"`
+	Sets           *ebpf.MapSpec `ebpf:"sets"`
+	Settings       *ebpf.MapSpec `ebpf:"settings"`
+	SlotByOrig     *ebpf.MapSpec `ebpf:"slot_by_orig"`
+	Slots          *ebpf.MapSpec `ebpf:"slots"`
+	State          *ebpf.MapSpec `ebpf:"state"`
+	Tallies        *ebpf.MapSpec `ebpf:"tallies"`
+	UsageByGroup   *ebpf.MapSpec `ebpf:"usage_by_group"`
+	Workbench      *ebpf.MapSpec `ebpf:"workbench"`
 }
 
 // moveVariableSpecs contains global variables before they are loaded into the kernel.
@@ -168,35 +178,38 @@ func (o *moveObjects) Close() error {
 //
 // It can be passed to loadMoveObjects or ebpf.CollectionSpec.LoadAndAssign.
 type moveMaps struct {
-	Answered      *ebpf.Map `ebpf:"answered"`
-	Beat          *ebpf.Map `ebpf:"beat"`
-	Decisions     *ebpf.Map `ebpf:"decisions"`
-	Deny          *ebpf.Map `ebpf:"deny"`
-	Departed      *ebpf.Map `ebpf:"departed"`
-	DryRuns       *ebpf.Map `ebpf:"dry_runs"`
-	EndpointNames *ebpf.Map `ebpf:"endpoint_names"`
-	Endpoints     *ebpf.Map `ebpf:"endpoints"`
-	Events        *ebpf.Map `ebpf:"events"`
-	Exclude       *ebpf.Map `ebpf:"exclude"`
-	Former        *ebpf.Map `ebpf:"former"`
-	FreeSlots     *ebpf.Map `ebpf:"free_slots"`
-	Held          *ebpf.Map `ebpf:"held"`
-	Instance      *ebpf.Map `ebpf:"instance"`
-	Listeners     *ebpf.Map `ebpf:"listeners"`
-	Live          *ebpf.Map `ebpf:"live"`
-	Outlived      *ebpf.Map `ebpf:"outlived"`
-	OwnAddrs      *ebpf.Map `ebpf:"own_addrs"`
-	Reasons       *ebpf.Map `ebpf:"reasons"`
-	Routes        *ebpf.Map `ebpf:"routes"`
-	Services      *ebpf.Map `ebpf:"services"`
-	Sets          *ebpf.Map `ebpf:"sets"`
-	Settings      *ebpf.Map `ebpf:"settings"`
-	SlotByOrig    *ebpf.Map `ebpf:"slot_by_orig"`
-	Slots         *ebpf.Map `ebpf:"slots"`
-	State         *ebpf.Map `ebpf:"state"`
-	Tallies       *ebpf.Map `ebpf:"tallies"`
-	UsageByGroup  *ebpf.Map `ebpf:"usage_by_group"`
-	Workbench     *ebpf.Map `ebpf:"workbench"`
+	Answered       *ebpf.Map `ebpf:"answered"`
+	Beat           *ebpf.Map `ebpf:"beat"`
+	Decisions      *ebpf.Map `ebpf:"decisions"`
+	Deny           *ebpf.Map `ebpf:"deny"`
+	Departed       *ebpf.Map `ebpf:"departed"`
+	DryRuns        *ebpf.Map `ebpf:"dry_runs"`
+	EndpointNames  *ebpf.Map `ebpf:"endpoint_names"`
+	Endpoints      *ebpf.Map `ebpf:"endpoints"`
+	Events         *ebpf.Map `ebpf:"events"`
+	Exclude        *ebpf.Map `ebpf:"exclude"`
+	Former         *ebpf.Map `ebpf:"former"`
+	FormerDeparted *ebpf.Map `ebpf:"former_departed"`
+	FormerLive     *ebpf.Map `ebpf:"former_live"`
+	FormerSlots    *ebpf.Map `ebpf:"former_slots"`
+	FreeSlots      *ebpf.Map `ebpf:"free_slots"`
+	Held           *ebpf.Map `ebpf:"held"`
+	Instance       *ebpf.Map `ebpf:"instance"`
+	Listeners      *ebpf.Map `ebpf:"listeners"`
+	Live           *ebpf.Map `ebpf:"live"`
+	Outlived       *ebpf.Map `ebpf:"outlived"`
+	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	Reasons        *ebpf.Map `ebpf:"reasons"`
+	Routes         *ebpf.Map `ebpf:"routes"`
+	Services       *ebpf.Map `ebpf:"services"`
+	Sets           *ebpf.Map `ebpf:"sets"`
+	Settings       *ebpf.Map `ebpf:"settings"`
+	SlotByOrig     *ebpf.Map `ebpf:"slot_by_orig"`
+	Slots          *ebpf.Map `ebpf:"slots"`
+	State          *ebpf.Map `ebpf:"state"`
+	Tallies        *ebpf.Map `ebpf:"tallies"`
+	UsageByGroup   *ebpf.Map `ebpf:"usage_by_group"`
+	Workbench      *ebpf.Map `ebpf:"workbench"`
 }
 
 func (m *moveMaps) Close() error {
@@ -212,6 +225,9 @@ func (m *moveMaps) Close() error {
 		m.Events,
 		m.Exclude,
 		m.Former,
+		m.FormerDeparted,
+		m.FormerLive,
+		m.FormerSlots,
 		m.FreeSlots,
 		m.Held,
 		m.Instance,
@@ -249,14 +265,18 @@ type moveVariables struct {
 //
 // It can be passed to loadMoveObjects or ebpf.CollectionSpec.LoadAndAssign.
 type movePrograms struct {
-	PlAdd  *ebpf.Program `ebpf:"pl_add"`
-	PlMove *ebpf.Program `ebpf:"pl_move"`
+	PlAdd      *ebpf.Program `ebpf:"pl_add"`
+	PlAddUsage *ebpf.Program `ebpf:"pl_add_usage"`
+	PlMove     *ebpf.Program `ebpf:"pl_move"`
+	PlMoveLive *ebpf.Program `ebpf:"pl_move_live"`
 }
 
 func (p *movePrograms) Close() error {
 	return _MoveClose(
 		p.PlAdd,
+		p.PlAddUsage,
 		p.PlMove,
+		p.PlMoveLive,
 	)
 }
 

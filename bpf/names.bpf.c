@@ -8,6 +8,7 @@
 #include "include/config.h"
 #include "include/decide.h"
 #include "include/maps.h"
+#include "include/former.h"
 #include "include/moved.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
@@ -15,19 +16,25 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define PROCEED 1
 
 /* orig_of resolves one of our slots. A free one resolves to nothing. */
-static __always_inline struct slot *orig_of(const struct ip_addr *a)
+static __always_inline const struct ip_addr *orig_of(const struct ip_addr *a)
 {
 	int n = slot_of(a, cfg_slot4, cfg_slot6);
 	struct slot *s;
+	void *former;
 	__u64 index;
 
 	if (n < 0)
 		return NULL;
 	index = n;
 	s = bpf_map_lookup_elem(&slots, &index);
-	if (!s || s->state == SLOT_FREE)
-		return NULL;
-	return s;
+	if (s && s->state != SLOT_FREE)
+		return &s->orig;
+	if (cfg_moves & PL_MOVES_SLOTS) {
+		former = bpf_map_lookup_elem(&former_slots, &index);
+		if (former && *(__u32 *)former_slot_state(former) != SLOT_FREE)
+			return former_slot_orig(former);
+	}
+	return NULL;
 }
 
 /* What a socket that was sent straight to an endpoint was asked for. */
@@ -142,11 +149,11 @@ int pl_getpeername4(struct bpf_sock_addr *ctx)
 {
 	struct ip_addr a = mapped(ctx->user_ip4);
 	struct ip_addr own = mapped(ctx->sk->src_ip4);
-	struct slot *s = orig_of(&a);
+	const struct ip_addr *orig = orig_of(&a);
 	struct asked what;
 
-	if (s) {
-		ctx->user_ip4 = s->orig.w[3];
+	if (orig) {
+		ctx->user_ip4 = orig->w[3];
 		return PROCEED;
 	}
 	what = asked_for(ctx, &own, &a);
@@ -162,11 +169,11 @@ int pl_getpeername6(struct bpf_sock_addr *ctx)
 {
 	struct ip_addr a = LOAD_IP6(ctx->user_ip6);
 	struct ip_addr own = LOAD_IP6(ctx->sk->src_ip6);
-	struct slot *s = orig_of(&a);
+	const struct ip_addr *orig = orig_of(&a);
 	struct asked what;
 
-	if (s) {
-		STORE_IP6(ctx->user_ip6, s->orig);
+	if (orig) {
+		STORE_IP6(ctx->user_ip6, *orig);
 		return PROCEED;
 	}
 	what = asked_for(ctx, &own, &a);
@@ -202,6 +209,7 @@ static __always_inline const struct ip_addr *name_of(struct bpf_sock_addr *ctx,
 	const struct ip_addr *seen;
 	struct decision *d;
 	struct live *l;
+	void *former;
 
 	if (!to || slot_of(peer, cfg_slot4, cfg_slot6) < 0)
 		return NULL;
@@ -210,9 +218,16 @@ static __always_inline const struct ip_addr *name_of(struct bpf_sock_addr *ctx,
 		seen = &d->seen;
 	} else {
 		l = bpf_map_lookup_elem(&live, &u.k);
-		if (!l)
+		if (l) {
+			seen = &l->seen;
+		} else if (cfg_moves & PL_MOVES_LIVE) {
+			former = bpf_map_lookup_elem(&former_live, &u.k);
+			if (!former)
+				return NULL;
+			seen = former_seen(former);
+		} else {
 			return NULL;
-		seen = &l->seen;
+		}
 	}
 	return is_zero(seen) ? NULL : seen;
 }

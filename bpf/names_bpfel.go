@@ -27,6 +27,9 @@ const (
 	namesMapEvents          = "events"
 	namesMapExclude         = "exclude"
 	namesMapFormer          = "former"
+	namesMapFormerDeparted  = "former_departed"
+	namesMapFormerLive      = "former_live"
+	namesMapFormerSlots     = "former_slots"
 	namesMapFreeSlots       = "free_slots"
 	namesMapHeld            = "held"
 	namesMapInstance        = "instance"
@@ -109,35 +112,38 @@ type namesProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type namesMapSpecs struct {
-	Answered      *ebpf.MapSpec `ebpf:"answered"`
-	Beat          *ebpf.MapSpec `ebpf:"beat"`
-	Decisions     *ebpf.MapSpec `ebpf:"decisions"`
-	Deny          *ebpf.MapSpec `ebpf:"deny"`
-	Departed      *ebpf.MapSpec `ebpf:"departed"`
-	DryRuns       *ebpf.MapSpec `ebpf:"dry_runs"`
-	EndpointNames *ebpf.MapSpec `ebpf:"endpoint_names"`
-	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
-	Events        *ebpf.MapSpec `ebpf:"events"`
-	Exclude       *ebpf.MapSpec `ebpf:"exclude"`
-	Former        *ebpf.MapSpec `ebpf:"former"`
-	FreeSlots     *ebpf.MapSpec `ebpf:"free_slots"`
-	Held          *ebpf.MapSpec `ebpf:"held"`
-	Instance      *ebpf.MapSpec `ebpf:"instance"`
-	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
-	Live          *ebpf.MapSpec `ebpf:"live"`
-	Outlived      *ebpf.MapSpec `ebpf:"outlived"`
-	OwnAddrs      *ebpf.MapSpec `ebpf:"own_addrs"`
-	Reasons       *ebpf.MapSpec `ebpf:"reasons"`
-	Routes        *ebpf.MapSpec `ebpf:"routes"`
-	Services      *ebpf.MapSpec `ebpf:"services"`
-	Sets          *ebpf.MapSpec `ebpf:"sets"`
-	Settings      *ebpf.MapSpec `ebpf:"settings"`
-	SlotByOrig    *ebpf.MapSpec `ebpf:"slot_by_orig"`
-	Slots         *ebpf.MapSpec `ebpf:"slots"`
-	State         *ebpf.MapSpec `ebpf:"state"`
-	Tallies       *ebpf.MapSpec `ebpf:"tallies"`
-	UsageByGroup  *ebpf.MapSpec `ebpf:"usage_by_group"`
-	Workbench     *ebpf.MapSpec `ebpf:"workbench"`
+	Answered       *ebpf.MapSpec `ebpf:"answered"`
+	Beat           *ebpf.MapSpec `ebpf:"beat"`
+	Decisions      *ebpf.MapSpec `ebpf:"decisions"`
+	Deny           *ebpf.MapSpec `ebpf:"deny"`
+	Departed       *ebpf.MapSpec `ebpf:"departed"`
+	DryRuns        *ebpf.MapSpec `ebpf:"dry_runs"`
+	EndpointNames  *ebpf.MapSpec `ebpf:"endpoint_names"`
+	Endpoints      *ebpf.MapSpec `ebpf:"endpoints"`
+	Events         *ebpf.MapSpec `ebpf:"events"`
+	Exclude        *ebpf.MapSpec `ebpf:"exclude"`
+	Former         *ebpf.MapSpec `ebpf:"former"`
+	FormerDeparted *ebpf.MapSpec `ebpf:"former_departed"`
+	FormerLive     *ebpf.MapSpec `ebpf:"former_live"`
+	FormerSlots    *ebpf.MapSpec `ebpf:"former_slots"`
+	FreeSlots      *ebpf.MapSpec `ebpf:"free_slots"`
+	Held           *ebpf.MapSpec `ebpf:"held"`
+	Instance       *ebpf.MapSpec `ebpf:"instance"`
+	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
+	Live           *ebpf.MapSpec `ebpf:"live"`
+	Outlived       *ebpf.MapSpec `ebpf:"outlived"`
+	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
+	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
+	Routes         *ebpf.MapSpec `ebpf:"routes"`
+	Services       *ebpf.MapSpec `ebpf:"services"`
+	Sets           *ebpf.MapSpec `ebpf:"sets"`
+	Settings       *ebpf.MapSpec `ebpf:"settings"`
+	SlotByOrig     *ebpf.MapSpec `ebpf:"slot_by_orig"`
+	Slots          *ebpf.MapSpec `ebpf:"slots"`
+	State          *ebpf.MapSpec `ebpf:"state"`
+	Tallies        *ebpf.MapSpec `ebpf:"tallies"`
+	UsageByGroup   *ebpf.MapSpec `ebpf:"usage_by_group"`
+	Workbench      *ebpf.MapSpec `ebpf:"workbench"`
 }
 
 // namesVariableSpecs contains global variables before they are loaded into the kernel.
@@ -172,35 +178,38 @@ func (o *namesObjects) Close() error {
 //
 // It can be passed to loadNamesObjects or ebpf.CollectionSpec.LoadAndAssign.
 type namesMaps struct {
-	Answered      *ebpf.Map `ebpf:"answered"`
-	Beat          *ebpf.Map `ebpf:"beat"`
-	Decisions     *ebpf.Map `ebpf:"decisions"`
-	Deny          *ebpf.Map `ebpf:"deny"`
-	Departed      *ebpf.Map `ebpf:"departed"`
-	DryRuns       *ebpf.Map `ebpf:"dry_runs"`
-	EndpointNames *ebpf.Map `ebpf:"endpoint_names"`
-	Endpoints     *ebpf.Map `ebpf:"endpoints"`
-	Events        *ebpf.Map `ebpf:"events"`
-	Exclude       *ebpf.Map `ebpf:"exclude"`
-	Former        *ebpf.Map `ebpf:"former"`
-	FreeSlots     *ebpf.Map `ebpf:"free_slots"`
-	Held          *ebpf.Map `ebpf:"held"`
-	Instance      *ebpf.Map `ebpf:"instance"`
-	Listeners     *ebpf.Map `ebpf:"listeners"`
-	Live          *ebpf.Map `ebpf:"live"`
-	Outlived      *ebpf.Map `ebpf:"outlived"`
-	OwnAddrs      *ebpf.Map `ebpf:"own_addrs"`
-	Reasons       *ebpf.Map `ebpf:"reasons"`
-	Routes        *ebpf.Map `ebpf:"routes"`
-	Services      *ebpf.Map `ebpf:"services"`
-	Sets          *ebpf.Map `ebpf:"sets"`
-	Settings      *ebpf.Map `ebpf:"settings"`
-	SlotByOrig    *ebpf.Map `ebpf:"slot_by_orig"`
-	Slots         *ebpf.Map `ebpf:"slots"`
-	State         *ebpf.Map `ebpf:"state"`
-	Tallies       *ebpf.Map `ebpf:"tallies"`
-	UsageByGroup  *ebpf.Map `ebpf:"usage_by_group"`
-	Workbench     *ebpf.Map `ebpf:"workbench"`
+	Answered       *ebpf.Map `ebpf:"answered"`
+	Beat           *ebpf.Map `ebpf:"beat"`
+	Decisions      *ebpf.Map `ebpf:"decisions"`
+	Deny           *ebpf.Map `ebpf:"deny"`
+	Departed       *ebpf.Map `ebpf:"departed"`
+	DryRuns        *ebpf.Map `ebpf:"dry_runs"`
+	EndpointNames  *ebpf.Map `ebpf:"endpoint_names"`
+	Endpoints      *ebpf.Map `ebpf:"endpoints"`
+	Events         *ebpf.Map `ebpf:"events"`
+	Exclude        *ebpf.Map `ebpf:"exclude"`
+	Former         *ebpf.Map `ebpf:"former"`
+	FormerDeparted *ebpf.Map `ebpf:"former_departed"`
+	FormerLive     *ebpf.Map `ebpf:"former_live"`
+	FormerSlots    *ebpf.Map `ebpf:"former_slots"`
+	FreeSlots      *ebpf.Map `ebpf:"free_slots"`
+	Held           *ebpf.Map `ebpf:"held"`
+	Instance       *ebpf.Map `ebpf:"instance"`
+	Listeners      *ebpf.Map `ebpf:"listeners"`
+	Live           *ebpf.Map `ebpf:"live"`
+	Outlived       *ebpf.Map `ebpf:"outlived"`
+	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
+	Reasons        *ebpf.Map `ebpf:"reasons"`
+	Routes         *ebpf.Map `ebpf:"routes"`
+	Services       *ebpf.Map `ebpf:"services"`
+	Sets           *ebpf.Map `ebpf:"sets"`
+	Settings       *ebpf.Map `ebpf:"settings"`
+	SlotByOrig     *ebpf.Map `ebpf:"slot_by_orig"`
+	Slots          *ebpf.Map `ebpf:"slots"`
+	State          *ebpf.Map `ebpf:"state"`
+	Tallies        *ebpf.Map `ebpf:"tallies"`
+	UsageByGroup   *ebpf.Map `ebpf:"usage_by_group"`
+	Workbench      *ebpf.Map `ebpf:"workbench"`
 }
 
 func (m *namesMaps) Close() error {
@@ -216,6 +225,9 @@ func (m *namesMaps) Close() error {
 		m.Events,
 		m.Exclude,
 		m.Former,
+		m.FormerDeparted,
+		m.FormerLive,
+		m.FormerSlots,
 		m.FreeSlots,
 		m.Held,
 		m.Instance,

@@ -24,7 +24,9 @@ const (
 	ProgInject       = "pl_inject"
 	ProgExplain      = "pl_explain"
 	ProgMove         = "pl_move"
+	ProgMoveLive     = "pl_move_live"
 	ProgAdd          = "pl_add"
+	ProgAddUsage     = "pl_add_usage"
 )
 
 // Maps are the maps that all programs share. Whoever loaded them closes them.

@@ -5,6 +5,7 @@
 #include <bpf/bpf_helpers.h>
 #include "include/config.h"
 #include "include/eject.h"
+#include "include/former.h"
 #include "include/moved.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
@@ -41,6 +42,13 @@ static __always_inline void add(struct decision *d, int by)
 
 	if (st)
 		__sync_fetch_and_add(&st->live, by);
+	/* What hooks of the former layout have counted comes later. */
+	if (cfg_moves & PL_MOVES_COUNTS) {
+		u = usage_of(d->group);
+		if (u)
+			__sync_fetch_and_add(&u->conns, by);
+		return;
+	}
 	/* The process may have forgotten the container in between: an account
 	 * that went below zero would be a quota used up for ever.
 	 */
@@ -69,24 +77,27 @@ union algorithm {
 	char name[16];
 };
 
+/* Where a field is in struct live, in words of eight bytes. */
+#define WORD(field) (__builtin_offsetof(struct live, field) / 8)
+
 /* let_in enters the connection in live, before its SYN leaves. Without an entry
  * the lookup program refuses it.
  */
 static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
 {
 	union {
-		__u64 d[15];
+		__u64 d[sizeof(struct live) / 8];
 		struct live l;
 	} u = { .d = {
-			bpf_get_socket_cookie(ctx),
-			d->cgroup,
-			d->group,
-			d->opened,
-			PAIR(d->orig.w[0], d->orig.w[1]),
-			PAIR(d->orig.w[2], d->orig.w[3]),
-			PAIR(d->bound.w[0], d->bound.w[1]),
-			PAIR(d->bound.w[2], d->bound.w[3]),
-			PAIR(d->mark, d->priority),
+			[WORD(cookie)] = bpf_get_socket_cookie(ctx),
+			[WORD(cgroup)] = d->cgroup,
+			[WORD(group)] = d->group,
+			[WORD(opened)] = d->opened,
+			[WORD(orig)] = PAIR(d->orig.w[0], d->orig.w[1]),
+			[WORD(orig) + 1] = PAIR(d->orig.w[2], d->orig.w[3]),
+			[WORD(bound)] = PAIR(d->bound.w[0], d->bound.w[1]),
+			[WORD(bound) + 1] = PAIR(d->bound.w[2], d->bound.w[3]),
+			[WORD(mark)] = PAIR(d->mark, d->priority),
 		} };
 	union algorithm congestion;
 	__u64 tos = ctx->family == AF_INET ?
@@ -96,21 +107,27 @@ static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
 	/* tos, reason, canary, hold, worker, keep_count, keep_idle, and
 	 * keep_interval, zero, user_timeout; see struct live.
 	 */
-	u.d[9] = (tos & 0xff) | d->reason << 8 | (__u64)d->hold << 24;
-	u.d[10] = (__u64)option(ctx, IPPROTO_TCP, TCP_USER_TIMEOUT) << 32;
+	u.d[WORD(tos)] = (tos & 0xff) | d->reason << 8 | (__u64)d->hold << 24;
+	u.d[WORD(keep_interval)] =
+		(__u64)option(ctx, IPPROTO_TCP, TCP_USER_TIMEOUT) << 32;
 	if (option(ctx, SOL_SOCKET, SO_KEEPALIVE)) {
-		u.d[9] |= option(ctx, IPPROTO_TCP, TCP_KEEPCNT) << 40 |
-			  option(ctx, IPPROTO_TCP, TCP_KEEPIDLE) << 48;
-		u.d[10] |= option(ctx, IPPROTO_TCP, TCP_KEEPINTVL);
+		u.d[WORD(tos)] |= option(ctx, IPPROTO_TCP, TCP_KEEPCNT) << 40 |
+				  option(ctx, IPPROTO_TCP, TCP_KEEPIDLE) << 48;
+		u.d[WORD(keep_interval)] |=
+			option(ctx, IPPROTO_TCP, TCP_KEEPINTVL);
 	}
 	bpf_getsockopt(ctx, IPPROTO_TCP, TCP_CONGESTION, &congestion,
 		       sizeof(congestion));
-	u.d[11] = congestion.d[0];
-	u.d[12] = congestion.d[1];
-	u.d[13] = PAIR(d->seen.w[0], d->seen.w[1]);
-	u.d[14] = PAIR(d->seen.w[2], d->seen.w[3]);
+	u.d[WORD(congestion)] = congestion.d[0];
+	u.d[WORD(congestion) + 1] = congestion.d[1];
+	u.d[WORD(seen)] = PAIR(d->seen.w[0], d->seen.w[1]);
+	u.d[WORD(seen) + 1] = PAIR(d->seen.w[2], d->seen.w[3]);
 	/* Somebody who had the same address before is another. */
 	bpf_map_delete_elem(&departed, &d->key);
+	if (cfg_moves & PL_MOVES_LIVE) {
+		bpf_map_delete_elem(&former_departed, &d->key);
+		bpf_map_delete_elem(&former_live, &d->key);
+	}
 	if (bpf_map_update_elem(&live, &d->key, &u.l, BPF_ANY)) {
 		count(REASON_LIVE_LOST);
 		return;
@@ -178,13 +195,21 @@ static __always_inline void on_half_closed(struct bpf_sock_ops *ctx,
 static __always_inline void tell_gone(const struct decision *d)
 {
 	struct live *l = bpf_map_lookup_elem(&live, &d->key);
-	__u64 index;
+	__u64 index = 0;
 	struct held *h;
-	void *ring;
+	void *ring, *former;
 
-	if (!l || l->hold != HOLD_YES || !l->worker)
+	if (l) {
+		if (l->hold == HOLD_YES)
+			index = l->worker;
+	} else if (cfg_moves & PL_MOVES_LIVE) {
+		former = bpf_map_lookup_elem(&former_live, &d->key);
+		if (former && *(__u8 *)former_hold(former) == HOLD_YES)
+			index = *(__u8 *)former_worker(former);
+	}
+	if (!index)
 		return;
-	index = l->worker - 1;
+	index--;
 	ring = bpf_map_lookup_elem(&held, &index);
 	if (!ring)
 		return;
@@ -208,13 +233,33 @@ static __always_inline void keep_departed(struct bpf_sock_ops *ctx,
 					  const struct decision *d, __u32 from)
 {
 	struct live *l;
+	void *former;
 
 	if (ctx->bytes_received ||
 	    (from != BPF_TCP_FIN_WAIT1 && from != BPF_TCP_FIN_WAIT2))
 		return;
 	l = bpf_map_lookup_elem(&live, &d->key);
-	if (l)
+	if (l) {
 		bpf_map_update_elem(&departed, &d->key, l, BPF_ANY);
+	} else if (cfg_moves & PL_MOVES_LIVE) {
+		former = bpf_map_lookup_elem(&former_live, &d->key);
+		if (former)
+			bpf_map_update_elem(&former_departed, &d->key, former,
+					    BPF_ANY);
+	}
+}
+
+/* let_go deletes the entry of a connection, and tells whether there was one.
+ * The former one goes first: who copies it looks then whether it is still
+ * there.
+ */
+static __always_inline bool let_go(const struct decision *d)
+{
+	bool former = false;
+
+	if (cfg_moves & PL_MOVES_LIVE)
+		former = !bpf_map_delete_elem(&former_live, &d->key);
+	return !bpf_map_delete_elem(&live, &d->key) || former;
 }
 
 /* keep_asked remembers what an application asked for that has not closed the
@@ -264,7 +309,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 		/* The process deletes it when it reconciles; then it has
 		 * counted too.
 		 */
-		if (!bpf_map_delete_elem(&live, &d->key))
+		if (let_go(d))
 			add(d, -1);
 	}
 	peer.state = from;
@@ -371,7 +416,7 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 	} else if (to == BPF_TCP_CLOSE) {
 		on_close(ctx, d, from);
 		/* Or a hook of the former layout would count its end again. */
-		if (cfg_moves) {
+		if (cfg_moves & PL_MOVES_SOCKETS) {
 			before = bpf_sk_storage_get(&former, sk, NULL, 0);
 			if (before)
 				wipe(before);

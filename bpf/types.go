@@ -38,7 +38,7 @@ type (
 	EndpointName = abiEndpointName
 	// DryRun is the question to pl_explain and its answer.
 	DryRun = abiDryRun
-	// Move is the question to pl_move and to pl_add.
+	// Move is the question to the programs of move.bpf.c.
 	Move = abiMove
 	// IPAddr is 16 bytes in network byte order, IPv4 as ::ffff:a.b.c.d.
 	IPAddr = abiIpAddr
@@ -146,6 +146,11 @@ const (
 	WorkersMax   = 32
 	// OwnerDied is what the kernel makes of State.Owner.
 	OwnerDied = 0x40000000
+	// What is moved from another layout, of what hooks write to.
+	MovesSockets = 1
+	MovesLive    = 2
+	MovesSlots   = 4
+	MovesCounts  = 8
 	// Sets is how many services may have endpoint sets, Endpoints how many
 	// endpoints there may be of all, SetEndpoints how many of one.
 	Sets         = 16384

@@ -51,6 +51,12 @@
 #define PL_SETS 16384
 #define PL_ENDPOINTS 131072
 
+/* What is moved from another layout, of what hooks write to. */
+#define PL_MOVES_SOCKETS 1 /* decisions */
+#define PL_MOVES_LIVE 2 /* live and departed */
+#define PL_MOVES_SLOTS 4
+#define PL_MOVES_COUNTS 8 /* endpoints, state or usage_by_group */
+
 /* The rows of a set: three of head, then its endpoints, then its tables. */
 #define PL_SET_HEAD 3
 #define PL_SET_TABLE_ROW 8 /* table entries in a row */
@@ -520,8 +526,8 @@ struct dry_run {
 	__u8 hold; /* 1: the handshake would wait for the dial */
 };
 
-/* The question to pl_move, which socket, and to pl_add, which counter. It
- * stands as that of pl_explain does.
+/* The question to pl_move and pl_move_live, which socket, and to pl_add and
+ * pl_add_usage, which counter. It stands as that of pl_explain does.
  */
 struct move {
 	struct ip_addr own;
@@ -531,7 +537,11 @@ struct move {
 	__u32 tally;
 	__u16 own_port;
 	__u16 peer_port;
-	__u32 zero;
+	__u32 last; /* pl_move_live: 1: the former entry is to go */
+	__u64 group; /* whose usage */
+	__u64 slots; /* what to add to each */
+	__u64 conns;
+	__u64 events_lost;
 };
 
 /* Written once, when the instance is created: what a later process needs to

@@ -18,5 +18,7 @@ volatile const __u32 cfg_slot6 = 0;
 volatile const __u64 cfg_frame_tag = 0;
 /* Depth of the scope's cgroup: the containers are one below. */
 volatile const __u32 cfg_scope_level = 0;
-/* 1: sockets may have what programs of another layout stored: see moved.h. */
+/* PL_MOVES_*: of what programs of another layout have maps of their own, which
+ * are asked too: see moved.h.
+ */
 volatile const __u32 cfg_moves = 0;

@@ -154,6 +154,9 @@ static __noinline enum reason redirect(void *ctx, struct gathered *g,
 	h.max_age = b->max_age;
 	h.busy = b->busy;
 	h.live = st->live;
+	/* What hooks of a former layout have counted comes later. */
+	if (cfg_moves && (__s32)h.live < 0)
+		h.live = 0;
 	h.live_max = set->live_max;
 	h.draining = set->draining;
 	h.died = st->owner == PL_OWNER_DIED;
@@ -163,6 +166,8 @@ static __noinline enum reason redirect(void *ctx, struct gathered *g,
 	if (h.conn_quota) {
 		use = account(g->group, dry);
 		h.conns = use ? use->conns : 0;
+		if (cfg_moves && (__s64)h.conns < 0)
+			h.conns = 0;
 	}
 	why = obstacle(&h);
 	if (why != REASON_NONE)

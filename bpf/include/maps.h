@@ -253,9 +253,11 @@ struct {
 	__type(value, struct decision);
 } decisions SEC(".maps");
 
-/* What programs of another layout stored with sockets: their map, in their
- * layout, while cfg_moves is set; else nobody looks at it. Not pinned. writer:
- * they, and moved.h; reader: moved.h; deleter: the kernel, with the socket.
+/* What programs of another layout have: their maps, in their layout, while
+ * cfg_moves says so; else nobody looks at them. Not pinned.
+ *
+ * What is stored with sockets. writer: they, and moved.h; reader: moved.h;
+ * deleter: the kernel, with the socket.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -264,12 +266,48 @@ struct {
 	__type(value, struct decision);
 } former SEC(".maps");
 
-/* Where move makes an entry of decisions. Not pinned. writer, reader: move. */
+/* writer: they, lookup, hold; reader: the same, sockops, names, move, loader;
+ * deleter: they, sockops, move.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct live_key);
+	__type(value, struct live);
+} former_live SEC(".maps");
+
+/* writer: they, sockops; reader: loader; deleter: they, sockops, loader. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct live_key);
+	__type(value, struct live);
+} former_departed SEC(".maps");
+
+/* writer: they, loader; reader: they, names, loader; deleter: loader, by
+ * zeroing.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PL_SLOTS);
+	__type(key, __u32);
+	__type(value, struct slot);
+} former_slots SEC(".maps");
+
+/* Where move makes an entry of decisions or live. Not pinned. writer, reader:
+ * move.
+ */
+union bench {
+	struct decision decision;
+	struct live live;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct decision);
+	__type(value, union bench);
 } workbench SEC(".maps");
 
 /* 1 while a dry run looks for the handler's listener on this CPU: the look-up

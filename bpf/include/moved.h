@@ -37,7 +37,7 @@ static __noinline __u64 carry(void *from, struct decision *to)
 
 #define decision_with(sk, create)                                          \
 	({                                                                 \
-		if (cfg_moves) {                                           \
+		if (cfg_moves & PL_MOVES_SOCKETS) {                        \
 			void *before =                                     \
 				bpf_sk_storage_get(&former, sk, NULL, 0);  \
                                                                            \
