@@ -20,7 +20,7 @@ static __always_inline __u32 worker_of(const struct live_key *key, __u32 hold,
 {
 	__u32 here = bpf_get_smp_processor_id() % workers;
 	struct live *l;
-	void *former;
+	void *theirs;
 
 	if (!hold)
 		return here;
@@ -30,9 +30,9 @@ static __always_inline __u32 worker_of(const struct live_key *key, __u32 hold,
 		if (l) {
 			l->worker = worker;
 		} else if (cfg_moves & PL_MOVES_LIVE) {
-			former = bpf_map_lookup_elem(&former_live, key);
-			if (former)
-				*(__u8 *)former_worker(former) = worker;
+			theirs = bpf_map_lookup_elem(&former_live, key);
+			if (theirs)
+				*(__u8 *)former_worker(theirs) = worker;
 		}
 	}
 	return (worker - 1) % workers;
@@ -75,7 +75,7 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 	struct bpf_sock *sk;
 	__u32 hold = 0, worker = 0;
 	struct live *l;
-	void *former;
+	void *theirs;
 	__u64 index = 0, zero = 0;
 	__u32 workers;
 	enum reason why;
@@ -111,11 +111,11 @@ int pl_lookup(struct bpf_sk_lookup *ctx)
 			hold = l->hold == HOLD_YES;
 			worker = l->worker;
 		} else if (cfg_moves & PL_MOVES_LIVE) {
-			former = bpf_map_lookup_elem(&former_live, &u.k);
-			if (former) {
+			theirs = bpf_map_lookup_elem(&former_live, &u.k);
+			if (theirs) {
 				p.live = true;
-				hold = *(__u8 *)former_hold(former) == HOLD_YES;
-				worker = *(__u8 *)former_worker(former);
+				hold = *(__u8 *)former_hold(theirs) == HOLD_YES;
+				worker = *(__u8 *)former_worker(theirs);
 			}
 		}
 	}

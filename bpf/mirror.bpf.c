@@ -116,7 +116,7 @@ static __always_inline int send_round(struct __sk_buff *skb)
 {
 	struct segment s = {};
 	struct live *l;
-	void *former;
+	void *theirs;
 
 	/* The verdict is on its way: from now on answers pass. */
 	if (from_slot(skb, &s)) {
@@ -124,9 +124,9 @@ static __always_inline int send_round(struct __sk_buff *skb)
 		if (l) {
 			l->hold = HOLD_OVER;
 		} else if (cfg_moves & PL_MOVES_LIVE) {
-			former = bpf_map_lookup_elem(&former_live, &s.u.k);
-			if (former)
-				*(__u8 *)former_hold(former) = HOLD_OVER;
+			theirs = bpf_map_lookup_elem(&former_live, &s.u.k);
+			if (theirs)
+				*(__u8 *)former_hold(theirs) = HOLD_OVER;
 		}
 	}
 	count(REASON_INJECTED);
@@ -249,7 +249,7 @@ static __always_inline enum reason keep_reset(struct __sk_buff *skb,
 	struct live *l = bpf_map_lookup_elem(&live, &s->u.k);
 	const struct ip_addr *orig;
 	struct refusal r = {};
-	void *former;
+	void *theirs;
 
 	/* While the process drains, its listeners may be closed: then it is
 	 * meant.
@@ -261,12 +261,12 @@ static __always_inline enum reason keep_reset(struct __sk_buff *skb,
 		r.canary = l->canary;
 		orig = &l->orig;
 	} else if (cfg_moves & PL_MOVES_LIVE) {
-		former = bpf_map_lookup_elem(&former_live, &s->u.k);
-		if (!former)
+		theirs = bpf_map_lookup_elem(&former_live, &s->u.k);
+		if (!theirs)
 			return REASON_NONE;
-		r.hold = *(__u8 *)former_hold(former);
-		r.canary = *(__u8 *)former_canary(former);
-		orig = former_orig(former);
+		r.hold = *(__u8 *)former_hold(theirs);
+		r.canary = *(__u8 *)former_canary(theirs);
+		orig = former_orig(theirs);
 	} else {
 		return REASON_NONE;
 	}
@@ -330,7 +330,7 @@ static __noinline int judge_frame(struct __sk_buff *skb)
 	struct segment s = {};
 	enum reason why;
 	struct live *l;
-	void *former;
+	void *theirs;
 
 	if (data + ETH_HLEN > end)
 		return TCX_NEXT;
@@ -359,10 +359,10 @@ static __noinline int judge_frame(struct __sk_buff *skb)
 			       judge_answer(skb, &s, &l->hold, l->worker) :
 			       TCX_NEXT;
 	if (cfg_moves & PL_MOVES_LIVE) {
-		former = bpf_map_lookup_elem(&former_live, &s.u.k);
-		if (former && *(__u8 *)former_hold(former) == HOLD_YES)
-			return judge_answer(skb, &s, former_hold(former),
-					    *(__u8 *)former_worker(former));
+		theirs = bpf_map_lookup_elem(&former_live, &s.u.k);
+		if (theirs && *(__u8 *)former_hold(theirs) == HOLD_YES)
+			return judge_answer(skb, &s, former_hold(theirs),
+					    *(__u8 *)former_worker(theirs));
 	}
 	return TCX_NEXT;
 }

@@ -76,7 +76,7 @@ int pl_move_live(struct __sk_buff *skb)
 		struct live_key k;
 	} u = {};
 	struct live *now;
-	void *former;
+	void *theirs;
 
 	if (!made || (void *)(m + 1) > end)
 		return -1;
@@ -85,16 +85,16 @@ int pl_move_live(struct __sk_buff *skb)
 	u.d[2] = PAIR(m->peer.w[0], m->peer.w[1]);
 	u.d[3] = PAIR(m->peer.w[2], m->peer.w[3]);
 	u.d[4] = m->own_port | (__u32)m->peer_port << 16;
-	former = bpf_map_lookup_elem(&former_live, &u.k);
-	if (!former)
+	theirs = bpf_map_lookup_elem(&former_live, &u.k);
+	if (!theirs)
 		return 0;
 	if (!m->last) {
-		carry_live(former, &made->live);
+		carry_live(theirs, &made->live);
 		cookie = made->live.cookie;
 		if (bpf_map_update_elem(&live, &u.k, &made->live, BPF_NOEXIST))
 			return 0;
-		former = bpf_map_lookup_elem(&former_live, &u.k);
-		if (!former) {
+		theirs = bpf_map_lookup_elem(&former_live, &u.k);
+		if (!theirs) {
 			take_back(&u.k, cookie);
 			return 0;
 		}
@@ -102,11 +102,11 @@ int pl_move_live(struct __sk_buff *skb)
 	now = bpf_map_lookup_elem(&live, &u.k);
 	if (!now)
 		return 0; /* there was no memory for it */
-	if (now->cookie == *(__u64 *)former_cookie(former)) {
+	if (now->cookie == *(__u64 *)former_cookie(theirs)) {
 		if (!now->worker)
-			now->worker = *(__u8 *)former_worker(former);
+			now->worker = *(__u8 *)former_worker(theirs);
 		if (now->hold == HOLD_YES)
-			now->hold = *(__u8 *)former_hold(former);
+			now->hold = *(__u8 *)former_hold(theirs);
 	}
 	if (m->last)
 		bpf_map_delete_elem(&former_live, &u.k);

@@ -20,7 +20,7 @@ static __always_inline const struct ip_addr *orig_of(const struct ip_addr *a)
 {
 	int n = slot_of(a, cfg_slot4, cfg_slot6);
 	struct slot *s;
-	void *former;
+	void *theirs;
 	__u64 index;
 
 	if (n < 0)
@@ -30,9 +30,9 @@ static __always_inline const struct ip_addr *orig_of(const struct ip_addr *a)
 	if (s && s->state != SLOT_FREE)
 		return &s->orig;
 	if (cfg_moves & PL_MOVES_SLOTS) {
-		former = bpf_map_lookup_elem(&former_slots, &index);
-		if (former && *(__u32 *)former_slot_state(former) != SLOT_FREE)
-			return former_slot_orig(former);
+		theirs = bpf_map_lookup_elem(&former_slots, &index);
+		if (theirs && *(__u32 *)former_slot_state(theirs) != SLOT_FREE)
+			return former_slot_orig(theirs);
 	}
 	return NULL;
 }
@@ -209,7 +209,7 @@ static __always_inline const struct ip_addr *name_of(struct bpf_sock_addr *ctx,
 	const struct ip_addr *seen;
 	struct decision *d;
 	struct live *l;
-	void *former;
+	void *theirs;
 
 	if (!to || slot_of(peer, cfg_slot4, cfg_slot6) < 0)
 		return NULL;
@@ -221,10 +221,10 @@ static __always_inline const struct ip_addr *name_of(struct bpf_sock_addr *ctx,
 		if (l) {
 			seen = &l->seen;
 		} else if (cfg_moves & PL_MOVES_LIVE) {
-			former = bpf_map_lookup_elem(&former_live, &u.k);
-			if (!former)
+			theirs = bpf_map_lookup_elem(&former_live, &u.k);
+			if (!theirs)
 				return NULL;
-			seen = former_seen(former);
+			seen = former_seen(theirs);
 		} else {
 			return NULL;
 		}

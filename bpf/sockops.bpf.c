@@ -197,15 +197,15 @@ static __always_inline void tell_gone(const struct decision *d)
 	struct live *l = bpf_map_lookup_elem(&live, &d->key);
 	__u64 index = 0;
 	struct held *h;
-	void *ring, *former;
+	void *ring, *theirs;
 
 	if (l) {
 		if (l->hold == HOLD_YES)
 			index = l->worker;
 	} else if (cfg_moves & PL_MOVES_LIVE) {
-		former = bpf_map_lookup_elem(&former_live, &d->key);
-		if (former && *(__u8 *)former_hold(former) == HOLD_YES)
-			index = *(__u8 *)former_worker(former);
+		theirs = bpf_map_lookup_elem(&former_live, &d->key);
+		if (theirs && *(__u8 *)former_hold(theirs) == HOLD_YES)
+			index = *(__u8 *)former_worker(theirs);
 	}
 	if (!index)
 		return;
@@ -233,7 +233,7 @@ static __always_inline void keep_departed(struct bpf_sock_ops *ctx,
 					  const struct decision *d, __u32 from)
 {
 	struct live *l;
-	void *former;
+	void *theirs;
 
 	if (ctx->bytes_received ||
 	    (from != BPF_TCP_FIN_WAIT1 && from != BPF_TCP_FIN_WAIT2))
@@ -242,9 +242,9 @@ static __always_inline void keep_departed(struct bpf_sock_ops *ctx,
 	if (l) {
 		bpf_map_update_elem(&departed, &d->key, l, BPF_ANY);
 	} else if (cfg_moves & PL_MOVES_LIVE) {
-		former = bpf_map_lookup_elem(&former_live, &d->key);
-		if (former)
-			bpf_map_update_elem(&former_departed, &d->key, former,
+		theirs = bpf_map_lookup_elem(&former_live, &d->key);
+		if (theirs)
+			bpf_map_update_elem(&former_departed, &d->key, theirs,
 					    BPF_ANY);
 	}
 }
@@ -255,11 +255,11 @@ static __always_inline void keep_departed(struct bpf_sock_ops *ctx,
  */
 static __always_inline bool let_go(const struct decision *d)
 {
-	bool former = false;
+	bool theirs = false;
 
 	if (cfg_moves & PL_MOVES_LIVE)
-		former = !bpf_map_delete_elem(&former_live, &d->key);
-	return !bpf_map_delete_elem(&live, &d->key) || former;
+		theirs = !bpf_map_delete_elem(&former_live, &d->key);
+	return !bpf_map_delete_elem(&live, &d->key) || theirs;
 }
 
 /* keep_asked remembers what an application asked for that has not closed the

@@ -88,6 +88,11 @@ func (d *Datapath) Attach() ([]Existing, error) {
 		if d.links[name] != nil {
 			continue // AttachLookup was here
 		}
+		if name == bpf.ProgSockops || name == bpf.ProgConnect4 {
+			if err := d.catchUp(d.moving.Load()); err != nil {
+				return nil, err
+			}
+		}
 		if name == bpf.ProgConnect4 && !d.pinned(name) {
 			// From here on sockops counts what connect has not decided on.
 			if before, err = d.existing(); err != nil {
@@ -111,9 +116,11 @@ func (d *Datapath) Attach() ([]Existing, error) {
 
 // swapOrder is attachOrder for hooks that take over from those of another layout: from
 // sockops on what is stored with sockets is the new ones', and only connect makes what
-// the old ones do not know. See bpf/include/moved.h.
+// the old ones do not know; what sockops enters in live the old ones of lookup and hold
+// would not find. See bpf/include/moved.h and former.h.
 func swapOrder(order []string) []string {
-	first := []string{bpf.ProgLookup, bpf.ProgSockops, bpf.ProgRelease}
+	first := slices.DeleteFunc([]string{bpf.ProgLookup, bpf.ProgHold, bpf.ProgSockops, bpf.ProgRelease},
+		func(name string) bool { return !slices.Contains(order, name) })
 	return append(first, slices.DeleteFunc(order, func(name string) bool { return slices.Contains(first, name) })...)
 }
 

@@ -10,8 +10,9 @@ import (
 )
 
 // The bodies of the functions of bpf/include/moved.h, which know two layouts of what
-// is stored with a socket. They are written here, since only here both are known; with
-// constant offsets, which the verifier asks for where CAP_PERFMON is missing.
+// is stored with a socket, and of those of former.h. They are written here, since only
+// here both are known; with constant offsets, which the verifier asks for where
+// CAP_PERFMON is missing.
 
 // Registers of a call.
 const (
@@ -23,7 +24,7 @@ const (
 	zero   = asm.R5
 )
 
-// carrier is what the two functions are made of.
+// carrier is what such functions are made of.
 type carrier struct {
 	from, to *mapLayout
 }
@@ -56,18 +57,7 @@ func (c carrier) carry() asm.Instructions {
 		asm.StoreImm(ours, at(c.to, "released"), 1, asm.Byte),
 		asm.Return(),
 	}
-	all := asm.Instructions{asm.Mov.Imm(zero, 0)}
-	for off, size := range pieces(c.to.ValueSize, 0) {
-		all = append(all, asm.StoreMem(ours, int16(off), zero, size))
-	}
-	for _, s := range spansOf(c.from.Value, c.to.Value) {
-		for off, size := range pieces(s.size, s.from|s.to) {
-			all = append(all,
-				asm.LoadMem(number, former, int16(s.from+off), size),
-				asm.StoreMem(ours, int16(s.to+off), number, size))
-		}
-	}
-	all = append(all,
+	all := append(c.fill(),
 		asm.StoreMem(former, at(c.from, "pending"), zero, asm.Byte),
 		asm.Mov.Imm(result, 1), asm.Return())
 	head := asm.Instructions{
@@ -83,6 +73,29 @@ func (c carrier) carry() asm.Instructions {
 		asm.Return(),
 	}
 	return slices.Concat(head, released, all)
+}
+
+// fill writes a whole entry of ours, out of the former one.
+func (c carrier) fill() asm.Instructions {
+	all := asm.Instructions{asm.Mov.Imm(zero, 0)}
+	for off, size := range pieces(c.to.ValueSize, 0) {
+		all = append(all, asm.StoreMem(ours, int16(off), zero, size))
+	}
+	for _, s := range spansOf(c.from.Value, c.to.Value) {
+		for off, size := range pieces(s.size, s.from|s.to) {
+			all = append(all,
+				asm.LoadMem(number, former, int16(s.from+off), size),
+				asm.StoreMem(ours, int16(s.to+off), number, size))
+		}
+	}
+	return all
+}
+
+// fieldAt writes a function that tells where a field of a former entry is.
+func fieldAt(l *mapLayout, name string) asm.Instructions {
+	return asm.Instructions{
+		asm.Mov.Reg(result, former), asm.Add.Imm(result, int32(at(l, name))), asm.Return(),
+	}
 }
 
 // wipe writes the function of that name.
@@ -129,10 +142,10 @@ func pieces(size, aligned uint32) func(yield func(uint32, asm.Size) bool) {
 	}
 }
 
-// install puts the functions into the programs of an object.
-func (c carrier) install(spec *ebpf.CollectionSpec) error {
+// install puts functions into the programs of an object.
+func install(spec *ebpf.CollectionSpec, bodies map[string]asm.Instructions) error {
 	for name, p := range spec.Programs {
-		for function, body := range map[string]asm.Instructions{"carry": c.carry(), "wipe": c.wipe()} {
+		for function, body := range bodies {
 			all, err := replaceFunction(p.Instructions, function, body)
 			if err != nil {
 				return fmt.Errorf("program %s: %w", name, err)
@@ -140,11 +153,6 @@ func (c carrier) install(spec *ebpf.CollectionSpec) error {
 			p.Instructions = all
 		}
 	}
-	m := spec.Maps["former"]
-	if m == nil {
-		return fmt.Errorf("the BPF object has no map former")
-	}
-	m.ValueSize, m.Value = c.from.ValueSize, nil
 	return nil
 }
 

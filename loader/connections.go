@@ -105,7 +105,7 @@ func (d *Datapath) End(service, endpoint netip.AddrPort) (int, error) {
 	own, index, err := d.sets.findEndpoint(service, endpoint)
 	// A count is never too low, and to list all sockets takes long: of a thousand
 	// endpoints that are gone, most have nobody.
-	idle := err == nil && d.sets.table.at(index).live().Load() == 0
+	idle := err == nil && d.sets.table.at(index).live().Load() == 0 && d.moving.Load() == nil
 	d.sets.mu.Unlock()
 	if err != nil || idle {
 		return 0, err

@@ -104,7 +104,7 @@ func (d *Datapath) Take(lock *os.File) error {
 	if !same(lock, d.dir.path) {
 		return fmt.Errorf("take over instance %s: what is locked are not its pins", d.options.Name)
 	}
-	d.state.disown()
+	d.disown()
 	if err := d.takeCharge(); err != nil {
 		return fmt.Errorf("take over instance %s: %w", d.options.Name, err)
 	}

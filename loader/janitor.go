@@ -37,8 +37,8 @@ func (d *Datapath) Tidy(ctx context.Context) error {
 func (d *Datapath) tidy() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.left.Load() {
-		return nil
+	if d.left.Load() || d.moving.Load() != nil {
+		return nil // what it looks at may be in two places
 	}
 	if err := d.reconcile(); err != nil {
 		return err
@@ -100,7 +100,7 @@ func (d *Datapath) reconcile() error {
 // closeOne takes an open connection off a container's account.
 func (d *Datapath) closeOne(group uint64) {
 	var u bpf.Usage
-	if d.maps.UsageByGroup.Lookup(group, &u) != nil || u.Conns == 0 {
+	if d.maps.UsageByGroup.Lookup(group, &u) != nil || int64(u.Conns) <= 0 {
 		return
 	}
 	u.Conns--
@@ -157,8 +157,8 @@ func (d *Datapath) retireSlots(used map[bpf.IPAddr]bool) error {
 func (d *Datapath) eachSlot(f func(n uint32, s *bpf.Slot) error) error {
 	next := min(d.state.nextSlot().Load(), bpf.SlotLast+1)
 	for n := uint32(bpf.SlotFirst); n < next; n++ {
-		var s bpf.Slot
-		if err := d.maps.Slots.Lookup(n, &s); err != nil {
+		s, err := d.slot(n)
+		if err != nil {
 			return fmt.Errorf("read slot %d: %w", n, err)
 		}
 		if s.State == bpf.SlotFree {
@@ -178,7 +178,7 @@ func (d *Datapath) retire(n uint32, s *bpf.Slot) error {
 		return fmt.Errorf("retire slot %d: %w", n, err)
 	}
 	s.State = bpf.SlotRetiring
-	if err := d.maps.Slots.Put(n, *s); err != nil {
+	if err := d.putSlot(n, *s); err != nil {
 		return fmt.Errorf("retire slot %d: %w", n, err)
 	}
 	d.retiring[n] = time.Now()
@@ -186,7 +186,7 @@ func (d *Datapath) retire(n uint32, s *bpf.Slot) error {
 }
 
 func (d *Datapath) free(n uint32, s *bpf.Slot) error {
-	if err := d.maps.Slots.Put(n, bpf.Slot{}); err != nil {
+	if err := d.putSlot(n, bpf.Slot{}); err != nil {
 		return fmt.Errorf("free slot %d: %w", n, err)
 	}
 	delete(d.retiring, n)
@@ -206,7 +206,8 @@ func (d *Datapath) forgetGroups() error {
 	var u bpf.Usage
 	var idle []uint64
 	for it := d.maps.UsageByGroup.Iterate(); it.Next(&id, &u); {
-		if u.Slots == 0 && u.Conns == 0 && u.EventsLost == 0 {
+		// Hooks that know two layouts count below zero.
+		if int64(u.Slots) <= 0 && int64(u.Conns) <= 0 && u.EventsLost == 0 {
 			idle = append(idle, id)
 		}
 	}

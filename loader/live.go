@@ -39,7 +39,11 @@ type mapAttr struct {
 // of a system call that takes half a microsecond.
 func (d *Datapath) Live(source, slot netip.AddrPort) (flow.Downstream, bool) {
 	key := liveKey(source, slot)
+	m := d.moving.Load()
 	l, ok := lookupLive(d.liveFD, key)
+	if !ok && m.has("live") {
+		l, ok = d.lookupBefore(m, key)
+	}
 	if !ok {
 		// Its application may have said all, and be gone.
 		l, ok = lookupLive(d.departedFD, key)
@@ -71,7 +75,15 @@ func (d *Datapath) Live(source, slot netip.AddrPort) (flow.Downstream, bool) {
 // Open tells whether such a connection is open at the application's end. It costs as
 // little as [Datapath.Live].
 func (d *Datapath) Open(source, slot netip.AddrPort) bool {
-	_, ok := lookupLive(d.liveFD, liveKey(source, slot))
+	key := liveKey(source, slot)
+	m := d.moving.Load()
+	_, ok := lookupLive(d.liveFD, key)
+	if !ok && m.has("live") {
+		_, ok = m.liveBefore("live", key)
+		if !ok {
+			_, ok = lookupLive(d.liveFD, key) // moved between the two
+		}
+	}
 	return ok
 }
 
@@ -83,7 +95,11 @@ func lookupLive(fd int, key bpf.LiveKey) (l bpf.Live, ok bool) {
 
 // AdmitCanary lets one test connection in, from source to the canary's slot.
 func (d *Datapath) AdmitCanary(source, slot netip.AddrPort) error {
-	err := d.maps.Live.Put(liveKey(source, slot), bpf.Live{Canary: 1, Opened: uint64(d.monotonic())})
+	key, l := liveKey(source, slot), bpf.Live{Canary: 1, Opened: uint64(d.monotonic())}
+	err := d.maps.Live.Put(key, l)
+	if err == nil {
+		err = d.moving.Load().admitBefore(key, l)
+	}
 	if err != nil {
 		return fmt.Errorf("admit canary: %w", err)
 	}
@@ -92,7 +108,12 @@ func (d *Datapath) AdmitCanary(source, slot netip.AddrPort) error {
 
 // ForgetCanary takes back what [Datapath.AdmitCanary] did.
 func (d *Datapath) ForgetCanary(source, slot netip.AddrPort) error {
-	err := d.maps.Live.Delete(liveKey(source, slot))
+	key := liveKey(source, slot)
+	// The former one first: see bpf/move.bpf.c.
+	err := d.moved.forgetBefore(key)
+	if err == nil {
+		err = d.maps.Live.Delete(key)
+	}
 	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("forget canary: %w", err)
 	}
@@ -119,7 +140,7 @@ func (d *Datapath) Exempt(fd int) error {
 // SetListeners hands the kernel side the sockets that connections go to: one
 // per worker and family. The kernel takes them out when they are closed.
 func (d *Datapath) SetListeners(v4, v6 []int) error {
-	d.state.disown()
+	d.disown()
 	for family, fds := range [][]int{v4, v6} {
 		for i, fd := range fds {
 			key := uint32(family*bpf.WorkersMax + i)
@@ -152,8 +173,8 @@ func (d *Datapath) Resolve(slot netip.Addr) (netip.Addr, error) {
 		}
 		b := slot.As16()
 		n := uint32(b[14])<<8 | uint32(b[15])
-		var s bpf.Slot
-		if err := d.maps.Slots.Lookup(n, &s); err != nil {
+		s, err := d.slot(n)
+		if err != nil {
 			return netip.Addr{}, fmt.Errorf("read slot %s: %w", slot, err)
 		}
 		orig := bpf.ToAddr(s.Orig)

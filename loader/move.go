@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -25,10 +26,8 @@ import (
 //   - what only processes write is copied before the first hook is swapped;
 //   - counters too, and what the old hooks have added by the end is added then;
 //   - what is stored with sockets is moved by the new hooks, and for sockets at which
-//     nothing happens by a test run for each.
-//
-// Others cannot be moved: hooks change them all the time, and the old ones would go on
-// while they are copied.
+//     nothing happens by a test run for each;
+//   - for what hooks write to all the time see move_hot.go.
 
 // manner is how a map is moved.
 type manner int
@@ -37,6 +36,9 @@ const (
 	mannerCopy manner = iota + 1
 	mannerCount
 	mannerStorage
+	mannerLive
+	mannerSlots
+	mannerSums
 )
 
 var manners = map[string]manner{
@@ -44,6 +46,9 @@ var manners = map[string]manner{
 	"own_addrs": mannerCopy, "answered": mannerCopy, "beat": mannerCopy, "endpoint_names": mannerCopy,
 	"reasons": mannerCount, "tallies": mannerCount,
 	"decisions": mannerStorage,
+	"live":      mannerLive, "departed": mannerLive,
+	"slots": mannerSlots,
+	"state": mannerSums, "endpoints": mannerSums, "usage_by_group": mannerSums,
 	instancePin: mannerCopy,
 }
 
@@ -57,7 +62,8 @@ type move struct {
 	moved    []string             // names of the maps, sorted
 	old      map[string]*ebpf.Map // those of them that the hooks have had
 	counted  map[string][]uint64  // what was copied of counters
-	done     chan struct{}        // closed when it is
+	sums     sums
+	done     chan struct{} // closed when it is
 }
 
 // plan tells what has to be moved, and fails with [ErrABI] when something cannot be.
@@ -80,21 +86,30 @@ func plan(from, to *description) (*move, error) {
 		}
 		m.moved = append(m.moved, name)
 	}
+	// They have the same entries, and the hooks put those of one into the other.
+	if m.has("live") != m.has("departed") {
+		m.moved = slices.Compact(slices.Sorted(slices.Values(append(m.moved, "live", "departed"))))
+	}
 	if c, ok := m.carrier(); ok {
 		if err := c.check(); err != nil {
 			return nil, err
 		}
 	}
-	return m, nil
+	return m, m.checkHot()
 }
 
 // carrier is for what is stored with sockets, if that has another layout.
 func (m *move) carrier() (carrier, bool) {
-	if m == nil || !slices.Contains(m.moved, "decisions") {
+	if !m.has("decisions") {
 		return carrier{}, false
 	}
-	from, to := m.from.Maps["decisions"], m.to.Maps["decisions"]
-	return carrier{from: &from, to: &to}, true
+	return m.between("decisions"), true
+}
+
+// between is for entries of a map.
+func (m *move) between(name string) carrier {
+	from, to := m.from.Maps[name], m.to.Maps[name]
+	return carrier{from: &from, to: &to}
 }
 
 // has tells whether a map is to be moved.
@@ -121,14 +136,14 @@ func (m *move) open(dir *dir) error {
 			return fmt.Errorf("%w: map %s is not what its description says", ErrABI, name)
 		}
 	}
-	return nil
+	return m.sums.open(m)
 }
 
 func (m *move) close() error {
 	if m == nil {
 		return nil
 	}
-	var errs []error
+	errs := []error{m.sums.close()}
 	for _, old := range m.old {
 		errs = append(errs, old.Close())
 	}
@@ -175,10 +190,19 @@ func (d *Datapath) moveIn() error {
 			err = m.copyCounts(name, all[name])
 		case mannerStorage:
 			// Each socket by itself.
+		case mannerLive:
+			// At the end, each entry by itself.
+		case mannerSlots:
+			err = d.copySlots(m)
+		case mannerSums:
+			// See catchUp.
 		}
 		if err != nil {
 			return fmt.Errorf("move map %s: %w", name, err)
 		}
+	}
+	if err := d.beginSums(m, all); err != nil {
+		return err
 	}
 	d.instance.Abi = bpf.ABI
 	if err := d.putInstance(); err != nil {
@@ -207,21 +231,49 @@ func (m *move) copy(name string, to *ebpf.Map) error {
 		keys = []span{{size: from.KeySize}}
 	}
 	var key, value []byte
+	if into.Type == uint32(ebpf.Array) {
+		return eachValue(m.old[name], func(n uint32, value []byte) error {
+			if n >= into.MaxEntries || isZero(value) {
+				return nil // as it begins
+			}
+			return to.Put(n, translate(values, value, into.ValueSize))
+		})
+	}
 	it := m.old[name].Iterate()
 	for it.Next(&key, &value) {
-		if into.Type == uint32(ebpf.Array) {
-			if binary.NativeEndian.Uint32(key) >= into.MaxEntries {
-				break
-			}
-			if !slices.ContainsFunc(value, func(b byte) bool { return b != 0 }) {
-				continue // as it begins
-			}
-		}
 		if err := to.Put(translate(keys, key, into.KeySize), translate(values, value, into.ValueSize)); err != nil {
 			return err
 		}
 	}
 	return it.Err()
+}
+
+// manyValues is how many values of an array are read at once.
+const manyValues = 4096
+
+// eachValue calls f with the values of an array, which are valid until it returns.
+func eachValue(m *ebpf.Map, f func(n uint32, value []byte) error) error {
+	size := int(m.ValueSize())
+	var cursor ebpf.MapBatchCursor
+	keys := make([]uint32, manyValues)
+	values := reflect.MakeSlice(reflect.SliceOf(reflect.ArrayOf(size, reflect.TypeFor[byte]())), manyValues, manyValues)
+	raw := unsafe.Slice((*byte)(values.UnsafePointer()), manyValues*size)
+	for done := false; !done; {
+		count, err := m.BatchLookup(&cursor, keys, values.Interface(), nil)
+		if done = errors.Is(err, ebpf.ErrKeyNotExist); err != nil && !done {
+			return err
+		}
+		for i, n := range keys[:count] {
+			if err := f(n, raw[i*size:(i+1)*size]); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func isZero(value []byte) bool {
+	return !slices.ContainsFunc(value, func(b byte) bool { return b != 0 })
 }
 
 // copyCounts copies counters, and remembers what they were.
@@ -261,6 +313,9 @@ func (d *Datapath) moveOut() error {
 		if err := d.addCounts(m, name); err != nil {
 			return fmt.Errorf("move map %s: %w", name, err)
 		}
+	}
+	if err := d.endHot(m); err != nil {
+		return err
 	}
 	if err := finishMove(d.dir, true); err != nil {
 		return err

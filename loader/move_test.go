@@ -102,7 +102,7 @@ func disguise(t testing.TB, dir *dir, to *description, fds ...int) map[string]*e
 		all[name] = m
 		move := &move{from: from, to: to, old: map[string]*ebpf.Map{name: old}, counted: map[string][]uint64{}}
 		switch how {
-		case mannerCopy:
+		case mannerCopy, mannerLive, mannerSlots, mannerSums:
 			err = move.copy(name, m)
 		case mannerCount:
 			err = move.copyCounts(name, m)
@@ -390,16 +390,21 @@ func TestMoveRefused(t *testing.T) {
 	}
 	wider := func(m *mapLayout) { m.Value[0].Size++ }
 	for want, f := range map[string]func(*description){
-		"map live differs":           change("live", wider),
-		"map endpoints differs":      change("endpoints", wider),
-		"map events differs":         change("events", wider),
-		"map held differs":           change("held", wider),
-		"map sets differs":           change("sets", wider),
-		"map slots differs":          change("slots", func(m *mapLayout) { m.MaxEntries++ }),
-		"map settings differs":       change("settings", func(m *mapLayout) { m.Type = uint32(ebpf.Hash) }),
-		"no field opened of 8 bytes": change("decisions", func(m *mapLayout) { rename(m, "opened") }),
-		"no field own of 1 bytes":    change("decisions", func(m *mapLayout) { rename(m, "own") }),
-		"in form 99":                 func(l *description) { l.Form = 99 },
+		"map live differs":             change("live", func(m *mapLayout) { m.KeySize++ }),
+		"map departed differs":         change("live", func(m *mapLayout) { rename(m, "worker") }),
+		"departed has no field cookie": change("departed", wider),
+		"map endpoints differs":        change("endpoints", func(m *mapLayout) { m.Flags = 0 }),
+		"no field owner of 4 bytes":    change("state", func(m *mapLayout) { rename(m, "owner") }),
+		"map usage_by_group differs":   change("usage_by_group", func(m *mapLayout) { m.KeySize = 4 }),
+		"no field orig.w of 16":        change("slots", func(m *mapLayout) { rename(m, "orig.w") }),
+		"map events differs":           change("events", wider),
+		"map held differs":             change("held", wider),
+		"map sets differs":             change("sets", wider),
+		"map slots differs":            change("slots", func(m *mapLayout) { m.MaxEntries++ }),
+		"map settings differs":         change("settings", func(m *mapLayout) { m.Type = uint32(ebpf.Hash) }),
+		"no field opened of 8 bytes":   change("decisions", func(m *mapLayout) { rename(m, "opened") }),
+		"no field own of 1 bytes":      change("decisions", func(m *mapLayout) { rename(m, "own") }),
+		"in form 99":                   func(l *description) { l.Form = 99 },
 		"REASON_SERVICE of enum reason": func(l *description) {
 			l.Enums = map[string]map[string]int64{"reason": {"REASON_SERVICE": 77}}
 		},

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"reflect"
 	"slices"
@@ -274,7 +275,12 @@ func readInstance(dir *dir) (*ebpf.Map, bpf.Instance, error) {
 }
 
 // privateMaps are for the programs of one process, and not pinned.
-var privateMaps = []string{"former", "workbench"}
+var privateMaps = append(slices.Collect(maps.Keys(formerMaps)), "workbench")
+
+// formerMaps are, by the names of ours, what they are of while another layout has that.
+var formerMaps = map[string]string{
+	"former": "decisions", "former_live": "live", "former_departed": "departed", "former_slots": "slots",
+}
 
 // sharedMaps are all maps but an object's own constants, and privateMaps.
 func sharedMaps(specs []*ebpf.CollectionSpec) map[string]*ebpf.MapSpec {
@@ -316,10 +322,9 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 		scopeLevel: d.options.Scope.Level,
 		frameTag:   d.frameTag,
 	}
-	carrier, moves := d.moving.Load().carrier()
-	if moves {
-		c.moves = 1
-	}
+	m := d.moving.Load()
+	c.moves = m.bits()
+	bodies := m.bodies()
 	shared := sharedMaps(specs)
 	inner := func(outer string) innerSpec {
 		return func() (*ebpf.MapSpec, error) { return shared[outer].InnerMap, nil }
@@ -339,17 +344,15 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 		}
 		have[name] = m
 	}
-	if err := d.makePrivate(specs[0], have, moves); err != nil {
+	if err := d.makePrivate(specs[0], have); err != nil {
 		return err
 	}
 	for _, spec := range specs {
 		if err := c.set(spec); err != nil {
 			return err
 		}
-		if moves {
-			if err := carrier.install(spec); err != nil {
-				return err
-			}
+		if err := install(spec, bodies); err != nil {
+			return err
 		}
 		if err := d.loadPrograms(spec, have); err != nil {
 			return err
@@ -384,14 +387,17 @@ func innerLater(outer string) innerSpec {
 func holdsTwo(name string) bool { return name == "deny" || name == "exclude" }
 
 // makePrivate adds the maps that are this process's own.
-func (d *Datapath) makePrivate(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map, moves bool) error {
-	former := have["decisions"] // nobody looks at it
-	if moves {
-		former = d.moving.Load().old["decisions"]
-	}
+func (d *Datapath) makePrivate(spec *ebpf.CollectionSpec, have map[string]*ebpf.Map) error {
+	m := d.moving.Load()
 	var err error
-	if have["former"], err = former.Clone(); err != nil {
-		return fmt.Errorf("open map former: %w", err)
+	for name, of := range formerMaps {
+		former := have[of] // nobody looks at it
+		if m.has(of) {
+			former = m.old[of]
+		}
+		if have[name], err = former.Clone(); err != nil {
+			return fmt.Errorf("open map %s: %w", name, err)
+		}
 	}
 	if have["workbench"], err = ebpf.NewMap(spec.Maps["workbench"]); err != nil {
 		return fmt.Errorf("create map workbench: %w", err)
@@ -404,8 +410,9 @@ func (d *Datapath) loadPrograms(spec *ebpf.CollectionSpec, have map[string]*ebpf
 	for name := range spec.Maps {
 		if m := have[name]; m != nil {
 			replace[name] = m
-			if holdsTwo(name) {
-				spec.Maps[name].MaxEntries = m.MaxEntries()
+			if formerMaps[name] != "" || holdsTwo(name) {
+				s := spec.Maps[name]
+				s.MaxEntries, s.ValueSize, s.Value = m.MaxEntries(), m.ValueSize(), nil
 			}
 		}
 	}

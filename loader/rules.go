@@ -326,8 +326,8 @@ func (d *Datapath) reserveSlots(services []Service) error {
 	now := uint64(d.monotonic())
 	free := []uint32{}
 	for n := uint32(bpf.SlotFirst); n < bpf.SlotFirst+reservedSlots; n++ {
-		var s bpf.Slot
-		if err := d.maps.Slots.Lookup(n, &s); err != nil {
+		s, err := d.slot(n)
+		if err != nil {
 			return fmt.Errorf("read slot %d: %w", n, err)
 		}
 		switch {
@@ -335,7 +335,7 @@ func (d *Datapath) reserveSlots(services []Service) error {
 			free = append(free, n)
 		case s.State == bpf.SlotReserved && !want[s.Orig]:
 			s.State, s.Used = bpf.SlotNamed, now
-			if err := d.maps.Slots.Put(n, s); err != nil {
+			if err := d.putSlot(n, s); err != nil {
 				return fmt.Errorf("release slot %d: %w", n, err)
 			}
 		}
@@ -359,12 +359,12 @@ func (d *Datapath) reserve(addr bpf.IPAddr, free []uint32, now uint64) ([]uint32
 	err := d.maps.SlotByOrig.Lookup(addr, &n)
 	switch {
 	case err == nil:
-		var s bpf.Slot
-		if err := d.maps.Slots.Lookup(n, &s); err != nil {
+		s, err := d.slot(n)
+		if err != nil {
 			return free, fmt.Errorf("read slot %d: %w", n, err)
 		}
 		d.release(s.Group)
-		return free, d.maps.Slots.Put(n, slot)
+		return free, d.putSlot(n, slot)
 	case !errors.Is(err, ebpf.ErrKeyNotExist):
 		return free, fmt.Errorf("look up slot: %w", err)
 	case len(free) == 0:
@@ -374,13 +374,13 @@ func (d *Datapath) reserve(addr bpf.IPAddr, free []uint32, now uint64) ([]uint32
 	}
 	n = free[0]
 	// The way back first, as the hook does it.
-	if err := d.maps.Slots.Put(n, slot); err != nil {
+	if err := d.putSlot(n, slot); err != nil {
 		return free, fmt.Errorf("reserve slot %d: %w", n, err)
 	}
 	err = d.maps.SlotByOrig.Update(addr, n, ebpf.UpdateNoExist)
 	if errors.Is(err, ebpf.ErrKeyExist) {
 		// A hook named it between the look-up and now.
-		if err := d.maps.Slots.Put(n, bpf.Slot{}); err != nil {
+		if err := d.putSlot(n, bpf.Slot{}); err != nil {
 			return free, fmt.Errorf("free slot %d: %w", n, err)
 		}
 		return d.reserve(addr, free, now)

@@ -103,16 +103,22 @@ func buildWithLayout(t testing.TB, changes map[string]string) string {
 	return binary
 }
 
-// otherLayout moves about what is stored with sockets, and adds to that and to maps of
-// the configuration.
+// otherLayout moves about what is stored with sockets and what hooks write to, and adds
+// to that and to maps of the configuration.
 var otherLayout = map[string]string{
-	`struct decision \{\n`:                        "struct decision {\n\t__u64 spare;\n\t__u64 established;\n",
-	`\t__u64 established; /\* 0: not yet \*/\n`:   "",
-	`struct settings \{\n`:                        "struct settings {\n\t__u32 spare[4];\n",
-	`struct service \{\n`:                         "struct service {\n\t__u64 spare;\n",
-	`struct beat \{\n`:                            "struct beat {\n\t__u64 spare;\n",
-	`struct endpoint_name \{\n`:                   "struct endpoint_name {\n\t__u64 spare;\n",
-	`struct instance \{\n(\t__u32 abi; [^\n]*\n)`: "struct instance {\n${1}\t__u32 spare;\n\t__u32 more;\n\t__u32 still;\n",
+	`struct decision \{\n`:                                     "struct decision {\n\t__u64 spare;\n\t__u64 established;\n",
+	`\t__u64 established; /\* 0: not yet \*/\n`:                "",
+	`struct settings \{\n`:                                     "struct settings {\n\t__u32 spare[4];\n",
+	`struct service \{\n`:                                      "struct service {\n\t__u64 spare;\n",
+	`struct beat \{\n`:                                         "struct beat {\n\t__u64 spare;\n",
+	`struct endpoint_name \{\n`:                                "struct endpoint_name {\n\t__u64 spare;\n",
+	`struct live \{\n`:                                         "struct live {\n\t__u64 spare[2];\n",
+	`struct slot \{\n(\t[^\n]*\n\t[^\n]*\n)`:                   "struct slot {\n\t__u64 spare;\n\t__u64 group_before;\n${1}",
+	`struct usage \{\n\t__u64 slots;\n`:                        "struct usage {\n\t__u64 spare;\n",
+	`\t__u64 events_lost;\n\};\n\n/\* Settings`:                "\t__u64 events_lost;\n\t__u64 slots;\n};\n\n/* Settings",
+	`struct state \{\n(\t[^\n]*\n)(\t[^\n]*\n)`:                "struct state {\n\t__u64 spare;\n${2}${1}",
+	`struct endpoint \{\n(\t[^\n]*\n)(\t[^\n]*\n)(\t[^\n]*\n)`: "struct endpoint {\n\t__u64 spare;\n${3}${2}${1}",
+	`struct instance \{\n(\t__u32 abi; [^\n]*\n)`:              "struct instance {\n${1}\t__u32 spare;\n\t__u32 more;\n\t__u32 still;\n",
 }
 
 // direct2 is a service on direct.
