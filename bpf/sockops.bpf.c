@@ -38,7 +38,7 @@ static __always_inline void add(struct decision *d, int by)
 {
 	__u64 zero = 0;
 	struct state *st = bpf_map_lookup_elem(&state, &zero);
-	struct usage *u = bpf_map_lookup_elem(&usage_by_group, &d->group);
+	struct usage *u;
 
 	if (st)
 		__sync_fetch_and_add(&st->live, by);
@@ -49,6 +49,7 @@ static __always_inline void add(struct decision *d, int by)
 			__sync_fetch_and_add(&u->conns, by);
 		return;
 	}
+	u = bpf_map_lookup_elem(&usage_by_group, &d->group);
 	/* The process may have forgotten the container in between: an account
 	 * that went below zero would be a quota used up for ever.
 	 */
@@ -195,21 +196,25 @@ static __always_inline void on_half_closed(struct bpf_sock_ops *ctx,
 static __always_inline void tell_gone(const struct decision *d)
 {
 	struct live *l = bpf_map_lookup_elem(&live, &d->key);
-	__u64 index = 0;
 	struct held *h;
 	void *ring, *theirs;
+	__u64 index;
 
 	if (l) {
-		if (l->hold == HOLD_YES)
-			index = l->worker;
+		if (l->hold != HOLD_YES || !l->worker)
+			return;
+		index = l->worker - 1;
 	} else if (cfg_moves & PL_MOVES_LIVE) {
 		theirs = bpf_map_lookup_elem(&former_live, &d->key);
-		if (theirs && *(__u8 *)former_hold(theirs) == HOLD_YES)
-			index = *(__u8 *)former_worker(theirs);
-	}
-	if (!index)
+		if (!theirs || *(__u8 *)former_hold(theirs) != HOLD_YES)
+			return;
+		index = *(__u8 *)former_worker(theirs);
+		if (!index)
+			return;
+		index--;
+	} else {
 		return;
-	index--;
+	}
 	ring = bpf_map_lookup_elem(&held, &index);
 	if (!ring)
 		return;
@@ -255,10 +260,11 @@ static __always_inline void keep_departed(struct bpf_sock_ops *ctx,
  */
 static __always_inline bool let_go(const struct decision *d)
 {
-	bool theirs = false;
+	bool theirs;
 
-	if (cfg_moves & PL_MOVES_LIVE)
-		theirs = !bpf_map_delete_elem(&former_live, &d->key);
+	if (!(cfg_moves & PL_MOVES_LIVE))
+		return !bpf_map_delete_elem(&live, &d->key);
+	theirs = !bpf_map_delete_elem(&former_live, &d->key);
 	return !bpf_map_delete_elem(&live, &d->key) || theirs;
 }
 
