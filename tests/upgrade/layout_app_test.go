@@ -27,6 +27,9 @@ const envPeers = "PILLION_TEST_UPGRADE_PEERS"
 type peersTask struct {
 	To    []netip.AddrPort
 	Conns int // that stay, at each address
+	// Wide are addresses that each are connected to once.
+	Wide     netip.Prefix
+	WidePort uint16
 }
 
 // peersOutcome is what became of it.
@@ -35,6 +38,7 @@ type peersOutcome struct {
 	// New counts, by address, the connections that came and went, Least is the
 	// smallest number of messages on a connection that stays since the last turn.
 	New   []int
+	Wide  int // connections, each to another address
 	Least int
 }
 
@@ -107,6 +111,9 @@ func TestPeers(*testing.T) {
 		}
 		p.all.Go(func() { p.visit(n) })
 	}
+	if p.Wide.IsValid() {
+		p.all.Go(p.wander)
+	}
 	out := json.NewEncoder(os.Stdout)
 	for {
 		var word string
@@ -129,6 +136,7 @@ type peerPlayer struct {
 	all    sync.WaitGroup
 	come   []atomic.Int64
 	counts []*atomic.Int64
+	wide   atomic.Int64
 
 	mu   sync.Mutex
 	errs []string
@@ -158,7 +166,7 @@ func (p *peerPlayer) wait() {
 func (p *peerPlayer) outcome() peersOutcome {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	o := peersOutcome{Errs: p.errs, Least: 1 << 30}
+	o := peersOutcome{Errs: p.errs, Wide: int(p.wide.Load()), Least: 1 << 30}
 	p.errs = nil
 	for n := range p.come {
 		o.New = append(o.New, int(p.come[n].Load()))
@@ -170,9 +178,13 @@ func (p *peerPlayer) outcome() peersOutcome {
 }
 
 func (p *peerPlayer) dial(n int, multipath bool) (*net.TCPConn, error) {
+	return dialTo(p.To[n], multipath)
+}
+
+func dialTo(to netip.AddrPort, multipath bool) (*net.TCPConn, error) {
 	d := net.Dialer{Timeout: rig.Limit}
 	d.SetMultipathTCP(multipath)
-	c, err := d.DialContext(context.Background(), "tcp", p.To[n].String())
+	c, err := d.DialContext(context.Background(), "tcp", to.String())
 	if err != nil {
 		return nil, err
 	}
@@ -209,26 +221,44 @@ func (p *peerPlayer) stay(n, i int, count *atomic.Int64) {
 
 // visit makes new connections until the end.
 func (p *peerPlayer) visit(n int) {
-	for i := 0; ; i++ {
-		select {
-		case <-p.end:
-			return
-		case <-time.After(2 * time.Millisecond):
-		}
-		c, err := p.dial(n, i%8 == 7)
-		if err != nil {
-			p.fail("new connection to %s: %v", p.To[n], err)
-			continue
-		}
-		p.come[n].Add(1)
-		stream := uint64(i)
-		if err := talkOnce(c, &stream, 10); err != nil {
-			p.fail("new connection to %s: %v", p.To[n], err)
-		}
-		if peer, err := peerOf(c); err != nil || peer != p.To[n] {
-			p.fail("getpeername of a new connection to %s: %s, %v", p.To[n], peer, err)
-		}
-		c.Close()
+	for i := 0; p.pause(); i++ {
+		p.visitOnce(p.To[n], i, &p.come[n])
+	}
+}
+
+// wander makes a new connection to each of the addresses of Wide, until the end.
+func (p *peerPlayer) wander() {
+	to := p.Wide.Addr().Next()
+	for i := 0; p.pause() && p.Wide.Contains(to); i++ {
+		p.visitOnce(netip.AddrPortFrom(to, p.WidePort), i, &p.wide)
+		to = to.Next()
+	}
+}
+
+// pause is false at the end.
+func (p *peerPlayer) pause() bool {
+	select {
+	case <-p.end:
+		return false
+	case <-time.After(2 * time.Millisecond):
+		return true
+	}
+}
+
+func (p *peerPlayer) visitOnce(to netip.AddrPort, i int, come *atomic.Int64) {
+	c, err := dialTo(to, i%8 == 7)
+	if err != nil {
+		p.fail("new connection to %s: %v", to, err)
+		return
+	}
+	defer c.Close()
+	come.Add(1)
+	stream := uint64(i)
+	if err := talkOnce(c, &stream, 10); err != nil {
+		p.fail("new connection to %s: %v", to, err)
+	}
+	if peer, err := peerOf(c); err != nil || peer != to {
+		p.fail("getpeername of a new connection to %s: %s, %v", to, peer, err)
 	}
 }
 

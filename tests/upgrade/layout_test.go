@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -18,6 +19,8 @@ import (
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // otherABI is the ABI of the build with other maps.
@@ -121,8 +124,30 @@ var otherLayout = map[string]string{
 	`struct instance \{\n(\t__u32 abi; [^\n]*\n)`:              "struct instance {\n${1}\t__u32 spare;\n\t__u32 more;\n\t__u32 still;\n",
 }
 
-// direct2 is a service on direct.
-var direct2 = netip.MustParseAddrPort("10.96.0.2:80")
+var (
+	// direct2 is a service on direct, and half of ejected's endpoints refuse.
+	direct2 = netip.MustParseAddrPort("10.96.0.2:80")
+	ejected = netip.MustParseAddrPort("10.96.0.3:80")
+	refuses = netip.MustParseAddrPort("198.51.100.1:1")
+	// Every address of wide answers: each is named by a slot of its own.
+	wide = netip.MustParsePrefix("10.77.0.0/16")
+)
+
+// layoutConfig says that a container may have so many connections and not many more: one
+// that is counted still after its end would soon be seen.
+const layoutConfig = `
+flow_log: %s
+default: relay
+limits: {connections_per_container: %d}
+%s  - {name: d, address: %q, path: direct, endpoints: [%q, %q]}
+  - {name: p, address: %q, path: pass}
+  - name: e
+    address: %q
+    path: direct
+    policy: round_robin
+    health: {failures: 2, base: 1h, max: 1h}
+    endpoints: [%q, %q]
+`
 
 // layoutStage starts an instance, and applications that stay connected at these
 // addresses, so many at each.
@@ -132,11 +157,51 @@ func layoutStage(t *testing.T, log string, conns int, to ...netip.AddrPort) (*ri
 	for _, e := range ends {
 		r.Serve(t, e, echo)
 	}
-	i := r.Run(t, fmt.Sprintf("flow_log: %s\ndefault: pass\n%s  - {name: d, address: %q, path: direct, endpoints: [%q, %q]}\n",
-		log, service(ends[0], ends[1]), direct2, ends[0], ends[1]))
-	app := newPeers(t, r, peersTask{To: to, Conns: conns})
+	r.World.Do(t, func() error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		return netlink.RouteAdd(&netlink.Route{
+			LinkIndex: lo.Attrs().Index, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST,
+			Dst: &net.IPNet{IP: wide.Addr().AsSlice(), Mask: net.CIDRMask(wide.Bits(), 32)},
+		})
+	})
+	r.Serve(t, netip.AddrPortFrom(netip.IPv4Unspecified(), widePort), echo)
+	i := r.Run(t, fmt.Sprintf(layoutConfig, log, conns+roomForVisitors, service(ends[0], ends[1]),
+		direct2, ends[0], ends[1], ends[2], ejected, ends[0], refuses))
+	for range 6 { // two of which fail
+		_, _ = r.Try("bash", "-c", "exec 3<>/dev/tcp/"+ejected.Addr().String()+"/80")
+	}
+	if v := refusing(statusOf(t, i)); !v.Ejected || v.Failures != 2 {
+		t.Fatalf("the endpoint that refuses: %+v", v)
+	}
+	q := peersTask{To: to, Conns: conns}
+	if slices.Contains(to, vip) { // who is relayed outlives the process
+		q.Wide, q.WidePort = wide, widePort
+	}
+	app := newPeers(t, r, q)
 	app.turn(t, "turn")
 	return r, i, app
+}
+
+const (
+	widePort = 9000
+	// roomForVisitors are connections that come and go: two at a time, and such
+	// whose end is under way.
+	roomForVisitors = 12
+)
+
+// refusing is what is known of the endpoint that refuses.
+func refusing(s admin.Status) admin.EndpointStatus {
+	for _, v := range s.Services {
+		for _, e := range v.Endpoints {
+			if e.Address == refuses.String() {
+				return e
+			}
+		}
+	}
+	return admin.EndpointStatus{}
 }
 
 // TestLayouts has two builds follow each other whose maps have other layouts, to and fro,
@@ -173,6 +238,13 @@ func testLayouts(t *testing.T, versions [2]string) {
 		want[to] = conns + o.New[n]
 		total += want[to]
 	}
+	t.Logf("%d new destinations", o.Wide)
+	if o.Wide < 10 {
+		t.Errorf("only %d new destinations", o.Wide)
+	}
+	want[wideAny] = o.Wide
+	want[ejected] = 6 // of before
+	total += o.Wide + 6
 	var all []flow.Record
 	testutil.Eventually(t, rig.Limit, func() bool {
 		all = rig.ReadFlows(t, log)
@@ -223,6 +295,9 @@ func checkTurn(t *testing.T, i *rig.Instance, app *peers, before admin.Status, c
 			t.Errorf("counter %s went from %d to %d", why, count, after.Counters[why])
 		}
 	}
+	if v := refusing(after); !v.Ejected || v.Failures < 2 {
+		t.Errorf("the endpoint that was ejected: %+v", v)
+	}
 	// Beside those that stay there is a visitor, and one whose end is under way.
 	if live := liveOf(after, "d"); live < int64(conns) || live > int64(conns)+2 {
 		t.Errorf("%d connections are open on direct, want %d and a visitor", live, conns)
@@ -248,11 +323,16 @@ func awaitNobody(t *testing.T, i *rig.Instance) {
 	}, "nobody is counted as connected")
 }
 
+// wideAny stands for all of wide.
+var wideAny = netip.AddrPortFrom(wide.Addr(), widePort)
+
 // checkRecords wants one record of each connection, by what was asked for, on the path
 // that was configured, with an end that tells nothing but that it was closed.
 func checkRecords(t *testing.T, all []flow.Record, want map[netip.AddrPort]int) {
 	t.Helper()
-	paths := map[netip.AddrPort]flow.Path{vip: flow.PathRelay, direct2: flow.PathDirect, ends[2]: flow.PathPass}
+	paths := map[netip.AddrPort]flow.Path{
+		vip: flow.PathRelay, direct2: flow.PathDirect, ends[2]: flow.PathPass, wideAny: flow.PathRelay,
+	}
 	got := map[netip.AddrPort]int{}
 	cookies := map[uint64]bool{}
 	late := 0
@@ -261,8 +341,12 @@ func checkRecords(t *testing.T, all []flow.Record, want map[netip.AddrPort]int) 
 			t.Errorf("two records of one connection: %+v", r)
 		}
 		cookies[r.Cookie] = true
+		if wide.Contains(r.OrigDst.Addr()) {
+			r.OrigDst = wideAny
+		}
 		got[r.OrigDst]++
 		switch {
+		case r.OrigDst == ejected:
 		case r.End != flow.ReasonClosed || r.Connect == 0 || r.Sent == 0 || r.Sent != r.Received:
 			t.Errorf("a record is not that of a whole connection: %+v", r)
 		case r.Path == paths[r.OrigDst]:
