@@ -489,7 +489,7 @@ func TestCarryLoads(t *testing.T) {
 	testutil.RequireRoot(t)
 	from := foreign(t)
 	err := withCaps(func() error {
-		return loadCarrier(&move{from: from, to: ownDescription(t), moved: []string{"decisions"}})
+		return loadCarrier(&move{from: from, to: ownDescription(t), moved: slices.Sorted(maps.Keys(manners))})
 	},
 		unix.CAP_BPF, unix.CAP_NET_ADMIN)
 	if err != nil {
@@ -504,13 +504,14 @@ func loadCarrier(m *move) error {
 	}
 	d := newDatapath(Options{Log: slog.New(slog.DiscardHandler)})
 	d.moving.Store(m)
-	former := specs[0].Maps["former"].Copy()
-	former.ValueSize = m.from.Maps["decisions"].ValueSize
-	former.Value = storedAs(former, former.ValueSize)
-	old, err := ebpf.NewMap(former)
-	if err != nil {
-		return err
+	m.old, d.moved = map[string]*ebpf.Map{}, m
+	for name, of := range formerMaps {
+		former := specs[0].Maps[name].Copy()
+		former.ValueSize = m.from.Maps[of].ValueSize
+		former.Value = storedAs(former, former.ValueSize)
+		if m.old[of], err = ebpf.NewMap(former); err != nil {
+			return errors.Join(err, d.Close())
+		}
 	}
-	m.old, d.moved = map[string]*ebpf.Map{"decisions": old}, m
 	return errors.Join(d.load(specs, map[string]*ebpf.Map{}), d.Close())
 }
