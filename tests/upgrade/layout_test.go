@@ -106,6 +106,9 @@ func buildWithLayout(t testing.TB, changes map[string]string) string {
 	return binary
 }
 
+// hot are maps that hooks write to all the time. All of them differ.
+var hot = []string{"decisions", "departed", "endpoints", "live", "slots", "state", "usage_by_group"}
+
 // otherLayout moves about what is stored with sockets and what hooks write to, and adds
 // to that and to maps of the configuration.
 var otherLayout = map[string]string{
@@ -313,6 +316,11 @@ func awaitMoves(t *testing.T, i *rig.Instance, want int) {
 		got = strings.Count(i.Log(), "moved to another layout of maps")
 		return got == want
 	}, "maps are moved each time: ", &got)
+	for _, name := range hot {
+		if n := len(regexp.MustCompile(`maps="\[[^\]]*\b`+name+`\b`).FindAllString(i.Log(), -1)); n != want {
+			t.Errorf("map %s was moved %d times, want %d", name, n, want)
+		}
+	}
 }
 
 func awaitNobody(t *testing.T, i *rig.Instance) {
