@@ -320,6 +320,10 @@ func (d *Datapath) moveOut() error {
 	if err := finishMove(d.dir, true); err != nil {
 		return err
 	}
+	// Not before: who is killed here leaves one of the two whole.
+	if err := d.clearHot(m); err != nil {
+		return err
+	}
 	d.options.Log.Info("moved to another layout of maps", "from", m.from.ABI, "to", m.to.ABI, "maps", m.moved)
 	// What it has open stays so: who is in the middle of a call may use it.
 	d.moving.Store(nil)

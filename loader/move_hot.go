@@ -327,7 +327,7 @@ func (d *Datapath) usageCatchesUp(m *move) error {
 	return it.Err()
 }
 
-// endHot ends the move of what hooks write to, when all of them are this build's.
+// endHot has the new maps hold all that hooks write to, when all of them are this build's.
 func (d *Datapath) endHot(m *move) error {
 	if err := d.catchUp(m); err != nil {
 		return err
@@ -336,16 +336,12 @@ func (d *Datapath) endHot(m *move) error {
 		if err := d.copySlots(m); err != nil {
 			return fmt.Errorf("move map slots: %w", err)
 		}
-		waitForHooks()
-		if err := m.clearSlots(); err != nil {
-			return fmt.Errorf("move map slots: %w", err)
-		}
 	}
 	if m.has("live") {
-		if err := d.moveLive(m); err != nil {
+		if _, err := d.moveLive(m, 0); err != nil {
 			return fmt.Errorf("move map live: %w", err)
 		}
-		if err := m.moveDeparted(d.maps.Departed); err != nil {
+		if err := m.copyDeparted(d.maps.Departed); err != nil {
 			return fmt.Errorf("move map departed: %w", err)
 		}
 	}
@@ -353,6 +349,36 @@ func (d *Datapath) endHot(m *move) error {
 		d.state.nextSlot().Store(atomic.LoadUint32(m.word("next_slot")))
 	}
 	return m.sums.end()
+}
+
+// clearHot leaves nothing in the layout before: the hooks look there still, and what has
+// ended must not be found. Those that have found something there have read and written
+// it by then.
+func (d *Datapath) clearHot(m *move) error {
+	if !m.has("slots") && !m.has("live") {
+		return nil
+	}
+	waitForHooks()
+	if m.has("slots") {
+		if err := m.clearSlots(); err != nil {
+			return fmt.Errorf("move map slots: %w", err)
+		}
+	}
+	if !m.has("live") {
+		return nil
+	}
+	left, err := d.moveLive(m, 1)
+	if err == nil && left > 0 {
+		// Its hooks go on with these; the next process would not know them.
+		d.options.Log.Warn("no room for all open connections in another layout of maps", "left", left)
+	}
+	if err == nil {
+		err = m.clearDeparted()
+	}
+	if err != nil {
+		return fmt.Errorf("move map live: %w", err)
+	}
+	return nil
 }
 
 // copySlots copies the slots that the new map has not: an entry is there when its state
@@ -424,10 +450,10 @@ func (d *Datapath) putSlot(n uint32, s bpf.Slot) error {
 	return d.maps.Slots.Put(n, s)
 }
 
-// moveLive moves the open connections: all are copied, and when no hook is at work any
-// more that has found a former one, those go. Hooks delete some meanwhile, and add none,
-// so a list that was interrupted is shorter the next time.
-func (d *Datapath) moveLive(m *move) error {
+// moveLive takes one of the two steps of pl_move_live for all open connections: they are
+// copied, or what is left is removed. It tells how many are still there, whose copies
+// had no room.
+func (d *Datapath) moveLive(m *move, last uint32) (left int, err error) {
 	for range 10 * moveTries {
 		var keys []bpf.LiveKey
 		var k bpf.LiveKey
@@ -436,47 +462,64 @@ func (d *Datapath) moveLive(m *move) error {
 		for it.Next(&k, &raw) {
 			keys = append(keys, k)
 		}
+		whole := it.Err() == nil
 		if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
-			return err
+			return 0, err
 		}
-		if len(keys) == 0 {
-			return nil
+		left = 0
+		for _, k := range keys {
+			q := bpf.Move{Own: k.Source, Peer: k.Slot, OwnPort: k.SourcePort, PeerPort: k.SlotPort, Last: last}
+			did, err := d.askMove(bpf.ProgMoveLive, q, 0)
+			if err != nil {
+				return 0, err
+			}
+			if !did {
+				left++ // or it has ended: then it is not there the next time
+			}
 		}
-		for last := range uint32(2) {
-			for _, k := range keys {
-				q := bpf.Move{Own: k.Source, Peer: k.Slot, OwnPort: k.SourcePort, PeerPort: k.SlotPort, Last: last}
-				if _, err := d.askMove(bpf.ProgMoveLive, q, 0); err != nil {
-					return err
-				}
-			}
-			if last == 0 {
-				waitForHooks()
-			}
+		// Hooks delete some meanwhile, and add none: an interrupted list is shorter the
+		// next time.
+		if whole && (left == 0 || last == 0) {
+			break
 		}
 	}
-	// Its hooks go on with these; the next process would not know them.
-	d.options.Log.Warn("no room for all open connections in another layout of maps")
-	return nil
+	return left, nil
 }
 
-// moveDeparted moves connections that are closed and perhaps not accepted yet.
-func (m *move) moveDeparted(to *ebpf.Map) error {
+// copyDeparted copies connections that are closed and perhaps not accepted yet.
+func (m *move) copyDeparted(to *ebpf.Map) error {
+	return m.eachDeparted(func(k bpf.LiveKey, raw []byte) error {
+		err := to.Update(k, m.value("departed", raw), ebpf.UpdateNoExist)
+		if errors.Is(err, ebpf.ErrKeyExist) {
+			return nil
+		}
+		return err
+	})
+}
+
+// clearDeparted deletes them; sockops does too, when the address is used again.
+func (m *move) clearDeparted() error {
+	return m.eachDeparted(func(k bpf.LiveKey, _ []byte) error {
+		if err := m.old["departed"].Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return err
+		}
+		return nil
+	})
+}
+
+func (m *move) eachDeparted(f func(bpf.LiveKey, []byte) error) error {
 	var k bpf.LiveKey
 	var raw []byte
 	all := map[bpf.LiveKey][]byte{}
 	it := m.old["departed"].Iterate()
 	for it.Next(&k, &raw) {
-		all[k] = m.value("departed", raw)
+		all[k] = slices.Clone(raw)
 	}
 	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
 		return err
 	}
-	for k, v := range all {
-		if err := to.Update(k, v, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
-			return err
-		}
-		// sockops deletes too, when the address is used again.
-		if err := m.old["departed"].Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	for k, raw := range all {
+		if err := f(k, raw); err != nil {
 			return err
 		}
 	}
