@@ -12,15 +12,15 @@ import (
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
-// formerHooks does what hooks of the layout before do to its maps.
-type formerHooks struct {
+// hooksBefore does what hooks of the layout before do to its maps.
+type hooksBefore struct {
 	t    testing.TB
 	maps map[string]*ebpf.Map
 	move *move
 }
 
 // put writes an entry of ours into a map of the layout before.
-func put[V any](h *formerHooks, name string, key any, v V) {
+func put[V any](h *hooksBefore, name string, key any, v V) {
 	h.t.Helper()
 	from, to := h.move.from.Maps[name], h.move.to.Maps[name]
 	raw := unsafe.Slice((*byte)(unsafe.Pointer(&v)), unsafe.Sizeof(v))
@@ -30,7 +30,7 @@ func put[V any](h *formerHooks, name string, key any, v V) {
 }
 
 // moving is an instance of another layout that this build has opened, and not attached.
-func moving(t *testing.T, p *place, before func(*Datapath)) (*Datapath, *formerHooks) {
+func moving(t *testing.T, p *place, before func(*Datapath)) (*Datapath, *hooksBefore) {
 	t.Helper()
 	first := p.create(t, "one")
 	rules := plain
@@ -43,7 +43,7 @@ func moving(t *testing.T, p *place, before func(*Datapath)) (*Datapath, *formerH
 	}
 	old := disguise(t, path, foreign(t))
 	d := p.move(t)
-	return d, &formerHooks{t: t, maps: old, move: d.moved}
+	return d, &hooksBefore{t: t, maps: old, move: d.moved}
 }
 
 // conn is an entry of live, and its key.
