@@ -331,11 +331,17 @@ func TestMoveKilled(t *testing.T) {
 			}
 		},
 		"when the new description has its name": func(t *testing.T, d *Datapath) {
+			if err := d.endHot(d.moved); err != nil {
+				t.Fatal(err)
+			}
 			if err := os.Rename(d.dir.pin(layoutsPin+nextSuffix), d.dir.pin(layoutsPin)); err != nil {
 				t.Fatal(err)
 			}
 		},
 		"when some have their names": func(t *testing.T, d *Datapath) {
+			if err := d.endHot(d.moved); err != nil {
+				t.Fatal(err)
+			}
 			for _, name := range []string{layoutsPin, instancePin, "decisions"} {
 				if err := os.Rename(d.dir.pin(name+nextSuffix), d.dir.pin(name)); err != nil {
 					t.Fatal(err)
@@ -350,6 +356,16 @@ func TestMoveKilled(t *testing.T) {
 			setRules(t, first, plain)
 			p.attach(t, first)
 			path, settings := first.dir, first.settings
+			source, slot, l := conn(first, 1)
+			known, used := bpf.Endpoint{Live: 2, Until: 3}, bpf.Usage{Slots: 4, Conns: 5}
+			if err := errors.Join(
+				first.maps.Live.Put(liveKey(source, slot), l),
+				first.maps.Slots.Put(uint32(bpf.SlotLast), bpf.Slot{Orig: l.Orig, State: bpf.SlotRetiring}),
+				first.maps.Endpoints.Put(uint32(1), known), first.maps.UsageByGroup.Put(uint64(7), used),
+			); err != nil {
+				t.Fatal(err)
+			}
+			first.state.live().Store(5)
 			if err := first.Close(); err != nil {
 				t.Fatal(err)
 			}
@@ -367,6 +383,20 @@ func TestMoveKilled(t *testing.T) {
 			}
 			if third.instance.Abi != bpf.ABI || third.instance.Cgroup != first.instance.Cgroup {
 				t.Errorf("record %+v, it was %+v", third.instance, first.instance)
+			}
+			if got, ok := lookupLive(third.liveFD, liveKey(source, slot)); !ok || got != l {
+				t.Errorf("an open connection: %+v, %v, want %+v", got, ok, l)
+			}
+			if got, err := third.Resolve(third.slots.addr4(bpf.SlotLast)); got != shop.Addr() {
+				t.Errorf("a slot resolves to %s, %v", got, err)
+			}
+			var e bpf.Endpoint
+			var u bpf.Usage
+			if err := errors.Join(third.maps.Endpoints.Lookup(uint32(1), &e), third.maps.UsageByGroup.Lookup(uint64(7), &u)); err != nil {
+				t.Error(err)
+			}
+			if e != known || u != used || third.state.live().Load() != 5 {
+				t.Errorf("endpoint %+v, usage %+v, %d open", e, u, third.state.live().Load())
 			}
 			for _, pin := range p.pins("one") {
 				if strings.HasSuffix(pin, nextSuffix) {
