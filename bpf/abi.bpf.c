@@ -35,6 +35,7 @@ EXPORT(struct, endpoint);
 EXPORT(struct, endpoint_name);
 EXPORT(struct, dry_run);
 EXPORT(struct, move);
+EXPORT(struct, set_query);
 EXPORT(enum, policy);
 EXPORT(enum, hash_on);
 EXPORT(enum, slot_state);

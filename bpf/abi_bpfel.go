@@ -407,6 +407,12 @@ type abiSetEndpoint struct {
 	Alias  uint32
 }
 
+type abiSetQuery struct {
+	_     structs.HostLayout
+	Set   uint32
+	First uint32
+}
+
 type abiSetRow struct {
 	_ structs.HostLayout
 	D [4]uint64
@@ -539,6 +545,7 @@ const (
 	abiVarExportService      = "export_service"
 	abiVarExportSetConfig    = "export_set_config"
 	abiVarExportSetEndpoint  = "export_set_endpoint"
+	abiVarExportSetQuery     = "export_set_query"
 	abiVarExportSetRow       = "export_set_row"
 	abiVarExportSetState     = "export_set_state"
 	abiVarExportSetTable     = "export_set_table"
@@ -636,6 +643,7 @@ type abiVariableSpecs struct {
 	ExportService      *ebpf.VariableSpec `ebpf:"export_service"`
 	ExportSetConfig    *ebpf.VariableSpec `ebpf:"export_set_config"`
 	ExportSetEndpoint  *ebpf.VariableSpec `ebpf:"export_set_endpoint"`
+	ExportSetQuery     *ebpf.VariableSpec `ebpf:"export_set_query"`
 	ExportSetRow       *ebpf.VariableSpec `ebpf:"export_set_row"`
 	ExportSetState     *ebpf.VariableSpec `ebpf:"export_set_state"`
 	ExportSetTable     *ebpf.VariableSpec `ebpf:"export_set_table"`
@@ -709,6 +717,7 @@ type abiVariables struct {
 	ExportService      *ebpf.Variable `ebpf:"export_service"`
 	ExportSetConfig    *ebpf.Variable `ebpf:"export_set_config"`
 	ExportSetEndpoint  *ebpf.Variable `ebpf:"export_set_endpoint"`
+	ExportSetQuery     *ebpf.Variable `ebpf:"export_set_query"`
 	ExportSetRow       *ebpf.Variable `ebpf:"export_set_row"`
 	ExportSetState     *ebpf.Variable `ebpf:"export_set_state"`
 	ExportSetTable     *ebpf.Variable `ebpf:"export_set_table"`

@@ -20,6 +20,7 @@ const envLimited = "PILLION_TEST_LIMITED"
 func TestCapabilities(t *testing.T) {
 	if os.Getenv(envLimited) != "" {
 		loadAll(t, nil)
+		loadFormerAll(t, 32)
 		return
 	}
 	testutil.RequireRoot(t)

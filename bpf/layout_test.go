@@ -41,6 +41,7 @@ var layouts = map[string]struct{ goSize, pinned uintptr }{
 	"endpoint_name": {unsafe.Sizeof(EndpointName{}), 24},
 	"dry_run":       {unsafe.Sizeof(DryRun{}), 88},
 	"move":          {unsafe.Sizeof(Move{}), 88},
+	"set_query":     {unsafe.Sizeof(SetQuery{}), 8},
 }
 
 func TestLayouts(t *testing.T) {

@@ -29,6 +29,18 @@ const (
 	ProgAddUsage     = "pl_add_usage"
 )
 
+// Names of the programs of [Former].
+const (
+	ProgRows = "pl_rows"
+	ProgTell = "pl_tell"
+)
+
+// Names of its maps, beside events.
+const (
+	FormerSets = "former_sets"
+	FormerRows = "former_rows"
+)
+
 // Maps are the maps that all programs share. Whoever loaded them closes them.
 type Maps = connectMaps
 
@@ -45,6 +57,16 @@ func Specs() ([]*ebpf.CollectionSpec, error) {
 		all = append(all, spec)
 	}
 	return all, nil
+}
+
+// Former parses the object that is loaded only while an instance of another layout is
+// moved: see former.bpf.c. It has no knobs.
+func Former() (*ebpf.CollectionSpec, error) {
+	spec, err := loadFormer()
+	if err != nil {
+		return nil, fmt.Errorf("parse a built-in BPF object: %w", err)
+	}
+	return spec, nil
 }
 
 // Types parses the contract of include/abi.h, as a compiler saw it.

@@ -40,6 +40,8 @@ type (
 	DryRun = abiDryRun
 	// Move is the question to the programs of move.bpf.c.
 	Move = abiMove
+	// SetQuery is the question to pl_rows.
+	SetQuery = abiSetQuery
 	// IPAddr is 16 bytes in network byte order, IPv4 as ::ffff:a.b.c.d.
 	IPAddr = abiIpAddr
 )

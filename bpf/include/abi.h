@@ -544,6 +544,12 @@ struct move {
 	__u64 events_lost;
 };
 
+/* The question to pl_rows: which rows. It stands as that of pl_explain does. */
+struct set_query {
+	__u32 set; /* service.id */
+	__u32 first;
+};
+
 /* Written once, when the instance is created: what a later process needs to
  * adopt or to sweep it.
  */
