@@ -99,7 +99,7 @@ type Datapath struct {
 	maps     bpf.Maps
 	programs map[string]*ebpf.Program
 	links    map[string]link.Link
-	former   []link.Link // to cgroups that were removed: see follow
+	earlier  []link.Link // to cgroups that were removed: see follow
 	state    *sharedState
 	clock    bpf.Clock
 
@@ -114,6 +114,7 @@ type Datapath struct {
 	layouts *description         // of this build's maps
 	moving  atomic.Pointer[move] // nil: the maps have that layout
 	moved   *move                // the same, also when that is done
+	former  formerHooks          // what hooks of other layouts write to
 
 	left atomic.Bool // another process has the instance
 
@@ -219,6 +220,7 @@ func newDatapath(o Options) *Datapath {
 		frameTag: o.FrameTag,
 		programs: map[string]*ebpf.Program{},
 		links:    map[string]link.Link{},
+		former:   formerHooks{left: map[string][]formerMap{}},
 		retiring: map[uint32]time.Time{},
 		kick:     make(chan struct{}, 1),
 	}
@@ -259,7 +261,7 @@ func (d *Datapath) Close() error {
 	for _, l := range d.links {
 		errs = append(errs, l.Close())
 	}
-	for _, l := range d.former {
+	for _, l := range d.earlier {
 		errs = append(errs, l.Close())
 	}
 	for _, p := range d.programs {
@@ -268,7 +270,7 @@ func (d *Datapath) Close() error {
 	for _, q := range d.queues {
 		errs = append(errs, q.close())
 	}
-	errs = append(errs, d.sets.close(), d.maps.Close(), d.moved.close())
+	errs = append(errs, d.sets.close(), d.maps.Close(), d.moved.close(), d.former.close())
 	if d.state != nil {
 		errs = append(errs, d.state.close())
 	}

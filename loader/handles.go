@@ -46,7 +46,7 @@ func (d *Datapath) handles() map[string]int {
 		}
 	}
 	for i, q := range d.queues {
-		all[ringHandle+strconv.Itoa(i)] = q.FD()
+		all[ringHandle+strconv.Itoa(i)] = q.ring.FD()
 	}
 	return all
 }

@@ -25,7 +25,7 @@ type Handover struct {
 func (d *Datapath) Handover() Handover {
 	h := Handover{FrameTag: d.frameTag}
 	for _, q := range d.queues {
-		h.Rings = append(h.Rings, q.FD())
+		h.Rings = append(h.Rings, q.ring.FD())
 	}
 	return h
 }
@@ -82,7 +82,7 @@ func join(o Options, h *Handover) (*Datapath, error) {
 		fd := h.Rings[0]
 		h.Rings = h.Rings[1:]
 		if ring, err = ebpf.NewMapFromFD(fd); err == nil {
-			q, err = d.queueOf(ring)
+			q, err = d.joinQueue(len(d.queues), ring)
 		}
 		if err == nil {
 			d.queues = append(d.queues, q)

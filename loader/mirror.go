@@ -25,6 +25,10 @@ type Queue struct {
 	live   int // descriptor of the map
 	tag    uint64
 	frame  frame
+	// While hooks of another layout are at work, and after: their rings, and what is
+	// readable when one of all is; -1: there are none. See move_held.go.
+	former []*formerRing
+	both   int
 }
 
 // Holds tells whether this kernel can hold handshakes back (tcx, Linux 6.6).
@@ -37,9 +41,11 @@ func (d *Datapath) Holds() bool { return d.holds }
 func (d *Datapath) Queues(workers int) ([]*Queue, error) {
 	// An earlier process may have had more, or a kernel side that holds: nobody
 	// reads those rings.
-	for i := range bpf.WorkersMax {
-		if err := d.maps.Held.Delete(uint32(i)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return nil, fmt.Errorf("remove ring of worker %d: %w", i, err)
+	for _, held := range append(d.formerHeld(), formerMap{m: d.maps.Held}) {
+		for i := range held.m.MaxEntries() {
+			if err := held.m.Delete(i); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return nil, fmt.Errorf("remove ring of worker %d: %w", i, err)
+			}
 		}
 	}
 	if !d.holds {
@@ -49,7 +55,7 @@ func (d *Datapath) Queues(workers int) ([]*Queue, error) {
 		q, err := d.newQueue()
 		if err == nil {
 			d.queues = append(d.queues, q)
-			err = d.maps.Held.Put(uint32(i), uint32(q.ring.FD()))
+			err = errors.Join(d.makeFormer(i, q), d.maps.Held.Put(uint32(i), uint32(q.ring.FD())))
 		}
 		if err != nil {
 			return nil, fmt.Errorf("make ring of worker %d: %w", i, err)
@@ -78,35 +84,58 @@ func (d *Datapath) queueOf(ring *ebpf.Map) (*Queue, error) {
 	}
 	return &Queue{
 		ring: ring, read: read, live: d.liveFD, tag: d.frameTag,
-		inject: d.programs[bpf.ProgInject].FD(),
+		inject: d.programs[bpf.ProgInject].FD(), both: -1,
 	}, nil
 }
 
-func (q *Queue) close() error { return errors.Join(q.read.close(), q.ring.Close()) }
+func (q *Queue) close() error {
+	errs := []error{q.read.close(), q.ring.Close()}
+	for _, f := range q.former {
+		errs = append(errs, f.close())
+	}
+	if q.both >= 0 {
+		errs = append(errs, unix.Close(q.both))
+	}
+	return errors.Join(errs...)
+}
 
 // FD returns the descriptor that is readable when there is news.
-func (q *Queue) FD() int { return q.ring.FD() }
+func (q *Queue) FD() int {
+	if q.both >= 0 {
+		return q.both
+	}
+	return q.ring.FD()
+}
 
 // Next reads one piece of news, and returns false when there is none.
 func (q *Queue) Next(h *flow.Held) bool {
+	if q.nextFormer(h) {
+		return true
+	}
 	for {
 		raw, ok := q.read.peek()
 		if !ok {
 			return false
 		}
-		good := len(raw) == int(unsafe.Sizeof(bpf.Held{}))
-		if good {
-			r := (*bpf.Held)(unsafe.Pointer(&raw[0]))
-			h.Source = netip.AddrPortFrom(bpf.ToAddr(r.Key.Source), r.Key.SourcePort)
-			h.Slot = netip.AddrPortFrom(bpf.ToAddr(r.Key.Slot), r.Key.SlotPort)
-			h.Gone = r.Kind == bpf.HeldGone
-			h.Mark, h.Frame, h.Size = r.Mark, r.Frame, int(r.Size)
-		}
+		good := readHeld(raw, h)
 		q.read.advance()
 		if good {
 			return true
 		}
 	}
+}
+
+// readHeld reads one record of a worker's ring, and returns false if it is none.
+func readHeld(raw []byte, h *flow.Held) bool {
+	if len(raw) != int(unsafe.Sizeof(bpf.Held{})) {
+		return false
+	}
+	r := (*bpf.Held)(unsafe.Pointer(&raw[0]))
+	h.Source = netip.AddrPortFrom(bpf.ToAddr(r.Key.Source), r.Key.SourcePort)
+	h.Slot = netip.AddrPortFrom(bpf.ToAddr(r.Key.Slot), r.Key.SlotPort)
+	h.Gone = r.Kind == bpf.HeldGone
+	h.Mark, h.Frame, h.Size = r.Mark, r.Frame, int(r.Size)
+	return h.Size <= len(h.Frame)
 }
 
 // Finish ends the handshake with our own listener in the application's name. The
@@ -221,7 +250,7 @@ type ringReader struct {
 	consumer, producer []byte // mapped pages
 	data               []byte
 	mask               uint64
-	at, size           uint64 // of the record that peek returned
+	next               uint64 // behind the record that peek returned
 }
 
 func mapRing(m *ebpf.Map) (*ringReader, error) {
@@ -247,30 +276,53 @@ func (r *ringReader) close() error {
 // peek returns the next record, which stays valid until advance. What the kernel
 // discarded is skipped.
 func (r *ringReader) peek() ([]byte, bool) {
-	consumer := (*uint64)(unsafe.Pointer(&r.consumer[0]))
-	producer := (*uint64)(unsafe.Pointer(&r.producer[0]))
-	for {
-		r.at = atomic.LoadUint64(consumer)
-		if r.at >= atomic.LoadUint64(producer) {
-			return nil, false
-		}
-		head := atomic.LoadUint32((*uint32)(unsafe.Pointer(&r.data[r.at&r.mask])))
-		if head&unix.BPF_RINGBUF_BUSY_BIT != 0 {
-			return nil, false // being written: its end wakes us
-		}
-		length := uint64(head &^ (unix.BPF_RINGBUF_BUSY_BIT | unix.BPF_RINGBUF_DISCARD_BIT))
-		r.size = (length + unix.BPF_RINGBUF_HDR_SZ + 7) &^ 7
-		if head&unix.BPF_RINGBUF_DISCARD_BIT == 0 {
-			from := r.at&r.mask + unix.BPF_RINGBUF_HDR_SZ
-			return r.data[from : from+length], true
-		}
+	at := r.taken()
+	raw, next, ok := r.after(at)
+	if r.next = next; !ok && next != at {
 		r.advance()
 	}
+	return raw, ok
+}
+
+// after returns the record at a place, or the next one that is not discarded, and the
+// place behind it.
+func (r *ringReader) after(at uint64) (raw []byte, next uint64, ok bool) {
+	producer := (*uint64)(unsafe.Pointer(&r.producer[0]))
+	for at < atomic.LoadUint64(producer) {
+		head := atomic.LoadUint32((*uint32)(unsafe.Pointer(&r.data[at&r.mask])))
+		if head&unix.BPF_RINGBUF_BUSY_BIT != 0 {
+			return nil, at, false // being written: its end wakes us
+		}
+		length := uint64(head &^ (unix.BPF_RINGBUF_BUSY_BIT | unix.BPF_RINGBUF_DISCARD_BIT))
+		from := at&r.mask + unix.BPF_RINGBUF_HDR_SZ
+		at += (length + unix.BPF_RINGBUF_HDR_SZ + 7) &^ 7
+		if head&unix.BPF_RINGBUF_DISCARD_BIT == 0 {
+			return r.data[from : from+length], at, true
+		}
+	}
+	return nil, at, false
 }
 
 // advance gives the record's room back.
-func (r *ringReader) advance() {
-	atomic.StoreUint64((*uint64)(unsafe.Pointer(&r.consumer[0])), r.at+r.size)
+func (r *ringReader) advance() { r.take(r.next) }
+
+// taken is the place up to which the ring was read, take says so.
+func (r *ringReader) taken() uint64 {
+	return atomic.LoadUint64((*uint64)(unsafe.Pointer(&r.consumer[0])))
+}
+
+func (r *ringReader) take(to uint64) {
+	atomic.StoreUint64((*uint64)(unsafe.Pointer(&r.consumer[0])), to)
+}
+
+// count is how many records are in the ring.
+func (r *ringReader) count() (n int) {
+	for at := r.taken(); ; n++ {
+		_, next, ok := r.after(at)
+		if at = next; !ok {
+			return n
+		}
+	}
 }
 
 // Answered tells the kernel side that a destination answered a dial, which

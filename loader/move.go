@@ -39,6 +39,8 @@ const (
 	mannerLive
 	mannerSlots
 	mannerSums
+	mannerRing // see move_rings.go
+	mannerSets // see move_sets.go
 )
 
 var manners = map[string]manner{
@@ -49,6 +51,8 @@ var manners = map[string]manner{
 	"live":      mannerLive, "departed": mannerLive,
 	"slots": mannerSlots,
 	"state": mannerSums, "endpoints": mannerSums, "usage_by_group": mannerSums,
+	"events": mannerRing, "held": mannerRing,
+	"sets":      mannerSets,
 	instancePin: mannerCopy,
 }
 
@@ -60,9 +64,11 @@ const nextSuffix = "_next"
 type move struct {
 	from, to *description
 	moved    []string             // names of the maps, sorted
-	old      map[string]*ebpf.Map // those of them that the hooks have had
+	old      map[string]*ebpf.Map // those of them that the hooks have had,
+	bulk     map[string]*ebpf.Map // and of those rings and sets, which end with the move
 	counted  map[string][]uint64  // what was copied of counters
 	sums     sums
+	sets     *formerSets   // nil: they are not moved
 	done     chan struct{} // closed when it is
 }
 
@@ -71,7 +77,7 @@ func plan(from, to *description) (*move, error) {
 	if err := from.agree(to); err != nil {
 		return nil, err
 	}
-	m := &move{from: from, to: to, old: map[string]*ebpf.Map{}, counted: map[string][]uint64{}, done: make(chan struct{})}
+	m := &move{from: from, to: to, old: map[string]*ebpf.Map{}, bulk: map[string]*ebpf.Map{}, counted: map[string][]uint64{}, done: make(chan struct{})}
 	for _, name := range slices.Sorted(maps.Keys(to.Maps)) {
 		was, known := from.Maps[name]
 		is := to.Maps[name]
@@ -92,6 +98,11 @@ func plan(from, to *description) (*move, error) {
 	}
 	if c, ok := m.carrier(); ok {
 		if err := c.check(); err != nil {
+			return nil, err
+		}
+	}
+	if m.has("sets") {
+		if err := m.checkSets(); err != nil {
 			return nil, err
 		}
 	}
@@ -131,7 +142,11 @@ func (m *move) open(dir *dir) error {
 		if err != nil {
 			return fmt.Errorf("open map %s: %w", name, err)
 		}
-		m.old[name] = old
+		if how := manners[name]; how == mannerRing || how == mannerSets {
+			m.bulk[name] = old
+		} else {
+			m.old[name] = old
+		}
 		if was := m.from.Maps[name]; old.ValueSize() != was.ValueSize || old.KeySize() != was.KeySize {
 			return fmt.Errorf("%w: map %s is not what its description says", ErrABI, name)
 		}
@@ -139,14 +154,33 @@ func (m *move) open(dir *dir) error {
 	return m.sums.open(m)
 }
 
+// load loads what only a move needs.
+func (m *move) load() (err error) {
+	if m.has("sets") {
+		m.sets, err = m.loadRows()
+	}
+	return err
+}
+
 func (m *move) close() error {
 	if m == nil {
 		return nil
 	}
-	errs := []error{m.sums.close()}
+	errs := []error{m.sums.close(), m.closeBulk()}
 	for _, old := range m.old {
 		errs = append(errs, old.Close())
 	}
+	return errors.Join(errs...)
+}
+
+// closeBulk frees what takes memory, when no hook uses it.
+func (m *move) closeBulk() error {
+	errs := []error{m.sets.close()}
+	m.sets = nil
+	for _, old := range m.bulk {
+		errs = append(errs, old.Close())
+	}
+	clear(m.bulk)
 	return errors.Join(errs...)
 }
 
@@ -188,14 +222,16 @@ func (d *Datapath) moveIn() error {
 			err = m.copy(name, all[name])
 		case mannerCount:
 			err = m.copyCounts(name, all[name])
-		case mannerStorage:
-			// Each socket by itself.
+		case mannerStorage, mannerRing:
+			// Each socket by itself; what is in rings is read from them.
 		case mannerLive:
 			// At the end, each entry by itself.
 		case mannerSlots:
 			err = d.copySlots(m)
 		case mannerSums:
 			// See catchUp.
+		case mannerSets:
+			err = d.moveSets(m)
 		}
 		if err != nil {
 			return fmt.Errorf("move map %s: %w", name, err)
@@ -300,10 +336,14 @@ func (m *move) copyCounts(name string, to *ebpf.Map) error {
 // left, and makes the new maps the instance's.
 func (d *Datapath) moveOut() error {
 	m := d.moving.Load()
-	if m == nil {
+	if m == nil && len(d.former.left) == 0 {
 		return nil
 	}
 	waitForHooks()
+	d.gatherLast()
+	if err := d.former.letGo(); err != nil || m == nil {
+		return err
+	}
 	if m.has("decisions") {
 		if err := d.moveSockets(m); err != nil {
 			return err
@@ -321,7 +361,7 @@ func (d *Datapath) moveOut() error {
 		return err
 	}
 	// Not before: who is killed here leaves one of the two whole.
-	if err := d.clearHot(m); err != nil {
+	if err := errors.Join(d.clearHot(m), m.closeBulk()); err != nil {
 		return err
 	}
 	d.options.Log.Info("moved to another layout of maps", "from", m.from.ABI, "to", m.to.ABI, "maps", m.moved)
@@ -340,7 +380,7 @@ func (d *Datapath) Settled(ctx context.Context) error {
 	}
 	select {
 	case <-d.moved.done:
-		return nil
+		return d.settleQueues(ctx)
 	case <-ctx.Done():
 		return ctx.Err()
 	}

@@ -47,9 +47,13 @@ func foreign(t testing.TB) *description {
 	l.ABI = foreignABI
 	for name, how := range manners {
 		m := l.Maps[name]
-		if how == mannerCount {
+		switch how {
+		case mannerCount:
 			m.MaxEntries-- // an older build, which has not the last reason
-		} else {
+		case mannerRing, mannerSets:
+			m.Value = reversedEach(m.Value)
+			m.MaxEntries *= 2
+		default:
 			m.Value, m.ValueSize = reversed(m.Value)
 		}
 		l.Maps[name] = m
@@ -89,6 +93,10 @@ func disguise(t testing.TB, dir *dir, to *description, fds ...int) map[string]*e
 		defer old.Close()
 		spec := sharedMaps(specs)[name].Copy()
 		spec.ValueSize, spec.MaxEntries = is.ValueSize, is.MaxEntries
+		if how == mannerSets {
+			row, _ := rowOf(&is)
+			spec.InnerMap.ValueSize = uint32(row)
+		}
 		if how != mannerStorage {
 			spec.Key, spec.Value = nil, nil
 		} else if spec.Value, spec.ValueSize = storedAs(spec, is.ValueSize), is.ValueSize; spec.Value == nil {
@@ -114,6 +122,9 @@ func disguise(t testing.TB, dir *dir, to *description, fds ...int) map[string]*e
 				}
 				err = errors.Join(err, m.Put(uint32(fd), translate(spansOf(was.Value, is.Value), raw, is.ValueSize)))
 			}
+		case mannerSets:
+			disguiseSets(t, old, m, spec.InnerMap, &was, &is)
+		case mannerRing: // nobody has told anything
 		}
 		if err != nil {
 			t.Fatalf("map %s: %v", name, err)
@@ -420,6 +431,9 @@ func TestMoveRefused(t *testing.T) {
 	}
 	wider := func(m *mapLayout) { m.Value[0].Size++ }
 	for want, f := range map[string]func(*description){
+		"rows of endpoint sets":        change("sets", wider),
+		"sets have no set_state":       change("sets", func(m *mapLayout) { m.Value = slices.DeleteFunc(m.Value, ofState) }),
+		"map events differs":           change("events", func(m *mapLayout) { m.Type = uint32(ebpf.Queue) }),
 		"map live differs":             change("live", func(m *mapLayout) { m.KeySize++ }),
 		"map departed differs":         change("live", func(m *mapLayout) { rename(m, "worker") }),
 		"departed has no field cookie": change("departed", wider),
@@ -427,9 +441,6 @@ func TestMoveRefused(t *testing.T) {
 		"no field owner of 4 bytes":    change("state", func(m *mapLayout) { rename(m, "owner") }),
 		"map usage_by_group differs":   change("usage_by_group", func(m *mapLayout) { m.KeySize = 4 }),
 		"no field orig.w of 16":        change("slots", func(m *mapLayout) { rename(m, "orig.w") }),
-		"map events differs":           change("events", wider),
-		"map held differs":             change("held", wider),
-		"map sets differs":             change("sets", wider),
 		"map slots differs":            change("slots", func(m *mapLayout) { m.MaxEntries++ }),
 		"map settings differs":         change("settings", func(m *mapLayout) { m.Type = uint32(ebpf.Hash) }),
 		"no field opened of 8 bytes":   change("decisions", func(m *mapLayout) { rename(m, "opened") }),

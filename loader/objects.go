@@ -108,6 +108,9 @@ func (d *Datapath) putInstance() error {
 // open takes the pinned maps, loads the programs of this build over them, and
 // takes charge.
 func (d *Datapath) open() error {
+	if err := d.leftBehind(); err != nil {
+		return err
+	}
 	if err := finishMove(d.dir, false); err != nil {
 		return err
 	}
@@ -161,7 +164,13 @@ func (d *Datapath) prepare() error {
 	}
 	// The record keeps what was claimed: the next start may have it all.
 	d.slots = d.network.usable(d.slots)
-	return d.load(specs, pinned)
+	if err := d.load(specs, pinned); err != nil {
+		return err
+	}
+	if err := d.loadTell(m); err != nil {
+		return err
+	}
+	return m.load()
 }
 
 // sameScope tells whether the record is of the scope that is asked for.
@@ -206,6 +215,9 @@ func (d *Datapath) takeCharge() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if err := d.moveIn(); err != nil {
+		return err
+	}
+	if err := d.readFormer(d.moving.Load()); err != nil {
 		return err
 	}
 	if err := d.maps.Settings.Lookup(uint32(0), &d.settings); err != nil {

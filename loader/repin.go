@@ -116,7 +116,7 @@ func (d *Datapath) follow() error {
 	}
 	d.options.Log.Warn("the cgroup was removed and made again", "cgroup", d.options.Scope.Path)
 	d.disturb()
-	d.former = slices.DeleteFunc(d.former, func(l link.Link) bool {
+	d.earlier = slices.DeleteFunc(d.earlier, func(l link.Link) bool {
 		if attached(l) {
 			return false
 		}
@@ -127,7 +127,7 @@ func (d *Datapath) follow() error {
 		if name == bpf.ProgLookup || name == bpf.ProgHold || d.links[name] == nil {
 			continue
 		}
-		d.former = append(d.former, d.links[name])
+		d.earlier = append(d.earlier, d.links[name])
 		delete(d.links, name)
 		if err := os.Remove(d.dir.pin(linkPrefix + name)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("remove the link to a cgroup that is gone: %w", err)

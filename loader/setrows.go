@@ -44,8 +44,13 @@ func setRows(b []bpf.SetRow, set *flow.Set, ids []uint32, turn [2]uint32) []bpf.
 			Id: ids[i], Cut: e.Cut, Alias: e.Alias,
 		}))
 	}
-	for _, t := range set.Tiers {
-		for part := range slices.Chunk(t.Table, bpf.SetTableRow) {
+	return appendTables(b, set.Tiers[0].Table, set.Tiers[1].Table)
+}
+
+// appendTables appends the rows of tables to b.
+func appendTables(b []bpf.SetRow, tables ...[]uint32) []bpf.SetRow {
+	for _, table := range tables {
+		for part := range slices.Chunk(table, bpf.SetTableRow) {
 			var row bpf.SetTable
 			copy(row.Entry[:], part)
 			b = append(b, toRow(row))
