@@ -37,6 +37,9 @@ func reversedEach(fields []field) (all []field) {
 
 func ofState(f field) bool { return strings.HasPrefix(f.Name, "set_state.") }
 
+// foreignRow is a row of sets in the layout of foreign.
+type foreignRow [40]byte
+
 // disguiseSets copies endpoint sets to maps of another layout, which takes CAP_SYS_ADMIN.
 func disguiseSets(t testing.TB, old, to *ebpf.Map, inner *ebpf.MapSpec, was, is *mapLayout) {
 	t.Helper()
@@ -45,6 +48,7 @@ func disguiseSets(t testing.TB, old, to *ebpf.Map, inner *ebpf.MapSpec, was, is 
 		spans[kind] = spansOf(withPrefix(was.Value, kind), withPrefix(is.Value, kind))
 	}
 	var id, number uint32
+	var numbers, fds []uint32
 	it := old.Iterate()
 	for it.Next(&number, &id) {
 		m, err := ebpf.NewMapFromID(ebpf.MapID(id))
@@ -59,15 +63,13 @@ func disguiseSets(t testing.TB, old, to *ebpf.Map, inner *ebpf.MapSpec, was, is 
 			t.Fatal(err)
 		}
 		defer n.Close()
-		var tiers bpf.SetTiers
+		keys, rows := make([]uint32, m.MaxEntries()), make([]bpf.SetRow, m.MaxEntries())
+		if n, err := m.BatchLookup(new(ebpf.MapBatchCursor), keys, rows, nil); n != len(rows) {
+			t.Fatalf("%d rows of %d: %v", n, len(rows), err)
+		}
+		tiers := fromRow[bpf.SetTiers](rows[rowTiers])
+		var all []foreignRow
 		for i := range m.MaxEntries() {
-			var raw []byte
-			if err := m.Lookup(i, &raw); err != nil {
-				t.Fatal(err)
-			}
-			if i == rowTiers {
-				tiers = *(*bpf.SetTiers)(unsafe.Pointer(&raw[0]))
-			}
 			kind := "set_table"
 			switch {
 			case i < bpf.SetHead:
@@ -75,16 +77,22 @@ func disguiseSets(t testing.TB, old, to *ebpf.Map, inner *ebpf.MapSpec, was, is 
 			case i < bpf.SetHead+tiers.Tier[0].Count+tiers.Tier[1].Count:
 				kind = "set_endpoint"
 			}
-			if err := n.Put(i, translate(spans[kind], raw, spec.ValueSize)); err != nil {
-				t.Fatal(err)
-			}
+			raw := unsafe.Slice((*byte)(unsafe.Pointer(&rows[i])), unsafe.Sizeof(rows[i]))
+			all = append(all, foreignRow(translate(spans[kind], raw, spec.ValueSize)))
 		}
-		if err := to.Put(number, n); err != nil {
+		if _, err := n.BatchUpdate(keys, all, nil); err != nil {
 			t.Fatal(err)
 		}
+		numbers, fds = append(numbers, number), append(fds, uint32(n.FD()))
 	}
 	if err := it.Err(); err != nil {
 		t.Fatal(err)
+	}
+	for k := range slices.Chunk(numbers, 1000) { // each waits for RCU, also here
+		if _, err := to.BatchUpdate(k, fds[:len(k)], nil); err != nil {
+			t.Fatal(err)
+		}
+		fds = fds[len(k):]
 	}
 }
 

@@ -254,7 +254,7 @@ func (i *instance) tell() error {
 		}
 	}
 	i.collector, err = events.New(events.Options{
-		Ring: i.datapath.Events(), Handler: i.handler, Kernel: i.datapath, Names: i.names, Sinks: sinks,
+		Ring: i.datapath.Events(), Gather: i.datapath.GatherEvents, Handler: i.handler, Kernel: i.datapath, Names: i.names, Sinks: sinks,
 	})
 	return err
 }

@@ -21,6 +21,9 @@ const (
 	// some nine thousand events, and the kernel side wakes the collector before
 	// its time when half of that is used.
 	interval = 200 * time.Millisecond
+	// gatherEvery is how often while hooks tell elsewhere: what fills up there wakes
+	// nobody.
+	gatherEvery = 20 * time.Millisecond
 	// defaultHistory is how many records are kept.
 	defaultHistory = 4096
 	// bufferMax is the largest buffer, in records, that is kept for the next
@@ -62,6 +65,10 @@ type Kernel interface {
 type Options struct {
 	// Ring is the map events; nil: there is none. It stays the caller's.
 	Ring *ebpf.Map
+	// Gather has the ring hold what hooks tell elsewhere while they are replaced, and
+	// says whether they may do so still. It is called before the ring is read; nil: all
+	// tell the ring itself.
+	Gather func() (again bool)
 	// Handler is asked for its records; nil: there is none.
 	Handler Handler
 	// Kernel is asked for the open connections on pass and direct; nil: nobody
@@ -101,6 +108,7 @@ type source interface {
 // safe for concurrent use.
 type Collector struct {
 	ring    source // nil: none
+	gather  func() (again bool)
 	handler Handler
 	kernel  Kernel // nil: none
 	names   func(netip.AddrPort) (service, cluster string)
@@ -120,6 +128,7 @@ type Collector struct {
 	scratch               flow.Record // the event that is being read
 	closed                bool
 
+	again      atomic.Bool // what gather said last
 	unreadable atomic.Uint64
 }
 
@@ -151,6 +160,7 @@ func newCollector(o Options, ring source) *Collector {
 	}
 	c := &Collector{
 		ring:    ring,
+		gather:  o.Gather,
 		handler: o.Handler,
 		kernel:  o.Kernel,
 		names:   o.Names,
@@ -254,6 +264,10 @@ func (c *Collector) wait(ctx context.Context) {
 		pause(ctx, pace.Next(interval))
 		return
 	}
+	if c.again.Load() {
+		c.ring.wait(ctx, gatherEvery)
+		return
+	}
 	c.ring.wait(ctx, pace.Next(interval))
 }
 
@@ -267,6 +281,9 @@ func (c *Collector) poll() error {
 	c.pass()
 	all, err := true, error(nil)
 	if c.ring != nil {
+		if c.gather != nil {
+			c.again.Store(c.gather())
+		}
 		all, err = c.ring.read(c.event)
 	}
 	// Before the ended ones are taken: what ends in between is then in both.
