@@ -135,6 +135,7 @@ func (d *Datapath) loadTell(m *move) error {
 	delete(spec.Programs, bpf.ProgRows)
 	delete(spec.Maps, bpf.FormerSets)
 	delete(spec.Maps, bpf.FormerRows)
+	spec.Maps["events"].MaxEntries = d.maps.Events.MaxEntries()
 	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{"events": d.maps.Events}})
 	if err != nil {
 		return fmt.Errorf("load the program that writes records: %w", err)

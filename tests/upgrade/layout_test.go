@@ -74,6 +74,9 @@ func buildWithLayout(t testing.TB, changes map[string]string) string {
 		t.Fatal(err)
 	}
 	replaced(t, filepath.Join(sources, "include", "abi.h"), changes)
+	for file, changes := range otherRings {
+		replaced(t, filepath.Join(sources, file), changes)
+	}
 	replaced(t, filepath.Join(sources, "include", "abi.h"), map[string]string{`#define PL_ABI \d+`: fmt.Sprintf("#define PL_ABI %d", otherABI)})
 	replaced(t, filepath.Join(sources, "types.go"), map[string]string{`(ABI +)= \d+`: fmt.Sprintf("${1}= %d", otherABI)})
 	compiler := filepath.Join(dir, "bpf2go")
