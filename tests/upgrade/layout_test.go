@@ -216,6 +216,7 @@ func TestLayouts(t *testing.T) {
 	versions := [2]string{buildWithLayout(t, otherLayout), rig.Binary(t)}
 	t.Run("take over", func(t *testing.T) { testLayouts(t, versions) })
 	t.Run("after a kill", func(t *testing.T) { testLayoutsKilled(t, versions) })
+	t.Run("picks and handshakes", func(t *testing.T) { testLayoutRings(t, versions) })
 }
 
 func testLayouts(t *testing.T, versions [2]string) {
