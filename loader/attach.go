@@ -99,6 +99,11 @@ func (d *Datapath) Attach() ([]Existing, error) {
 				return nil, err
 			}
 		}
+		if name == bpf.ProgGetpeername4 {
+			if err := d.copyOutlived(d.moving.Load()); err != nil {
+				return nil, err
+			}
+		}
 		if err := d.attach(name); err != nil {
 			return nil, fmt.Errorf("attach %s: %w", name, err)
 		}

@@ -41,6 +41,7 @@ const (
 	mannerSums
 	mannerRing // see move_rings.go
 	mannerSets // see move_sets.go
+	mannerLate // see move_outlived.go
 )
 
 var manners = map[string]manner{
@@ -53,6 +54,7 @@ var manners = map[string]manner{
 	"state": mannerSums, "endpoints": mannerSums, "usage_by_group": mannerSums,
 	"events": mannerRing, "held": mannerRing,
 	"sets":      mannerSets,
+	"outlived":  mannerLate,
 	instancePin: mannerCopy,
 }
 
@@ -222,8 +224,9 @@ func (d *Datapath) moveIn() error {
 			err = m.copy(name, all[name])
 		case mannerCount:
 			err = m.copyCounts(name, all[name])
-		case mannerStorage, mannerRing:
-			// Each socket by itself; what is in rings is read from them.
+		case mannerStorage, mannerRing, mannerLate:
+			// Each socket by itself; what is in rings is read from them; when
+			// sockops is swapped.
 		case mannerLive:
 			// At the end, each entry by itself.
 		case mannerSlots:
@@ -342,6 +345,9 @@ func (d *Datapath) moveOut() error {
 	waitForHooks()
 	d.gatherLast()
 	if err := d.former.letGo(); err != nil || m == nil {
+		return err
+	}
+	if err := d.copyOutlived(m); err != nil {
 		return err
 	}
 	if m.has("decisions") {

@@ -499,3 +499,46 @@ func TestMoveManySets(t *testing.T) {
 	}
 	t.Logf("1,000 sets of 100 endpoints are moved in %v; the whole start took %v", time.Since(begin), all)
 }
+
+// TestMoveOutlived: what getpeername tells of an MPTCP socket is there when its hook is,
+// also what is noted while hooks are swapped.
+func TestMoveOutlived(t *testing.T) {
+	p := newPlace(t)
+	first := p.create(t, "one")
+	setRules(t, first, plain)
+	p.attach(t, first)
+	path := first.dir
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	to := foreign(t)
+	is, own := to.Maps["outlived"], ownDescription(t).Maps["outlived"]
+	old := disguise(t, path, to)["outlived"]
+	key := func(port uint16) bpf.LiveKey {
+		return bpf.LiveKey{Source: bpf.FromAddr(shop.Addr()), Slot: bpf.FromAddr(shop6.Addr()), SourcePort: port, SlotPort: 80}
+	}
+	note := func(m *ebpf.Map, port uint16, asked bpf.EndpointKey) {
+		t.Helper()
+		raw := unsafe.Slice((*byte)(unsafe.Pointer(&asked)), unsafe.Sizeof(asked))
+		if m == old {
+			raw = translate(spansOf(own.Value, is.Value), raw, is.ValueSize)
+		}
+		if err := m.Put(key(port), raw); err != nil {
+			t.Fatal(err)
+		}
+	}
+	asked := func(port uint16) bpf.EndpointKey { return bpf.EndpointKey{Addr: bpf.FromAddr(shop.Addr()), Port: port} }
+	note(old, 1, asked(1))
+	second := p.move(t)
+	defer p.unload(t, second)
+	note(old, 2, asked(2))
+	note(old, 3, asked(3))
+	note(second.maps.Outlived, 3, asked(33)) // by a new hook
+	p.attach(t, second)
+	for port, want := range map[uint16]bpf.EndpointKey{1: asked(1), 2: asked(2), 3: asked(33)} {
+		var got bpf.EndpointKey
+		if err := second.maps.Outlived.Lookup(key(port), &got); err != nil || got != want {
+			t.Errorf("of port %d: %+v, %v, want %+v", port, got, err, want)
+		}
+	}
+}
