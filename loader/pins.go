@@ -43,6 +43,8 @@ var (
 	// ErrOtherScope means that the instance is of another cgroup or network
 	// namespace.
 	ErrOtherScope = errors.New("the instance has another scope")
+	// ErrNoBPFFS means that there is no directory for the bpf file system.
+	ErrNoBPFFS = errors.New("no bpf file system")
 	// ErrName means that a name cannot be that of an instance.
 	ErrName = errors.New("want 1 to 64 letters, digits, dots, dashes or underscores, not starting with a dot")
 )
@@ -61,7 +63,9 @@ func CheckName(name string) error {
 // something else is.
 func mountBPFFS(dir string) error {
 	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
+	if err := unix.Statfs(dir, &st); errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("%w: %s is not there; in a pod, mount the node's %s there: a hostPath volume with mountPropagation: HostToContainer", ErrNoBPFFS, dir, BPFFS)
+	} else if err != nil {
 		return fmt.Errorf("look at %s: %w", dir, err)
 	}
 	if st.Type == unix.BPF_FS_MAGIC {

@@ -152,7 +152,7 @@ func (i *instance) load() error {
 	if errors.Is(err, loader.ErrNotFound) {
 		i.datapath, err = loader.Create(o)
 	}
-	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) || errors.Is(err, loader.ErrNoBPFFS) {
 		return &exitError{code: exitUnsupported, err: err}
 	}
 	i.global.survival.keepTag(i.datapath)

@@ -46,7 +46,7 @@ func doctor(t *testing.T, w *world) {
 		{"no capabilities", spec{mounts: both}, []string{"CAP_BPF", "CAP_NET_ADMIN"}, "securityContext.capabilities.add"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			c.spec.args = []string{"doctor", "--output", "json"}
+			c.spec.args = append([]string{"doctor", "--output", "json"}, c.spec.args...)
 			d := p.run(t, "doctor", c.spec)
 			code := d.wait(t).code
 			var found []probe.Finding

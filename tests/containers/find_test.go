@@ -2,6 +2,7 @@ package containers
 
 import (
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -36,6 +37,7 @@ func finding(t *testing.T, w *world) {
 		{name: "no way in", view: viewHybrid, spec: spec{caps: three, mounts: pins}, code: 69, says: []string{"cgroup v2 is not mounted here", "/sys/fs/cgroup", none}},
 		{name: "no capability", spec: spec{mounts: both}, code: 69, says: []string{"CAP_BPF", "CAP_NET_ADMIN"}},
 		{name: "nowhere to pin", spec: spec{caps: three, mounts: []mount{nodeCgroups}}, code: 69, says: []string{"/sys/fs/bpf", "HostToContainer"}},
+		{name: "pins that are not mounted", spec: spec{args: []string{"--bpffs", "/bpf"}, caps: three, mounts: []mount{nodeCgroups}}, code: 69, says: []string{"/bpf", "HostToContainer"}},
 		{name: "of another uid", spec: spec{caps: three, mounts: both, uid: another}, code: 64, says: []string{another, "--cgroup PATH"}},
 		{name: "not named like a pod", spec: w.minimal(), parent: "shop", code: 64, says: []string{"the container /" + w.top + "/kubepods/burstable/shop/", "--cgroup PATH"}},
 	} {
@@ -44,7 +46,7 @@ func finding(t *testing.T, w *world) {
 		}
 		t.Run(c.name, func(t *testing.T) {
 			p := w.newPod(t, podSpec{config: w.serving("on_failure: closed"), privileged: c.spec.privileged, parent: c.parent})
-			c.spec.args = []string{"init", "--config", "/etc/pillion/pillion.yaml"}
+			c.spec.args = slices.Concat(initArgs, c.spec.args)
 			init := p.run(t, "init", c.spec)
 			code, out := init.wait(t).code, init.output(t)
 			t.Logf("exit code %d: %s", code, out)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -197,7 +198,10 @@ var (
 
 // minimal is what docs/kubernetes.md asks for on a node with this view.
 func (n *node) minimal(args ...string) spec {
-	s := spec{args: args, caps: []string{"BPF", "NET_ADMIN", "DAC_READ_SEARCH"}, mounts: []mount{bpffs}}
+	// Where the manifests of deploy/ have it.
+	pins := mount{at: "/bpf", from: bpffs.from, follows: true}
+	args = append(slices.Clone(args), "--bpffs", pins.at)
+	s := spec{args: args, caps: []string{"BPF", "NET_ADMIN", "DAC_READ_SEARCH"}, mounts: []mount{pins}}
 	if n.view == viewHybrid {
 		s.mounts = append(s.mounts, nodeCgroups)
 	}
