@@ -114,13 +114,33 @@ func (d *Datapath) Take(lock *os.File) error {
 // LockPins locks the pins of an instance whose process has died, for Take. One that
 // lives has the lock, and that is [ErrInUse]; a dying one may have it for a moment.
 func (d *Datapath) LockPins(patience time.Duration) (*os.File, error) {
+	l, err := lockWithin(d.dir.path, patience)
+	if err != nil {
+		return nil, err
+	}
+	return l.file, nil
+}
+
+// Await waits until no process has an instance, which is [ErrInUse] if that takes longer
+// than patience. One that does not exist nobody has.
+func Await(bpffs, name string, patience time.Duration) error {
+	l, err := lockWithin(pinDir(bpffs, name), patience)
+	switch {
+	case errors.Is(err, ErrNotFound):
+		return nil
+	case err != nil:
+		return err
+	default:
+		l.unlock()
+		return nil
+	}
+}
+
+func lockWithin(path string, patience time.Duration) (*dir, error) {
 	for end := time.Now().Add(patience); ; time.Sleep(lockRetry) {
-		l, err := lockDir(d.dir.path, false)
-		if err == nil {
-			return l.file, nil
-		}
+		l, err := lockDir(path, false)
 		if !errors.Is(err, ErrInUse) || time.Now().After(end) {
-			return nil, err
+			return l, err
 		}
 	}
 }

@@ -26,6 +26,9 @@ type place struct {
 // What is returned is closed when that is done, which takes Run; nil means that a
 // worker has ended, and what it was to have is lost.
 func (r *Relay) Adopt(g *Given, where func(*Carried) Target) (done <-chan struct{}) {
+	if r.options.Registry != nil {
+		r.options.Registry.Keep(g)
+	}
 	find := finder{}
 	parts := make([]adoption, len(r.workers))
 	for i := range g.Conns {
@@ -152,9 +155,7 @@ func (w *worker) takeUp(g *Carried, p *place) *conn {
 		}
 	default:
 	}
-	if c.slot == nil {
-		w.keepAll(c)
-	}
+	fault(faultTookUp)
 	if r := g.Released; r != nil {
 		// At once: its SYN may have come again meanwhile, and nobody answers that.
 		w.injected(w.queue.Release(r))

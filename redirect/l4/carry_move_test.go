@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -75,6 +76,12 @@ func (r *rig) successor(meanwhile func()) {
 	}
 	f := r.freeze()
 	g := encoded(r.t, f)
+	o := r.open
+	if r.killed {
+		memory := memoryOf(r.t)
+		openRegistry(r.t, memory).Keep(g)
+		o.Registry = openRegistry(r.t, memory)
+	}
 	f.Leave()
 	if err := receive(r.t, r.done); err != nil {
 		r.t.Fatal(err)
@@ -84,7 +91,9 @@ func (r *rig) successor(meanwhile func()) {
 	if meanwhile != nil {
 		meanwhile()
 	}
-	o := r.open
+	if r.killed {
+		g = o.Registry.Recover(false)
+	}
 	o.Listeners = listeners
 	before := r.relay.Stats()
 	relay, err := l4.New(o, r)
@@ -121,7 +130,8 @@ func TestMoveWhileTalking(t *testing.T) {
 		c := r.dial()
 		begun := time.Now()
 		mustExchange(t, c, "before")
-		for range 3 {
+		for n := range 3 {
+			r.killed = n == 1
 			// What comes and ends while nobody looks is seen afterwards.
 			r.successor(func() { mustWrite(t, c, []byte("between")) })
 			wantBytes(t, c, []byte("between"))
@@ -162,10 +172,10 @@ func TestMoveReset(t *testing.T) {
 // Bytes that wait for a reader, in a buffer and in a pipe, come in their order, and
 // then the end of file that was behind them.
 func TestMoveUnsent(t *testing.T) {
-	for name, size := range map[string]int{"some": 3 << 20, "bulk": 12 << 20} {
+	for name, size := range map[string]int{"some": 3 << 20, "bulk": 12 << 20, "some, killed": 3 << 20, "bulk, killed": 12 << 20} {
 		t.Run(name, func(t *testing.T) {
 			server, conns := serveTo(t, loopback4)
-			r := newRig(t, setup{endpoints: []netip.AddrPort{server}})
+			r := newRig(t, setup{endpoints: []netip.AddrPort{server}, killed: strings.HasSuffix(name, "killed")})
 			c := r.dial()
 			b := randomBytes(size)
 			done := make(chan error, 1)
@@ -195,7 +205,7 @@ func TestMoveUnsent(t *testing.T) {
 			}
 			s.Close()
 			wantEOF(t, c)
-			if name == "bulk" && stuck == 0 {
+			if size > 10<<20 && stuck == 0 {
 				t.Error("nothing was ever in the relay's hands")
 			}
 			r.close()
@@ -205,8 +215,13 @@ func TestMoveUnsent(t *testing.T) {
 
 // A connection whose one side has ended stays half open.
 func TestMoveHalfClosed(t *testing.T) {
+	t.Run("given", func(t *testing.T) { moveHalfClosed(t, false) })
+	t.Run("killed", func(t *testing.T) { moveHalfClosed(t, true) })
+}
+
+func moveHalfClosed(t *testing.T, killed bool) {
 	server, conns := serveTo(t, loopback4)
-	r := newRig(t, setup{endpoints: []netip.AddrPort{server}})
+	r := newRig(t, setup{endpoints: []netip.AddrPort{server}, killed: killed})
 	c := r.dial()
 	mustWrite(t, c, []byte("x"))
 	if err := c.CloseWrite(); err != nil {

@@ -32,5 +32,10 @@ const (
 	faultReleased // its answer is given
 	faultUrgent   // an urgent byte is passed on, and there still; then not any more
 	faultGiving   // another process is told something about taking over
+	faultKept     // a connection that another process has still is written down,
+	faultHas      // and so are all, which nobody was told
+	faultSaid     // it was told that they are here
+	faultCharged  // they are this process's
+	faultTookUp   // and one is at a worker
 	faultPoints
 )

@@ -20,12 +20,19 @@ var faults = sync.OnceValues(func() (n uint64, start time.Time) {
 })
 
 // fault kills the process now and then, more seldom while it starts, or only at the
-// point that the environment names. It counts that in a file, a byte for each point.
+// point that the environment names, so often at most as that says. It counts that in a
+// file, a byte for each point.
 func fault(point int) {
 	n, start := faults()
 	only := os.Getenv("PILLION_FAULT_ONLY")
 	if n == 0 || only != "" && only != strconv.Itoa(point) {
 		return
+	}
+	var st unix.Stat_t
+	if most := os.Getenv("PILLION_FAULT_MOST"); most != "" && unix.Stat(os.Getenv("PILLION_FAULT_COUNT"), &st) == nil {
+		if n, _ := strconv.ParseInt(most, 10, 64); st.Size >= n {
+			return
+		}
 	}
 	if time.Since(start) < time.Second && only == "" {
 		n *= 8

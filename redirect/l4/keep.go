@@ -98,9 +98,7 @@ func (c *conn) keepPipe(k int, p pipe) {
 // keepHeld writes down an answer, before it is given.
 func (c *conn) keepHeld(h *flow.Held) {
 	if s := c.slot; s != nil {
-		s.heldMark, s.heldSize, s.heldFrame = h.Mark, uint32(h.Size), h.Frame
-		s.heldSlot.set(h.Slot)
-		s.flags |= keptReleased
+		s.keepHeld(h)
 	}
 }
 
@@ -171,7 +169,9 @@ func (w *worker) saveRest(c *conn, k int, b []byte) {
 	}
 	fault(faultSaved)
 	c.slot.flags &^= keptRestUrgent << k
-	c.keepIf(s.restUrgent, keptRestUrgent<<k)
+	if s.restUrgent {
+		c.keepFlag(keptRestUrgent << k)
+	}
 	c.slot.rests[k] = w.registry.word(s.rest)
 }
 
@@ -217,41 +217,6 @@ func (w *worker) keepClosed(c *conn) {
 		c.slot = nil
 		w.registry.closed(s)
 		fault(faultEnded)
-	}
-}
-
-// keepAll writes down a connection that another process has begun.
-func (w *worker) keepAll(c *conn) {
-	w.keepConn(c)
-	s := c.slot
-	if s == nil {
-		return
-	}
-	s.fds[up], s.connected = c.sides[up].fd, int64(c.connected)
-	for k := range c.sides {
-		side := &c.sides[k]
-		c.keepIf(side.done, keptDone<<k)
-		c.keepIf(side.urgent, keptUrgent<<k)
-		c.keepPipe(k, side.pipe)
-		if side.rest != nil {
-			rest := side.rest
-			w.saveRest(c, k, side.pending())
-			w.buffers.release(rest)
-		}
-	}
-	c.keepIf(c.sides[up].chosen, keptChosen)
-	c.keepIf(!c.dialing && s.fds[up] >= 0, keptDialed)
-	c.keepIf(c.mirrored, keptMirrored)
-	c.keepIf(c.lingers, keptLingers)
-	s.recorded = c.lingers // by the other process
-	if fd := c.sides[down].fd; fd >= 0 {
-		w.keepFD(c, down, fd)
-	}
-}
-
-func (c *conn) keepIf(set bool, flag uint32) {
-	if set {
-		c.keepFlag(flag)
 	}
 }
 

@@ -73,6 +73,8 @@ type registryHead struct {
 	copied    uint32 // as Frozen.Copied
 	giving    uint32 // a Giving
 	givingFD  int32
+	taking    uint32 // a Taking
+	takingFD  int32
 	handles   handles
 	sockets   [socketsMost]handle
 }
@@ -350,7 +352,10 @@ func (r *Registry) Tag() uint64 { return r.head.tag }
 
 // SetCharged writes down that what the process runs is its own, and no other one's any
 // more; Charged returns whether an earlier process has.
-func (r *Registry) SetCharged() { r.head.charged = 1 }
+func (r *Registry) SetCharged() {
+	r.head.charged = 1
+	fault(faultCharged)
+}
 
 // Charged is the second part of [Registry.SetCharged].
 func (r *Registry) Charged() bool { return r.head.charged != 0 }

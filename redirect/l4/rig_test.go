@@ -48,6 +48,9 @@ type setup struct {
 	direct    func(r *rig, local, remote netip.AddrPort) (l4.Target, error)
 	allowed   func(netip.AddrPort) flow.Reason
 	again     func(r *rig, t *l4.Target) flow.Reason
+	// killed has each successor die when it has written down what it was given, and
+	// another one go on with that.
+	killed bool
 }
 
 // rig is a running relay whose director stands for the kernel side.
