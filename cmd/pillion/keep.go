@@ -203,9 +203,11 @@ func takeStored(p *plan) *taking {
 		p.log.Error("what the earlier process kept is lost", "error", err)
 		return nil
 	}
+	s.noteTaking(nil, l4.TakingBegun)
 	t := &taking{conn: conn, sockets: map[string]net.Listener{}}
 	if err := t.unpack(p.name); err != nil {
 		t.close()
+		s.noteTaking(nil, l4.TakingNothing)
 		p.log.Error("what the earlier process kept is lost", "error", err)
 		return nil
 	}

@@ -118,6 +118,7 @@ func daemon(g *global, f *runFlags) error {
 	if f.withScope {
 		defer p.listen()()
 	}
+	g.survival.took(&p)
 	p.taking = takeStored(&p)
 	if f.takeOver && p.taking == nil && !g.survival.inCharge() {
 		if p.taking, err = takeFrom(told, &p); err != nil {

@@ -58,6 +58,7 @@ func survive() (*survival, error) {
 	if s.again = s.registry.Began(open); !s.again {
 		return s, nil
 	}
+	ours := s.ours()
 	known := s.registry.Names()
 	s.handles = s.others(known, s.registry.Handles(s.build))
 	s.sockets = s.others(known, s.registry.Sockets())
@@ -68,10 +69,13 @@ func survive() (*survival, error) {
 	if how, fd := s.registry.Giving(); how != l4.GivingNothing {
 		known[fd] = true
 	}
+	if how, fd := s.registry.Taking(); how != l4.TakingNothing && fd >= 0 {
+		known[fd] = true
+	}
 	for _, fd := range open {
 		switch {
 		case known[fd]:
-		case onSlot(fd) && l4.Untouched(fd):
+		case ours && onSlot(fd) && l4.Untouched(fd):
 			s.accepted = append(s.accepted, fd)
 		default:
 			// Of files, epoll instances, and of connections that were being closed
@@ -324,6 +328,7 @@ func (i *instance) owned() {
 		s.keepSocket(at.name, at.ln)
 	}
 	s.registry.SetCharged()
+	s.noteTaking(nil, l4.TakingNothing)
 }
 
 // revive has the connections of the earlier worker go on, before all else. Accepting, and

@@ -82,6 +82,7 @@ func takeFrom(ctx context.Context, p *plan) (*taking, error) {
 	}
 	stop := context.AfterFunc(ctx, conn.Interrupt)
 	defer stop()
+	p.global.survival.noteTaking(nil, l4.TakingBegun)
 	t := &taking{conn: conn, sockets: map[string]net.Listener{}}
 	if err := t.hello(p.name); err != nil {
 		t.close()
@@ -218,7 +219,7 @@ func (i *instance) takeOver(ctx context.Context) error {
 	}
 	t.makeRoom()
 	t.loud = quiet()
-	err := t.receive()
+	err := t.receive(i.global.survival)
 	if errors.Is(err, io.EOF) {
 		// It died, or else it has its lock still.
 		if i.log.Warn("the other process ended meanwhile: going on without it"); t.lock != nil {
@@ -271,8 +272,9 @@ func (t *taking) makeRoom() {
 }
 
 // receive asks for everything and says that it is here. What it has is in t, also when
-// the other end is closed in the middle, which is io.EOF.
-func (t *taking) receive() error {
+// the other end is closed in the middle, which is io.EOF. kept is where it is written
+// down.
+func (t *taking) receive(kept *survival) error {
 	t.given = &l4.Given{}
 	// It may take as long to come to rest, and then to give all.
 	t.conn.Within(restLimit + 2*haveWithin(t.welcome.Live))
@@ -297,10 +299,14 @@ func (t *taking) receive() error {
 		return fmt.Errorf("what is handed over is not understood: %w", err)
 	}
 	t.lock, t.given = lock, given
+	// What is not written down now is lost if this worker is killed when it is ours.
+	kept.keep(given)
 	t.conn.Within(commitLimit)
+	kept.noteTaking(t.conn, l4.TakingHas)
 	if err := t.conn.Send(handover.KindHave, nil, nil); err != nil && !hungUp(err) {
 		return err
 	}
+	kept.noteTaking(t.conn, l4.TakingSaid)
 	// Also when the other end is closed: it may have given up, and said so.
 	_, err = t.conn.Expect(handover.KindCommit)
 	return err

@@ -130,6 +130,12 @@ func (i *instance) load() error {
 		return nil
 	}
 	i.global.survival.clean() // the lock is among it
+	if i.global.survival.inCharge() {
+		// It may have been taken over a moment ago: then the other process is leaving.
+		if err := loader.Await(i.global.bpffs, i.name, deathLimit); err != nil {
+			return err
+		}
+	}
 	swept, err := loader.Sweep(i.global.bpffs, i.cgroups)
 	for _, name := range swept {
 		i.log.Info("removed what a dead instance left", "instance", name)

@@ -414,6 +414,50 @@ func TestGiverKilled(t *testing.T) {
 	}
 }
 
+// taking are the fault points of who takes an instance over, from the first connection
+// that it has written down to the first that it carries; and whether the connections are
+// its own by then.
+var taking = []struct {
+	name  string
+	point int
+	ours  bool
+}{
+	{"one is written down", 29, false},
+	{"all are", 30, true},
+	{"the giver knows", 31, true},
+	{"the giver has let go", 32, true},
+	{"one is taken up", 33, true},
+}
+
+// TestTakerKilled has kept handlers kill themselves at each point of taking over from one
+// another: the connections go on with either.
+func TestTakerKilled(t *testing.T) {
+	s := newStage(t, rig.New(t), "", task{Workers: 2, Pings: 90, Urgent: 10, Most: 1 << 16})
+	program := faulty(t)
+	for _, at := range taking {
+		s.ready(t)
+		count := filepath.Join(t.TempDir(), "count")
+		if err := os.WriteFile(count, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s.Env = []string{
+			"PILLION_FAULT=1", fmt.Sprintf("PILLION_FAULT_ONLY=%d", at.point), "PILLION_FAULT_MOST=1", "PILLION_FAULT_COUNT=" + count,
+		}
+		before := len(s.Log())
+		s.Replace(t, program)
+		s.ready(t)
+		hits, err := os.ReadFile(count)
+		if err != nil || len(hits) == 0 { // two threads may die at once
+			t.Errorf("%s: nobody has died: %v", at.name, err)
+		}
+		log := s.Log()[before:]
+		if recovered := strings.Contains(log, "the handler was killed: its connections go on"); recovered != at.ours {
+			t.Errorf("%s: the next worker has them at once: %v, want %v\n%s", at.name, recovered, at.ours, log)
+		}
+	}
+	s.finish(t)
+}
+
 // TestClients asks a handler all the time while it is killed: whoever asks waits, and
 // nobody is told that there is none.
 func TestClients(t *testing.T) {
