@@ -209,13 +209,17 @@ func (d *Datapath) connect(m flow.ConnectMode) flow.ConnectMode {
 // Unavailable makes connects to a service fail at once for this long from now: it
 // has no endpoint that may be picked. 0 takes that back. The time is bounded, so
 // that what a dead process last said does not hold for ever. It does not wait for
-// what takes long, since a worker of the handler calls it.
+// what takes long, since a worker of the handler calls it. It fails with [ErrNoService].
 func (d *Datapath) Unavailable(service netip.AddrPort, wait time.Duration) error {
 	d.servicesMu.Lock()
 	defer d.servicesMu.Unlock()
 	key := serviceKey(service)
 	var s bpf.Service
-	if err := d.maps.Services.Lookup(key, &s); err != nil {
+	err := d.maps.Services.Lookup(key, &s)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		err = ErrNoService
+	}
+	if err != nil {
 		return fmt.Errorf("look up service %s: %w", service, err)
 	}
 	s.Unavailable = 0

@@ -145,6 +145,7 @@ func (c *control) run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case answer := <-c.requests:
+			c.i.reopenLog()
 			answer <- c.reload()
 		case end := <-c.still:
 			if left := <-end; left {
@@ -161,6 +162,7 @@ func (c *control) run(ctx context.Context) error {
 			}
 			close(done)
 		case <-c.i.hangups:
+			c.i.reopenLog()
 			c.reload()
 		case <-files:
 			c.reload()

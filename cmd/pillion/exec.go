@@ -61,7 +61,7 @@ CMD, or 128 and the number of the signal that ended it.`,
 	flags.StringVar(&f.existing, "existing", "", "report or reset: what becomes of connections older than the capture (default report)")
 	flags.StringVar(&f.user, "user", "", "run CMD as this user (default: who called sudo)")
 	flags.StringVar(&f.name, "name", "", "name of the instance (default: made of the process number)")
-	flags.DurationVar(&f.drain, "drain-timeout", 3*time.Second, "how long connections may go on after CMD has ended")
+	durationVar(flags, &f.drain, "drain-timeout", 3*time.Second, "how long connections may go on after CMD has ended")
 	flags.BoolVar(&f.summary, "summary", false, "print the flows when CMD has ended, to stderr")
 	return c
 }

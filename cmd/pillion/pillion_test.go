@@ -44,6 +44,7 @@ func TestUsage(t *testing.T) {
 		"bad file":           {"exec", "--config", bad, "--", "true"},
 		"bad file of run":    {"run", "--cgroup", "/sys/fs/cgroup", "--config", bad},
 		"bad duration":       {"run", "--cgroup", "/", "--drain-timeout", "soon"},
+		"negative duration":  {"run", "--cgroup", "/", "--drain-timeout", "-1s"},
 		"bad output":         {"flows", "-o", "xml"},
 		"bad path":           {"flows", "--path", "tunnel"},
 		"bad end":            {"flows", "--end", "well"},

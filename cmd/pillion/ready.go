@@ -72,7 +72,7 @@ func newProbe(g *global, use, short string, ask func(*admin.Client, context.Cont
 		},
 	}
 	c.Flags().StringVar(&name, "instance", "", "which instance (default: the only one)")
-	c.Flags().DurationVar(&limit, "timeout", time.Second, "how long it may take to answer")
+	durationVar(c.Flags(), &limit, "timeout", time.Second, "how long it may take to answer")
 	return c
 }
 

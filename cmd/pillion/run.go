@@ -74,7 +74,7 @@ usual. Until it has everything, the other one goes on if this one fails.`,
 	}
 	f.add(c)
 	flags := c.Flags()
-	flags.DurationVar(&f.drain, "drain-timeout", 30*time.Second, "how long open connections may go on after SIGTERM")
+	durationVar(flags, &f.drain, "drain-timeout", 30*time.Second, "how long open connections may go on after SIGTERM")
 	flags.BoolVar(&f.keep, "keep-on-restart", false, "have systemd keep what is open while it restarts the unit, which needs FileDescriptorStoreMax=1")
 	flags.BoolVar(&f.takeOver, "take-over", false, "take over from the process that runs the instance, with its connections; without one, start as usual")
 	flags.BoolVar(&f.withScope, "exit-with-scope", false, "end when the applications in scope have ended, as a Job's sidecar has to")

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"net/netip"
 	"slices"
-	"time"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/loader"
@@ -101,11 +100,6 @@ func (c *control) close(in *config.Config, services []service) {
 		return
 	}
 	closed := make(map[netip.AddrPort]bool)
-	tell := func(addr netip.AddrPort, wait time.Duration) {
-		if err := c.i.datapath.Unavailable(addr, wait); err != nil {
-			c.i.log.Error("cannot tell the connect hook which services are unavailable", "error", err)
-		}
-	}
 	for i := range services {
 		s := &services[i]
 		up := func(e *upstream.Endpoint) bool { return !e.Down() }
@@ -113,9 +107,9 @@ func (c *control) close(in *config.Config, services []service) {
 		case s.path != flow.PathRelay || !s.known && !closes(in, s) || s.idle():
 		case !slices.ContainsFunc(s.cluster.Endpoints, up):
 			closed[s.Addr] = true
-			tell(s.Addr, closedFor)
+			c.i.unavailable(s.Addr, closedFor)
 		case c.closed[s.Addr]:
-			tell(s.Addr, 0)
+			c.i.unavailable(s.Addr, 0)
 		default:
 		}
 	}

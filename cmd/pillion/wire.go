@@ -224,9 +224,10 @@ func (i *instance) assembleRest(rules loader.Rules) error {
 	return i.datapath.AttachLookup()
 }
 
-// unavailable tells the connect hook that a service has no endpoint for a while.
+// unavailable tells the connect hook that a service has no endpoint for a while. The
+// handler knows a service before the hook does, and one that was removed a little longer.
 func (i *instance) unavailable(service netip.AddrPort, wait time.Duration) {
-	if err := i.datapath.Unavailable(service, wait); err != nil {
+	if err := i.datapath.Unavailable(service, wait); err != nil && !errors.Is(err, loader.ErrNoService) {
 		i.log.Error("cannot tell the connect hook which services are unavailable", "error", err)
 	}
 }
@@ -286,6 +287,17 @@ func (i *instance) listen(what string, a netip.AddrPort) (net.Listener, error) {
 
 // flowLogQueue is how many records may wait for a slow disk.
 const flowLogQueue = 16384
+
+// reopenLog goes on with the file that has the flow log's name by now: who rotates it
+// has moved the other one.
+func (i *instance) reopenLog() {
+	if i.flowLog == nil {
+		return
+	}
+	if err := i.flowLog.Reopen(); err != nil {
+		i.log.Error("the flow log goes on where it was", "error", err)
+	}
+}
 
 func (i *instance) socketPath() string {
 	return filepath.Join(i.global.runtime, i.name+".sock")
