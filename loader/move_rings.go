@@ -151,11 +151,14 @@ func (d *Datapath) readFormer(m *move) error {
 	f := &d.former
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	is := d.layouts.Maps["events"]
 	all := f.left["events"]
 	if m.has("events") {
 		all = append([]formerMap{{m: m.bulk["events"], layout: m.from.Maps["events"]}}, all...)
 	}
+	if len(all) == 0 {
+		return nil // resumed: nobody knows the layouts
+	}
+	is := d.layouts.Maps["events"]
 	for _, v := range all {
 		ring, err := v.m.Clone()
 		if err != nil {
