@@ -47,10 +47,17 @@ func disguiseSets(t testing.TB, old, to *ebpf.Map, inner *ebpf.MapSpec, was, is 
 	for _, kind := range []string{"set_tiers", "set_config", "set_state", "set_endpoint", "set_table"} {
 		spans[kind] = spansOf(withPrefix(was.Value, kind), withPrefix(is.Value, kind))
 	}
-	var id, number uint32
 	var numbers, fds []uint32
-	it := old.Iterate()
-	for it.Next(&number, &id) {
+	// They are numbered from 0 on; before Linux 6.8 each look waits for RCU.
+	for number := uint32(0); ; number++ {
+		var id uint32
+		err := old.Lookup(number, &id)
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 		m, err := ebpf.NewMapFromID(ebpf.MapID(id))
 		if err != nil {
 			t.Fatal(err)
@@ -84,9 +91,6 @@ func disguiseSets(t testing.TB, old, to *ebpf.Map, inner *ebpf.MapSpec, was, is 
 			t.Fatal(err)
 		}
 		numbers, fds = append(numbers, number), append(fds, uint32(n.FD()))
-	}
-	if err := it.Err(); err != nil {
-		t.Fatal(err)
 	}
 	for k := range slices.Chunk(numbers, 1000) { // each waits for RCU, also here
 		if _, err := to.BatchUpdate(k, fds[:len(k)], nil); err != nil {
@@ -474,6 +478,10 @@ func TestMoveManySets(t *testing.T) {
 		sets[netip.AddrPortFrom(shop.Addr(), uint16(1000+n))] = set
 	}
 	setRules(t, first, withServices(sets))
+	if first.sets.waitsEach {
+		p.unload(t, first)
+		t.Skip("to disguise them takes minutes where each look waits for RCU (before Linux 6.8); TestMoveSets has some")
+	}
 	path := first.dir
 	some := slices.Collect(maps.Keys(sets))[:20]
 	var want [][]bpf.SetRow
