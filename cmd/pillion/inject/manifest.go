@@ -117,15 +117,18 @@ func (o Options) document(doc string) (out string, results []Result, err error) 
 	}
 	w := &writer{doc: doc}
 	results, err = o.object(v, nil, w.write)
-	if err != nil || w.doc == doc {
+	if err != nil {
 		return doc, results, err
 	}
+	if out = w.text(); out == doc {
+		return doc, results, nil
+	}
 	// v has been edited as the text was.
-	got, err := decode(w.doc)
+	got, err := decode(out)
 	if err != nil || !same(got, v) {
 		return doc, nil, refuse("it is written in a way that cannot be changed line by line (anchors, merged keys, unusual indentation?)")
 	}
-	return w.doc, results, nil
+	return out, results, nil
 }
 
 func decode(doc string) (any, error) {

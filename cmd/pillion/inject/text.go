@@ -13,13 +13,143 @@ import (
 // writer does edits to the text of one document. The parser says where nodes
 // begin; where they end follows from the indentation, since everything that is
 // touched has to be in block style.
-type writer struct{ doc string }
+//
+// The edits come in the order of the document. Of a list's, only the element that is
+// being edited is parsed again, so that the work grows as the document does.
+type writer struct {
+	doc string
+	// lines are those of doc, from the first edit on, and root its node if it is a list.
+	lines []string
+	eol   string
+	root  ast.Node
+	// done is the text of lines before the one at next. The element at the path
+	// object, or all there is, goes from there to the line at until: now is its text.
+	done        strings.Builder
+	next, until int
+	object      []string
+	now         string
+}
+
+// text returns the document with the edits.
+func (w *writer) text() string {
+	if w.lines == nil {
+		return w.doc
+	}
+	return w.done.String() + w.now + strings.Join(w.lines[w.until:], "")
+}
 
 // write does an edit of what is at base.
 func (w *writer) write(base []string, e edit) error {
-	f, err := parser.ParseBytes([]byte(w.doc), 0)
+	n := 0
+	for n+1 < len(base) && base[n] == "items" {
+		n += 2
+	}
+	if err := w.enter(base[:n]); err != nil {
+		return err
+	}
+	root, err := parse(w.now)
 	if err != nil {
-		return refuse("the YAML cannot be read: %v", err)
+		return err
+	}
+	if n > 0 {
+		base = join([]string{"0"}, base[n:]...)
+	}
+	path := join(base, e.path...)
+	at, last := path[:len(path)-1], path[len(path)-1]
+	t := &text{lines: slices.Collect(strings.Lines(w.now)), eol: w.eol, before: w.next}
+	parent, err := t.find(root, at)
+	if err != nil {
+		return err
+	}
+	t.offset = t.dashes(root, base)
+	switch n := parent.(type) {
+	case *ast.SequenceNode:
+		err = t.element(n, last, e)
+	default:
+		err = t.key(entries(n), last, e)
+	}
+	w.now = strings.Join(t.lines, "")
+	return err
+}
+
+// enter makes the element at a path the one that is edited, or the whole document if
+// the path is empty.
+func (w *writer) enter(object []string) error {
+	switch {
+	case w.lines == nil:
+		if err := w.begin(len(object) > 0); err != nil {
+			return err
+		}
+	case slices.Equal(object, w.object):
+		return nil
+	}
+	from, until, err := w.span(object)
+	if err != nil {
+		return err
+	}
+	w.done.WriteString(w.now)
+	for _, line := range w.lines[w.until:from] {
+		w.done.WriteString(line)
+	}
+	w.next, w.until, w.object = from, until, object
+	w.now = strings.Join(w.lines[from:until], "")
+	return nil
+}
+
+func (w *writer) begin(list bool) (err error) {
+	if list {
+		if w.root, err = parse(w.doc); err != nil {
+			return err
+		}
+	}
+	w.lines, w.eol = slices.Collect(strings.Lines(w.doc)), "\n"
+	if len(w.lines) > 0 && strings.HasSuffix(w.lines[0], "\r\n") {
+		w.eol = "\r\n"
+	}
+	if n := len(w.lines); n > 0 && !strings.HasSuffix(w.lines[n-1], "\n") {
+		w.lines[n-1] += w.eol
+	}
+	return nil
+}
+
+// span returns the line at which the element at a path begins, and the one at which
+// what stands behind it does.
+func (w *writer) span(object []string) (from, until int, err error) {
+	t, n := &text{}, w.root
+	from, until = 0, len(w.lines)
+	for ; len(object) > 0; object = object[2:] {
+		if n, err = t.find(n, nil); err != nil {
+			return 0, 0, err
+		}
+		all := entries(n)
+		if at := slices.Index(all, entry(all, object[0])); at >= 0 && at+1 < len(all) {
+			until = all[at+1].Key.GetToken().Position.Line - 1
+		}
+		if n, err = t.find(n, object[:1]); err != nil {
+			return 0, 0, err
+		}
+		s, ok := n.(*ast.SequenceNode)
+		i, numErr := strconv.Atoi(object[1])
+		if !ok || numErr != nil || i >= len(s.Values) || len(s.Entries) != len(s.Values) {
+			return 0, 0, refuse("line %d: no element %s", t.line(n), object[1])
+		}
+		from = s.Entries[i].Start.Position.Line - 1
+		if i+1 < len(s.Entries) {
+			until = s.Entries[i+1].Start.Position.Line - 1
+		}
+		n = s.Values[i]
+	}
+	if from < w.until || until <= from || until > len(w.lines) {
+		return 0, 0, refuse("line %d: an element where none is seen", from+1)
+	}
+	return from, until, nil
+}
+
+// parse returns the node of the last document in a text that has one.
+func parse(doc string) (ast.Node, error) {
+	f, err := parser.ParseBytes([]byte(doc), 0)
+	if err != nil {
+		return nil, refuse("the YAML cannot be read: %v", err)
 	}
 	var root ast.Node
 	for _, d := range f.Docs {
@@ -27,32 +157,11 @@ func (w *writer) write(base []string, e edit) error {
 			root = d.Body
 		}
 	}
-	path := join(base, e.path...)
-	at, last := path[:len(path)-1], path[len(path)-1]
-	parent, err := find(root, at)
-	if err != nil {
-		return err
-	}
-	t := &text{lines: slices.Collect(strings.Lines(w.doc)), eol: "\n"}
-	if len(t.lines) > 0 && strings.HasSuffix(t.lines[0], "\r\n") {
-		t.eol = "\r\n"
-	}
-	if n := len(t.lines); n > 0 && !strings.HasSuffix(t.lines[n-1], "\n") {
-		t.lines[n-1] += t.eol
-	}
-	t.offset = offset(root, base)
-	switch n := parent.(type) {
-	case *ast.SequenceNode:
-		err = t.element(n, last, e)
-	default:
-		err = t.key(entries(n), last, e)
-	}
-	w.doc = strings.Join(t.lines, "")
-	return err
+	return root, nil
 }
 
 // find follows a path. What is in flow style, or stands elsewhere, is refused.
-func find(n ast.Node, path []string) (ast.Node, error) {
+func (t *text) find(n ast.Node, path []string) (ast.Node, error) {
 	for {
 		a, ok := n.(*ast.AnchorNode)
 		if !ok {
@@ -63,17 +172,17 @@ func find(n ast.Node, path []string) (ast.Node, error) {
 	switch v := n.(type) {
 	case *ast.MappingNode:
 		if v.IsFlowStyle {
-			return nil, refuse("line %d: a mapping in flow style {...}: write it in lines", v.GetToken().Position.Line)
+			return nil, refuse("line %d: a mapping in flow style {...}: write it in lines", t.line(v))
 		}
 	case *ast.SequenceNode:
 		if v.IsFlowStyle {
-			return nil, refuse("line %d: a list in flow style [...]: write it in lines", v.GetToken().Position.Line)
+			return nil, refuse("line %d: a list in flow style [...]: write it in lines", t.line(v))
 		}
 	case *ast.MappingValueNode:
 	case nil:
 		return nil, refuse("it is empty")
 	default:
-		return nil, refuse("line %d: %s where a mapping or a list is wanted: write it out", n.GetToken().Position.Line, n.Type())
+		return nil, refuse("line %d: %s where a mapping or a list is wanted: write it out", t.line(n), n.Type())
 	}
 	if len(path) == 0 {
 		return n, nil
@@ -81,15 +190,15 @@ func find(n ast.Node, path []string) (ast.Node, error) {
 	if s, ok := n.(*ast.SequenceNode); ok {
 		i, err := strconv.Atoi(path[0])
 		if err != nil || i < 0 || i >= len(s.Values) {
-			return nil, refuse("line %d: no element %s", s.GetToken().Position.Line, path[0])
+			return nil, refuse("line %d: no element %s", t.line(s), path[0])
 		}
-		return find(s.Values[i], path[1:])
+		return t.find(s.Values[i], path[1:])
 	}
 	e := entry(entries(n), path[0])
 	if e == nil {
-		return nil, refuse("line %d: the key %s is not there in words", n.GetToken().Position.Line, path[0])
+		return nil, refuse("line %d: the key %s is not there in words", t.line(n), path[0])
 	}
-	return find(e.Value, path[1:])
+	return t.find(e.Value, path[1:])
 }
 
 // entries returns those of a mapping, which may have one only.
@@ -112,9 +221,9 @@ func entry(all []*ast.MappingValueNode, key string) *ast.MappingValueNode {
 	return nil
 }
 
-// offset is how far the dashes of a pod's lists stand to the right of the key.
-func offset(root ast.Node, pod []string) int {
-	n, err := find(root, join(pod, "spec"))
+// dashes tells how far those of a pod's lists stand to the right of the key.
+func (t *text) dashes(root ast.Node, pod []string) int {
+	n, err := t.find(root, join(pod, "spec"))
 	if err != nil {
 		return 0
 	}
@@ -129,12 +238,17 @@ func offset(root ast.Node, pod []string) int {
 	return max(s.Start.Position.Column-c.Key.GetToken().Position.Column, 0)
 }
 
-// text is a document in lines, each with its end.
+// text is a document or an element of one in lines, each with its end.
 type text struct {
-	lines  []string
-	eol    string
+	lines []string
+	eol   string
+	// before is how many lines of the document stand before it.
+	before int
 	offset int
 }
+
+// line returns that of a node in the document, from 1 on.
+func (t *text) line(n ast.Node) int { return t.before + n.GetToken().Position.Line }
 
 func indent(line string) int { return len(line) - len(strings.TrimLeft(line, " ")) }
 
@@ -183,7 +297,7 @@ func (t *text) splice(i, j int, lines []string) {
 func (t *text) element(s *ast.SequenceNode, index string, e edit) error {
 	i, err := strconv.Atoi(index)
 	if err != nil || i > len(s.Values) || len(s.Entries) != len(s.Values) {
-		return refuse("line %d: no element %s", s.GetToken().Position.Line, index)
+		return refuse("line %d: no element %s", t.line(s), index)
 	}
 	c := s.Start.Position.Column - 1
 	line := func(n int) int { return s.Entries[n].Start.Position.Line - 1 }
@@ -192,7 +306,7 @@ func (t *text) element(s *ast.SequenceNode, index string, e edit) error {
 		at := t.end(line(i-1), c, false)
 		t.splice(at, at, t.item(e.value, c))
 	case i == len(s.Values):
-		return refuse("line %d: no element %s", s.GetToken().Position.Line, index)
+		return refuse("line %d: no element %s", t.line(s), index)
 	case e.kind == add:
 		at := t.above(line(i), c)
 		t.splice(at, at, t.item(e.value, c))
@@ -221,13 +335,13 @@ func (t *text) key(all []*ast.MappingValueNode, key string, e edit) error {
 		if e.kind == add {
 			at := nothing.FindStringIndex(t.lines[i])
 			if at == nil || indent(t.lines[i]) != c {
-				return refuse("line %d: %s is empty, in a way that cannot be changed", i+1, key)
+				return refuse("line %d: %s is empty, in a way that cannot be changed", t.before+i+1, key)
 			}
 			t.splice(i, i+1, lines)
 			return nil
 		}
 		if indent(t.lines[i]) != c {
-			return refuse("line %d: %s stands beside something else", i+1, key)
+			return refuse("line %d: %s stands beside something else", t.before+i+1, key)
 		}
 		t.splice(i, end(old), lines)
 		return nil
