@@ -4,6 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"sync/atomic"
+	"time"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -24,10 +28,24 @@ const (
 	// floorDrop, when the application closes the socket, deletes it.
 	floorEntry = "hash entry"
 	floorDrop  = "hash entry, deleted"
+	// floorRecord follows the socket from its SYN to its end, finds its storage there,
+	// and tells of it by a record of the size of Pillion's. floorRelease finds the
+	// storage when the application closes the socket, and floorPeer and floorName return
+	// where an application asks for names: less cannot do what Pillion does on pass.
+	floorRecord  = "record"
+	floorRelease = "release"
+	floorPeer    = "getpeername"
+	floorName    = "getsockname"
 )
 
-// skOffset is that of sk in struct bpf_sock_addr.
-const skOffset = 64
+// Offsets in struct bpf_sock_addr, and in struct bpf_sock_ops.
+const (
+	skOffset      = 64
+	opOffset      = 0
+	stateOffset   = 8 // of args[1]: the state that follows
+	cbFlagsOffset = 84
+	opsSkOffset   = 184
+)
 
 // storageMap is the map of Pillion's socket storage, by name.
 const storageMap = "decisions"
@@ -55,6 +73,12 @@ func (w *world) attachFloor(cgroup *os.File, names ...string) (programs, error) 
 		return nil, fmt.Errorf("make a hash: %w", err)
 	}
 	defer entries.Close()
+	var records *ebpf.Map
+	if slices.Contains(names, floorRecord) {
+		if records, err = w.records(); err != nil {
+			return nil, fmt.Errorf("make a ring: %w", err)
+		}
+	}
 	all := programs{}
 	for _, name := range names {
 		kind, at, code := ebpf.CGroupSockAddr, ebpf.AttachCGroupInet4Connect, proceed()
@@ -65,6 +89,14 @@ func (w *world) attachFloor(cgroup *os.File, names ...string) (programs, error) 
 			code = makeEntry(entries, int(size))
 		case floorDrop:
 			kind, at, code = ebpf.CGroupSock, ebpf.AttachCgroupInetSockRelease, dropEntry(entries)
+		case floorRecord:
+			kind, at, code = ebpf.SockOps, ebpf.AttachCGroupSockOps, record(storage, records)
+		case floorRelease:
+			kind, at, code = ebpf.CGroupSock, ebpf.AttachCgroupInetSockRelease, release(storage)
+		case floorPeer:
+			at = ebpf.AttachCgroupInet4GetPeername
+		case floorName:
+			at = ebpf.AttachCgroupInet4GetSockname
 		}
 		p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "bench_floor", Type: kind, AttachType: at, License: "Dual BSD/GPL", Instructions: code})
 		if err != nil {
@@ -145,4 +177,99 @@ func dropEntry(m *ebpf.Map) asm.Instructions {
 		asm.FnMapDeleteElem.Call(),
 	)
 	return append(code, proceed()...)
+}
+
+// record is what follows a socket.
+func record(storage, records *ebpf.Map) asm.Instructions {
+	const (
+		size    = int32(unsafe.Sizeof(bpf.ConnEvent{}))
+		noWake  = 1 // BPF_RB_NO_WAKEUP
+		connect = 3 // BPF_SOCK_OPS_TCP_CONNECT_CB
+		state   = 10
+		flags   = 1 | 4 // BPF_SOCK_OPS_RTO_CB_FLAG, BPF_SOCK_OPS_STATE_CB_FLAG
+	)
+	code := asm.Instructions{
+		asm.LoadMem(asm.R2, asm.R1, opOffset, asm.Word),
+		asm.JEq.Imm(asm.R2, connect, "follow"),
+		asm.JNE.Imm(asm.R2, state, "proceed"),
+		asm.LoadMem(asm.R2, asm.R1, stateOffset, asm.Word),
+		asm.JNE.Imm(asm.R2, unix.BPF_TCP_CLOSE, "proceed"),
+		asm.LoadMem(asm.R2, asm.R1, opsSkOffset, asm.DWord),
+		asm.JEq.Imm(asm.R2, 0, "proceed"),
+		asm.LoadMapPtr(asm.R1, storage.FD()),
+		asm.Mov.Imm(asm.R3, 0),
+		asm.Mov.Imm(asm.R4, 0),
+		asm.FnSkStorageGet.Call(),
+		asm.JEq.Imm(asm.R0, 0, "proceed"),
+		asm.LoadMapPtr(asm.R1, records.FD()),
+		asm.Mov.Imm(asm.R2, size),
+		asm.Mov.Imm(asm.R3, 0),
+		asm.FnRingbufReserve.Call(),
+		asm.JEq.Imm(asm.R0, 0, "proceed"),
+		asm.Mov.Reg(asm.R6, asm.R0),
+	}
+	code = append(code, asm.Mov.Imm(asm.R1, 0))
+	for at := int16(0); at < int16(size); at += 8 {
+		code = append(code, asm.StoreMem(asm.R6, at, asm.R1, asm.DWord))
+	}
+	code = append(code,
+		asm.Mov.Reg(asm.R1, asm.R6),
+		asm.Mov.Imm(asm.R2, noWake),
+		asm.FnRingbufSubmit.Call(),
+		asm.Ja.Label("proceed"),
+		asm.LoadMem(asm.R2, asm.R1, cbFlagsOffset, asm.Word).WithSymbol("follow"),
+		asm.Or.Imm(asm.R2, flags),
+		asm.FnSockOpsCbFlagsSet.Call(),
+	)
+	return append(code, proceed()...)
+}
+
+// release is bpf_sk_storage_get(m, ctx, NULL, 0).
+func release(m *ebpf.Map) asm.Instructions {
+	return append(asm.Instructions{
+		asm.Mov.Reg(asm.R2, asm.R1),
+		asm.LoadMapPtr(asm.R1, m.FD()),
+		asm.Mov.Imm(asm.R3, 0),
+		asm.Mov.Imm(asm.R4, 0),
+		asm.FnSkStorageGet.Call(),
+	}, proceed()...)
+}
+
+// records makes a ring of the size of Pillion's, which is emptied as often, and not looked
+// at.
+func (w *world) records() (*ebpf.Map, error) {
+	const size = 1 << 20
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Name: "bench_floor", Type: ebpf.RingBuf, MaxEntries: size})
+	if err != nil {
+		return nil, err
+	}
+	page := os.Getpagesize()
+	read, err := unix.Mmap(m.FD(), 0, page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, errors.Join(err, m.Close())
+	}
+	written, err := unix.Mmap(m.FD(), int64(page), page, unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return nil, errors.Join(err, unix.Munmap(read), m.Close())
+	}
+	stop, over := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(over)
+		tick := time.NewTicker(200 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				atomic.StoreUint64((*uint64)(unsafe.Pointer(&read[0])), atomic.LoadUint64((*uint64)(unsafe.Pointer(&written[0]))))
+			case <-stop:
+				return
+			}
+		}
+	}()
+	w.later(func() error {
+		close(stop)
+		<-over
+		return errors.Join(unix.Munmap(read), unix.Munmap(written), m.Close())
+	})
+	return m, nil
 }

@@ -30,7 +30,9 @@ const (
 	// What a connection costs with a state of the size of Pillion's, kept with the
 	// socket or beside it, and nothing else.
 	armStorage = "only socket storage"
-	armEntry   = "only a hash entry"
+	// The same, with as little as has a record of the connection in the end.
+	armRecord = "only storage and a record"
+	armEntry  = "only a hash entry"
 )
 
 const (
@@ -154,6 +156,7 @@ func (w *pathWorld) floor(ns *os.File) error {
 	}{
 		{armFloor, "floor", workHook, []string{floorNothing, floorStorage, floorEntry, floorDrop}},
 		{armStorage, "storage", workConnection, []string{floorStorage}},
+		{armRecord, "record", workConnection, []string{floorStorage, floorRecord, floorRelease, floorPeer, floorName}},
 		{armEntry, "entry", workConnection, []string{floorEntry, floorDrop}},
 	} {
 		scope, err := w.cgroup(a.cgroup)

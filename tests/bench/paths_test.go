@@ -81,7 +81,7 @@ func TestFloor(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	all, err := w.attachFloor(dir, floorNothing, floorStorage, floorEntry, floorDrop)
+	all, err := w.attachFloor(dir, floorNothing, floorStorage, floorEntry, floorDrop, floorRecord, floorRelease, floorPeer, floorName)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -104,6 +104,13 @@ func TestFloor(t *testing.T) {
 		if got := now[name]; got.runs != 1 || got.time <= 0 {
 			t.Errorf("%s: %+v, want one run", name, got)
 		}
+	}
+	// Before the SYN, and at the end at least.
+	if got := now[floorRecord]; got.runs < 2 {
+		t.Errorf("%s: %+v, want two runs", floorRecord, got)
+	}
+	if got := now[floorRelease]; got.runs != 1 {
+		t.Errorf("%s: %+v, want one run", floorRelease, got)
 	}
 }
 
