@@ -184,7 +184,12 @@ func (c *control) run(ctx context.Context) error {
 	}
 }
 
-// Reload reads the configuration again, as a signal does.
+// endsLimit is how long the answer to a reload waits until connections to endpoints that
+// it removed are ended: who asks may want to know that, and need not wait for a worker that
+// hangs.
+const endsLimit = 250 * time.Millisecond
+
+// requestReload reads the configuration again, as a signal does.
 func (c *control) requestReload(ctx context.Context) (admin.ReloadResult, error) {
 	answer := make(chan admin.ReloadResult, 1)
 	select {
@@ -194,6 +199,9 @@ func (c *control) requestReload(ctx context.Context) (admin.ReloadResult, error)
 	}
 	select {
 	case r := <-answer:
+		ctx, cancel := context.WithTimeout(ctx, endsLimit)
+		defer cancel()
+		c.removals.ends.done(ctx)
 		return r, nil
 	case <-ctx.Done():
 		return admin.ReloadResult{}, context.Cause(ctx)

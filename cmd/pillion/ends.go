@@ -31,6 +31,7 @@ type ends struct {
 	queue  []gone
 	now    *underway // nil: nothing is
 	paused bool
+	idle   chan struct{} // closed when all is done; nil: nobody waits for that
 }
 
 // underway is an end that has begun.
@@ -72,9 +73,33 @@ func (e *ends) next(ctx context.Context) bool {
 	e.end(ctx, u.gone)
 	e.mu.Lock()
 	e.now = nil
+	e.tell()
 	e.mu.Unlock()
 	close(u.over)
 	return true
+}
+
+// tell has those go on who wait until all is done, if it is. mu is held.
+func (e *ends) tell() {
+	if e.idle != nil && len(e.queue) == 0 && e.now == nil {
+		close(e.idle)
+		e.idle = nil
+	}
+}
+
+// done waits until all that is ordered is done, or ctx is.
+func (e *ends) done(ctx context.Context) {
+	e.mu.Lock()
+	if e.idle == nil {
+		e.idle = make(chan struct{})
+	}
+	idle := e.idle
+	e.tell()
+	e.mu.Unlock()
+	select {
+	case <-idle:
+	case <-ctx.Done():
+	}
 }
 
 // put orders one. It waits for nothing.
@@ -104,6 +129,7 @@ func (e *ends) drop(which func(gone) bool) (dropped []gone) {
 		return is
 	})
 	u := e.now
+	e.tell()
 	e.mu.Unlock()
 	if u != nil && which(u.gone) {
 		u.stop()

@@ -161,3 +161,29 @@ func TestEndsStandStill(t *testing.T) {
 		e.wants(t, "it goes on", map[string]int{"first": 1, "second": 1})
 	})
 }
+
+// TestEndsDone: who waits for the ends hears of the last one, and not for ever of workers
+// that hang.
+func TestEndsDone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		busy := make(chan struct{})
+		e, r := newEnder(t, func(context.Context, gone) { <-busy })
+		r.ends.done(t.Context()) // there is nothing
+		r.add(goneOf("first"), config.OnRemoveReset, 0)
+		r.add(goneOf("second"), config.OnRemoveReset, 0)
+		began := time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), endsLimit)
+		defer cancel()
+		r.ends.done(ctx)
+		if took := time.Since(began); took != endsLimit {
+			t.Errorf("the workers hang: it waited for %s, want %s", took, endsLimit)
+		}
+		close(busy)
+		r.ends.done(t.Context())
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if diff := cmp.Diff(map[string]int{"first": 1, "second": 1}, e.ended); diff != "" {
+			t.Errorf("when it was done (-want +got)\n%s", diff)
+		}
+	})
+}
