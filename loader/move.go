@@ -339,13 +339,16 @@ func (m *move) copyCounts(name string, to *ebpf.Map) error {
 // left, and makes the new maps the instance's.
 func (d *Datapath) moveOut() error {
 	m := d.moving.Load()
-	if m == nil && len(d.former.left) == 0 {
+	if m == nil && !d.former.killed {
 		return nil
 	}
 	waitForHooks()
 	d.gatherLast()
-	if err := d.former.letGo(); err != nil || m == nil {
+	if err := d.former.letGo(); err != nil {
 		return err
+	}
+	if m == nil {
+		return d.makeGood()
 	}
 	if err := d.copyOutlived(m); err != nil {
 		return err
@@ -362,6 +365,11 @@ func (d *Datapath) moveOut() error {
 	}
 	if err := d.endHot(m); err != nil {
 		return err
+	}
+	if d.former.killed {
+		if err := d.makeGood(); err != nil {
+			return err
+		}
 	}
 	if err := finishMove(d.dir, true); err != nil {
 		return err

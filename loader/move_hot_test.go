@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"errors"
 	"net/netip"
 	"sync/atomic"
 	"testing"
@@ -379,5 +380,55 @@ func TestEndpointCatchesUp(t *testing.T) {
 		if diff := cmp.Diff(want, mine); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", name, diff)
 		}
+	}
+}
+
+// TestMend: of what was counted and named by hooks whose process was killed while it
+// swapped them, the counts are what live says, and addresses have what their slots say.
+func TestMend(t *testing.T) {
+	p := newPlace(t)
+	orig, n := netip.MustParseAddr("203.0.113.1"), uint32(bpf.SlotFirst+reservedSlots)
+	for name, to := range map[string]*description{"another layout": foreign(t), "this one": nil} {
+		t.Run(name, func(t *testing.T) {
+			first := p.create(t, "one")
+			setRules(t, first, plain)
+			p.attach(t, first)
+			path := first.dir
+			// Of five connections, four ended where nobody counts by now.
+			source, slot, l := conn(first, 1)
+			canary := l
+			canary.Canary = 1
+			other := netip.AddrPortFrom(source.Addr(), 1)
+			if err := errors.Join(
+				first.maps.Live.Put(liveKey(source, slot), l), first.maps.Live.Put(liveKey(other, slot), canary),
+				first.maps.UsageByGroup.Put(l.Group, bpf.Usage{Slots: 2, Conns: 3}), first.maps.UsageByGroup.Put(uint64(8), bpf.Usage{Conns: 2}),
+				first.maps.SlotByOrig.Put(bpf.FromAddr(orig), n),
+			); err != nil {
+				t.Fatal(err)
+			}
+			first.state.live().Store(5)
+			if err := first.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if to != nil {
+				disguise(t, path, to)
+			}
+			if err := ownDescription(t).write(path.pin(layoutsPin + nextSuffix)); err != nil {
+				t.Fatal(err)
+			}
+			second := p.move(t)
+			defer p.unload(t, second)
+			p.attach(t, second)
+			var used, idle bpf.Usage
+			if err := errors.Join(second.maps.UsageByGroup.Lookup(l.Group, &used), second.maps.UsageByGroup.Lookup(uint64(8), &idle)); err != nil {
+				t.Error(err)
+			}
+			if got := second.state.live().Load(); got != 1 || used != (bpf.Usage{Slots: 2, Conns: 1}) || idle != (bpf.Usage{}) {
+				t.Errorf("%d are open, of containers %+v and %+v, want 1", got, used, idle)
+			}
+			if got, err := second.Resolve(second.slots.addr4(uint16(n))); got != orig || err != nil {
+				t.Errorf("the slot resolves to %s, %v", got, err)
+			}
+		})
 	}
 }

@@ -71,12 +71,13 @@ type formerMap struct {
 }
 
 // leftBehind opens the rings of a process that was killed while it moved the instance.
-// Its other maps are worth nothing.
+// Its other maps are worth nothing: see makeGood.
 func (d *Datapath) leftBehind() error {
 	was, err := readLayouts(d.dir.pin(layoutsPin + nextSuffix))
 	if err != nil || was == nil {
 		return err
 	}
+	d.former.killed = true
 	for name := range contentRings {
 		m, err := ebpf.LoadPinnedMap(d.dir.pin(name+nextSuffix), nil)
 		if errors.Is(err, os.ErrNotExist) {
@@ -95,7 +96,8 @@ var contentRings = map[string]string{"events": "conn_event", "held": "held"}
 
 // formerHooks is what hooks of other layouts go on writing to while they are swapped.
 type formerHooks struct {
-	left map[string][]formerMap // by name
+	left   map[string][]formerMap // by name
+	killed bool                   // a process was, while it moved the instance
 
 	mu    sync.Mutex // orders readers of rings
 	rings []*formerRing

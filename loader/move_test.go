@@ -368,7 +368,8 @@ func TestMoveKilled(t *testing.T) {
 			p.attach(t, first)
 			path, settings := first.dir, first.settings
 			source, slot, l := conn(first, 1)
-			known, used := bpf.Endpoint{Live: 2, Until: 3}, bpf.Usage{Slots: 4, Conns: 5}
+			l.Group = 7
+			known, used := bpf.Endpoint{Live: 2, Until: 3}, bpf.Usage{Slots: 4, Conns: 1}
 			if err := errors.Join(
 				first.maps.Live.Put(liveKey(source, slot), l),
 				first.maps.Slots.Put(uint32(bpf.SlotLast), bpf.Slot{Orig: l.Orig, State: bpf.SlotRetiring}),
@@ -376,7 +377,7 @@ func TestMoveKilled(t *testing.T) {
 			); err != nil {
 				t.Fatal(err)
 			}
-			first.state.live().Store(5)
+			first.state.live().Store(1)
 			if err := first.Close(); err != nil {
 				t.Fatal(err)
 			}
@@ -406,7 +407,7 @@ func TestMoveKilled(t *testing.T) {
 			if err := errors.Join(third.maps.Endpoints.Lookup(uint32(1), &e), third.maps.UsageByGroup.Lookup(uint64(7), &u)); err != nil {
 				t.Error(err)
 			}
-			if e != known || u != used || third.state.live().Load() != 5 {
+			if e != known || u != used || third.state.live().Load() != 1 {
 				t.Errorf("endpoint %+v, usage %+v, %d open", e, u, third.state.live().Load())
 			}
 			for _, pin := range p.pins("one") {
