@@ -276,12 +276,16 @@ func (r *ringReader) close() error {
 // peek returns the next record, which stays valid until advance. What the kernel
 // discarded is skipped.
 func (r *ringReader) peek() ([]byte, bool) {
-	at := r.taken()
-	raw, next, ok := r.after(at)
-	if r.next = next; !ok && next != at {
+	for {
+		at := r.taken()
+		raw, next, ok := r.after(at)
+		r.next = next
+		if ok || next == at {
+			return raw, ok
+		}
+		// Then once more: whoever writes wakes only those who have read all before.
 		r.advance()
 	}
-	return raw, ok
 }
 
 // after returns the record at a place, or the next one that is not discarded, and the
