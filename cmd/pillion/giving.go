@@ -39,6 +39,7 @@ func (s *survival) gaveAway(log *slog.Logger) bool {
 	conn, err := handover.Open(fd)
 	if err == nil {
 		defer conn.Close()
+		s.noteGiving(conn, how) // it has another number
 		conn.Within(haveWithin(s.registry.Used()))
 		if how == l4.GivingSent {
 			if _, err = conn.Expect(handover.KindHave); err == nil {

@@ -60,6 +60,7 @@ func (s *survival) took(p *plan) {
 	}
 	conn, err := handover.Open(fd)
 	if err == nil {
+		s.noteTaking(conn, how) // it has another number
 		err = s.isOurs(conn, how, p)
 		conn.Close()
 	}
