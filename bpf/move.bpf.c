@@ -77,6 +77,7 @@ int pl_move_live(struct __sk_buff *skb)
 	} u = {};
 	struct live *now;
 	void *theirs;
+	__u8 worker, hold;
 
 	if (!made || (void *)(m + 1) > end)
 		return -1;
@@ -103,10 +104,13 @@ int pl_move_live(struct __sk_buff *skb)
 	if (!now)
 		return 0; /* there was no memory for it */
 	if (now->cookie == *(__u64 *)former_cookie(theirs)) {
-		if (!now->worker)
-			now->worker = *(__u8 *)former_worker(theirs);
-		if (now->hold == HOLD_YES)
-			now->hold = *(__u8 *)former_hold(theirs);
+		/* Only what is news there: hooks go on with the new one. */
+		worker = *(__u8 *)former_worker(theirs);
+		if (worker && !now->worker)
+			now->worker = worker;
+		hold = *(__u8 *)former_hold(theirs);
+		if (hold != HOLD_YES && now->hold == HOLD_YES)
+			now->hold = hold;
 	}
 	if (m->last)
 		bpf_map_delete_elem(&former_live, &u.k);
