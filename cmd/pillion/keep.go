@@ -117,6 +117,12 @@ func systemctl(ctx context.Context, args ...string) (string, error) {
 // store writes everything into a socket, and gives that to systemd. When it fails,
 // this process goes on with the instance.
 func (i *instance) store(ctx context.Context, unit string) (connections int, err error) {
+	settling, cancel := context.WithTimeout(ctx, settleLimit)
+	err = i.datapath.Settled(settling)
+	cancel()
+	if err != nil {
+		return 0, fmt.Errorf("this process is moving the maps itself: %w", err)
+	}
 	i.giving.Lock()
 	defer i.giving.Unlock()
 	if i.gone.Load() {

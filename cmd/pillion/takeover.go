@@ -34,6 +34,9 @@ const (
 	commitLimit = 5 * time.Second
 	// deathLimit is how long a dying process may keep its lock.
 	deathLimit = 2 * time.Second
+	// leaveLimit is how long one may that has given all, and ends: who reads from its
+	// sockets is waited for.
+	leaveLimit = 10 * time.Second
 )
 
 // taking is an instance that is being taken over from another process. The nil

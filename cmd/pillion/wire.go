@@ -132,7 +132,7 @@ func (i *instance) load() error {
 	i.global.survival.clean() // the lock is among it
 	if i.global.survival.inCharge() {
 		// It may have been taken over a moment ago: then the other process is leaving.
-		if err := loader.Await(i.global.bpffs, i.name, deathLimit); err != nil {
+		if err := loader.Await(i.global.bpffs, i.name, leaveLimit); err != nil {
 			return err
 		}
 	}
