@@ -185,8 +185,9 @@ func (d *Datapath) disown() {
 	}
 }
 
-// slotBlock is how many slots there are for those that hooks name while others of
-// another layout do: so many in a few milliseconds.
+// slotBlock is how many slots there are, beside those that were retired, for what hooks of
+// both layouts name meanwhile: milliseconds in a take-over, seconds in a start that waits
+// for its sources. Who needs more has REASON_NO_SLOT until the move is over.
 const slotBlock = 4096
 
 // beginSums is the first catchUp. While hooks of both layouts are at work, slots are named
@@ -371,6 +372,10 @@ func (d *Datapath) clearHot(m *move) error {
 	if err == nil && left > 0 {
 		// Its hooks go on with these; the next process would not know them.
 		d.options.Log.Warn("no room for all open connections in another layout of maps", "left", left)
+	}
+	if err == nil {
+		// Who found an entry in the former live left one in the former departed.
+		err = m.copyDeparted(d.maps.Departed)
 	}
 	if err == nil {
 		err = m.clearDeparted()

@@ -99,8 +99,9 @@ type formerHooks struct {
 	left   map[string][]formerMap // by name
 	killed bool                   // a process was, while it moved the instance
 
-	mu    sync.Mutex // orders readers of rings
-	rings []*formerRing
+	mu     sync.Mutex // orders readers of rings
+	rings  []*formerRing
+	failed bool // the last time that they were read
 	tell  *ebpf.Program
 }
 
@@ -185,9 +186,11 @@ func (d *Datapath) GatherEvents() (again bool) {
 	if len(f.rings) == 0 {
 		return false
 	}
-	if _, err := f.gather(); err != nil {
-		d.options.Log.Error("records of the layout before are lost", "error", err)
+	_, err := f.gather()
+	if err != nil && !f.failed {
+		d.options.Log.Error("records of the layout before cannot be read yet", "error", err)
 	}
+	f.failed = err != nil
 	return true
 }
 
