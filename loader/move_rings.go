@@ -102,7 +102,7 @@ type formerHooks struct {
 	mu     sync.Mutex // orders readers of rings
 	rings  []*formerRing
 	failed bool // the last time that they were read
-	tell  *ebpf.Program
+	tell   *ebpf.Program
 }
 
 // letGo closes what was left behind, when no hook uses it.
