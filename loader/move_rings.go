@@ -258,7 +258,9 @@ func (d *Datapath) gatherLast() {
 		waiting, err := f.gather()
 		over := waiting == 0 || err != nil || time.Now().After(end)
 		if over {
+			waiting = 0
 			for _, r := range f.rings {
+				waiting += r.read.count() // nobody writes there
 				err = errors.Join(err, r.close())
 			}
 			f.rings = nil
