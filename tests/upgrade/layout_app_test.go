@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -42,43 +41,43 @@ type peersOutcome struct {
 	Least int
 }
 
-// peers is the application, in the scope.
-type peers struct {
-	cmd *exec.Cmd
+// player is this test binary as an application in the scope, which answers words until
+// its stdin ends.
+type player struct {
 	in  io.WriteCloser
 	out *json.Decoder
 }
 
-func newPeers(t testing.TB, r *rig.Rig, q peersTask) *peers {
+// newPlayer starts the application that a test of this name is, with its task in the
+// environment. It ends with t.
+func newPlayer(t testing.TB, r *rig.Rig, test, env string, task any) player {
 	t.Helper()
-	line, err := json.Marshal(q)
+	line, err := json.Marshal(task)
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &peers{cmd: r.Command(os.Args[0], "-test.run=^TestPeers$")}
-	p.cmd.Env = append(os.Environ(), envPeers+"="+string(line))
-	p.cmd.Stderr = os.Stderr
-	if p.in, err = p.cmd.StdinPipe(); err != nil {
-		t.Fatal(err)
-	}
-	out, err := p.cmd.StdoutPipe()
+	cmd := r.Command(os.Args[0], "-test.run=^"+test+"$")
+	cmd.Env, cmd.Stderr = append(os.Environ(), env+"="+string(line)), os.Stderr
+	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.out = json.NewDecoder(out)
-	if err := r.Start(p.cmd); err != nil {
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Start(cmd); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		p.in.Close()
-		p.cmd.Wait()
+		in.Close()
+		cmd.Wait()
 	})
-	return p
+	return player{in: in, out: json.NewDecoder(out)}
 }
 
-// turn waits until every connection that stays has exchanged messages, and tells what
-// has happened since the last turn.
-func (p *peers) turn(t testing.TB, word string) (o peersOutcome) {
+// ask says a word, and reads what became of it, of whose errors errs tells.
+func ask[O any](t testing.TB, p player, word string, errs func(*O) []string) (o O) {
 	t.Helper()
 	if _, err := fmt.Fprintln(p.in, word); err != nil {
 		t.Fatal(err)
@@ -86,10 +85,25 @@ func (p *peers) turn(t testing.TB, word string) (o peersOutcome) {
 	if err := p.out.Decode(&o); err != nil {
 		t.Fatalf("the application: %v", err)
 	}
-	for _, e := range o.Errs {
+	for _, e := range errs(&o) {
 		t.Errorf("application: %s", e)
 	}
 	return o
+}
+
+// peers is the application of TestPeers.
+type peers struct{ player }
+
+func newPeers(t testing.TB, r *rig.Rig, q peersTask) peers {
+	t.Helper()
+	return peers{newPlayer(t, r, "TestPeers", envPeers, q)}
+}
+
+// turn waits until every connection that stays has exchanged messages, and tells what
+// has happened since the last turn.
+func (p peers) turn(t testing.TB, word string) peersOutcome {
+	t.Helper()
+	return ask(t, p.player, word, func(o *peersOutcome) []string { return o.Errs })
 }
 
 // TestPeers is the application. As a test it does nothing.

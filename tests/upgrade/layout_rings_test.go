@@ -3,11 +3,9 @@ package upgrade
 import (
 	"encoding/json"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -161,57 +159,23 @@ type visitorsOutcome struct {
 	Again int
 }
 
-// visitors is the application, in the scope.
-type visitors struct {
-	cmd *exec.Cmd
-	in  io.WriteCloser
-	out *json.Decoder
-}
+// visitors is the application of TestVisitors.
+type visitors struct{ player }
 
-func newVisitors(t testing.TB, r *rig.Rig, to []netip.AddrPort) *visitors {
+func newVisitors(t testing.TB, r *rig.Rig, to []netip.AddrPort) visitors {
 	t.Helper()
-	line, err := json.Marshal(to)
-	if err != nil {
-		t.Fatal(err)
-	}
-	v := &visitors{cmd: r.Command(os.Args[0], "-test.run=^TestVisitors$")}
-	v.cmd.Env, v.cmd.Stderr = append(os.Environ(), envVisitors+"="+string(line)), os.Stderr
-	if v.in, err = v.cmd.StdinPipe(); err != nil {
-		t.Fatal(err)
-	}
-	out, err := v.cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	v.out = json.NewDecoder(out)
-	if err := r.Start(v.cmd); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		v.in.Close()
-		v.cmd.Wait()
-	})
-	return v
+	return visitors{newPlayer(t, r, "TestVisitors", envVisitors, to)}
 }
 
 // turn returns when each address was connected to twenty times more.
-func (v *visitors) turn(t testing.TB) { v.ask(t, "turn") }
+func (v visitors) turn(t testing.TB) { v.ask(t, "turn") }
 
 // end stops it, and tells what became of all.
-func (v *visitors) end(t testing.TB) visitorsOutcome { return v.ask(t, "end") }
+func (v visitors) end(t testing.TB) visitorsOutcome { return v.ask(t, "end") }
 
-func (v *visitors) ask(t testing.TB, word string) (o visitorsOutcome) {
+func (v visitors) ask(t testing.TB, word string) visitorsOutcome {
 	t.Helper()
-	if _, err := fmt.Fprintln(v.in, word); err != nil {
-		t.Fatal(err)
-	}
-	if err := v.out.Decode(&o); err != nil {
-		t.Fatalf("the application: %v", err)
-	}
-	for _, e := range o.Errs {
-		t.Errorf("application: %s", e)
-	}
-	return o
+	return ask(t, v.player, word, func(o *visitorsOutcome) []string { return o.Errs })
 }
 
 // TestVisitors is the application. As a test it does nothing.

@@ -157,7 +157,7 @@ limits: {connections_per_container: %d}
 
 // layoutStage starts an instance, and applications that stay connected at these
 // addresses, so many at each.
-func layoutStage(t *testing.T, log string, conns int, to ...netip.AddrPort) (*rig.Rig, *rig.Instance, *peers) {
+func layoutStage(t *testing.T, log string, conns int, to ...netip.AddrPort) (*rig.Rig, *rig.Instance, peers) {
 	t.Helper()
 	r := rig.New(t)
 	for _, e := range ends {
@@ -291,7 +291,7 @@ func statusOf(t testing.TB, i *rig.Instance) admin.Status {
 
 // checkTurn wants that every connection goes on, and that no count has gone back or is
 // wrong.
-func checkTurn(t *testing.T, i *rig.Instance, app *peers, before admin.Status, conns int) admin.Status {
+func checkTurn(t *testing.T, i *rig.Instance, app peers, before admin.Status, conns int) admin.Status {
 	t.Helper()
 	if o := app.turn(t, "turn"); o.Least < 2 {
 		t.Error("a connection stands still")
