@@ -127,11 +127,26 @@ func spin(args []string) error {
 	if err := unix.SchedSetaffinity(0, &set); err != nil {
 		return fmt.Errorf("spinner: stay on processor %d: %w", cpu, err)
 	}
-	if err := unix.Setpriority(unix.PRIO_PROCESS, 0, 19); err != nil {
+	// Not nice 19: who wakes up beside that may wait for the end of its slice.
+	if err := unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_IDLE}, 0); err != nil {
 		return fmt.Errorf("spinner: lower priority: %w", err)
 	}
 	for {
 	}
+}
+
+// onlyOn has what f starts keep to one processor. The calling goroutine is locked to
+// its thread, as main is.
+func onlyOn(cpu int, f func() error) error {
+	var own, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &own); err != nil {
+		return fmt.Errorf("read affinity: %w", err)
+	}
+	one.Set(cpu)
+	if err := unix.SchedSetaffinity(0, &one); err != nil {
+		return fmt.Errorf("stay on processor %d: %w", cpu, err)
+	}
+	return errors.Join(f(), unix.SchedSetaffinity(0, &own))
 }
 
 // processors lists those that this process may run on.

@@ -9,9 +9,9 @@
 //
 // Where no process carries the bytes, there is none whose time would count. So in
 // part direct it is the whole machine's: what spinners of lowest priority, one per
-// processor, do not get. Each arm has a network namespace of its own there, one
-// pair of interfaces away from the server's, since what one installs would slow
-// down all of a namespace.
+// processor, do not get. Server and client keep to a processor each there, and each
+// arm has a network namespace of its own, one pair of interfaces away from the
+// server's, since what one installs would slow down all of a namespace.
 //
 // It is make bench. docs/performance.md has what it found.
 package main

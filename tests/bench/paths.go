@@ -114,7 +114,7 @@ func (w *pathWorld) furnish(ctx context.Context) error {
 	if err := addEndpoints(); err != nil {
 		return fmt.Errorf("give the server addresses: %w", err)
 	}
-	if err := w.serve(endpoints...); err != nil {
+	if err := w.serveApart(); err != nil {
 		return err
 	}
 	plain, err := w.namespace(1)
@@ -145,6 +145,21 @@ func (w *pathWorld) furnish(ctx context.Context) error {
 		return fmt.Errorf("measure the kernel's own part: %w", err)
 	}
 	return w.peers(4, works)
+}
+
+// serveApart starts the server, and has it and the clients keep to a processor each,
+// where there are two: which of them share one is the scheduler's mood of the moment,
+// and makes more of a difference than anything that is measured.
+func (w *pathWorld) serveApart() error {
+	cpus, err := processors()
+	if err != nil {
+		return err
+	}
+	if len(cpus) < 2 {
+		return w.serve(endpoints...)
+	}
+	w.clientOn = func(start func() error) error { return onlyOn(cpus[0], start) }
+	return onlyOn(cpus[1], func() error { return w.serve(endpoints...) })
 }
 
 // floor adds the arms that show the kernel's own part, in a network namespace without

@@ -52,6 +52,8 @@ type world struct {
 	// spinners have what of the processors nobody else wants, others what is
 	// no part of any work: Pillions whose turn it is not.
 	spinners, others []*process
+	// clientOn has a client keep to a processor; nil: it does not.
+	clientOn func(start func() error) error
 	// The clients' cgroups: one that Pillion captures, one beside it.
 	scope, beside *os.File
 	undo          []func() error // in the order of doing
@@ -309,7 +311,11 @@ func (w *world) once(ctx context.Context, a *arm, wk work) (s sample, err error)
 	if err != nil {
 		return s, err
 	}
-	if err := within(a.netns, cmd.Start); err != nil {
+	start := cmd.Start
+	if w.clientOn != nil {
+		start = func() error { return w.clientOn(cmd.Start) }
+	}
+	if err := within(a.netns, start); err != nil {
 		return s, fmt.Errorf("start client: %w", err)
 	}
 	defer func() {
