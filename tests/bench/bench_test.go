@@ -26,6 +26,20 @@ func TestMedian(t *testing.T) {
 	}
 }
 
+func TestMedianError(t *testing.T) {
+	var v []float64
+	for i := range 400 {
+		v = append(v, float64(i%101)) // half of it within 25 and 75
+	}
+	slices.Reverse(v)
+	if got, want := medianError(v), 1.2533*50/1.349/20; math.Abs(got-want) > want/20 {
+		t.Errorf("medianError = %v, want %v", got, want)
+	}
+	if got := medianError([]float64{1, 2, 3}); got != 0 {
+		t.Errorf("of three values it is %v, want 0: not known", got)
+	}
+}
+
 // aReport has relay cost half of nginx and all of haproxy, but in one round of
 // three, in which the machine was slow for it.
 func aReport(memory int64) *report {

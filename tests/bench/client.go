@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"slices"
 	"sync"
@@ -245,4 +246,16 @@ func median[T int64 | float64](v []T) T {
 	}
 	slices.Sort(v)
 	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
+}
+
+// medianError is the standard error of the median of v: for a normal distribution 1.2533
+// deviations by the root of their number. A deviation is taken for what the middle half
+// spans by 1.349, since some rounds are disturbed.
+func medianError(v []float64) float64 {
+	if len(v) < 4 {
+		return 0
+	}
+	slices.Sort(v)
+	half := v[len(v)*3/4] - v[len(v)/4]
+	return 1.2533 * half / 1.349 / math.Sqrt(float64(len(v)))
 }

@@ -77,14 +77,17 @@ func (r *pathReport) value(work, arm string, of func(sample) float64) float64 {
 // ratio is the median of the rounds' ratios of an arm to armNone; 0 if there is
 // none.
 func (r *pathReport) ratio(work, arm string, of func(sample) float64) float64 {
-	var ratios []float64
+	return median(r.ratios(work, arm, of))
+}
+
+func (r *pathReport) ratios(work, arm string, of func(sample) float64) (ratios []float64) {
 	base := r.Samples[work][armNone]
 	for i, s := range r.Samples[work][arm] {
 		if i < len(base) && of(base[i]) > 0 {
 			ratios = append(ratios, of(s)/of(base[i]))
 		}
 	}
-	return median(ratios)
+	return ratios
 }
 
 // cpu is what the targets are held against: what the machine spent, if that is
@@ -189,12 +192,16 @@ func (r *pathReport) judge() []target {
 			if of == nil {
 				of = r.cpu(a.work)
 			}
-			name, ratio := fmt.Sprintf("%s: %s : nothing", arm, a.name), r.ratio(a.work, arm, of)
+			name, ratios := fmt.Sprintf("%s: %s : nothing", arm, a.name), r.ratios(a.work, arm, of)
+			t := newTarget(name, a.most, median(ratios))
 			if a.rate {
-				all = append(all, newRate(name, a.most, 1/ratio))
-			} else {
-				all = append(all, newTarget(name, a.most, ratio))
+				for i := range ratios {
+					ratios[i] = 1 / ratios[i]
+				}
+				t = newRate(name, a.most, median(ratios))
 			}
+			t.Error = medianError(ratios)
+			all = append(all, t)
 		}
 	}
 	for _, h := range r.Hooks {

@@ -283,7 +283,7 @@ func targets2table(all []target) table.Writer {
 		if !x.Met {
 			met = "NO"
 		}
-		t.AppendRow(table.Row{x.Name, x.want(), fmt.Sprintf("%.*f", x.digits(), x.Measured), met})
+		t.AppendRow(table.Row{x.Name, x.want(), x.said(), met})
 	}
 	return t
 }

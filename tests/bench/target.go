@@ -9,7 +9,9 @@ type target struct {
 	Most     float64 `json:"at_most,omitempty"`
 	Least    float64 `json:"at_least,omitempty"`
 	Measured float64 `json:"measured"`
-	Met      bool    `json:"met"`
+	// Error is the standard error of a ratio's median, 0 where it is not known.
+	Error float64 `json:"error,omitempty"`
+	Met   bool    `json:"met"`
 }
 
 func (t *target) want() string {
@@ -17,6 +19,14 @@ func (t *target) want() string {
 		return fmt.Sprintf("at least %.*f", t.digits(), t.Least)
 	}
 	return fmt.Sprintf("at most %.*f", t.digits(), t.Most)
+}
+
+// said is what was measured.
+func (t *target) said() string {
+	if t.Error == 0 {
+		return fmt.Sprintf("%.*f", t.digits(), t.Measured)
+	}
+	return fmt.Sprintf("%.*f ±%.*f", t.digits(), t.Measured, t.digits(), t.Error)
 }
 
 // digits are those behind the point that say something.
