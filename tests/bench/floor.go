@@ -28,6 +28,10 @@ const (
 	// floorDrop, when the application closes the socket, deletes it.
 	floorEntry = "hash entry"
 	floorDrop  = "hash entry, deleted"
+	// floorCell keeps as much in an array, at the cookie's last digits, whoever is there,
+	// and floorLeave marks that free. No state of a connection can be had for less.
+	floorCell  = "array cell"
+	floorLeave = "array cell, left"
 	// floorRecord follows the socket from its SYN to its end, finds its storage there,
 	// and tells of it by a record of the size of Pillion's. floorRelease finds the
 	// storage when the application closes the socket, and floorPeer and floorName return
@@ -54,6 +58,12 @@ const storageMap = "decisions"
 // be relayed.
 const floorLive = 262144
 
+// floorCells is how many cells there are, a power of two: 13 MB of them.
+const floorCells = 65536
+
+// cellSize is that of a cell with a value of size bytes: the owner's cookie first.
+func cellSize(size uint32) uint32 { return 8 + (size+7)&^7 }
+
 // attachFloor attaches programs, by name, to a cgroup, until the world ends: to
 // connect(2) of IPv4, or to the end of a socket. All run on every socket.
 func (w *world) attachFloor(cgroup *os.File, names ...string) (programs, error) {
@@ -73,6 +83,11 @@ func (w *world) attachFloor(cgroup *os.File, names ...string) (programs, error) 
 		return nil, fmt.Errorf("make a hash: %w", err)
 	}
 	defer entries.Close()
+	cells, err := ebpf.NewMap(&ebpf.MapSpec{Name: "bench_floor", Type: ebpf.Array, KeySize: 4, ValueSize: cellSize(size), MaxEntries: floorCells})
+	if err != nil {
+		return nil, fmt.Errorf("make an array: %w", err)
+	}
+	defer cells.Close()
 	var records *ebpf.Map
 	if slices.Contains(names, floorRecord) {
 		if records, err = w.records(); err != nil {
@@ -89,6 +104,10 @@ func (w *world) attachFloor(cgroup *os.File, names ...string) (programs, error) 
 			code = makeEntry(entries, int(size))
 		case floorDrop:
 			kind, at, code = ebpf.CGroupSock, ebpf.AttachCgroupInetSockRelease, dropEntry(entries)
+		case floorCell:
+			code = makeCell(cells, int(cellSize(size)))
+		case floorLeave:
+			kind, at, code = ebpf.CGroupSock, ebpf.AttachCgroupInetSockRelease, leaveCell(cells)
 		case floorRecord:
 			kind, at, code = ebpf.SockOps, ebpf.AttachCGroupSockOps, record(storage, records)
 		case floorRelease:
@@ -177,6 +196,38 @@ func dropEntry(m *ebpf.Map) asm.Instructions {
 		asm.FnMapDeleteElem.Call(),
 	)
 	return append(code, proceed()...)
+}
+
+// cell finds a socket's in m: R0, and its cookie on the stack.
+func cell(m *ebpf.Map) asm.Instructions {
+	return append(cookie(),
+		asm.And.Imm(asm.R0, floorCells-1),
+		asm.StoreMem(asm.RFP, cookieAt-8, asm.R0, asm.DWord),
+		asm.LoadMapPtr(asm.R1, m.FD()),
+		asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, cookieAt-8),
+		asm.FnMapLookupElem.Call(),
+		asm.JEq.Imm(asm.R0, 0, "proceed"),
+		asm.LoadMem(asm.R2, asm.RFP, cookieAt, asm.DWord),
+	)
+}
+
+// makeCell writes the cookie and a value of zeros.
+func makeCell(m *ebpf.Map, size int) asm.Instructions {
+	code := append(cell(m), asm.StoreMem(asm.R0, 0, asm.R2, asm.DWord), asm.Mov.Imm(asm.R1, 0))
+	for at := 8; at < size; at += 8 {
+		code = append(code, asm.StoreMem(asm.R0, int16(at), asm.R1, asm.DWord))
+	}
+	return append(code, proceed()...)
+}
+
+// leaveCell takes the cookie out, if it is there.
+func leaveCell(m *ebpf.Map) asm.Instructions {
+	return append(append(cell(m),
+		asm.LoadMem(asm.R3, asm.R0, 0, asm.DWord),
+		asm.JNE.Reg(asm.R3, asm.R2, "proceed"),
+		asm.Mov.Imm(asm.R1, 0),
+		asm.StoreMem(asm.R0, 0, asm.R1, asm.DWord),
+	), proceed()...)
 }
 
 // record is what follows a socket.

@@ -33,6 +33,7 @@ const (
 	// The same, with as little as has a record of the connection in the end.
 	armRecord = "only storage and a record"
 	armEntry  = "only a hash entry"
+	armCell   = "only an array cell"
 )
 
 const (
@@ -169,10 +170,11 @@ func (w *pathWorld) floor(ns *os.File) error {
 		name, cgroup, work string
 		programs           []string
 	}{
-		{armFloor, "floor", workHook, []string{floorNothing, floorStorage, floorEntry, floorDrop}},
+		{armFloor, "floor", workHook, []string{floorNothing, floorStorage, floorEntry, floorDrop, floorCell, floorLeave}},
 		{armStorage, "storage", workConnection, []string{floorStorage}},
 		{armRecord, "record", workConnection, []string{floorStorage, floorRecord, floorRelease, floorPeer, floorName}},
 		{armEntry, "entry", workConnection, []string{floorEntry, floorDrop}},
+		{armCell, "cell", workConnection, []string{floorCell, floorLeave}},
 	} {
 		scope, err := w.cgroup(a.cgroup)
 		if err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"net/netip"
 	"os"
@@ -81,7 +82,7 @@ func TestFloor(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	all, err := w.attachFloor(dir, floorNothing, floorStorage, floorEntry, floorDrop, floorRecord, floorRelease, floorPeer, floorName)
+	all, err := w.attachFloor(dir, floorNothing, floorStorage, floorEntry, floorDrop, floorCell, floorLeave, floorRecord, floorRelease, floorPeer, floorName)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -230,5 +231,59 @@ func TestProcessClock(t *testing.T) {
 	after, err := processClock(os.Getpid())
 	if err != nil || before > own || own > after || before == 0 {
 		t.Errorf("%d, %d, %d: want the clock of this process: %v", before, own, after, err)
+	}
+}
+
+// TestCell finds a socket's cell while nobody leaves it.
+func TestCell(t *testing.T) {
+	testutil.RequireRoot(t)
+	w, cgroup := &world{}, testutil.NewCgroup(t)
+	dir, err := os.Open(cgroup.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	defer func() {
+		if err := w.close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	all, err := w.attachFloor(dir, floorCell)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/9") // refused
+	if err := (testutil.Place{NS: testutil.NewNS(t), Cgroup: cgroup}).Start(cmd); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	info, err := all[floorCell].Info()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ids, ok := info.MapIDs()
+	if !ok || len(ids) != 1 {
+		t.Fatalf("the program has maps %v, want one", ids)
+	}
+	m, err := ebpf.NewMapFromID(ids[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	var owners []uint64
+	value := make([]byte, m.ValueSize())
+	for i := range uint32(floorCells) {
+		if err := m.Lookup(i, value); err != nil {
+			t.Fatal(err)
+		}
+		if owner := binary.NativeEndian.Uint64(value); owner != 0 {
+			owners = append(owners, owner)
+			if owner%floorCells != uint64(i) {
+				t.Errorf("socket %d is in cell %d", owner, i)
+			}
+		}
+	}
+	if len(owners) != 1 {
+		t.Errorf("sockets %v have cells, want one", owners)
 	}
 }
