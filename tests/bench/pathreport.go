@@ -171,7 +171,8 @@ func pathAims() []pathAim {
 		{workLatency, "round trip (p50, one connection)", sample.p50, 1.03, false},
 		{workRoundTrip, "round trip (wall, 32 connections)", sample.wall, 1.03, false},
 		{workRoundTrip, "CPU per round trip", nil, 1.02, false},
-		{workConnection, "connection rate", sample.wall, 0.95, true},
+		{workCRR, "connection rate, one at a time", sample.wall, 0.95, true},
+		{workConnection, "connection rate, eight at a time", sample.wall, 0.95, true},
 		{workConnection, "CPU per connection", nil, 1.06, false},
 		{workDownload, "throughput", sample.wall, 0.98, true},
 	}

@@ -122,7 +122,7 @@ func (w *pathWorld) furnish(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	works := []string{workRoundTrip, workConnection, workDownload, workLatency}
+	works := []string{workRoundTrip, workConnection, workCRR, workDownload, workLatency}
 	w.arms = []*arm{{name: armNone, addrs: endpoints, cgroup: w.beside, netns: plain, only: works}}
 	few, err := w.pillion(ctx, 2, fewServices, w.scope)
 	if err != nil {
@@ -140,7 +140,7 @@ func (w *pathWorld) furnish(ctx context.Context) error {
 		return err
 	}
 	many.pass.name, many.pass.only = armPassMany, []string{workHook}
-	many.direct.name, many.direct.only = armDirectMany, []string{workConnection, workHook}
+	many.direct.name, many.direct.only = armDirectMany, []string{workConnection, workCRR, workHook}
 	w.arms = append(w.arms, many.pass, many.direct)
 	if err := w.floor(plain); err != nil {
 		return fmt.Errorf("measure the kernel's own part: %w", err)

@@ -50,7 +50,8 @@ func TestPathVerdict(t *testing.T) {
 	}
 	for _, want := range []string{
 		"direct: CPU per round trip : nothing is 1.100, want at most 1.020",
-		"direct: connection rate : nothing is 0.909, want at least 0.950",
+		"direct: connection rate, one at a time : nothing is 0.909, want at least 0.950",
+		"direct: connection rate, eight at a time : nothing is 0.909, want at least 0.950",
 		"direct: throughput : nothing is 0.909, want at least 0.980",
 		"direct: round trip (p50, one connection) : nothing is 1.100, want at most 1.030",
 	} {

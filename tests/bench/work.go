@@ -6,9 +6,11 @@ import "slices"
 const (
 	workRoundTrip  = "roundtrip"
 	workConnection = "connection"
-	workDownload   = "download"
-	workUpload     = "upload"
-	workLatency    = "latency"
+	// workCRR is connections one at a time, as netperf's TCP_CRR counts them.
+	workCRR      = "crr"
+	workDownload = "download"
+	workUpload   = "upload"
+	workLatency  = "latency"
 	// workHook is connections while the kernel times Pillion's programs.
 	workHook = "hook"
 )
@@ -49,6 +51,7 @@ func pathWorks() []work {
 	return []work{
 		{Name: workRoundTrip, Unit: "round trip", Conns: 32, Ops: 32_000},
 		{Name: workConnection, Unit: "connection", Conns: 8, Ops: 4_000},
+		{Name: workCRR, Unit: "connection", Conns: 1, Ops: 3_000},
 		{Name: workDownload, Unit: "GiB", Conns: 1, Ops: 1},
 		{Name: workLatency, Unit: "round trip", Conns: 1, Ops: 8_000},
 		{Name: workHook, Unit: "connection", Conns: 8, Ops: 2_000},
@@ -67,7 +70,9 @@ func workNames() []string {
 }
 
 // connects tells whether the work is to open connections.
-func (w work) connects() bool { return w.Name == workConnection || w.Name == workHook }
+func (w work) connects() bool {
+	return w.Name == workConnection || w.Name == workCRR || w.Name == workHook
+}
 
 // transfer tells whether the work's unit is a GiB.
 func (w work) transfer() bool { return w.Unit == "GiB" }
