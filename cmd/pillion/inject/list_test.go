@@ -86,6 +86,10 @@ func TestListAsAlone(t *testing.T) {
 			return head + f(1) + "- kind: List\n  items:\n" + deeper(f(2)+other+f(3)) + "  metadata: {}\n" + f(4)
 		},
 		"lines of CRLF": func(f func(int) string) string { return strings.ReplaceAll(head+f(1)+f(2), "\n", "\r\n") },
+		"lines of CRLF, others around": func(f func(int) string) string {
+			folded := strings.ReplaceAll(other, ": |", ": >-")
+			return strings.ReplaceAll(head+other+folded+f(1)+"- kind: List\n  items:\n"+deeper(other+f(2))+other+f(3)+folded, "\n", "\r\n")
+		},
 	} {
 		out, _, err := options().Manifest([]byte(of(in)))
 		if want := of(alone); err != nil || string(out) != want {

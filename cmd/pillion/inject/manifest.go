@@ -133,11 +133,16 @@ func (o Options) document(doc string) (out string, results []Result, err error) 
 
 func decode(doc string) (any, error) {
 	var v any
-	if err := yaml.Unmarshal([]byte(doc), &v); err != nil {
+	if err := yaml.Unmarshal([]byte(breaks(doc)), &v); err != nil {
 		return nil, fmt.Errorf("read YAML: %w", err)
 	}
 	return v, nil
 }
+
+// breaks returns a text with line feeds alone between its lines, which are the same
+// lines, and mean the same. The parser counts a line too many where a block scalar
+// ends in a carriage return.
+func breaks(doc string) string { return strings.ReplaceAll(doc, "\r\n", "\n") }
 
 func (o Options) manifestJSON(text []byte) ([]byte, []Result, error) {
 	v, err := decodeJSON(text)

@@ -147,7 +147,7 @@ func (w *writer) span(object []string) (from, until int, err error) {
 
 // parse returns the node of the last document in a text that has one.
 func parse(doc string) (ast.Node, error) {
-	f, err := parser.ParseBytes([]byte(doc), 0)
+	f, err := parser.ParseBytes([]byte(breaks(doc)), 0)
 	if err != nil {
 		return nil, refuse("the YAML cannot be read: %v", err)
 	}
