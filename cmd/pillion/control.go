@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/netip"
 	"sync"
@@ -35,6 +34,8 @@ type control struct {
 	zones    zones                   // that an earlier process noted; run's own
 	noted    []byte                  // what is left for the next one, and for which services; run's own
 	notedFor *listing
+	told     told  // run's own
+	taken    taken // run's own
 
 	requests chan chan<- admin.ReloadResult
 	settled  chan chan struct{}
@@ -52,7 +53,8 @@ type control struct {
 	trouble  string // why the last change could not be put in force; empty: it was
 	again    time.Time
 	tooMany  []admin.Refusal                 // services for whose endpoints there is no room
-	short    bool                            // of those, some for which there may be some soon
+	lacking  []admin.Refusal                 // services for whose endpoints there may be some soon
+	short    bool                            // there are such ones
 	services *listing                        // in force; nil: it is the start
 	departed map[string][]*upstream.Endpoint // removed ones that had connections, by service
 }
@@ -73,7 +75,7 @@ func newControl(i *instance) *control {
 		settled:  make(chan chan struct{}),
 		still:    make(chan chan bool),
 		kick:     make(chan struct{}, 1),
-		state:    admin.ConfigurationStatus{Generation: 1, File: i.file, Loaded: i.started, Tried: i.started, Refused: []admin.Refusal{}},
+		state:    admin.ConfigurationStatus{Generation: 1, File: i.file, Loaded: i.started, Tried: i.started, By: admin.TakenAtStart, Refused: []admin.Refusal{}},
 	}
 	c.checker = check.New(check.Options{Report: c.checked, Exempt: i.exempt(), Log: i.log})
 	c.sources = newSources(i, c.wake)
@@ -146,7 +148,7 @@ func (c *control) run(ctx context.Context) error {
 			return nil
 		case answer := <-c.requests:
 			c.i.reopenLog()
-			answer <- c.reload()
+			answer <- c.reload(admin.TakenByReload)
 		case end := <-c.still:
 			if left := <-end; left {
 				return nil
@@ -163,9 +165,9 @@ func (c *control) run(ctx context.Context) error {
 			close(done)
 		case <-c.i.hangups:
 			c.i.reopenLog()
-			c.reload()
+			c.reload(admin.TakenBySignal)
 		case <-files:
-			c.reload()
+			c.reload(admin.TakenByWatch)
 		case <-c.kick:
 			c.update()
 		case <-overflow.C:
@@ -206,71 +208,6 @@ func (c *control) requestReload(ctx context.Context) (admin.ReloadResult, error)
 	case <-ctx.Done():
 		return admin.ReloadResult{}, context.Cause(ctx)
 	}
-}
-
-// reload reads the configuration again and puts in force what can be taken of it.
-func (c *control) reload() admin.ReloadResult {
-	before := c.inForce()
-	next, refused, err := c.reread(before)
-	if err != nil {
-		return c.refuse(err)
-	}
-	for _, r := range refused {
-		c.i.log.Error("part of the configuration is refused", "name", r.Name, "at", r.Where, "kept", len(r.Kept) > 0, "error", r.Text)
-	}
-	changes := next.Diff(before)
-	next = withoutRestart(next, before)
-	other := !next.Diff(before).Empty()
-	if err := c.apply(next); err != nil {
-		// Sources may be other ones already. If that fails, it is tried again.
-		c.wake()
-		return c.refuse(errors.Join(fmt.Errorf("put the configuration in force: %w", err), c.apply(before)))
-	}
-	if len(refused) == 0 {
-		if err := c.i.global.survival.keepConfiguration(c.i.file); err != nil {
-			c.i.log.Warn("the configuration is not kept for the next worker", "error", err)
-		}
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.config = next
-	c.trouble = "" // all of it is in force
-	c.reloads++
-	if other {
-		c.state.Generation++
-		c.state.Loaded = time.Now()
-	}
-	c.state.Tried = time.Now()
-	c.state.Refused = refusals(refused)
-	c.i.log.Info("the configuration was read", "generation", c.state.Generation, "refused", len(refused))
-	return admin.ReloadResult{Generation: c.state.Generation, Changes: changes.Lines(), Refused: c.state.Refused}
-}
-
-// rereadLimit is how long all other changes wait where a pipe is in the file's place.
-const rereadLimit = 500 * time.Millisecond
-
-// reread makes the next configuration of last and what the file says now.
-func (c *control) reread(last *config.Config) (*config.Config, []config.Refused, error) {
-	if c.i.file == "" {
-		return last, nil, nil
-	}
-	text, err := config.ReadWithin(c.i.file, rereadLimit)
-	if err != nil {
-		return nil, nil, err
-	}
-	return c.i.merge(c.i.file, text, last, c.sources.able)
-}
-
-// refuse keeps what holds, and says why.
-func (c *control) refuse(err error) admin.ReloadResult {
-	c.i.log.Error("the configuration is refused, the last one stays", "error", err)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.reloads++
-	c.failures++
-	c.state.Tried = time.Now()
-	c.state.Refused = refusalsOf(err)
-	return admin.ReloadResult{Generation: c.state.Generation, Changes: []string{}, Refused: c.state.Refused}
 }
 
 // refusalsOf are those of a whole configuration.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/spf13/cobra"
@@ -18,7 +19,10 @@ func newReload(g *global) *cobra.Command {
 		Short: "Have a running instance read its configuration again",
 		Long: `Has the running instance read its configuration again, as SIGHUP does, and says
 what changed. A service that is refused keeps its last good state; the others
-are taken. The exit code is 64 when anything was refused.`,
+are taken. The exit code is 64 when anything of the file is refused.
+
+An instance reads a file that changes by itself, too. What it has taken so is told
+with the time at which it was.`,
 		Args: noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if err := o.check(); err != nil {
@@ -57,11 +61,15 @@ func reload(ctx context.Context, w io.Writer, client *admin.Client, o *output) e
 
 func printReload(w io.Writer, r *admin.ReloadResult) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "configuration %d holds\n", r.Generation)
-	if len(r.Changes) == 0 {
+	fmt.Fprintf(&b, "configuration %d holds%s\n", r.Generation, earlierText(r))
+	changes := r.Changes
+	if len(r.Changed) > 0 {
+		changes = r.Changed // with all that a reload cannot change
+	}
+	if len(changes) == 0 {
 		fmt.Fprintln(&b, "  nothing changed")
 	}
-	for _, c := range r.Changes {
+	for _, c := range changes {
 		fmt.Fprintf(&b, "  %s\n", c)
 	}
 	for _, text := range refusalTexts(r.Refused) {
@@ -69,4 +77,23 @@ func printReload(w io.Writer, r *admin.ReloadResult) error {
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// earlierText says when and by whom that was taken which a reload found in force.
+func earlierText(r *admin.ReloadResult) string {
+	if !r.Earlier {
+		return ""
+	}
+	text := ", taken at " + r.Loaded.Local().Format(time.DateTime)
+	switch r.By {
+	case admin.TakenAtStart:
+		text += " by the start"
+	case admin.TakenByWatch:
+		text += " by the watch on " + r.File
+	case admin.TakenBySignal:
+		text += " by a signal"
+	case admin.TakenByReload:
+		text += " by a reload"
+	}
+	return text
 }

@@ -160,6 +160,7 @@ func (c *control) publish(next *config.Config) error {
 	for i := range services {
 		c.litter.add(len(services[i].endpoints), time.Now())
 	}
+	var lacking []admin.Refusal
 	old := c.i.snapshot.Load()
 	snapshot, err := upstream.Build(old, specs(next, services), upstream.Options{Health: next.Health})
 	if err != nil {
@@ -176,12 +177,10 @@ func (c *control) publish(next *config.Config) error {
 	} else {
 		there := sync.OnceValue(func() *present { return presentIn(services) }) // as a rule nobody asks
 		spared := c.removals.spare(func(g gone) bool { return there().has(g) })
-		lacking, err := c.hand(next, services, table)
-		if err != nil {
+		if lacking, err = c.hand(next, services, table); err != nil {
 			c.removals.restore(spared)
 			return err
 		}
-		refused = append(refused, lacking...)
 	}
 	c.i.snapshot.Store(snapshot)
 	byAddr := make(map[netip.AddrPort]string, len(services))
@@ -191,7 +190,7 @@ func (c *control) publish(next *config.Config) error {
 	c.i.byAddr.Store(&byAddr)
 	before := c.list()
 	c.mu.Lock()
-	c.services, c.tooMany = listingOf(services), refused
+	c.services, c.tooMany, c.lacking = listingOf(services), refused, lacking
 	if c.short = c.i.lacking; c.short {
 		c.again = time.Now().Add(againAfter)
 	}

@@ -16,7 +16,7 @@ func (c *control) status() admin.ConfigurationStatus {
 	defer c.mu.Unlock()
 	s := c.state
 	s.Refused = slices.Clone(s.Refused)
-	s.Refused = append(s.Refused, c.tooMany...)
+	s.Refused = append(append(s.Refused, c.tooMany...), c.lacking...)
 	if c.trouble != "" {
 		s.Refused = append(s.Refused, admin.Refusal{Text: c.trouble})
 	}

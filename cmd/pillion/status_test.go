@@ -147,6 +147,28 @@ func TestReload(t *testing.T) {
 	}
 	lines(t, out, "configuration 5 holds", "  default: relay -> pass")
 
+	// A watch was faster.
+	at := time.Date(2026, 5, 4, 3, 2, 1, 0, time.Local)
+	result = admin.ReloadResult{
+		Generation: 5, File: "p.yaml", Loaded: at, By: admin.TakenByWatch,
+		Earlier: true, Changed: []string{"default: relay -> pass"},
+	}
+	out, err = runCommand(t, g, "reload")
+	if err != nil {
+		t.Error(err)
+	}
+	lines(t, out, "configuration 5 holds, taken at 2026-05-04 03:02:01 by the watch on p.yaml", "  default: relay -> pass")
+	for by, want := range map[string]string{
+		admin.TakenAtStart: " by the start", admin.TakenBySignal: " by a signal", admin.TakenByReload: " by a reload", "else": "",
+	} {
+		result = admin.ReloadResult{Generation: 5, Loaded: at, By: by, Earlier: true}
+		out, err = runCommand(t, g, "reload")
+		if err != nil {
+			t.Error(err)
+		}
+		lines(t, out, "configuration 5 holds, taken at 2026-05-04 03:02:01"+want, "  nothing changed")
+	}
+
 	// What is refused is told on stdout, and makes the exit code the user's.
 	result = admin.ReloadResult{Generation: 5, Refused: []admin.Refusal{
 		{Name: "cart", Where: "p.yaml:3:7", Text: "unknown policy", Kept: []string{"cart"}},

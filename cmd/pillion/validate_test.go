@@ -269,7 +269,7 @@ func TestDiffAsReload(t *testing.T) {
 		if err := os.WriteFile(file, []byte(tt.text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		next, refused, err := c.reread(before)
+		next, refused, _, err := c.reread(before)
 		if (err != nil) != tt.whole {
 			t.Errorf("%s: a reload: %v", name, err)
 		}

@@ -53,7 +53,7 @@ func status() Status {
 		OnFailure: "open", Connect: "adaptive", Slots4: "240.0.0.0/16", Started: epoch, Live: 3,
 		Counters: map[string]uint64{"service": 4}, Unaccounted: -1,
 		Configuration: ConfigurationStatus{
-			Generation: 3, File: "p.yaml", Loaded: epoch, Tried: epoch.Add(time.Second), Refused: []Refusal{refusal()},
+			Generation: 3, File: "p.yaml", Loaded: epoch, Tried: epoch.Add(time.Second), By: TakenByWatch, Refused: []Refusal{refusal()},
 		},
 		Services: []ServiceStatus{serviceStatus()},
 		Problems: []string{"none"},
@@ -129,7 +129,14 @@ func testAPI() API {
 			return DiffResult{Changes: json.RawMessage(fmt.Sprintf(`{"name":%q,"text":%q}`, name, text)), Refused: []Refusal{refusal()}}, nil
 		},
 		Reload: func(context.Context) (ReloadResult, error) {
-			return ReloadResult{Generation: 4, Changes: []string{"service web: policy: random -> maglev"}, Refused: []Refusal{refusal()}}, nil
+			return reloadResult(), nil
 		},
+	}
+}
+
+func reloadResult() ReloadResult {
+	return ReloadResult{
+		Generation: 4, File: "p.yaml", Loaded: epoch, By: TakenByWatch, Earlier: true, Changes: []string{},
+		Changed: []string{"service web: policy: random -> maglev"}, Refused: []Refusal{refusal()},
 	}
 }

@@ -67,7 +67,7 @@ func TestClientAndServer(t *testing.T) {
 		t.Errorf("config: %s, %v", config, err)
 	}
 	r, err := c.Reload(ctx)
-	want := ReloadResult{Generation: 4, Changes: []string{"service web: policy: random -> maglev"}, Refused: []Refusal{refusal()}}
+	want := reloadResult()
 	if diff := cmp.Diff(want, r); err != nil || diff != "" {
 		t.Errorf("reload: %v\n%s", err, diff)
 	}

@@ -82,10 +82,20 @@ type ConfigurationStatus struct {
 	// Loaded is when it was taken, Tried when one was last read.
 	Loaded time.Time `json:"loaded,omitzero"`
 	Tried  time.Time `json:"tried,omitzero"`
+	// By is at whose word it was taken: one of the constants below.
+	By string `json:"by,omitempty"`
 	// Refused is what of the last one that was read was not taken; an earlier
 	// state of it holds instead, or none.
 	Refused []Refusal `json:"refused"`
 }
+
+// Values of [ConfigurationStatus.By] and [ReloadResult.By].
+const (
+	TakenAtStart  = "start"
+	TakenByWatch  = "watch"  // the file had changed
+	TakenBySignal = "signal" // SIGHUP
+	TakenByReload = "reload" // a request, as of pillion reload
+)
 
 // Refusal is a part of a configuration that was not taken.
 type Refusal struct {
@@ -103,14 +113,22 @@ type Refusal struct {
 	Kept []string `json:"kept,omitempty"`
 }
 
-// ReloadResult is what became of a reload.
+// ReloadResult is what became of a reload: what holds now, whoever took it.
 type ReloadResult struct {
-	// Generation is the configuration that holds now.
+	// Generation is the configuration that holds now, File where it came from.
 	Generation uint64 `json:"generation"`
-	// Changes are lines that tell what is different from before, none if nothing
-	// is.
+	File       string `json:"file,omitempty"`
+	// Loaded is when it was taken, and By at whose word.
+	Loaded time.Time `json:"loaded,omitzero"`
+	By     string    `json:"by,omitempty"`
+	// Changes are lines that tell what this reload has made different, none if
+	// nothing is.
 	Changes []string `json:"changes"`
-	// Refused is what was not taken.
+	// Earlier is true if what holds was taken before: a watch on the file may be
+	// faster. Changed are the changes of then, if the file still says the same.
+	Earlier bool     `json:"earlier,omitempty"`
+	Changed []string `json:"changed,omitempty"`
+	// Refused is what of the file is not in force, whoever read it first.
 	Refused []Refusal `json:"refused"`
 }
 

@@ -118,6 +118,10 @@ func TestFaultFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	trouble(t, i, "too many endpoints", fmt.Sprint(bpf.Endpoints))
+	// The same file again: what of it is not in force is told.
+	if result, err := i.Reload(context.Background()); err != nil || !result.Earlier || len(result.Refused) == 0 || !strings.Contains(result.Refused[0].Text, "too many endpoints") {
+		t.Errorf("%+v, %v", result, err)
+	}
 	rest()
 
 	// More services than sets.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -14,6 +15,7 @@ import (
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
 )
 
 // cli runs pillion reload, and returns what it wrote and its exit code.
@@ -82,6 +84,68 @@ func TestRefusedFile(t *testing.T) {
 		t.Errorf("mended: last reload successful: %s", got)
 	}
 	s.goes(t, 1, 2)
+}
+
+// TestWatchFirst: a reload after the watch has taken the file tells what the watch did
+// with it, and its exit code is of what the file says. The log has each refusal once.
+func TestWatchFirst(t *testing.T) {
+	t.Parallel()
+	r := rig.New(t)
+	serve(t, r, 1, 2, 3)
+	s := newStage(t, r, "services:\n"+service(1, "", 1)+service(2, "", 1))
+	const start = "configuration 1 holds, taken at "
+	if out, code := s.cli(t); code != 0 || !strings.HasPrefix(out, start) || !strings.Contains(out, " by the start\n  nothing changed\n") {
+		t.Errorf("the file of the start: exit code %d\n%s", code, out)
+	}
+	const refusal = "polcy: unknown key"
+	part := "services:\n" + service(1, "", 2) + service(2, "polcy: random", 2)
+	whole := "on_failure: maybe\n" + part
+	for _, tt := range []struct {
+		name, file string
+		generation uint64
+		refused    []string
+		code       int
+		want       []string
+	}{
+		{"in part", part, 2, []string{"s2"}, 64, []string{
+			"configuration 2 holds, taken at ", " by the watch on " + s.file + "\n", "service s1: endpoint ", refusal, "! s2 is refused, the earlier state stays",
+		}},
+		{"as a whole", whole, 2, []string{""}, 64, []string{
+			"configuration 2 holds, taken at ", " by the watch on " + s.file + "\n", "nothing changed", "the configuration is refused, the earlier one stays", "maybe",
+		}},
+		{"mended", "services:\n" + service(1, "", 2) + service(2, "", 3), 3, nil, 0, []string{
+			"configuration 3 holds, taken at ", " by the watch on " + s.file + "\n", "service s2: endpoint ",
+		}},
+	} {
+		put(t, s.file, tt.file)
+		testutil.Eventually(t, rig.Limit, func() bool {
+			c := s.status(t).Configuration
+			names := make([]string, 0, len(c.Refused))
+			for _, r := range c.Refused {
+				names = append(names, r.Name)
+			}
+			return c.Generation == tt.generation && slices.Equal(slices.Compact(names), tt.refused)
+		}, tt.name, ": the watch has taken the file")
+		for range 2 {
+			out, code := s.cli(t)
+			if code != tt.code {
+				t.Errorf("%s: exit code %d, want %d", tt.name, code, tt.code)
+			}
+			for _, want := range tt.want {
+				if !strings.Contains(out, want) {
+					t.Errorf("%s: no %q in:\n%s", tt.name, want, out)
+				}
+			}
+		}
+		if c := s.status(t).Configuration; c.Generation != tt.generation || c.By != admin.TakenByWatch {
+			t.Errorf("%s: %+v", tt.name, c)
+		}
+	}
+	for _, refused := range []string{"part of the configuration is refused", "the configuration is refused, the last one stays"} {
+		if n := strings.Count(s.Log(), refused); n != 1 {
+			t.Errorf("%q is in the log %d times:\n%s", refused, n, s.Log())
+		}
+	}
 }
 
 // TestRefusedServices has a file in which some services are wrong: each is
