@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"strings"
 
 	"github.com/jedib0t/go-pretty/v6/text"
 	"github.com/pillion-project/pillion/loader/probe"
@@ -23,6 +24,11 @@ others. Nothing is changed. The exit code is 69 when the main job cannot work.`,
 			if err := o.check(); err != nil {
 				return err
 			}
+			if cgroup != "" {
+				if _, err := os.Stat(cgroup); err != nil {
+					return usage(fmt.Errorf("--cgroup: %w", err))
+				}
+			}
 			findings := probe.Run(c.Context(), probe.Options{Cgroup: cgroup, BPFFS: g.bpffs})
 			var err error
 			if o.json() {
@@ -41,7 +47,7 @@ others. Nothing is changed. The exit code is 69 when the main job cannot work.`,
 			return nil
 		},
 	}
-	c.Flags().StringVar(&cgroup, "cgroup", "", "cgroup whose foreign programs are shown (default: the root)")
+	c.Flags().StringVar(&cgroup, "cgroup", "", "directory of the cgroup v2 that is tried, and whose foreign programs are shown (default: the root)")
 	o.add(c)
 	return c
 }
@@ -59,10 +65,36 @@ func printFindings(findings []probe.Finding) error {
 	if err := printTable(os.Stdout, t); err != nil {
 		return err
 	}
-	for _, f := range findings {
-		if f.Cure != "" {
-			fmt.Printf("\n%s: %s\n  %s\n", f.Name, f.Detail, f.Cure)
-		}
+	for _, line := range cures(findings) {
+		fmt.Printf("\n%s\n", line)
 	}
 	return nil
 }
+
+// cures say what to do, once where it helps against several findings.
+func cures(findings []probe.Finding) []string {
+	against := make(map[string][]string)
+	var order []string
+	for _, f := range findings {
+		if f.Cure == "" {
+			continue
+		}
+		if len(against[f.Cure]) == 0 {
+			order = append(order, f.Cure)
+		}
+		against[f.Cure] = append(against[f.Cure], f.Name+": "+f.Detail)
+	}
+	var all []string
+	for _, cure := range order {
+		what := against[cure]
+		text := strings.Join(what[:min(len(what), curesNamed)], "\n")
+		if more := len(what) - curesNamed; more > 0 {
+			text += "\nand " + count(more, "more line") + " above"
+		}
+		all = append(all, text+"\n  "+cure)
+	}
+	return all
+}
+
+// curesNamed is how many findings are named again above what helps against them.
+const curesNamed = 3

@@ -22,11 +22,8 @@ func (d *duration) Type() string { return "duration" }
 
 func (d *duration) Set(text string) error {
 	v, err := time.ParseDuration(text)
-	if err == nil && v < 0 {
-		err = errors.New("want a duration that is not negative, such as 10s")
-	}
-	if err != nil {
-		return err
+	if err != nil || v < 0 {
+		return errors.New("want a duration that is not negative, such as 10s")
 	}
 	*d = duration(v)
 	return nil

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
@@ -95,16 +96,18 @@ func (f *execFlags) overlay(c *config.Config) (*config.Config, error) {
 	for _, s := range f.services {
 		service, err := config.ParseService(s)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("--service %q: %w", s, err))
+			for line := range strings.Lines(err.Error()) {
+				errs = append(errs, fmt.Errorf("--service %q: %s", s, strings.TrimSpace(line)))
+			}
 		}
 		c.Services = append(c.Services, service)
 		c.Said(fmt.Sprintf("services[%d]", len(c.Services)-1), "--service")
 	}
-	for flag, list := range map[string][]string{"--deny": f.deny, "--exclude": f.exclude} {
-		for _, s := range list {
+	for _, flag := range []string{"--deny", "--exclude"} {
+		for _, s := range map[string][]string{"--deny": f.deny, "--exclude": f.exclude}[flag] {
 			rule, err := config.ParseRule(s)
 			if err != nil {
-				errs = append(errs, fmt.Errorf("%s %q: %w", flag, s, err))
+				errs = append(errs, fmt.Errorf("%s: %w", flag, err))
 				continue
 			}
 			if flag == "--deny" {

@@ -116,7 +116,9 @@ func printExplanation(w io.Writer, x *admin.Explanation, now time.Time) error {
 	}
 	row("on failure", x.OnFailure)
 	if s := x.Service; s != nil {
-		row("cluster", clusterText(s, now))
+		if s.Path != flow.PathPass {
+			row("cluster", clusterText(s, now))
+		}
 		row("pick", pickText(x))
 	}
 	if err := printTable(w, t); err != nil || x.Service == nil || len(x.Service.Endpoints) == 0 {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/signal"
 
@@ -42,6 +43,15 @@ func usage(err error) error {
 		return nil
 	}
 	return &exitError{code: exitUsage, err: err}
+}
+
+// unprivileged gives err the exit code of a privilege that is missing, if that is what
+// it means.
+func unprivileged(err error) error {
+	if !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	return &exitError{code: exitUnsupported, err: fmt.Errorf("%w: run as root", err)}
 }
 
 func main() { os.Exit(run(os.Args[1:])) }

@@ -51,12 +51,13 @@ func (i *instance) stuck() error {
 
 // newProbe makes the commands for probes: they say nothing unless something is
 // wrong.
-func newProbe(g *global, use, short string, ask func(*admin.Client, context.Context) error) *cobra.Command {
+func newProbe(g *global, use, short, long string, ask func(*admin.Client, context.Context) error) *cobra.Command {
 	var name string
 	var limit time.Duration
 	c := &cobra.Command{
 		Use:   use + " [--instance NAME]",
 		Short: short,
+		Long:  long,
 		Args:  noArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			ctx, cancel := context.WithTimeout(c.Context(), limit)
@@ -90,9 +91,13 @@ func (g *global) probed(name string) (*admin.Client, error) {
 }
 
 func newReady(g *global) *cobra.Command {
-	return newProbe(g, "ready", "Tell by the exit code whether an instance captures, and knows its endpoints", (*admin.Client).Ready)
+	return newProbe(g, "ready", "Tell by the exit code whether an instance captures, and knows its endpoints",
+		`Ends with 0 when connections are captured, and every source has told its endpoints
+once since the start. Else the exit code is 1, and a line says what is missing.`, (*admin.Client).Ready)
 }
 
 func newLive(g *global) *cobra.Command {
-	return newProbe(g, "live", "Tell by the exit code whether an instance works, or hangs", (*admin.Client).Live)
+	return newProbe(g, "live", "Tell by the exit code whether an instance works, or hangs",
+		`Ends with 0 unless the instance does not answer, or a worker of its handler hangs: a
+new process is what helps then. Else the exit code is 1, and a line says why.`, (*admin.Client).Live)
 }

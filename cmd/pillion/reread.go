@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
@@ -79,13 +80,28 @@ func (c *control) reload(by string) admin.ReloadResult {
 		c.taken = taken{of, changes}
 	}
 	c.state.Refused = refusals(refused)
-	c.i.log.Info("the configuration was read", "generation", c.state.Generation, "refused", len(refused))
+	log := c.i.log.With("generation", c.state.Generation, "refused", len(refused))
+	if len(changes) > 0 {
+		log = log.With("changes", inShort(changes))
+	}
+	log.Info("the configuration was read")
 	r := c.result()
 	r.Changes, r.Earlier = changes, !other
 	if r.Earlier && c.taken.content == of {
 		r.Changed = c.taken.changes
 	}
 	return r
+}
+
+// changesLogged is how many changes the log names: there may be as many as services.
+const changesLogged = 10
+
+// inShort puts the changes that a reload makes into a line.
+func inShort(changes []string) string {
+	if n := len(changes); n > changesLogged {
+		changes = append(slices.Clone(changes[:changesLogged]), fmt.Sprintf("and %d more", n-changesLogged))
+	}
+	return strings.Join(changes, "; ")
 }
 
 // result is of a reload that changed nothing. What there is no room for yet is not

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -8,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // version is set by the linker for a release.
@@ -62,7 +64,7 @@ endpoints and records every one. Nothing else on the machine changes.`,
 		RunE:              noCommand,
 	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		return usage(fmt.Errorf("%w (see %s --help)", err, c.CommandPath()))
+		return usage(fmt.Errorf("%w (see %s --help)", flagError(err), c.CommandPath()))
 	})
 	f := root.PersistentFlags()
 	f.StringVar(&g.logLevel, "log-level", "", "least level to log: debug, info, warn, error (default info for run, else warn)")
@@ -74,7 +76,35 @@ endpoints and records every one. Nothing else on the machine changes.`,
 		newResolve(g), newExplain(g), newReload(g), newUnload(g), newVersion(),
 		newValidate(), newDiff(g), newInject(), newWebhook(g),
 	)
+	// As well known as the command.
+	root.Version = buildVersion()
+	root.SetVersionTemplate("pillion {{.Version}}\n")
+	root.InitDefaultHelpCmd()
+	for _, c := range root.Commands() {
+		if c.Name() == "help" {
+			c.Args = helpArgs
+		}
+	}
 	return root
+}
+
+// flagError says what a flag wants, where the flag package shows what a parser of Go's
+// library said.
+func flagError(err error) error {
+	invalid, ok := errors.AsType[*pflag.InvalidValueError](err)
+	if ok && invalid.GetFlag().Value.Type() == "int" {
+		return fmt.Errorf("invalid argument %q for \"--%s\" flag: want a number", invalid.GetValue(), invalid.GetFlag().Name)
+	}
+	return err
+}
+
+// helpArgs refuses a command that there is not: cobra would show what all are about,
+// as if that had been asked.
+func helpArgs(c *cobra.Command, args []string) error {
+	if found, _, err := c.Root().Find(args); len(args) > 0 && (err != nil || found == c.Root()) {
+		return noCommand(c.Root(), args)
+	}
+	return nil
 }
 
 // logger returns the process's log, to stderr.

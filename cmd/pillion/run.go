@@ -129,7 +129,7 @@ func daemon(g *global, f *runFlags) error {
 	if err != nil {
 		p.taking.close()
 		if errors.Is(err, loader.ErrInUse) {
-			return fmt.Errorf("%w: another pillion run has it (see pillion status)", err)
+			return fmt.Errorf("instance %s: %w (see pillion status; --take-over takes over from it)", p.name, loader.ErrInUse)
 		}
 		return err
 	}
@@ -186,7 +186,7 @@ func daemon(g *global, f *runFlags) error {
 	}
 	err = errors.Join(err, i.end())
 	if n := cut.Load(); n > 0 && err == nil {
-		return &exitError{code: exitCut, err: fmt.Errorf("%d connections were open still after %v, and were ended", n, f.drain)}
+		return &exitError{code: exitCut, err: fmt.Errorf("%s open still after %v, and ended", count(int(n), "connection"), f.drain)}
 	}
 	return err
 }

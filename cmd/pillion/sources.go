@@ -153,7 +153,7 @@ func (s *sources) set(wanted map[string]want) error {
 			errs = append(errs, err)
 			continue
 		}
-		keeper := discover.NewKeeper(src, func(discover.State) { s.changed() })
+		keeper := discover.NewKeeper(src, s.teller(name, w))
 		next[name] = &source{kind: w.kind, name: w.name, of: w.of, keeper: keeper}
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -171,6 +171,23 @@ func (s *sources) set(wanted map[string]want) error {
 	}
 	s.byName = next
 	return nil
+}
+
+// teller returns what the keeper of a service's source calls: it has the change put in
+// force, and logs when an error begins and when it ends.
+func (s *sources) teller(service string, w want) func(discover.State) {
+	silent := false // the keeper makes one call at a time
+	return func(st discover.State) {
+		switch {
+		case st.Err != nil && !silent:
+			s.i.log.Warn("a source cannot tell endpoints: those that were known stay", "service", service, "source", w.kind, "name", w.name, "known", len(st.Endpoints), "error", st.Err)
+		case st.Err == nil && silent:
+			s.i.log.Info("a source tells endpoints again", "service", service, "source", w.kind, "name", w.name, "endpoints", len(st.Endpoints))
+		default:
+		}
+		silent = st.Err != nil
+		s.changed()
+	}
 }
 
 // of returns the source of a service, and what it knows; nil: it has none.

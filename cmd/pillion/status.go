@@ -13,9 +13,11 @@ import (
 	"strings"
 	"time"
 
+	"github.com/pillion-project/pillion/loader"
+	"github.com/pillion-project/pillion/loader/probe"
+	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 )
 
 // running lists the names of the instances that have an admin socket.
@@ -25,7 +27,7 @@ func (g *global) running() ([]string, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("list instances: %w", err)
+		return nil, unprivileged(fmt.Errorf("list instances: %w", err))
 	}
 	var names []string
 	for _, e := range entries {
@@ -44,7 +46,7 @@ func (g *global) answers(name string) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	_, err := admin.Dial(g.socket(name)).Status(ctx)
-	return !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT)
+	return !errors.Is(err, admin.ErrNotRunning)
 }
 
 // client connects to the instance of that name, or to the only one.
@@ -71,6 +73,10 @@ func newStatus(g *global) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "status [NAME...]",
 		Short: "Show the running instances: state, services, endpoints, counters",
+		Long: `Shows the running instances, or the named ones, and which others were left by a
+process that was killed. The exit code is 1 where none runs; with -o json that is
+an empty list, and 0. Open connections on direct and pass are the kernel's alone:
+pillion flows --live lists them too.`,
 		RunE: func(c *cobra.Command, names []string) error {
 			if err := o.check(); err != nil {
 				return err
@@ -87,7 +93,8 @@ func showStatus(ctx context.Context, w io.Writer, g *global, o *output, names []
 	if err != nil {
 		return err
 	}
-	if len(names) == 0 {
+	asked := len(names) > 0
+	if !asked {
 		names = running
 	}
 	all := []admin.Status{}
@@ -105,26 +112,61 @@ func showStatus(ctx context.Context, w io.Writer, g *global, o *output, names []
 	if o.json() {
 		return printJSON(w, all)
 	}
-	if len(all) == 0 {
-		return errNoInstance
-	}
-	for _, s := range all {
+	for n, s := range all {
+		if n > 0 {
+			fmt.Fprintln(w)
+		}
 		if err := printStatus(w, &s, time.Now()); err != nil {
 			return err
 		}
 	}
+	if asked {
+		return nil
+	}
+	left := g.left()
+	if len(left) > 0 && len(all) > 0 {
+		fmt.Fprintln(w)
+	}
+	for _, f := range left {
+		fmt.Fprintln(w, leftText(&f))
+	}
+	if len(all) == 0 {
+		return errNoInstance
+	}
 	return nil
 }
 
+// left lists the instances that are attached, and that no process runs: it was killed,
+// or only pillion init was here. What cannot be looked at is not told.
+func (g *global) left() []loader.Found {
+	root, err := probe.CgroupRoot()
+	if err != nil {
+		return nil
+	}
+	found, err := loader.List(g.bpffs, root)
+	if err != nil {
+		return nil
+	}
+	return slices.DeleteFunc(found, func(f loader.Found) bool { return f.Running })
+}
+
+func leftText(f *loader.Found) string {
+	if f.Cgroup == "" || f.Problem != "" {
+		return fmt.Sprintf("%s: no process runs it, and its scope is gone: pillion unload %s removes what it left", f.Name, f.Name)
+	}
+	return fmt.Sprintf("%s: no process runs it, and on_failure decides on what it would redirect; pillion run goes on with it, pillion unload %s removes it\n  scope %s",
+		f.Name, f.Name, f.Cgroup)
+}
+
 func printStatus(w io.Writer, s *admin.Status, now time.Time) error {
-	_, err := fmt.Fprintf(w, "%s (%s, pid %d, %s): %s, on_failure %s, connect %s, up %s\n  scope %s\n  slots %s %s\n  open connections %d, unaccounted %d\n  configuration %s\n",
+	_, err := fmt.Fprintf(w, "%s (%s, pid %d, %s): %s, on_failure %s, connect %s, up %s\n  scope %s\n  slots %s %s\n  open on relay %d, unaccounted %d\n  configuration %s\n",
 		s.Instance, s.Kind, s.Pid, s.Version, s.State, s.OnFailure, s.Connect, now.Sub(s.Started).Round(time.Second),
 		s.Scope, s.Slots4, s.Slots6, s.Live, s.Unaccounted, configurationText(&s.Configuration, now))
 	if err != nil {
 		return err
 	}
 	if o := s.TakenOver; o != nil {
-		fmt.Fprintf(w, "  taken over %s ago from pid %d (%s), with %d open connections, which paused for %s\n",
+		fmt.Fprintf(w, "  taken over %s ago from pid %d (%s), with %d open on relay, which paused for %s\n",
 			now.Sub(o.At).Round(time.Second), o.Pid, o.Version, o.Connections, o.Pause.Round(100*time.Microsecond))
 	}
 	for _, p := range s.Problems {
@@ -133,13 +175,16 @@ func printStatus(w io.Writer, s *admin.Status, now time.Time) error {
 	for _, text := range refusalTexts(s.Configuration.Refused) {
 		fmt.Fprintf(w, "  ! %s\n", text)
 	}
+	for _, text := range silentTexts(s.Services) {
+		fmt.Fprintf(w, "  ! %s\n", text)
+	}
 	if len(s.Services) > 0 {
 		fmt.Fprintln(w)
 		if err := printServices(w, s.Services, now); err != nil {
 			return err
 		}
 	}
-	t := newTable("reason", "connections")
+	t := newTable("reason", "count")
 	for _, name := range slices.Sorted(maps.Keys(s.Counters)) {
 		t.AppendRow([]any{name, s.Counters[name]})
 	}
@@ -198,13 +243,42 @@ func refusedText(r *admin.Refusal) string {
 	return fmt.Sprintf("%s is refused, %s:", what, kept)
 }
 
+// silentMost is how many sources are told of that cannot tell: if it is the server, it
+// is all of them.
+const silentMost = 10
+
+// silentTexts say which sources cannot tell endpoints, and why.
+func silentTexts(services []admin.ServiceStatus) []string {
+	var texts []string
+	more := 0
+	for i := range services {
+		s := &services[i]
+		switch {
+		case s.Source.Error == "":
+		case len(texts) == silentMost:
+			more++
+		default:
+			text := strings.ReplaceAll(strings.TrimSpace(s.Source.Error), "\n", "\n    ")
+			texts = append(texts, fmt.Sprintf("the source of %s cannot tell its endpoints:\n    %s", s.Name, text))
+		}
+	}
+	if more > 0 {
+		texts = append(texts, fmt.Sprintf("nor can the sources of %d others", more))
+	}
+	return texts
+}
+
 // printServices prints one line per endpoint. Columns in which nothing stands
 // are left out.
 func printServices(w io.Writer, services []admin.ServiceStatus, now time.Time) error {
 	t := newTable("service", "address", "path", "policy", "source", "endpoint", "zone", "weight", "state", "checks", "open", "connects", "failures", "last failure")
 	t.SuppressEmptyColumns()
 	for _, s := range services {
-		row := []any{s.Name, s.Address, pathText(&s), s.Policy, sourceText(&s.Source, now)}
+		policy := s.Policy
+		if s.Path == flow.PathPass {
+			policy = "-" // nothing is picked
+		}
+		row := []any{s.Name, s.Address, pathText(&s), policy, sourceText(&s.Source, now)}
 		for _, e := range s.Endpoints {
 			t.AppendRow(append(slices.Clone(row), e.Address, zoneText(&e), e.Weight, stateText(&e), checksText(&e), e.Live, e.Connects, e.Failures, e.LastReason.String()))
 		}

@@ -81,7 +81,7 @@ func TestPrintStatus(t *testing.T) {
 		"shop (run, pid 7, 1): serving, on_failure open, connect adaptive, up 1m0s",
 		"  scope /a",
 		"  slots 240.0.0.0/16 fd70::/64",
-		"  open connections 3, unaccounted 0",
+		"  open on relay 3, unaccounted 0",
 		"  configuration 4 of p.yaml, for 1h0m0s",
 		"  ! Something is wrong.",
 		"  ! cart is refused, the earlier state stays:",
@@ -97,8 +97,8 @@ func TestPrintStatus(t *testing.T) {
 		"web      10.96.0.12:80  direct (auto)  maglev  dns web.example (stale for 2m0s)  10.1.0.2:80  b          3       down, ejected (status 500)  0     0         1         dial_refused",
 		"cart     10.96.0.13:80  relay          random  file e.json (has not told yet)    -                       -       -                           -     -         -         -",
 		"",
-		"REASON   CONNECTIONS",
-		"service            5",
+		"REASON   COUNT",
+		"service      5",
 	)
 }
 

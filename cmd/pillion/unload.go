@@ -23,7 +23,8 @@ func newUnload(g *global) *cobra.Command {
 		Short: "Remove what instances that no longer run left, and nothing else",
 		Long: `Removes programs, pins, routes and cgroups of Pillion's instances in whatever
 state they are: of the named ones, or of all that do not run. One that runs is
-refused, or with --force ended first.`,
+refused, or with --force ended first. Without names, what is kept of the flows of
+ended commands goes too, if nothing runs.`,
 		RunE: func(c *cobra.Command, names []string) error {
 			return unload(c.Context(), c.OutOrStdout(), g, names, force)
 		},
@@ -39,7 +40,7 @@ func unload(ctx context.Context, w io.Writer, g *global, names []string, force b
 	}
 	found, err := loader.List(g.bpffs, root)
 	if err != nil {
-		return err
+		return unprivileged(err)
 	}
 	for _, name := range names {
 		if !slices.ContainsFunc(found, func(f loader.Found) bool { return f.Name == name }) {
@@ -47,6 +48,7 @@ func unload(ctx context.Context, w io.Writer, g *global, names []string, force b
 		}
 	}
 	var errs []error
+	removed := false
 	for _, f := range found {
 		named := slices.Contains(names, f.Name)
 		if len(names) > 0 && !named {
@@ -63,6 +65,10 @@ func unload(ctx context.Context, w io.Writer, g *global, names []string, force b
 			continue
 		}
 		fmt.Fprintf(w, "removed %s\n", f.Name)
+		removed = true
+	}
+	if !removed && errors.Join(errs...) == nil {
+		fmt.Fprintln(w, "nothing to remove")
 	}
 	if len(names) == 0 {
 		errs = append(errs, g.clearRuntime())

@@ -61,7 +61,8 @@ func (c *control) setDown(change check.Change) {
 			continue
 		}
 		e.SetDown(down)
-		c.i.log.Info("health check", "service", s.Name, "endpoint", e.Addr, "state", change.State, "error", change.Err)
+		// The checker has told people.
+		c.i.log.Debug("health check", "service", s.Name, "endpoint", e.Addr, "state", change.State, "error", change.Err)
 		if s.set == nil && !s.kept {
 			continue
 		}

@@ -56,7 +56,7 @@ func checkRanges(_ context.Context, _ *machine) []Finding {
 		return []Finding{warning(name, "give these another range: applications in scope are refused when they connect to an address of "+super4.String()+" or "+super6.String(),
 			"used by others: %s", listed(clash))}
 	}
-	return []Finding{good(name, "free but for %d routes of Pillion's", ours)}
+	return []Finding{good(name, "free of others, %d routes of Pillion's", ours)}
 }
 
 // judgeRoute describes a route that clashes, and tells whether it is Pillion's.

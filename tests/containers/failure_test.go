@@ -193,7 +193,7 @@ func drain(t *testing.T, w *world) {
 			held.says(t, service)
 			p.left(t, s.stop(t, 30), 75)
 			held.says(t, "reset")
-			if out := s.output(t); !strings.Contains(out, "1 connections were open still") {
+			if out := s.output(t); !strings.Contains(out, "1 connection open still") {
 				t.Errorf("it does not say what it ended:\n%s", out)
 			}
 		})

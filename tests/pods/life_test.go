@@ -239,7 +239,7 @@ func TestDrainCut(t *testing.T) {
 	}, "a connection is open")
 	s.cmd.Process.Signal(unix.SIGTERM)
 	<-s.ended
-	if exitCode(s.err) != 75 || !strings.Contains(s.log.String(), "1 connections were open still") {
+	if exitCode(s.err) != 75 || !strings.Contains(s.log.String(), "1 connection open still") {
 		t.Errorf("it ended with %v\n%s", s.err, s.log)
 	}
 	cmd.Wait()

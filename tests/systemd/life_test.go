@@ -315,7 +315,7 @@ func testCut(t *testing.T, m *machine, a client) {
 			t.Errorf("%s is %s, want %s", property, got, want)
 		}
 	}
-	if journal := m.journal(t, unit); !strings.Contains(journal, "1 connections were open still after 1s, and were ended") {
+	if journal := m.journal(t, unit); !strings.Contains(journal, "1 connection open still after 1s, and ended") {
 		t.Errorf("the journal does not tell:\n%s", journal)
 	}
 	m.nothingLeft(t)

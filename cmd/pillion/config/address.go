@@ -13,11 +13,12 @@ import (
 
 // ParseService reads a service from a flag: ADDR:PORT=ENDPOINT[,ENDPOINT...],
 // where ENDPOINT is ADDR:PORT[*WEIGHT]. The service's name is its address. What
-// the addresses are is for [Config.Validate] to judge.
+// the addresses are is for [Config.Validate] to judge. The error has a line for each
+// problem, and does not show s.
 func ParseService(s string) (Service, error) {
 	addr, list, found := strings.Cut(s, "=")
 	if !found {
-		return Service{}, fmt.Errorf("service %s: no endpoints, want ADDR:PORT=ENDPOINT[,ENDPOINT...]", spelling.Show(s))
+		return Service{}, errors.New("no endpoints, want ADDR:PORT=ENDPOINT[,ENDPOINT...]")
 	}
 	var errs []error
 	a, err := parseAddrPort(addr)
@@ -34,7 +35,7 @@ func ParseService(s string) (Service, error) {
 		service.Endpoints = append(service.Endpoints, e)
 	}
 	if len(errs) > 0 {
-		return Service{}, fmt.Errorf("service %s: %w", spelling.Show(s), errors.Join(errs...))
+		return Service{}, errors.Join(errs...)
 	}
 	return service, nil
 }

@@ -513,18 +513,18 @@ func service(addr string, endpoints ...any) Service {
 
 func TestParseServiceErrors(t *testing.T) {
 	for in, want := range map[string]string{
-		"":                                 `service "": no endpoints, want ADDR:PORT=ENDPOINT[,ENDPOINT...]`,
-		"10.0.0.1:80":                      `service "10.0.0.1:80": no endpoints, want ADDR:PORT=ENDPOINT[,ENDPOINT...]`,
-		"10.0.0.1:80=":                     `service "10.0.0.1:80=": endpoint 1 "": empty, want ADDR:PORT`,
-		"=10.0.0.1:80":                     `service "=10.0.0.1:80": address "": empty, want ADDR:PORT`,
-		"10.0.0.1:80=10.0.0.2:80,":         `service "10.0.0.1:80=10.0.0.2:80,": endpoint 2 "": empty, want ADDR:PORT`,
-		"10.0.0.1=10.0.0.2:80":             `service "10.0.0.1=10.0.0.2:80": address "10.0.0.1": no port, want 10.0.0.1:PORT`,
-		"web:80=10.0.0.2:80":               `service "web:80=10.0.0.2:80": address "web:80": "web" is a name, and names are not resolved: want an IP address`,
-		"10.0.0.1:80=10.0.0.2:80*0":        `service "10.0.0.1:80=10.0.0.2:80*0": endpoint 1 "10.0.0.2:80*0": weight "0": want 1 to 65535`,
-		"10.0.0.1:80=10.0.0.2:80*":         `service "10.0.0.1:80=10.0.0.2:80*": endpoint 1 "10.0.0.2:80*": weight "": want 1 to 65535`,
-		"10.0.0.1:80=10.0.0.2:80*-1":       `service "10.0.0.1:80=10.0.0.2:80*-1": endpoint 1 "10.0.0.2:80*-1": weight "-1": want 1 to 65535`,
-		"10.0.0.1:80=10.0.0.2:80*65536":    `service "10.0.0.1:80=10.0.0.2:80*65536": endpoint 1 "10.0.0.2:80*65536": weight "65536": want 1 to 65535`,
-		"10.0.0.1:80=10.0.0.2:80=10.0.0.3": `service "10.0.0.1:80=10.0.0.2:80=10.0.0.3": endpoint 1 "10.0.0.2:80=10.0.0.3": port "80=10.0.0.3": want 1 to 65535`,
+		"":                                 `no endpoints, want ADDR:PORT=ENDPOINT[,ENDPOINT...]`,
+		"10.0.0.1:80":                      `no endpoints, want ADDR:PORT=ENDPOINT[,ENDPOINT...]`,
+		"10.0.0.1:80=":                     `endpoint 1 "": empty, want ADDR:PORT`,
+		"=10.0.0.1:80":                     `address "": empty, want ADDR:PORT`,
+		"10.0.0.1:80=10.0.0.2:80,":         `endpoint 2 "": empty, want ADDR:PORT`,
+		"10.0.0.1=10.0.0.2:80":             `address "10.0.0.1": no port, want 10.0.0.1:PORT`,
+		"web:80=10.0.0.2:80":               `address "web:80": "web" is a name, and names are not resolved: want an IP address`,
+		"10.0.0.1:80=10.0.0.2:80*0":        `endpoint 1 "10.0.0.2:80*0": weight "0": want 1 to 65535`,
+		"10.0.0.1:80=10.0.0.2:80*":         `endpoint 1 "10.0.0.2:80*": weight "": want 1 to 65535`,
+		"10.0.0.1:80=10.0.0.2:80*-1":       `endpoint 1 "10.0.0.2:80*-1": weight "-1": want 1 to 65535`,
+		"10.0.0.1:80=10.0.0.2:80*65536":    `endpoint 1 "10.0.0.2:80*65536": weight "65536": want 1 to 65535`,
+		"10.0.0.1:80=10.0.0.2:80=10.0.0.3": `endpoint 1 "10.0.0.2:80=10.0.0.3": port "80=10.0.0.3": want 1 to 65535`,
 	} {
 		_, err := ParseService(in)
 		got := fmt.Sprint(err)

@@ -79,8 +79,10 @@ func FuzzParseService(f *testing.F) {
 	f.Fuzz(func(t *testing.T, in string) {
 		s, err := ParseService(in)
 		if err != nil {
-			if !strings.HasPrefix(err.Error(), "service ") {
-				t.Errorf("the error does not say of what: %v", err)
+			for _, line := range strings.Split(err.Error(), "\n") {
+				if !strings.HasPrefix(line, "address ") && !strings.HasPrefix(line, "endpoint ") && !strings.HasPrefix(line, "no endpoints") {
+					t.Errorf("the error does not say of what: %q", line)
+				}
 			}
 			return
 		}
