@@ -43,15 +43,52 @@ func TestReasonsAreDocumented(t *testing.T) {
 	}
 }
 
-// TestLinks follows the relative links of the documents.
-func TestLinks(t *testing.T) {
+// documents returns the documents that git knows, by name.
+func documents(t *testing.T) map[string]string {
+	t.Helper()
 	out, err := exec.Command("git", "-C", root, "ls-files", "*.md").Output()
 	if err != nil {
 		t.Skipf("needs a git checkout: %v", err)
 	}
-	link := regexp.MustCompile(`\]\(([^)#:]+)[^)]*\)`)
+	all := make(map[string]string)
 	for _, name := range strings.Fields(string(out)) {
-		for _, m := range link.FindAllStringSubmatch(read(t, name), -1) {
+		all[name] = read(t, name)
+	}
+	return all
+}
+
+// TestMetricsAreNamedRight: a metric that a document names is one. docs/metrics.md
+// lists all, which telemetry/metrics holds to the code, both ways.
+func TestMetricsAreNamedRight(t *testing.T) {
+	known := make(map[string]bool)
+	for _, m := range regexp.MustCompile("(?m)^\\| `(pillion_[a-z_]+)` \\| ([a-z]+) ").FindAllStringSubmatch(read(t, "docs/metrics.md"), -1) {
+		known[m[1]] = true
+		if m[2] == "histogram" {
+			known[m[1]+"_bucket"], known[m[1]+"_sum"], known[m[1]+"_count"] = true, true, true
+		}
+	}
+	if len(known) < 50 {
+		t.Fatalf("docs/metrics.md lists only %d metrics", len(known))
+	}
+	named := 0
+	for name, text := range documents(t) {
+		for _, m := range regexp.MustCompile(`\bpillion_[a-z0-9_]*[a-z0-9]`).FindAllString(text, -1) {
+			named++
+			if !known[m] {
+				t.Errorf("%s: there is no metric %s", name, m)
+			}
+		}
+	}
+	if named < len(known) {
+		t.Errorf("only %d metrics were found", named)
+	}
+}
+
+// TestLinks follows the relative links of the documents.
+func TestLinks(t *testing.T) {
+	link := regexp.MustCompile(`\]\(([^)#:]+)[^)]*\)`)
+	for name, text := range documents(t) {
+		for _, m := range link.FindAllStringSubmatch(text, -1) {
 			if strings.Contains(m[0], "://") {
 				continue
 			}

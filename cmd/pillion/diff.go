@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"net/netip"
+	"slices"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/telemetry/admin"
@@ -243,7 +244,8 @@ func printChanged(w io.Writer, c *changes) error {
 
 // printOpen says how many connections the change would end.
 func printOpen(w io.Writer, c *changes) error {
-	if c.Open == nil {
+	goes := func(s config.ServiceChange) bool { return len(s.Removed) > 0 }
+	if c.Open == nil || !slices.ContainsFunc(c.Services, goes) {
 		return nil
 	}
 	kept, ended := int64(0), int64(0)

@@ -44,14 +44,19 @@ func newInject() *cobra.Command {
 		Use:   "inject -f FILE",
 		Short: "Put Pillion beside the pods of a Kubernetes manifest",
 		Long: `Reads a manifest (YAML of one or more documents, or JSON) and writes it with Pillion
-beside the pods of every Pod, Deployment, ReplicaSet, StatefulSet, DaemonSet, Job and
-CronJob, also in a List. Lines that it does not have to change stay as they are,
+beside the pods of every Pod, Deployment, ReplicaSet, ReplicationController, StatefulSet,
+DaemonSet, Job and CronJob, also in a List. Lines that it does not have to change stay as they are,
 comments and order too. Done again, it changes nothing; by another version, what
 was added is replaced. A workload that Pillion cannot stand beside is refused with
 the reason, and then nothing is written. A pod with the annotation
 ` + inject.Inject + `: "false" is left alone.`,
 		Example: `  pillion inject -f deployment.yaml | kubectl apply -f -`,
-		Args:    noArgs,
+		Args: func(c *cobra.Command, args []string) error {
+			if len(args) > 0 && file == "" {
+				return usage(fmt.Errorf("inject: the manifest is named by -f: -f %s", args[0]))
+			}
+			return noArgs(c, args)
+		},
 		RunE: func(c *cobra.Command, _ []string) error {
 			o, err := f.options()
 			if err != nil {

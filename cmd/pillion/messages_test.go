@@ -134,6 +134,7 @@ func TestFlagMessages(t *testing.T) {
 		{[]string{"flows", "--limit", "x"}, `invalid argument "x" for "--limit" flag: want a number (see pillion flows --help)`},
 		{[]string{"exec", "--drain-timeout", "soon", "--", "true"}, `invalid argument "soon" for "--drain-timeout" flag: want a duration that is not negative, such as 10s (see pillion exec --help)`},
 		{[]string{"help", "statu"}, `unknown command "statu", did you mean status? (see pillion --help)`},
+		{[]string{"inject", "a.yaml"}, "inject: the manifest is named by -f: -f a.yaml"},
 		{[]string{"doctor", "--cgroup", "/nonexistent"}, "--cgroup: stat /nonexistent: no such file or directory"},
 		{[]string{"exec", "--deny", "x", "--exclude", "y", "--service", "1.2.3.4=5", "--", "true"}, strings.Join([]string{
 			`--service "1.2.3.4=5": address "1.2.3.4": no port, want 1.2.3.4:PORT`,

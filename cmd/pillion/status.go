@@ -61,7 +61,7 @@ func (g *global) client(name string) (*admin.Client, error) {
 	case name == "" && len(names) == 0:
 		return nil, errNoInstance
 	case name == "" && len(names) > 1:
-		return nil, usage(fmt.Errorf("several instances are running: choose with --instance %s", strings.Join(names, ", ")))
+		return nil, usage(fmt.Errorf("several instances are running, choose one with --instance: %s", strings.Join(names, ", ")))
 	case name == "":
 		name = names[0]
 	}

@@ -209,6 +209,11 @@ func diffRunningWith(t *testing.T, c *config.Config, byInstance http.Handler) {
 	if diff := cmp.Diff(map[string]int64{"web": 2, "db": 3}, got.Open); diff != "" || !got.Restart || len(got.Services) != 4 {
 		t.Errorf("%+v\n%s", got, diff)
 	}
+	// Where no endpoint goes, nothing is said of connections to them.
+	more := write(t, dir, "more.yaml", oldConfig+"zone: elsewhere\n")
+	if out, err := call(t, "--runtime-dir", dir, "diff", more); err != nil || !strings.Contains(out, "elsewhere") || strings.Contains(out, "open connections") {
+		t.Errorf("%q, %v", out, err)
+	}
 	same := write(t, dir, "same.yaml", oldConfig)
 	if out, err := call(t, "--runtime-dir", dir, "diff", same); err != nil || out != "no change\n" {
 		t.Errorf("%q, %v", out, err)

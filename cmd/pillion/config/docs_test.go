@@ -2,6 +2,7 @@ package config
 
 import (
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -88,5 +89,92 @@ func TestKeysAreDocumented(t *testing.T) {
 		if restart != NeedsRestart(key) {
 			t.Errorf("%s is documented to take a restart: %v, want %v", key, restart, !restart)
 		}
+	}
+}
+
+// guides are the documents that a user reads, with the text of each.
+func guides(t *testing.T) map[string]string {
+	t.Helper()
+	names, err := filepath.Glob("../../../docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names = append(names, "../../../README.md")
+	if len(names) < 10 {
+		t.Fatalf("only %d documents", len(names))
+	}
+	all := make(map[string]string, len(names))
+	for _, name := range names {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all[filepath.Base(name)] = string(text)
+	}
+	return all
+}
+
+// TestExamplesAreRight: every configuration that a document shows is one that a start
+// takes.
+func TestExamplesAreRight(t *testing.T) {
+	block := regexp.MustCompile("(?ms)^```yaml\n(.*?)^```")
+	// Manifests, files of endpoints, and parts of them.
+	other := regexp.MustCompile(`(?m)\A(- |apiVersion:|env:)`)
+	tried := 0
+	for name, text := range guides(t) {
+		for _, m := range block.FindAllStringSubmatch(text, -1) {
+			if other.MatchString(m[1]) {
+				continue
+			}
+			tried++
+			if _, err := Parse(name, []byte(m[1])); err != nil {
+				t.Errorf("%s shows a configuration that is refused: %v\n%s", name, err, m[1])
+			}
+		}
+	}
+	if tried < 8 {
+		t.Errorf("only %d configurations were found", tried)
+	}
+}
+
+// TestKeysInProse: what a document calls a key, as `health.failures` or as `path: auto`,
+// is one.
+func TestKeysInProse(t *testing.T) {
+	known := make(map[string]bool)
+	sections := make(map[string]bool)
+	last := make(map[string]bool)
+	for key := range offered(t) {
+		known[strings.TrimPrefix(key, "services[].")], known[key] = true, true
+		if section, _, ok := strings.Cut(strings.TrimPrefix(key, "services[]."), "."); ok {
+			sections[section] = true
+		}
+		last[key[strings.LastIndex(key, ".")+1:]] = true
+	}
+	// Of Kubernetes' and of Prometheus' files.
+	foreign := map[string]bool{"type": true, "runtime": true}
+	span := regexp.MustCompile("`([^`\n]+)`")
+	dotted := regexp.MustCompile(`^(services\[\]\.)?([a-z_]+)(\.[a-z_]+)+$`)
+	said := regexp.MustCompile(`^([a-z_]+): `)
+	// Words that are written like keys: files and names of hosts and packages.
+	word := regexp.MustCompile(`\.(json|yaml|yml|conf|md|go|service|slice|internal|test|sock|h|c)$`)
+	checked := 0
+	for name, text := range guides(t) {
+		for _, m := range span.FindAllStringSubmatch(text, -1) {
+			if d := dotted.FindStringSubmatch(m[1]); d != nil && sections[d[2]] && !word.MatchString(m[1]) {
+				checked++
+				if !known[m[1]] {
+					t.Errorf("%s: `%s` is no key", name, m[1])
+				}
+			}
+			if s := said.FindStringSubmatch(m[1]); s != nil && !foreign[s[1]] {
+				checked++
+				if !last[s[1]] {
+					t.Errorf("%s: `%s`: %s is no key", name, m[1], s[1])
+				}
+			}
+		}
+	}
+	if checked < 50 {
+		t.Errorf("only %d keys were found", checked)
 	}
 }

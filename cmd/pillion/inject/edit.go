@@ -87,7 +87,7 @@ func (o Options) suits(spec dict, ours bool) error {
 	case says(spec["hostUsers"], false):
 		return refuse("hostUsers: false gives it a user namespace of its own, in which nobody may load BPF programs")
 	case says(spec["hostNetwork"], true) && !o.HostNetwork:
-		return refuse("it is on the node's network (hostNetwork), whose addresses it shares with others; say that this is meant")
+		return refuse("it is on the node's network (hostNetwork), whose addresses it shares with others; say that this is meant (--allow-host-network)")
 	case ours:
 		return nil
 	}
