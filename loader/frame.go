@@ -20,6 +20,9 @@ const (
 	// and sequence number, by which the kernel finds the socket (RFC 792).
 	embeddedLen = 8
 
+	// maxHops is the largest hop limit. An application may drop what has less.
+	maxHops = 255
+
 	tcpFlagRST = 0x04
 	tcpFlagACK = 0x10
 
@@ -104,7 +107,7 @@ func (f *frame) begin(tag uint64, v6 bool, src, dst []byte, proto byte, size int
 }
 
 func ipHeader4(ip, src, dst []byte, proto byte, size int) {
-	ip[0], ip[8], ip[9] = 0x45, 64, proto
+	ip[0], ip[8], ip[9] = 0x45, maxHops, proto
 	binary.BigEndian.PutUint16(ip[2:], uint16(ip4Len+size))
 	copy(ip[12:], src)
 	copy(ip[16:], dst)
@@ -112,7 +115,7 @@ func ipHeader4(ip, src, dst []byte, proto byte, size int) {
 }
 
 func ipHeader6(ip, src, dst []byte, proto byte, size int) {
-	ip[0], ip[6], ip[7] = 0x60, proto, 64
+	ip[0], ip[6], ip[7] = 0x60, proto, maxHops
 	binary.BigEndian.PutUint16(ip[4:], uint16(size))
 	copy(ip[8:], src)
 	copy(ip[24:], dst)

@@ -195,14 +195,19 @@ static __always_inline __u64 answered_until(const void *key)
 }
 
 /* is_foreign is true for a source that is bound, and not an address of the
- * namespace's.
+ * namespace's. One of loopback gets to a slot, but nowhere else: the kernel says
+ * so by itself. Only what a service stands for may be on loopback too.
  */
-static __always_inline bool is_foreign(const struct gathered *g)
+static __always_inline bool is_foreign(const struct gathered *g, bool service)
 {
 	/* On 6.1 a key may not be in the memory of a caller. */
 	struct ip_addr bound = LOAD_IP6(g->bound.w);
 
-	return is_bound(&bound) && !bpf_map_lookup_elem(&own_addrs, &bound);
+	if (!is_bound(&bound))
+		return false;
+	if (!service && is_loopback(&bound))
+		return true;
+	return !bpf_map_lookup_elem(&own_addrs, &bound);
 }
 
 /* What by_maps says, in one word: the path, on_failure, the path that the
@@ -274,7 +279,7 @@ static __always_inline __u32 plan_for(struct gathered *g, struct details *more,
 			more->flags |= DETAIL_NAMED;
 	}
 	f.default_pass = set->default_path == PATH_PASS;
-	f.foreign = is_foreign(g);
+	f.foreign = is_foreign(g, f.service);
 	/* The dearest look-up: not where nobody asks. */
 	if (f.service ? asked != PATH_PASS && asked != PATH_DIRECT :
 			!f.default_pass)

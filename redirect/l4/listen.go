@@ -13,6 +13,9 @@ import (
 // bytes. The kernel doubles it for its own book-keeping.
 const localBuffer = 1 << 20
 
+// maxHops is the largest hop limit of a packet.
+const maxHops = 255
+
 // backlog is how many connections may wait to be accepted; the kernel caps it
 // at net.core.somaxconn.
 const backlog = 4096
@@ -54,6 +57,15 @@ func dressListener(fd int, addr netip.Addr) error {
 		return os.NewSyscallError("setsockopt", err)
 	}
 	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
+		return os.NewSyscallError("setsockopt", err)
+	}
+	// An application that asks for a hop limit of 255 (IP_MINTTL), since its peer is
+	// next to it, drops everything else, the answer to its SYN too.
+	option = unix.IP_TTL
+	if addr.Is6() {
+		option = unix.IPV6_UNICAST_HOPS
+	}
+	if err := unix.SetsockoptInt(fd, level, option, maxHops); err != nil {
 		return os.NewSyscallError("setsockopt", err)
 	}
 	KeepAlive(fd)
