@@ -34,7 +34,7 @@ static __always_inline bool speaks_v4(struct bpf_sock_ops *ctx)
 		ctx->remote_ip6[2] == bpf_htonl(0xffff));
 }
 
-static __always_inline void add(struct decision *d, int by)
+static __always_inline void add(__u64 group, int by)
 {
 	__u64 zero = 0;
 	struct state *st = bpf_map_lookup_elem(&state, &zero);
@@ -44,12 +44,12 @@ static __always_inline void add(struct decision *d, int by)
 		__sync_fetch_and_add(&st->live, by);
 	/* What hooks of the former layout have counted comes later. */
 	if (cfg_moves & PL_MOVES_COUNTS) {
-		u = usage_of(d->group);
+		u = usage_of(group);
 		if (u)
 			__sync_fetch_and_add(&u->conns, by);
 		return;
 	}
-	u = bpf_map_lookup_elem(&usage_by_group, &d->group);
+	u = bpf_map_lookup_elem(&usage_by_group, &group);
 	/* The process may have forgotten the container in between: an account
 	 * that went below zero would be a quota used up for ever.
 	 */
@@ -80,6 +80,23 @@ union algorithm {
 
 /* Where a field is in struct live, in words of eight bytes. */
 #define WORD(field) (__builtin_offsetof(struct live, field) / 8)
+
+/* replace takes away the entry of a connection whose end was not seen, where
+ * another agent cleared the flags: who has its address now is another. Whoever
+ * deletes it takes it off the account, here or in the process.
+ */
+static __noinline void replace(const struct decision *d)
+{
+	struct live *l = bpf_map_lookup_elem(&live, &d->key);
+	__u64 group, canary;
+
+	if (!l)
+		return;
+	group = l->group;
+	canary = l->canary;
+	if (!bpf_map_delete_elem(&live, &d->key) && !canary)
+		add(group, -1);
+}
 
 /* let_in enters the connection in live, before its SYN leaves. Without an entry
  * the lookup program refuses it.
@@ -129,12 +146,15 @@ static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
 		bpf_map_delete_elem(&former_departed, &d->key);
 		bpf_map_delete_elem(&former_live, &d->key);
 	}
-	if (bpf_map_update_elem(&live, &d->key, &u.l, BPF_ANY)) {
-		count(REASON_LIVE_LOST);
-		return;
+	if (bpf_map_update_elem(&live, &d->key, &u.l, BPF_NOEXIST)) {
+		replace(d);
+		if (bpf_map_update_elem(&live, &d->key, &u.l, BPF_ANY)) {
+			count(REASON_LIVE_LOST);
+			return;
+		}
 	}
 	d->open = true;
-	add(d, 1);
+	add(d->group, 1);
 }
 
 static __always_inline void on_open(struct bpf_sock_ops *ctx,
@@ -316,7 +336,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 		 * counted too.
 		 */
 		if (let_go(d))
-			add(d, -1);
+			add(d->group, -1);
 	}
 	peer.state = from;
 	peer.released = d->released;

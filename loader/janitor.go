@@ -85,6 +85,10 @@ func (d *Datapath) reconcile() error {
 			missing[k] = true
 			continue
 		}
+		// To list the sockets takes long: another connection may have the address.
+		if now, ok := lookupLive(d.liveFD, k); !ok || now.Cookie != l.Cookie || now.Opened != l.Opened {
+			continue
+		}
 		if err := d.maps.Live.Delete(k); err != nil {
 			continue // sockops was faster, and has counted
 		}

@@ -3,11 +3,14 @@ package direct
 import (
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"testing"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
@@ -92,6 +95,67 @@ func TestCountsForeign(t *testing.T) {
 	}
 	if int(sum) != open {
 		t.Errorf("by metrics %v are open, want %d", sum, open)
+	}
+	i.Conserved(t)
+}
+
+// relayed is how many connections the hooks count as open on relay, by the counter
+// of all and by that of their container, and how many they have entered.
+func relayed(t testing.TB, i *rig.Instance) (counted, quota, entered int) {
+	t.Helper()
+	maps := map[string]*ebpf.Map{"state": nil, "usage_by_group": nil, "live": nil}
+	for name := range maps {
+		m, err := ebpf.LoadPinnedMap(filepath.Join("/sys/fs/bpf/pillion", i.Name, name), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		maps[name] = m
+	}
+	raw, err := maps["state"].LookupBytes(uint32(0))
+	if err != nil || len(raw) < int(unsafe.Sizeof(bpf.State{})) {
+		t.Fatalf("state: %d bytes, %v", len(raw), err)
+	}
+	counted = int(int32((*bpf.State)(unsafe.Pointer(&raw[0])).Live))
+	var group uint64
+	var u bpf.Usage
+	for it := maps["usage_by_group"].Iterate(); it.Next(&group, &u); {
+		quota += int(int64(u.Conns))
+	}
+	var k bpf.LiveKey
+	var l bpf.Live
+	for it := maps["live"].Iterate(); it.Next(&k, &l); {
+		if l.Canary == 0 {
+			entered++
+		}
+	}
+	return counted, quota, entered
+}
+
+// TestCountsForeignRelay: a connection whose end another agent keeps from the hooks is
+// counted no more when the next one has its address.
+func TestCountsForeignRelay(t *testing.T) {
+	t.Parallel()
+	r := rig.New(t)
+	above := testutil.NewCgroup(t)
+	r.Scope = above.Child(t, "scope")
+	forgetful(t, above)
+	at := r.Serve(t, netip.AddrPortFrom(rig.Far4, 8001), echo)
+	i := r.Run(t, "")
+	a := captive(t, r)
+	a.wants("None", `exec("def again():\n s = socket.socket()\n s.setsockopt(1, 2, 1)\n s.bind(('', 20000))\n `+
+		`s.connect(('%s', %d))\n s.sendall(b'x')\n s.recv(1)\n s.setsockopt(1, 13, struct.pack('ii', 1, 0))\n s.close()", globals())`,
+		at.Addr(), at.Port())
+	a.wants("None", "import socket, struct")
+	for range 20 {
+		a.wants("None", "again()")
+	}
+	counted, quota, entered := relayed(t, i)
+	if entered == 0 {
+		t.Fatal("no end was kept from the hooks: the test tests nothing")
+	}
+	if counted != entered || quota != entered {
+		t.Errorf("%d connections are counted, %d of the container, but %d are entered", counted, quota, entered)
 	}
 	i.Conserved(t)
 }
