@@ -266,6 +266,7 @@ var goDefines = map[string]string{
 	"PL_MOVES_LIVE":       "MovesLive",
 	"PL_MOVES_SLOTS":      "MovesSlots",
 	"PL_MOVES_COUNTS":     "MovesCounts",
+	"PL_MOVES_BACK":       "MovesBack",
 	"PL_SETS":             "Sets",
 	"PL_ENDPOINTS":        "Endpoints",
 	"PL_SET_ENDPOINTS":    "SetEndpoints",

@@ -16,16 +16,22 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define MOVED 1
 
 /* bring makes the entry of a socket in one step: hooks that make it at this
- * very moment, with the socket's lock, are right, and this is not.
+ * very moment, with the socket's lock, are right, and this is not. One that is
+ * there, and older, since hooks of the former layout went on with the socket,
+ * is brought up to date; who is at the socket at this very moment has done so.
  */
 static __noinline int bring(struct bpf_sock *sk)
 {
 	__u64 zero = 0;
 	union bench *made = bpf_map_lookup_elem(&workbench, &zero);
 	void *before = bpf_sk_storage_get(&former, sk, NULL, 0);
+	struct decision *now = bpf_sk_storage_get(&decisions, sk, NULL, 0);
 
-	if (!made || !before || bpf_sk_storage_get(&decisions, sk, NULL, 0))
+	if (!made || !before)
 		return 0;
+	if (now)
+		return cfg_moves & PL_MOVES_BACK && carry(before, now) ? MOVED :
+									 0;
 	made->decision.opened = 0;
 	if (!carry(before, &made->decision))
 		return 0;

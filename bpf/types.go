@@ -153,6 +153,8 @@ const (
 	MovesLive    = 2
 	MovesSlots   = 4
 	MovesCounts  = 8
+	// MovesBack: hooks of the other layout may have gone on with what was ours.
+	MovesBack = 16
 	// Sets is how many services may have endpoint sets, Endpoints how many
 	// endpoints there may be of all, SetEndpoints how many of one.
 	Sets         = 16384

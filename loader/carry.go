@@ -75,6 +75,29 @@ func (c carrier) carry() asm.Instructions {
 	return slices.Concat(head, released, all)
 }
 
+// carryBack writes that function for hooks that go on after those of a move that was given
+// up: the former entries are of that move, and were made of ours. So the former one counts
+// unless ours is younger, and is used up by that: hooks of the move that are still there
+// make it anew, of ours, when they need it. Hooks that are older than the move know ours
+// alone, and may have noted the release there.
+func (c carrier) carryBack() asm.Instructions {
+	return slices.Concat(asm.Instructions{
+		asm.Mov.Imm(result, 0),
+		asm.LoadMem(number, former, at(c.from, "opened"), asm.DWord),
+		skip(asm.JNE.Imm(number, 0, ""), 1),
+		asm.Return(),
+		asm.LoadMem(other, ours, at(c.to, "opened"), asm.DWord),
+		skip(asm.JGE.Reg(number, other, ""), 1),
+		asm.Return(),
+		asm.LoadMem(other, ours, at(c.to, "released"), asm.Byte),
+	}, c.fill(), asm.Instructions{
+		skip(asm.JEq.Imm(other, 0, ""), 1),
+		asm.StoreImm(ours, at(c.to, "released"), 1, asm.Byte),
+		asm.StoreMem(former, at(c.from, "opened"), zero, asm.DWord),
+		asm.Mov.Imm(result, 1), asm.Return(),
+	})
+}
+
 // fill writes a whole entry of ours, out of the former one.
 func (c carrier) fill() asm.Instructions {
 	all := asm.Instructions{asm.Mov.Imm(zero, 0)}

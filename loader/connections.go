@@ -24,7 +24,7 @@ const (
 // decided on.
 func (d *Datapath) decided(f func(*socket, *bpf.Decision)) error {
 	m, stored, size := d.moving.Load(), d.maps.Decisions, int(unsafe.Sizeof(bpf.Decision{}))
-	former := m.has("decisions")
+	former := m.has("decisions") && m.again != goesBack
 	if former {
 		stored, size = m.old["decisions"], int(m.from.Maps["decisions"].ValueSize)
 	}

@@ -68,10 +68,11 @@ type move struct {
 	moved    []string             // names of the maps, sorted
 	old      map[string]*ebpf.Map // those of them that the hooks have had,
 	bulk     map[string]*ebpf.Map // and of those rings and sets, which end with the move
-	counted  map[string][]uint64  // what was copied of counters
 	sums     sums
+	seen     seen
 	sets     *formerSets   // nil: they are not moved
 	done     chan struct{} // closed when it is
+	again    again         // what a process that was killed has begun
 }
 
 // plan tells what has to be moved, and fails with [ErrABI] when something cannot be.
@@ -79,7 +80,7 @@ func plan(from, to *description) (*move, error) {
 	if err := from.agree(to); err != nil {
 		return nil, err
 	}
-	m := &move{from: from, to: to, old: map[string]*ebpf.Map{}, bulk: map[string]*ebpf.Map{}, counted: map[string][]uint64{}, done: make(chan struct{})}
+	m := &move{from: from, to: to, old: map[string]*ebpf.Map{}, bulk: map[string]*ebpf.Map{}, done: make(chan struct{})}
 	for _, name := range slices.Sorted(maps.Keys(to.Maps)) {
 		was, known := from.Maps[name]
 		is := to.Maps[name]
@@ -129,8 +130,11 @@ func (m *move) between(name string) carrier {
 func (m *move) has(name string) bool { return m != nil && slices.Contains(m.moved, name) }
 
 // creates tells whether there is to be a new map of this name.
-func (m *move) creates(name string) bool {
-	if m == nil {
+func (m *move) creates(name string) bool { return m.renews(name) && m.again == 0 }
+
+// renews tells whether the map of this name is to be another one than the hooks have had.
+func (m *move) renews(name string) bool {
+	if m == nil || m.again == goesBack {
 		return false
 	}
 	_, known := m.from.Maps[name]
@@ -140,7 +144,7 @@ func (m *move) creates(name string) bool {
 // open opens what is to be moved.
 func (m *move) open(dir *dir) error {
 	for _, name := range m.moved {
-		old, err := ebpf.LoadPinnedMap(dir.pin(name), nil)
+		old, err := ebpf.LoadPinnedMap(dir.pin(m.formerPin(name)), nil)
 		if err != nil {
 			return fmt.Errorf("open map %s: %w", name, err)
 		}
@@ -152,6 +156,9 @@ func (m *move) open(dir *dir) error {
 		if was := m.from.Maps[name]; old.ValueSize() != was.ValueSize || old.KeySize() != was.KeySize {
 			return fmt.Errorf("%w: map %s is not what its description says", ErrABI, name)
 		}
+	}
+	if err := m.seen.open(m, dir); err != nil {
+		return err
 	}
 	return m.sums.open(m)
 }
@@ -168,7 +175,7 @@ func (m *move) close() error {
 	if m == nil {
 		return nil
 	}
-	errs := []error{m.sums.close(), m.closeBulk()}
+	errs := []error{m.sums.close(), m.seen.close(), m.closeBulk()}
 	for _, old := range m.old {
 		errs = append(errs, old.Close())
 	}
@@ -213,10 +220,13 @@ func (d *Datapath) moveIn() error {
 		}
 		return nil
 	}
+	all := d.mapsByName()
+	if m.again != 0 {
+		return d.moveAgain(m, all)
+	}
 	if err := finishMove(d.dir, false); err != nil {
 		return err
 	}
-	all := d.mapsByName()
 	for _, name := range m.moved {
 		var err error
 		switch manners[name] {
@@ -249,6 +259,9 @@ func (d *Datapath) moveIn() error {
 	}
 	// While this one is there, the others are worth nothing: see finishMove.
 	if err := d.describe(layoutsPin + nextSuffix); err != nil {
+		return err
+	}
+	if err := m.seen.pin(d.dir); err != nil {
 		return err
 	}
 	for name, n := range all {
@@ -315,7 +328,7 @@ func isZero(value []byte) bool {
 	return !slices.ContainsFunc(value, func(b byte) bool { return b != 0 })
 }
 
-// copyCounts copies counters, and remembers what they were.
+// copyCounts copies counters, and notes what they were.
 func (m *move) copyCounts(name string, to *ebpf.Map) error {
 	n := min(m.from.Maps[name].MaxEntries, m.to.Maps[name].MaxEntries)
 	for key := range n {
@@ -330,7 +343,9 @@ func (m *move) copyCounts(name string, to *ebpf.Map) error {
 		for _, v := range perCPU {
 			sum += v
 		}
-		m.counted[name] = append(m.counted[name], sum)
+		if seen := m.seen.counts[name]; seen != nil {
+			seen[key] = sum
+		}
 	}
 	return nil
 }
@@ -358,10 +373,8 @@ func (d *Datapath) moveOut() error {
 			return err
 		}
 	}
-	for name := range m.counted {
-		if err := d.addCounts(m, name); err != nil {
-			return fmt.Errorf("move map %s: %w", name, err)
-		}
+	if err := d.addAllCounts(m); err != nil {
+		return err
 	}
 	if err := d.endHot(m); err != nil {
 		return err
@@ -371,14 +384,15 @@ func (d *Datapath) moveOut() error {
 			return err
 		}
 	}
-	if err := finishMove(d.dir, true); err != nil {
+	// Back to what it had: then the others are only left.
+	if err := finishMove(d.dir, m.again != goesBack); err != nil {
 		return err
 	}
 	// Not before: who is killed here leaves one of the two whole.
-	if err := errors.Join(d.clearHot(m), m.closeBulk()); err != nil {
+	if err := errors.Join(d.clearHot(m), m.seen.close(), m.closeBulk()); err != nil {
 		return err
 	}
-	d.options.Log.Info("moved to another layout of maps", "from", m.from.ABI, "to", m.to.ABI, "maps", m.moved)
+	d.options.Log.Info(m.again.done(), "from", m.from.ABI, "to", m.to.ABI, "maps", m.moved)
 	// What it has open stays so: who is in the middle of a call may use it.
 	d.moving.Store(nil)
 	close(m.done)
@@ -425,7 +439,7 @@ func (d *Datapath) moveSockets(m *move) error {
 			return err
 		}
 		err = d.network.storages(m.old["decisions"], func(s *socket) {
-			if len(s.storage) == int(m.from.Maps["decisions"].ValueSize) && !has[s.cookie()] &&
+			if len(s.storage) == int(m.from.Maps["decisions"].ValueSize) && (!has[s.cookie()] || m.again == goesBack) &&
 				binary.NativeEndian.Uint64(s.storage[opened.At:]) != 0 {
 				left = append(left, s)
 			}
@@ -446,23 +460,34 @@ func (d *Datapath) moveSockets(m *move) error {
 	return nil
 }
 
-// addCounts adds what was counted since copyCounts.
+// addAllCounts adds what was counted since the counters were looked at.
+func (d *Datapath) addAllCounts(m *move) error {
+	for name := range m.seen.counts {
+		if err := d.addCounts(m, name); err != nil {
+			return fmt.Errorf("move map %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
 func (d *Datapath) addCounts(m *move, name string) error {
-	for key, before := range m.counted[name] {
-		now, err := sum(m.old[name], uint32(key))
+	seen := m.seen.counts[name]
+	for key := range min(m.from.Maps[name].MaxEntries, m.to.Maps[name].MaxEntries) {
+		now, err := sum(m.old[name], key)
 		if err != nil {
 			return err
 		}
-		if now == before {
+		if now == seen[key] {
 			continue
 		}
-		q := bpf.Move{Counter: uint32(key), Add: now - before}
+		q := bpf.Move{Counter: key, Add: now - seen[key]}
 		if name == "tallies" {
 			q.Tally = 1
 		}
 		if _, err := d.askMove(bpf.ProgAdd, q, 0); err != nil {
 			return err
 		}
+		seen[key] = now
 	}
 	return nil
 }
@@ -491,12 +516,26 @@ type testRunDevice struct {
 // not get so far has left maps that are worth nothing, unless commit is set.
 func finishMove(dir *dir, commit bool) error {
 	found, err := filepath.Glob(dir.pin("*" + nextSuffix))
-	if err != nil || len(found) == 0 {
+	if err == nil && len(found) > 0 {
+		err = finishNext(dir, commit, found)
+	}
+	if err != nil {
 		return err
 	}
+	// Of no use without the others.
+	seen, err := filepath.Glob(dir.pin("*" + seenSuffix))
+	for _, path := range seen {
+		if err := os.Remove(path); err != nil {
+			return fmt.Errorf("remove what a move has left: %w", err)
+		}
+	}
+	return err
+}
+
+func finishNext(dir *dir, commit bool, found []string) error {
 	described := dir.pin(layoutsPin + nextSuffix)
 	last := func(path string) bool { return path == described }
-	_, err = os.Stat(described)
+	_, err := os.Stat(described)
 	if err == nil && !commit {
 		for _, path := range append(slices.DeleteFunc(found, last), described) {
 			if err := os.Remove(path); err != nil {

@@ -11,10 +11,7 @@ import (
 
 // The entries that hooks of both layouts read and write, each in one place: see move_hot.go.
 
-func (m *move) slot(raw []byte) (v bpf.Slot) {
-	copy((*[unsafe.Sizeof(v)]byte)(unsafe.Pointer(&v))[:], m.value("slots", raw))
-	return v
-}
+func (m *move) slot(raw []byte) bpf.Slot { return valueAs[bpf.Slot](m.value("slots", raw)) }
 
 // copySlots copies the slots that the new map has not: an entry is there when its state
 // is, which therefore comes last.
@@ -177,8 +174,7 @@ func (m *move) liveBefore(name string, key bpf.LiveKey) (l bpf.Live, ok bool) {
 	if m.old[name].Lookup(key, &raw) != nil {
 		return l, false
 	}
-	copy((*[unsafe.Sizeof(l)]byte)(unsafe.Pointer(&l))[:], m.value(name, raw))
-	return l, true
+	return valueAs[bpf.Live](m.value(name, raw)), true
 }
 
 // admitBefore admits a canary for hooks of the layout before.

@@ -72,6 +72,9 @@ func (m *move) bits() (bits uint32) {
 			bits |= bit
 		}
 	}
+	if m != nil && m.again == goesBack {
+		bits |= bpf.MovesBack
+	}
 	return bits
 }
 
@@ -80,6 +83,9 @@ func (m *move) bodies() map[string]asm.Instructions {
 	all := map[string]asm.Instructions{}
 	if c, ok := m.carrier(); ok {
 		all["carry"], all["wipe"] = c.carry(), c.wipe()
+		if m.again == goesBack {
+			all["carry"] = c.carryBack()
+		}
 	}
 	if m.has("live") {
 		c := m.between("live")
@@ -116,7 +122,8 @@ func (d *Datapath) endHot(m *move) error {
 			return fmt.Errorf("move map departed: %w", err)
 		}
 	}
-	if m.has("state") {
+	// Unless ours is at work: see beginSums.
+	if m.has("state") && d.state.nextSlot().Load() == slotsEnd {
 		d.state.nextSlot().Store(atomic.LoadUint32(m.word("next_slot")))
 	}
 	return m.sums.end()

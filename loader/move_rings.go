@@ -70,13 +70,9 @@ type formerMap struct {
 	layout mapLayout
 }
 
-// leftBehind opens the rings of a process that was killed while it moved the instance.
-// Its other maps are worth nothing: see makeGood.
-func (d *Datapath) leftBehind() error {
-	was, err := readLayouts(d.dir.pin(layoutsPin + nextSuffix))
-	if err != nil || was == nil {
-		return err
-	}
+// leftBehind opens the rings of a process that was killed while it moved the instance to
+// a layout that nobody goes on with. Its other maps are worth nothing: see makeGood.
+func (d *Datapath) leftBehind(was *description) error {
 	d.former.killed = true
 	for name := range contentRings {
 		m, err := ebpf.LoadPinnedMap(d.dir.pin(name+nextSuffix), nil)

@@ -5,6 +5,7 @@ import (
 	"maps"
 	"math"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -184,8 +185,14 @@ func recordsFrom(n, count int) (all []bpf.ConnEvent) {
 
 // TestMoveEvents: records that hooks of the layout before have told come out of the new
 // ring, once each and in their order, up to the last one; also where a process is killed
-// in the middle.
+// in the middle, and the next one goes on with its maps, or begins anew.
 func TestMoveEvents(t *testing.T) {
+	t.Run("goes on", func(t *testing.T) { testMoveEvents(t, false) })
+	t.Run("begins anew", func(t *testing.T) { testMoveEvents(t, true) })
+}
+
+func testMoveEvents(t *testing.T, anew bool) {
+	t.Helper()
 	p := newPlace(t)
 	first := p.create(t, "one")
 	setRules(t, first, plain)
@@ -225,18 +232,33 @@ func TestMoveEvents(t *testing.T) {
 	if err := killed.Close(); err != nil {
 		t.Fatal(err)
 	}
+	left, right := recordsFrom(54, 6), slices.Concat(recordsFrom(100, 1), recordsFrom(51, 3))
+	if anew { // as for a build that cannot go on
+		if err := os.Remove(path.pin("settings" + nextSuffix)); err != nil {
+			t.Fatal(err)
+		}
+	} else {
+		left, right = right, left
+	}
 
 	second := p.move(t)
 	defer p.unload(t, second)
-	left := second.former.left["events"][0].m
+	of := second.Events()
+	if anew {
+		of = second.former.left["events"][0].m
+	}
 	tell(57, 3)
 	second.GatherEvents()
-	check("of the layout before, and of a killed process", second, slices.Concat(recordsFrom(54, 6), recordsFrom(100, 1), recordsFrom(51, 3)))
+	check("of the layout before, and of a killed process", second, slices.Concat(left, right))
 	tell(60, 3)
 	e = recordOf(101)
-	putRecord(t, left, unsafe.Slice((*byte)(unsafe.Pointer(&e)), unsafe.Sizeof(e)))
+	putRecord(t, of, unsafe.Slice((*byte)(unsafe.Pointer(&e)), unsafe.Sizeof(e)))
 	p.attach(t, second)
-	check("at the end", second, slices.Concat(recordsFrom(60, 3), recordsFrom(101, 1)))
+	left, right = recordsFrom(60, 3), recordsFrom(101, 1)
+	if !anew {
+		left, right = right, left
+	}
+	check("at the end", second, slices.Concat(left, right))
 	if second.GatherEvents() {
 		t.Error("there is more to come")
 	}

@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"slices"
@@ -19,18 +20,13 @@ type sums struct {
 	state, endpoints []byte // mapped
 	endpointSize     int
 	mine             []byte // our endpoints, mapped
-	// What catchUp has seen last. Of endpoints, up to the last that ever was not zero.
-	seenState, seenEndpoints []byte
-	seenUsage                map[uint64][]byte
 }
 
 // open maps what is to be moved, and reads it where it has to.
 func (s *sums) open(m *move) error {
-	s.seenUsage = map[uint64][]byte{}
 	var err error
 	if m.has("state") {
 		l := m.from.Maps["state"]
-		s.seenState = make([]byte, l.ValueSize)
 		if s.state, err = mapArray(m.old["state"], l.ValueSize, 1); err != nil {
 			return err
 		}
@@ -66,7 +62,7 @@ func (s *sums) end() error {
 			errs = append(errs, unix.Munmap(b))
 		}
 	}
-	s.endpoints, s.mine, s.seenEndpoints, s.seenUsage = nil, nil, nil, nil
+	s.endpoints, s.mine = nil, nil
 	return errors.Join(errs...)
 }
 
@@ -102,8 +98,13 @@ func (d *Datapath) disown() {
 // for its sources. Who needs more has REASON_NO_SLOT until the move is over.
 const slotBlock = 4096
 
+// slotsEnd is what the counter of slots is when it names none.
+const slotsEnd = bpf.SlotLast + 1
+
 // beginSums is the first catchUp. While hooks of both layouts are at work, slots are named
-// out of free_slots, which both have: old ones may go on with their counter too.
+// out of free_slots, which both have: old ones may go on with their counter too, and ours
+// rests until they have stopped. Where a process was killed on the way, the counter that
+// is at work is one of the two, whichever it is.
 func (d *Datapath) beginSums(m *move, all map[string]*ebpf.Map) (err error) {
 	if m.has("endpoints") {
 		l := m.to.Maps["endpoints"]
@@ -111,20 +112,29 @@ func (d *Datapath) beginSums(m *move, all map[string]*ebpf.Map) (err error) {
 			return err
 		}
 	}
-	if m.has("state") {
-		next, end := m.word("next_slot"), uint32(bpf.SlotLast+1)
-		first := atomic.LoadUint32(next)
-		for first < end && !atomic.CompareAndSwapUint32(next, first, min(first+slotBlock, end)) {
-			first = atomic.LoadUint32(next)
+	if next := uint32(slotsEnd); m.has("state") && m.again != goesOn {
+		if next, err = d.setSlotsAside(m.word("next_slot")); err != nil {
+			return err
 		}
-		for n := first; n < min(first+slotBlock, end); n++ {
-			if err := d.maps.FreeSlots.Put(nil, n); err != nil {
-				return fmt.Errorf("free slot %d: %w", n, err)
-			}
+		if m.again == 0 || next < slotsEnd {
+			d.state.nextSlot().Store(slotsEnd)
 		}
-		d.state.nextSlot().Store(end)
 	}
 	return d.catchUp(m)
+}
+
+// setSlotsAside takes a block of slots that were never named, and returns the first.
+func (d *Datapath) setSlotsAside(next *uint32) (first uint32, err error) {
+	first = atomic.LoadUint32(next)
+	for first < slotsEnd && !atomic.CompareAndSwapUint32(next, first, min(first+slotBlock, slotsEnd)) {
+		first = atomic.LoadUint32(next)
+	}
+	for n := first; n < min(first+slotBlock, slotsEnd); n++ {
+		if err := d.maps.FreeSlots.Put(nil, n); err != nil {
+			return first, fmt.Errorf("free slot %d: %w", n, err)
+		}
+	}
+	return first, nil
 }
 
 // catchUp adds what the counts of the layout before have grown by since the last time.
@@ -133,11 +143,10 @@ func (d *Datapath) beginSums(m *move, all map[string]*ebpf.Map) (err error) {
 // over where the new hooks know nothing newer.
 func (d *Datapath) catchUp(m *move) error {
 	if m.has("state") {
-		s := &m.sums
-		is := slices.Clone(s.state[:len(s.seenState)])
-		was := s.seenState
-		s.seenState = is
-		d.state.live().Add(m.state(is).Live - m.state(was).Live)
+		const name = "state"
+		is := slices.Clone(m.sums.state[:m.from.Maps[name].ValueSize])
+		d.state.live().Add(valueAs[bpf.State](m.value(name, is)).Live - valueAs[bpf.State](m.seen.ours(m, name, m.seen.state)).Live)
+		copy(m.seen.state, m.seen.theirs(m, name, is))
 	}
 	if m.has("endpoints") {
 		d.endpointsCatchUp(m)
@@ -150,40 +159,23 @@ func (d *Datapath) catchUp(m *move) error {
 	return nil
 }
 
-func (m *move) state(raw []byte) (v bpf.State) {
-	copy((*[unsafe.Sizeof(v)]byte)(unsafe.Pointer(&v))[:], m.value("state", raw))
-	return v
-}
-
-func (m *move) endpoint(raw []byte) (v bpf.Endpoint) {
-	copy((*[unsafe.Sizeof(v)]byte)(unsafe.Pointer(&v))[:], m.value("endpoints", raw))
-	return v
-}
-
-func (m *move) usage(raw []byte) (v bpf.Usage) {
-	copy((*[unsafe.Sizeof(v)]byte)(unsafe.Pointer(&v))[:], m.value("usage_by_group", raw))
-	return v
-}
-
 func (d *Datapath) endpointsCatchUp(m *move) {
-	s := &m.sums
-	size := s.endpointSize
-	for at := 0; at < min(len(s.endpoints), len(s.mine)/endpointSize*size); at += size {
-		is := s.endpoints[at : at+size]
-		if at >= len(s.seenEndpoints) {
-			if isZero(is) {
-				continue
-			}
-			s.seenEndpoints = append(s.seenEndpoints, make([]byte, at+size-len(s.seenEndpoints))...)
-		}
-		was := s.seenEndpoints[at : at+size]
-		if slices.Equal(is, was) {
+	const name = "endpoints"
+	s, size, seenSize := &m.sums, m.sums.endpointSize, m.seen.endpointSize
+	zeros := make([]byte, max(size, seenSize))
+	for n := range min(len(s.endpoints)/size, len(s.mine)/endpointSize, len(m.seen.endpoints)/seenSize) {
+		is, seen := s.endpoints[n*size:][:size], m.seen.endpoints[n*seenSize:][:seenSize]
+		if bytes.Equal(is, zeros[:size]) && bytes.Equal(seen, zeros[:seenSize]) {
 			continue
 		}
 		is = slices.Clone(is)
-		mine := (*endpoint)(unsafe.Pointer(&s.mine[at/size*endpointSize]))
-		mine.catchUp(m.endpoint(was), m.endpoint(is))
-		copy(was, is)
+		now := m.seen.theirs(m, name, is)
+		if bytes.HasPrefix(seen, now) {
+			continue
+		}
+		mine := (*endpoint)(unsafe.Pointer(&s.mine[n*endpointSize]))
+		mine.catchUp(valueAs[bpf.Endpoint](m.seen.ours(m, name, seen)), valueAs[bpf.Endpoint](m.value(name, is)))
+		copy(seen, now)
 	}
 }
 
@@ -214,23 +206,26 @@ func (e *endpoint) catchUp(was, is bpf.Endpoint) {
 }
 
 func (d *Datapath) usageCatchesUp(m *move) error {
+	const name = "usage_by_group"
 	var id uint64
 	var raw []byte
-	it := m.old["usage_by_group"].Iterate()
+	it := m.old[name].Iterate()
 	for it.Next(&id, &raw) {
-		before := m.sums.seenUsage[id]
-		if slices.Equal(raw, before) {
+		before, now := m.seen.usage[id], m.seen.theirs(m, name, raw)
+		if bytes.Equal(now, before) {
 			continue
 		}
 		if before == nil {
-			before = make([]byte, len(raw))
+			before = make([]byte, len(now))
 		}
-		was, is := m.usage(before), m.usage(raw)
+		was, is := valueAs[bpf.Usage](m.seen.ours(m, name, before)), valueAs[bpf.Usage](m.value(name, raw))
 		q := bpf.Move{Group: id, Slots: is.Slots - was.Slots, Conns: is.Conns - was.Conns, EventsLost: is.EventsLost - was.EventsLost}
 		if _, err := d.askMove(bpf.ProgAddUsage, q, 0); err != nil {
 			return err
 		}
-		m.sums.seenUsage[id] = slices.Clone(raw)
+		if err := m.seen.setUsage(id, slices.Clone(now)); err != nil {
+			return err
+		}
 	}
 	return it.Err()
 }

@@ -108,7 +108,7 @@ func disguise(t testing.TB, dir *dir, to *description, fds ...int) map[string]*e
 		}
 		t.Cleanup(func() { m.Close() })
 		all[name] = m
-		move := &move{from: from, to: to, old: map[string]*ebpf.Map{name: old}, counted: map[string][]uint64{}}
+		move := &move{from: from, to: to, old: map[string]*ebpf.Map{name: old}}
 		switch how {
 		case mannerCopy, mannerLive, mannerSlots, mannerSums:
 			err = move.copy(name, m)

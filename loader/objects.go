@@ -108,10 +108,7 @@ func (d *Datapath) putInstance() error {
 // open takes the pinned maps, loads the programs of this build over them, and
 // takes charge.
 func (d *Datapath) open() error {
-	if err := d.leftBehind(); err != nil {
-		return err
-	}
-	if err := finishMove(d.dir, false); err != nil {
+	if err := d.findBegun(); err != nil {
 		return err
 	}
 	if err := d.prepare(); err != nil {
@@ -126,8 +123,10 @@ func (d *Datapath) prepare() error {
 	if err != nil {
 		return err
 	}
-	if d.layouts, err = ownLayouts(specs); err != nil {
-		return err
+	if d.layouts == nil {
+		if d.layouts, err = ownLayouts(specs); err != nil {
+			return err
+		}
 	}
 	if err := d.findRecord(); err != nil {
 		return err
@@ -141,14 +140,14 @@ func (d *Datapath) prepare() error {
 	d.slots = rangeOf(&d.instance)
 	m := d.moving.Load()
 	pinned := map[string]*ebpf.Map{}
-	if m == nil {
+	if d.maps.Instance != nil {
 		pinned[instancePin] = d.maps.Instance
 	}
 	for name := range sharedMaps(specs) {
 		if name == instancePin || m.creates(name) {
 			continue
 		}
-		m, err := ebpf.LoadPinnedMap(d.dir.pin(name), nil)
+		m, err := ebpf.LoadPinnedMap(d.dir.pin(m.ownPin(name)), nil)
 		if errors.Is(err, os.ErrNotExist) {
 			err = fmt.Errorf("%w: map %s is not pinned", ErrIncomplete, name)
 		}
@@ -189,21 +188,28 @@ func (d *Datapath) sameScope() error {
 // findRecord reads the record of the instance. Where its maps are of another layout,
 // it plans how they are moved.
 func (d *Datapath) findRecord() error {
-	was, err := readLayouts(d.dir.pin(layoutsPin))
-	if err != nil {
-		return err
-	}
-	if was == nil || was.ABI == bpf.ABI {
-		d.maps.Instance, d.instance, err = readInstance(d.dir)
-		return err
-	}
-	m, err := plan(was, d.layouts)
-	if err != nil {
-		return err
+	m := d.moved // begun by a process that was killed
+	if m == nil {
+		was, err := readLayouts(d.dir.pin(layoutsPin))
+		if err != nil {
+			return err
+		}
+		if was != nil && was.ABI != bpf.ABI {
+			if m, err = plan(was, d.layouts); err != nil {
+				return err
+			}
+		}
 	}
 	d.moved = m // to be closed
 	d.moving.Store(m)
-	if err := m.open(d.dir); err != nil {
+	var err error
+	if m != nil {
+		if err := m.open(d.dir); err != nil {
+			return err
+		}
+	}
+	if m == nil || m.again != 0 {
+		d.maps.Instance, d.instance, err = readRecord(d.dir.pin(m.ownPin(instancePin)))
 		return err
 	}
 	d.instance, err = m.record()
@@ -262,8 +268,12 @@ func closeAll(maps map[string]*ebpf.Map, but string) {
 // readInstance opens and reads the record of an instance. The map is the
 // caller's to close.
 func readInstance(dir *dir) (*ebpf.Map, bpf.Instance, error) {
+	return readRecord(dir.pin(instancePin))
+}
+
+func readRecord(pin string) (*ebpf.Map, bpf.Instance, error) {
 	var i bpf.Instance
-	m, err := ebpf.LoadPinnedMap(dir.pin(instancePin), nil)
+	m, err := ebpf.LoadPinnedMap(pin, nil)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, i, fmt.Errorf("%w: it has no record", ErrIncomplete)
 	}

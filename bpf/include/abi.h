@@ -56,6 +56,7 @@
 #define PL_MOVES_LIVE 2 /* live and departed */
 #define PL_MOVES_SLOTS 4
 #define PL_MOVES_COUNTS 8 /* endpoints, state or usage_by_group */
+#define PL_MOVES_BACK 16 /* entries of ours may be the older ones */
 
 /* The rows of a set: three of head, then its endpoints, then its tables. */
 #define PL_SET_HEAD 3
