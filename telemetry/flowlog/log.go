@@ -58,7 +58,24 @@ func Open(path string, queue int) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Log{path: path, queue: make(chan flow.Record, queue), file: f}, nil
+	return &Log{path: path, queue: make(chan flow.Record, queue), file: f, torn: isTorn(path)}, nil
+}
+
+// isTorn tells whether a file ends in half a line, as a process leaves it that was killed
+// while it wrote. What is no file, or may not be read, does not.
+func isTorn(path string) bool {
+	info, err := os.Stat(path)
+	if err != nil || !info.Mode().IsRegular() || info.Size() == 0 {
+		return false
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	var last [1]byte
+	_, err = f.ReadAt(last[:], info.Size()-1)
+	return err == nil && last[0] != '\n'
 }
 
 func open(path string) (*os.File, error) {

@@ -146,6 +146,33 @@ func TestOpen(t *testing.T) {
 	}
 }
 
+// What a process leaves that was killed while it wrote spoils no other line.
+func TestOpenTorn(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "flows")
+	const half = `{"cookie":7,"cgr`
+	for _, before := range []string{"", "{}\n", half, "{}\n" + half} {
+		if err := os.WriteFile(path, []byte(before), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		l, stop := start(t, path, 1)
+		l.Record(record(1))
+		if err := stop(); err != nil {
+			t.Fatal(err)
+		}
+		all, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rest := strings.TrimPrefix(string(all), before)
+		if torn := strings.HasSuffix(before, half); torn != strings.HasPrefix(rest, "\n") {
+			t.Errorf("after %q comes %q", before, rest)
+		}
+		if got := parse(t, []byte(strings.TrimPrefix(rest, "\n"))); len(got) != 1 || got[0].Cookie != 1 {
+			t.Errorf("after %q: %+v", before, got)
+		}
+	}
+}
+
 // A line is in the file when there is nothing more to come, without an end.
 func TestIdleFlush(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "flows")
