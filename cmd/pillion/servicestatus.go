@@ -148,7 +148,9 @@ func (c *control) Endpoints() []metrics.EndpointStats {
 		// What checks say is known to the handler, too.
 		c.know(&k, s, nil)
 		for _, v := range k.views(s.path) {
-			all = append(all, v.stats(s.Name, s.path))
+			e := v.stats(s.Name, s.path)
+			e.LeftOut = s.leavesOut(&v)
+			all = append(all, e)
 		}
 	}
 	return all

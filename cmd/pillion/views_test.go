@@ -120,7 +120,8 @@ func TestCheckStats(t *testing.T) {
 	}
 }
 
-// TestLeftOut: what the connect hook cannot dial does not look available.
+// TestLeftOut: what the connect hook cannot dial does not look available, in listings
+// nor in metrics.
 func TestLeftOut(t *testing.T) {
 	c, _ := crowd(t, 1)
 	s := &c.services.services[0]
@@ -139,6 +140,11 @@ func TestLeftOut(t *testing.T) {
 		}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("%s: want -, got +:\n%s", path, diff)
+		}
+		for n, e := range c.Endpoints() {
+			if left := want[n] != "available"; e.LeftOut != left || e.Ejected || e.Down {
+				t.Errorf("%s: the metrics of %s: %+v", path, e.Addr, e)
+			}
 		}
 	}
 }

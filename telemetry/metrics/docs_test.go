@@ -91,7 +91,14 @@ func docsLabels() string {
 		"- `state`: of slots `free`, `named`, `reserved`, `retiring`; of checked endpoints `up`, `down`, `unknown`.\n" +
 		"- `where`: `ring` (the kernel side's buffer was full), `unreadable` (its event was not understood), `handler` (nobody took\n" +
 		"  its record in time), `unmatched` (only one of the two told: the record is there, but incomplete), `flowlog` (counted, but\n" +
-		"  not written).\n"
+		"  not written).\n" +
+		"\n## Worth an alert\n\n" +
+		"- `min without (endpoint) ((pillion_endpoint_down + pillion_endpoint_ejected + pillion_endpoint_left_out) and pillion_endpoint_weight > 0) > 0`:\n" +
+		"  no endpoint of a service is available. (Those without weight are removed ones that still have connections. A\n" +
+		"  service that has none at all has none of these series: `pillion_discovery_endpoints == 0`.)\n" +
+		"- `pillion_endpoint_left_out == 1`: an endpoint that a service on `direct` cannot use, for good.\n" +
+		"- `pillion_config_last_reload_successful == 0`: something of the file is refused; `pillion reload` says what.\n" +
+		"- `pillion_unaccounted_connections != 0`, for some minutes: a bug of Pillion's.\n"
 }
 
 // TestDocsAreComplete finds a metric that described has no value of.

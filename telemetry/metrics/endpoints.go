@@ -10,7 +10,7 @@ import (
 )
 
 // endpoints writes the endpoints' counters as text, one after the other. There are
-// ten thousand of them, nine values each: as the library's metrics they take 50 MB at
+// ten thousand of them, ten values each: as the library's metrics they take 50 MB at
 // each scrape.
 type endpoints struct {
 	source Endpoints
@@ -46,6 +46,9 @@ func endpointFamilies() []endpointFamily {
 		{name: "pillion_endpoint_info", kind: "gauge", placed: true,
 			help:  "Always 1; the labels tell the endpoint's zone and the path of connections to it.",
 			value: func(*EndpointStats) float64 { return 1 }},
+		{name: "pillion_endpoint_left_out", kind: "gauge",
+			help:  "1 if the connect hook cannot dial the endpoint, whose address is of the other family or on a link: it takes path: relay.",
+			value: func(s *EndpointStats) float64 { return oneIf(s.LeftOut) }},
 		{name: "pillion_endpoint_weight", kind: "gauge", help: "The endpoint's share, by the configuration or its source.",
 			value: func(s *EndpointStats) float64 { return float64(s.Weight) }},
 	}

@@ -47,7 +47,7 @@ func full() *sources {
 			Slots: map[string]int{"free": 100, "named": 7}, SlotsMax: 65000, Live: 6, Mended: 6, BeatAge: 1500 * time.Millisecond,
 		},
 		endpoints: []EndpointStats{{
-			Cluster: "web", Addr: netip.MustParseAddrPort("127.0.0.1:8081"), Weight: 2, Zone: "a", Path: flow.PathDirect, Ejected: true, Down: true, Live: 3,
+			Cluster: "web", Addr: netip.MustParseAddrPort("127.0.0.1:8081"), Weight: 2, Zone: "a", Path: flow.PathDirect, Ejected: true, Down: true, LeftOut: true, Live: 3,
 			Connects: 4, Failures: 5, Ejections: 6, ConnectTime: time.Millisecond,
 		}},
 		relay: RelayStats{

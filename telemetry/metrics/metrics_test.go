@@ -58,6 +58,7 @@ func TestScrape(t *testing.T) {
 		`pillion_endpoint_ejections_total{cluster="web",endpoint="127.0.0.1:8081"} 6`,
 		`pillion_endpoint_failures_total{cluster="web",endpoint="127.0.0.1:8081"} 5`,
 		`pillion_endpoint_info{cluster="web",endpoint="127.0.0.1:8081",path="direct",zone="a"} 1`,
+		`pillion_endpoint_left_out{cluster="web",endpoint="127.0.0.1:8081"} 1`,
 		`pillion_endpoint_removed_connections_total 8`,
 		`pillion_endpoint_weight{cluster="web",endpoint="127.0.0.1:8081"} 2`,
 		`pillion_escapes_total 3`,

@@ -58,6 +58,8 @@ type EndpointStats struct {
 	// Ejected is true while its failures keep it from being picked, Down while
 	// a health check does.
 	Ejected, Down bool
+	// LeftOut is true if the connect hook cannot dial it, on whose path it is.
+	LeftOut bool
 	// Live is how many connections are open or being dialed.
 	Live int64
 	// Connects and Failures count dials that were answered and that failed,
