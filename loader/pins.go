@@ -46,10 +46,10 @@ var (
 	// ErrNoBPFFS means that there is no directory for the bpf file system.
 	ErrNoBPFFS = errors.New("no bpf file system")
 	// ErrName means that a name cannot be that of an instance.
-	ErrName = errors.New("want 1 to 64 letters, digits, dots, dashes or underscores, not starting with a dot")
+	ErrName = errors.New("want 1 to 64 letters, digits, dots, dashes, underscores or @, not starting with a dot")
 )
 
-var nameForm = regexp.MustCompile(`^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$`)
+var nameForm = regexp.MustCompile(`^[A-Za-z0-9_-][A-Za-z0-9._@-]{0,63}$`)
 
 // CheckName fails with [ErrName] when an instance cannot be called so.
 func CheckName(name string) error {

@@ -150,9 +150,9 @@ func (p *place) makeAndGo(name string, done chan<- error) {
 }
 
 // TestDots has an instance with a name like a unit's go through its life: the bpf file
-// system keeps names with dots for itself.
+// system keeps names with dots for itself, and has no such wish about the @ of a template.
 func TestDots(t *testing.T) {
-	const name = "system.slice-shop.service"
+	const name = "system.slice-shop@1.service"
 	p := newPlace(t)
 	d := p.create(t, name)
 	p.attach(t, d)
@@ -177,6 +177,19 @@ func TestDots(t *testing.T) {
 		t.Error(err)
 	}
 	p.clean(t)
+}
+
+func TestCheckName(t *testing.T) {
+	t.Parallel()
+	for name, want := range map[string]bool{
+		"shop": true, "my-app.v2": true, "_": true, "shop@1": true, "shop@eu-1.b": true, strings.Repeat("x", 64): true,
+		"": false, ".shop": false, "..": false, "@": false, "@1": false, "shop:1": false, "shop/1": false, `shop\x401`: false, "a b": false,
+		"é": false, "shop\n": false, strings.Repeat("x", 65): false,
+	} {
+		if err := CheckName(name); (err == nil) != want || err != nil && !errors.Is(err, ErrName) {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
 }
 
 // TestMountOverFiles takes a directory of somebody else's for that of the bpf file

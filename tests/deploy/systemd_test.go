@@ -100,7 +100,7 @@ func TestSlice(t *testing.T) {
 	for text, where := range map[string]string{
 		"Requires=pillion-%i.slice": unit, "After=pillion-%i.slice": unit,
 		"/sys/fs/cgroup/pillion.slice/pillion-%i.slice": unit,
-		"Slice=pillion-%N.slice":                        drop, "After=pillion@%N.service": drop,
+		"Slice=pillion-%p.slice":                        drop, "After=pillion@%p.service": drop,
 	} {
 		if !strings.Contains(where, text) {
 			t.Errorf("%q is missing in:\n%s", text, where)

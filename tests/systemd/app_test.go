@@ -12,7 +12,7 @@ import (
 )
 
 // service writes a unit for the application, called name, with these lines in
-// [Service] besides; it does not start it.
+// [Service] besides; it does not start it. It may be a template.
 func (m *machine) service(t testing.TB, name string, lines ...string) {
 	t.Helper()
 	m.write(t, units+"/"+name, fmt.Sprintf(`[Unit]
@@ -21,9 +21,9 @@ StartLimitIntervalSec=0
 [Service]
 Type=exec
 ExecStart=/usr/local/bin/application
-Environment=%s=/run/%s.sock
+Environment=%s=/run/%%n.sock
 %s
-`, app.Env, name, strings.Join(lines, "\n")))
+`, app.Env, strings.Join(lines, "\n")))
 }
 
 // client is the application of one service, from the test's side.

@@ -25,6 +25,8 @@ func TestBeside(t *testing.T) {
 	t.Run("Stopped", m.testStopped)
 	t.Run("Order", m.testOrder)
 	t.Run("Dashes", m.testDashes)
+	t.Run("Template", m.testTemplate)
+	t.Run("TemplateEach", m.testTemplateEach)
 	t.Run("Outside", m.testOutside)
 }
 
@@ -158,24 +160,30 @@ func (m *machine) testOrder(t *testing.T) {
 // escaped, as the drop-in says. A dot does nothing, nor does the bpf file system mind.
 func (m *machine) testDashes(t *testing.T) {
 	const name = "my-app.v2"
-	escaped := strings.TrimSpace(m.must(t, "systemd-escape", name))
-	if escaped != `my\x2dapp.v2` {
-		t.Fatalf("systemd-escape says %s", escaped)
+	m.service(t, name+".service")
+	m.ownOf(t, name, `my\x2dapp.v2`)
+}
+
+// ownOf puts Pillion beside one service, whose unit is there, by the drop-in with the
+// name escaped, and has it work and end.
+func (m *machine) ownOf(t *testing.T, name, escaped string) {
+	t.Helper()
+	if got := strings.TrimSpace(m.must(t, "systemd-escape", name)); got != escaped {
+		t.Fatalf("systemd-escape says %s, want %s", got, escaped)
 	}
 	b, err := os.ReadFile(shipped + "/pillion.conf")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := strings.Count(uncommented(string(b)), "%N"); n != 3 {
-		t.Fatalf("the drop-in has %%N in %d lines", n)
+	if n := strings.Count(uncommented(string(b)), "%p"); n != 3 {
+		t.Fatalf("the drop-in has %%p in %d lines", n)
 	}
-	m.service(t, name+".service")
-	m.write(t, units+"/"+name+".service.d/pillion.conf", strings.ReplaceAll(uncommented(string(b)), "%N", escaped))
-	m.write(t, "/etc/pillion/"+name+".yaml", strings.ReplaceAll(shop, "shop.jsonl", "my-app.jsonl"))
+	m.write(t, units+"/"+name+".service.d/pillion.conf", strings.ReplaceAll(uncommented(string(b)), "%p", escaped))
+	m.write(t, "/etc/pillion/"+name+".yaml", strings.ReplaceAll(shop, "shop.jsonl", name+".jsonl"))
 	m.must(t, "systemctl", "daemon-reload")
 	m.must(t, "systemctl", "start", name+".service")
 	m.serves(t, name)
-	if got := m.status(t, name).Scope; got != `/sys/fs/cgroup/pillion.slice/pillion-my\x2dapp.v2.slice` {
+	if got := m.status(t, name).Scope; got != "/sys/fs/cgroup/pillion.slice/pillion-"+escaped+".slice" {
 		t.Errorf("the scope is %s", got)
 	}
 	tries := m.client(t, name+".service").goes(t, relayed, server(1), server(2))
@@ -194,6 +202,47 @@ func uncommented(text string) string {
 		}
 	}
 	return b.String()
+}
+
+// testTemplate: the instances of a template, dashes or not, share one Pillion by the
+// drop-in as it is shipped. One that stops leaves it to the others.
+func (m *machine) testTemplate(t *testing.T) {
+	m.service(t, "web@.service")
+	m.copy(t, shipped+"/pillion.conf", units+"/web@.service.d/pillion.conf", 0o644)
+	m.write(t, "/etc/pillion/web.yaml", strings.ReplaceAll(shop, "shop.jsonl", "web.jsonl"))
+	m.must(t, "systemctl", "daemon-reload")
+	instances := []string{"web@1.service", "web@eu-2.service"}
+	m.must(t, "systemctl", append([]string{"start"}, instances...)...)
+	m.serves(t, "web")
+	for _, unit := range instances {
+		if ready, started := m.when(t, "pillion@web.service", "ActiveEnter"), m.when(t, unit, "ExecMainStart"); ready == 0 || ready > started {
+			t.Errorf("Pillion was ready at %d us, %s started at %d us", ready, unit, started)
+		}
+	}
+	tries := 0
+	var last client
+	for _, unit := range instances {
+		last = m.client(t, unit)
+		tries += last.goes(t, relayed, server(1), server(2))
+	}
+	groups := map[uint64]int{}
+	for _, r := range m.records(t, "web", relayed, tries) {
+		groups[r.Cgroup]++
+	}
+	if len(groups) != len(instances) {
+		t.Errorf("connections of %d cgroups are on record: %v", len(groups), groups)
+	}
+	m.must(t, "systemctl", "stop", instances[0])
+	last.goes(t, direct, server(3), server(4))
+	m.conserved(t, "web")
+	m.must(t, "systemctl", "stop", instances[1], "pillion@web.service")
+	m.nothingLeft(t)
+}
+
+// testTemplateEach: an instance of a template has its own by the escaped name.
+func (m *machine) testTemplateEach(t *testing.T) {
+	m.service(t, "each@.service")
+	m.ownOf(t, "each@eu-1", `each\x40eu\x2d1`)
 }
 
 // testOutside: a service without the drop-in is left alone, beside one that has it;
