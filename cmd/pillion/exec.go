@@ -39,7 +39,8 @@ func newExec(g *global) *cobra.Command {
 		Short: "Run one command with its connections redirected",
 		Long: `Runs CMD in a cgroup of its own, redirects the TCP connections of all of its
 processes, and takes everything away when it ends. The exit code is that of
-CMD, or 128 and the number of the signal that ended it.`,
+CMD, or 128 and the number of the signal that ended it; 127 if there is no such
+command, 126 if it cannot be run.`,
 		Example: `  pillion exec --service 10.96.0.12:80=127.0.0.1:8081,127.0.0.1:8082 -- curl -s http://10.96.0.12/
   pillion exec --deny 0.0.0.0/0:25 --summary -- make deploy`,
 		Args: func(_ *cobra.Command, args []string) error {
