@@ -1,9 +1,11 @@
 package tests
 
 import (
+	"encoding/json"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"strings"
 	"testing"
@@ -81,6 +83,50 @@ func TestMetricsAreNamedRight(t *testing.T) {
 	}
 	if named < len(known) {
 		t.Errorf("only %d metrics were found", named)
+	}
+}
+
+// TestFlowFieldsAreDocumented holds docs/flows.md to the record, both ways, and its
+// examples to what the flow log writes.
+func TestFlowFieldsAreDocumented(t *testing.T) {
+	doc := read(t, "docs/flows.md")
+	documented := make(map[string]bool)
+	for line := range strings.Lines(doc) {
+		cells := strings.SplitN(line, "|", 3)
+		if len(cells) < 3 {
+			continue
+		}
+		for _, m := range regexp.MustCompile("`([a-z_]+)`").FindAllStringSubmatch(cells[1], -1) {
+			documented[m[1]] = true
+		}
+	}
+	record := reflect.TypeFor[flow.Record]()
+	for i := range record.NumField() {
+		name, _, _ := strings.Cut(record.Field(i).Tag.Get("json"), ",")
+		if !documented[name] {
+			t.Errorf("the field %s is not documented", name)
+		}
+		delete(documented, name)
+	}
+	for name := range documented {
+		t.Errorf("%s is documented, and no field", name)
+	}
+	_, examples, _ := strings.Cut(doc, "```json\n")
+	examples, _, closed := strings.Cut(examples, "```")
+	if !closed {
+		t.Fatal("docs/flows.md has no example")
+	}
+	for line := range strings.Lines(examples) {
+		var r flow.Record
+		d := json.NewDecoder(strings.NewReader(line))
+		d.DisallowUnknownFields()
+		if err := d.Decode(&r); err != nil {
+			t.Errorf("%v: %s", err, line)
+		}
+		again, err := json.Marshal(&r)
+		if err != nil || string(again)+"\n" != line {
+			t.Errorf("%v\ndocumented %swritten    %s", err, line, again)
+		}
 	}
 }
 

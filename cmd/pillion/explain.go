@@ -182,8 +182,8 @@ func clusterText(s *admin.ServiceStatus, now time.Time) string {
 
 // pickText is what a dry pick gave.
 func pickText(x *admin.Explanation) string {
-	if !x.Pick.IsValid() {
-		return ""
+	if !x.Pick.IsValid() || x.Path == flow.PathDeny {
+		return "" // what nobody gets says nothing
 	}
 	text := x.Pick.String() + ", this time"
 	if x.Path != flow.PathDirect {
@@ -204,7 +204,7 @@ func printEndpoints(w io.Writer, x *admin.Explanation) error {
 	t.SuppressEmptyColumns()
 	for _, e := range x.Service.Endpoints {
 		pick := ""
-		if x.Pick.IsValid() && e.Address == x.Pick.String() {
+		if pickText(x) != "" && e.Address == x.Pick.String() {
 			pick = "*"
 		}
 		t.AppendRow([]any{e.Address, pick, zoneText(&e), e.Weight, stateText(&e), e.Live, e.Connects, e.Failures, e.LastReason.String()})

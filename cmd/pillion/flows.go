@@ -41,7 +41,7 @@ last.`,
 	flags := c.Flags()
 	flags.StringVar(&f.instance, "instance", "", "name of the instance (default: the one that runs, or ended last)")
 	flags.BoolVar(&f.live, "live", false, "list the open connections")
-	flags.IntVar(&f.limit, "limit", 0, "list only this many, the newest (0: all)")
+	flags.IntVar(&f.limit, "limit", 0, "list only this many, the newest (0: all that are kept, 4096 at most)")
 	flags.StringVar(&f.path, "path", "", "list only those on this path: relay, direct, pass, deny, ...")
 	flags.StringVar(&f.end, "end", "", "list only those that ended so: closed, dial_refused, upstream_reset, ...")
 	return c

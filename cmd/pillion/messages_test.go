@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -202,5 +203,23 @@ func TestPassHasNoPolicy(t *testing.T) {
 	}
 	if strings.Contains(b.String(), s.Policy) {
 		t.Errorf("a policy is shown:\n%s", b.String())
+	}
+}
+
+// TestDenyHasNoPick: where connections are refused, nobody is said to be picked.
+func TestDenyHasNoPick(t *testing.T) {
+	x := admin.Explanation{
+		Path: flow.PathDeny, Errno: "EHOSTUNREACH", Reason: flow.ReasonNoEndpoint, Pick: netip.MustParseAddrPort("127.0.0.1:1"),
+		Service: &admin.ServiceStatus{
+			Name: "web", Path: flow.PathRelay, PathAsked: "relay", Policy: "random",
+			Endpoints: []admin.EndpointStatus{{Address: "127.0.0.1:1", Weight: 1, Ejected: true, State: admin.EndpointEjected}},
+		},
+	}
+	var b bytes.Buffer
+	if err := printExplanation(&b, &x, testNow); err != nil {
+		t.Fatal(err)
+	}
+	if out := b.String(); strings.Contains(out, "pick ") || strings.Contains(out, "*") || !strings.Contains(out, "127.0.0.1:1") {
+		t.Errorf("a pick is shown:\n%s", out)
 	}
 }
