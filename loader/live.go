@@ -180,11 +180,11 @@ func (d *Datapath) Resolve(slot netip.Addr) (netip.Addr, error) {
 		orig := bpf.ToAddr(s.Orig)
 		// Slot n exists once, for an address of either family.
 		if s.State == bpf.SlotFree || orig.Is4() != slot.Is4() {
-			return netip.Addr{}, fmt.Errorf("slot %s: %w", slot, ErrFreeSlot)
+			return netip.Addr{}, fmt.Errorf("slot %s %w", slot, ErrFreeSlot)
 		}
 		return orig, nil
 	}
-	return netip.Addr{}, fmt.Errorf("address %s: %w", slot, ErrForeignSlot)
+	return netip.Addr{}, fmt.Errorf("address %s %w", slot, ErrForeignSlot)
 }
 
 var (

@@ -355,6 +355,9 @@ func newResolve(g *global) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "resolve SLOT",
 		Short: "Tell which address a slot stands for, as ss and tcpdump show slots",
+		Long: `Tells which address a slot of the running instance stands for: what ss and tcpdump show
+on the loopback interface in its place (240.x.y.z, or an address of fd70:696c:6c69::/48).
+The ports are the same. The exit code is 1 where the slot stands for none now.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
 				return usage(errors.New("resolve: want one slot address"))
