@@ -72,6 +72,7 @@ func TestCommandLinesInDocs(t *testing.T) {
 	shown := regexp.MustCompile("(?m)(?:^(?:    )?(?:[$#] )?(?:sudo )?|`(?:sudo )?|exec deployment/client -c pillion -- /|\\| )(?:build/)?pillion ([a-z]+)((?: [^`\n|]*)?)")
 	flag := regexp.MustCompile(`(?:^|[ \[(])(--?[a-z][a-z-]*)`)
 	root := newRoot(nil)
+	root.InitDefaultCompletionCmd()
 	lines, flags := 0, 0
 	for name, text := range guides(t) {
 		for _, m := range shown.FindAllStringSubmatch(text, -1) {

@@ -1,11 +1,15 @@
 package config
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 var anyIndex = regexp.MustCompile(`\[\d+\]`)
@@ -176,5 +180,94 @@ func TestKeysInProse(t *testing.T) {
 	}
 	if checked < 50 {
 		t.Errorf("only %d keys were found", checked)
+	}
+}
+
+// TestRangesAreDocumented holds the ranges of numbers in docs/configuration.md to what
+// the decoder says of a number that is too large.
+func TestRangesAreDocumented(t *testing.T) {
+	const large = "99999999999"
+	row := regexp.MustCompile("(?m)^\\| `([a-z_.\\[\\]]+)` \\| (?:(percent)|[^|]*?(\\d+ to \\d+)) \\|")
+	checked := 0
+	for _, m := range row.FindAllStringSubmatch(guides(t)["configuration.md"], -1) {
+		checked++
+		want := m[3]
+		if m[2] != "" {
+			want = "0 to 100"
+		}
+		text := large
+		keys := strings.Split(m[1], ".")
+		for _, key := range slices.Backward(keys) {
+			if name, list := strings.CutSuffix(key, "[]"); list {
+				key, text = name, "["+text+"]"
+			}
+			text = "{" + key + ": " + text + "}"
+		}
+		path := strings.ReplaceAll(m[1], "[]", "[0]")
+		_, err := Parse("x", []byte(text))
+		said := regexp.MustCompile(regexp.QuoteMeta(path) + `: "` + large + `": want .*\b` + want + `\b`)
+		if err == nil || !said.MatchString(err.Error()) {
+			t.Errorf("%s is documented to be %s, and %s gets: %v", m[1], want, text, err)
+		}
+	}
+	if checked < 15 {
+		t.Errorf("only %d ranges were found", checked)
+	}
+}
+
+// TestLimitsAreDocumented: how many of what a configuration may have is said there.
+func TestLimitsAreDocumented(t *testing.T) {
+	grouped := func(n int) string { return fmt.Sprintf("%d,%03d", n/1000, n%1000) }
+	doc := guides(t)["configuration.md"]
+	for key, limits := range map[string][]int{
+		"services": {maxServices, maxSets, maxEndpoints, maxRelayAddrs}, "deny": {maxRules}, "exclude": {maxRules},
+	} {
+		_, row, found := strings.Cut(doc, "\n| `"+key+"` |")
+		row, _, _ = strings.Cut(row, "\n")
+		for _, n := range limits {
+			if !found || !strings.Contains(row, grouped(n)) {
+				t.Errorf("the row of %s does not say %s: %s", key, grouped(n), row)
+			}
+		}
+	}
+}
+
+// TestExamplesShowDefaults: what the README and docs/health.md show of settings, where a
+// reader takes it for the default, is that.
+func TestExamplesShowDefaults(t *testing.T) {
+	parse := func(name, after string) *Config {
+		_, text, found := strings.Cut(guides(t)[name], after)
+		_, text, begun := strings.Cut(text, "```yaml\n")
+		text, _, ends := strings.Cut(text, "```")
+		if !found || !begun || !ends {
+			t.Fatalf("%s has no example after %q", name, after)
+		}
+		c, err := Parse(name, []byte(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	want := Default()
+	readme := parse("README.md", "\n## Configuration\n")
+	for key, pair := range map[string][2]any{
+		"relay": {want.Relay, readme.Relay}, "health": {want.Health, readme.Health}, "limits": {want.Limits, readme.Limits},
+		"default": {want.Default, readme.Default}, "on_failure": {want.OnFailure, readme.OnFailure}, "connect": {want.Connect, readme.Connect},
+		"no_endpoint": {want.NoEndpoint, readme.NoEndpoint}, "existing": {want.Existing, readme.Existing},
+		"health, in health.md": {want.Health, parse("health.md", "\n## Ejection\n").Health},
+	} {
+		if diff := cmp.Diff(pair[0], pair[1]); diff != "" {
+			t.Errorf("%s, default and example:\n%s", key, diff)
+		}
+	}
+	shown := parse("health.md", "\n## Checks\n").Services[0].Check
+	plain, err := Parse("x", []byte("services: [{address: 10.96.0.1:80, endpoints: [10.0.0.1:80], health_check: {tcp: {}}}]"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	least := plain.Services[0].Check
+	if shown.Interval != least.Interval || shown.Timeout != least.Timeout || shown.Jitter != least.Jitter ||
+		shown.Healthy != least.Healthy || shown.Unhealthy != least.Unhealthy {
+		t.Errorf("docs/health.md shows %+v, the defaults are %+v", shown, least)
 	}
 }
