@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"testing"
 	"time"
 
@@ -17,24 +18,37 @@ import (
 // one before has ended, without an error, and the other is ready.
 func (i *Instance) Replace(t testing.TB, binary string) {
 	t.Helper()
-	cmd := i.succeeds(t, binary)
-	if i.err != nil {
-		t.Fatalf("the process before ended: %v\n%s", i.err, i.log)
-	}
-	i.await(t, cmd)
+	i.Succeeded(t, i.Successor(t, binary))
 }
 
 // succeeds starts a process of the binary, and waits until the one before has ended.
 func (i *Instance) succeeds(t testing.TB, binary string) *exec.Cmd {
 	t.Helper()
 	cmd := i.Successor(t, binary)
+	i.left(t, cmd)
+	return cmd
+}
+
+// left waits until the process before cmd has ended.
+func (i *Instance) left(t testing.TB, cmd *exec.Cmd) {
+	t.Helper()
 	select {
 	case <-i.done:
 	case <-time.After(Limit):
 		cmd.Process.Kill()
 		t.Fatalf("the process before does not end\n%s", i.log)
 	}
-	return cmd
+}
+
+// Succeeded waits until a process of [Instance.Successor] has the instance, and the one
+// before has ended without an error.
+func (i *Instance) Succeeded(t testing.TB, cmd *exec.Cmd) {
+	t.Helper()
+	i.left(t, cmd)
+	if i.err != nil {
+		t.Fatalf("the process before ended: %v\n%s", i.err, i.log)
+	}
+	i.await(t, cmd)
 }
 
 // Contend is Replace where either process may end as the one that runs the instance. It
@@ -84,8 +98,8 @@ func (i *Instance) await(t testing.TB, cmd *exec.Cmd) {
 // caller waits for it.
 func (i *Instance) Successor(t testing.TB, binary string, flags ...string) *exec.Cmd {
 	t.Helper()
-	args := append([]string{}, i.args...)
-	cmd := exec.Command(binary, append(append(args, "--take-over"), flags...)...)
+	line := slices.Concat(i.rig.Wrap, []string{binary}, i.args, []string{"--take-over"}, flags)
+	cmd := exec.Command(line[0], line[1:]...)
 	cmd.Env = append(os.Environ(), i.rig.Env...)
 	cmd.Stdout, cmd.Stderr = i.log, i.log
 	if err := i.rig.home().Start(cmd); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -39,6 +40,14 @@ type peersOutcome struct {
 	New   []int
 	Wide  int // connections, each to another address
 	Least int
+	// Later are the connections that stay and were made after the first turn.
+	Later []laterConn
+}
+
+// laterConn is a connection, by the cookie of its socket.
+type laterConn struct {
+	To     netip.AddrPort
+	Cookie uint64
 }
 
 // player is this test binary as an application in the scope, which answers words until
@@ -119,9 +128,7 @@ func TestPeers(*testing.T) {
 	p.come = make([]atomic.Int64, len(p.To))
 	for n := range p.To {
 		for i := range p.Conns {
-			count := new(atomic.Int64)
-			p.counts = append(p.counts, count)
-			p.all.Go(func() { p.stay(n, i, count) })
+			p.keep(n, i)
 		}
 		p.all.Go(func() { p.visit(n) })
 	}
@@ -134,15 +141,24 @@ func TestPeers(*testing.T) {
 		if _, err := fmt.Scanln(&word); err != nil {
 			os.Exit(0)
 		}
-		if word == "end" {
+		switch word {
+		case "end":
 			close(p.end)
 			p.all.Wait()
-		} else {
+		case "more":
+			for n := range p.To {
+				p.keep(n, laterConns)
+			}
+			p.wait()
+		default:
 			p.wait()
 		}
 		out.Encode(p.outcome())
 	}
 }
+
+// laterConns numbers connections that are made when all others are there.
+const laterConns = 500
 
 type peerPlayer struct {
 	peersTask
@@ -152,8 +168,16 @@ type peerPlayer struct {
 	counts []*atomic.Int64
 	wide   atomic.Int64
 
-	mu   sync.Mutex
-	errs []string
+	mu    sync.Mutex
+	errs  []string
+	later []laterConn
+}
+
+// keep makes a connection that stays.
+func (p *peerPlayer) keep(n, i int) {
+	count := new(atomic.Int64)
+	p.counts = append(p.counts, count)
+	p.all.Go(func() { p.stay(n, i, count) })
 }
 
 func (p *peerPlayer) fail(format string, args ...any) {
@@ -181,6 +205,7 @@ func (p *peerPlayer) outcome() peersOutcome {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	o := peersOutcome{Errs: p.errs, Wide: int(p.wide.Load()), Least: 1 << 30}
+	o.Later = p.later
 	p.errs = nil
 	for n := range p.come {
 		o.New = append(o.New, int(p.come[n].Load()))
@@ -214,6 +239,9 @@ func (p *peerPlayer) stay(n, i int, count *atomic.Int64) {
 		return
 	}
 	defer c.Close()
+	if i == laterConns {
+		p.note(p.To[n], c)
+	}
 	stream := uint64(n*1000 + i)
 	for {
 		if err := talkOnce(c, &stream, 100); err != nil {
@@ -230,6 +258,26 @@ func (p *peerPlayer) stay(n, i int, count *atomic.Int64) {
 			return
 		case <-time.After(20 * time.Millisecond):
 		}
+	}
+}
+
+// note remembers a connection by its cookie.
+func (p *peerPlayer) note(to netip.AddrPort, c *net.TCPConn) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		p.fail("cookie of a connection to %s: %v", to, err)
+		return
+	}
+	control := raw.Control(func(fd uintptr) {
+		var cookie uint64
+		if cookie, err = unix.GetsockoptUint64(int(fd), unix.SOL_SOCKET, unix.SO_COOKIE); err == nil {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.later = append(p.later, laterConn{To: to, Cookie: cookie})
+		}
+	})
+	if err := errors.Join(control, err); err != nil {
+		p.fail("cookie of a connection to %s: %v", to, err)
 	}
 }
 

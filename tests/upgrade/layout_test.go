@@ -105,7 +105,7 @@ func buildWithLayout(t testing.TB, changes map[string]string) string {
 	}
 	binary := filepath.Join(dir, "pillion")
 	run(tree, []string{"CGO_ENABLED=0"}, "go", "build", "-overlay", filepath.Join(dir, "overlay.json"),
-		"-ldflags=-s -w -X main.version=v0.0.1-layout", "-o", binary, "./cmd/pillion")
+		"-ldflags=-s -w -X main.version=v0.0.1-layout -E=github.com/pillion-project/pillion/cmd/pillion/keeper.entry", "-o", binary, "./cmd/pillion")
 	return binary
 }
 
@@ -156,8 +156,9 @@ limits: {connections_per_container: %d}
 `
 
 // layoutStage starts an instance, and applications that stay connected at these
-// addresses, so many at each.
-func layoutStage(t *testing.T, log string, conns int, to ...netip.AddrPort) (*rig.Rig, *rig.Instance, peers) {
+// addresses, so many at each; there is room for some later. More comes before the
+// configuration.
+func layoutStage(t *testing.T, log, more string, conns, later int, to ...netip.AddrPort) (*rig.Rig, *rig.Instance, peers) {
 	t.Helper()
 	r := rig.New(t)
 	for _, e := range ends {
@@ -174,7 +175,7 @@ func layoutStage(t *testing.T, log string, conns int, to ...netip.AddrPort) (*ri
 		})
 	})
 	r.Serve(t, netip.AddrPortFrom(netip.IPv4Unspecified(), widePort), echo)
-	i := r.Run(t, fmt.Sprintf(layoutConfig, log, conns+roomForVisitors, service(ends[0], ends[1]),
+	i := r.Run(t, more+fmt.Sprintf(layoutConfig, log, conns+later+roomForVisitors, service(ends[0], ends[1]),
 		direct2, ends[0], ends[1], ends[2], ejected, ends[0], refuses))
 	for range 6 { // two of which fail
 		_, _ = r.Try("bash", "-c", "exec 3<>/dev/tcp/"+ejected.Addr().String()+"/80")
@@ -216,6 +217,7 @@ func TestLayouts(t *testing.T) {
 	versions := [2]string{buildWithLayout(t, otherLayout), rig.Binary(t)}
 	t.Run("take over", func(t *testing.T) { testLayouts(t, versions) })
 	t.Run("after a kill", func(t *testing.T) { testLayoutsKilled(t, versions) })
+	t.Run("killed on the way", func(t *testing.T) { testLayoutsHalfway(t, versions) })
 	t.Run("picks and handshakes", func(t *testing.T) { testLayoutRings(t, versions) })
 }
 
@@ -223,7 +225,7 @@ func testLayouts(t *testing.T, versions [2]string) {
 	t.Helper()
 	const upgrades, conns = 6, 40
 	log := filepath.Join(t.TempDir(), "flows")
-	_, i, app := layoutStage(t, log, conns, vip, direct2, ends[2])
+	_, i, app := layoutStage(t, log, "", conns, 0, vip, direct2, ends[2])
 	for n := range upgrades {
 		before := statusOf(t, i)
 		i.Replace(t, versions[n%2])
@@ -266,7 +268,7 @@ func testLayouts(t *testing.T, versions [2]string) {
 func testLayoutsKilled(t *testing.T, versions [2]string) {
 	t.Helper()
 	const kills, conns = 3, 20
-	r, i, app := layoutStage(t, filepath.Join(t.TempDir(), "flows"), conns, direct2, ends[2])
+	r, i, app := layoutStage(t, filepath.Join(t.TempDir(), "flows"), "", conns, 0, direct2, ends[2])
 	for n := range kills {
 		before := statusOf(t, i)
 		i.Kill(t)
