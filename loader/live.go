@@ -75,16 +75,20 @@ func (d *Datapath) Live(source, slot netip.AddrPort) (flow.Downstream, bool) {
 // Open tells whether such a connection is open at the application's end. It costs as
 // little as [Datapath.Live].
 func (d *Datapath) Open(source, slot netip.AddrPort) bool {
-	key := liveKey(source, slot)
+	_, ok := d.entry(liveKey(source, slot))
+	return ok
+}
+
+// entry is the one of a connection that is open, whichever layout it is in.
+func (d *Datapath) entry(key bpf.LiveKey) (bpf.Live, bool) {
 	m := d.moving.Load()
-	_, ok := lookupLive(d.liveFD, key)
+	l, ok := lookupLive(d.liveFD, key)
 	if !ok && m.has("live") {
-		_, ok = m.liveBefore("live", key)
-		if !ok {
-			_, ok = lookupLive(d.liveFD, key) // moved between the two
+		if l, ok = m.liveBefore("live", key); !ok {
+			l, ok = lookupLive(d.liveFD, key) // moved between the two
 		}
 	}
-	return ok
+	return l, ok
 }
 
 func lookupLive(fd int, key bpf.LiveKey) (l bpf.Live, ok bool) {

@@ -22,7 +22,7 @@ type Queue struct {
 	ring   *ebpf.Map
 	read   *ringReader
 	inject int // descriptor of the program
-	live   int // descriptor of the map
+	entry  func(bpf.LiveKey) (bpf.Live, bool)
 	tag    uint64
 	frame  frame
 	// While hooks of another layout are at work, and after: their rings, and what is
@@ -83,7 +83,7 @@ func (d *Datapath) queueOf(ring *ebpf.Map) (*Queue, error) {
 		return nil, errors.Join(err, ring.Close())
 	}
 	return &Queue{
-		ring: ring, read: read, live: d.liveFD, tag: d.frameTag,
+		ring: ring, read: read, entry: d.entry, tag: d.frameTag,
 		inject: d.programs[bpf.ProgInject].FD(), both: -1,
 	}, nil
 }
@@ -193,7 +193,7 @@ func (q *Queue) Forget(h *flow.Held) error {
 // Waits tells whether the socket with this cookie is still connecting, or
 // connected: its entry ends with it.
 func (q *Queue) Waits(h *flow.Held, cookie uint64) bool {
-	l, ok := lookupLive(q.live, liveKey(h.Source, h.Slot))
+	l, ok := q.entry(liveKey(h.Source, h.Slot))
 	return ok && l.Cookie == cookie
 }
 

@@ -313,7 +313,8 @@ func TestMoveHeld(t *testing.T) {
 		t.Fatal(err)
 	}
 	to := foreign(t)
-	old := disguise(t, path, to)["held"]
+	all := disguise(t, path, to)
+	old := all["held"]
 	news := bpf.Held{
 		Key:  bpf.LiveKey{Source: bpf.FromAddr(shop.Addr()), Slot: bpf.FromAddr(netip.MustParseAddr("240.1.0.9")), SourcePort: 40000, SlotPort: 80},
 		Mark: 7, Kind: bpf.HeldAnswer, Size: 54,
@@ -367,6 +368,14 @@ func TestMoveHeld(t *testing.T) {
 		gone.Kind = bpf.HeldGone
 		putRecord(t, queues[n].ring, unsafe.Slice((*byte)(unsafe.Pointer(&gone)), unsafe.Sizeof(gone)))
 		check("a new hook tells", queues[n], true)
+	}
+	// Who waits has an entry that an old hook made.
+	if queues[0].Waits(&want, 5) {
+		t.Error("an application waits that has no entry")
+	}
+	put(&hooksBefore{t: t, maps: all, move: second.moved}, "live", liveKey(want.Source, want.Slot), bpf.Live{Cookie: 5, Hold: bpf.HoldYes})
+	if !queues[0].Waits(&want, 5) || queues[0].Waits(&want, 6) {
+		t.Error("an application is not seen to wait, or another one is")
 	}
 	if got := second.Handover().Rings; len(got) != 2 || got[0] == queues[0].FD() {
 		t.Errorf("rings %v to hand over", got)
