@@ -530,12 +530,14 @@ func TestCarryLoads(t *testing.T) {
 	testutil.CheckLeaks(t)
 	testutil.RequireRoot(t)
 	from := foreign(t)
-	err := withCaps(func() error {
-		return loadCarrier(&move{from: from, to: ownDescription(t), moved: slices.Sorted(maps.Keys(manners))})
-	},
-		unix.CAP_BPF, unix.CAP_NET_ADMIN)
-	if err != nil {
-		t.Fatalf("%+v", err)
+	for _, how := range []again{0, goesOn, goesBack} {
+		err := withCaps(func() error {
+			return loadCarrier(&move{from: from, to: ownDescription(t), moved: slices.Sorted(maps.Keys(manners)), again: how})
+		},
+			unix.CAP_BPF, unix.CAP_NET_ADMIN)
+		if err != nil {
+			t.Fatalf("%d: %+v", how, err)
+		}
 	}
 }
 

@@ -81,20 +81,25 @@ func testLayoutsHalfway(t *testing.T, versions [2]string) {
 // halfwayStage is an instance whose processes pass a gate, and its applications.
 type halfwayStage struct {
 	i     *rig.Instance
+	rig   *rig.Rig
 	gate  *gate
 	app   peers
-	log   string // of flows
+	log   string     // of flows
+	named netip.Addr // by a slot, at the last point
 	to    []netip.AddrPort
 	conns int // that stay, at each address
 }
 
 const halfwayConns = 12
 
+// halfwayNamed comes before the destinations that are named at points.
+var halfwayNamed = netip.MustParseAddr("10.77.200.0")
+
 func newHalfway(t *testing.T, more string, to ...netip.AddrPort) *halfwayStage {
 	t.Helper()
-	h := &halfwayStage{log: filepath.Join(t.TempDir(), "flows"), to: to, conns: halfwayConns}
+	h := &halfwayStage{log: filepath.Join(t.TempDir(), "flows"), to: to, conns: halfwayConns, named: halfwayNamed}
 	r, i, app := layoutStage(t, h.log, more, halfwayConns, len(halfway()), to...)
-	h.i, h.app, h.gate = i, app, newGate(t, r)
+	h.i, h.rig, h.app, h.gate = i, r, app, newGate(t, r)
 	t.Cleanup(func() {
 		if !t.Failed() {
 			return
@@ -124,13 +129,22 @@ func (h *halfwayStage) stand(t *testing.T, program string, at point) (cmd *exec.
 		t.Errorf("%s: a connection stands still", at)
 	}
 	h.conns++
+	h.named = h.named.Next()
+	h.relay(t)
 	return cmd, pid
+}
+
+// relay makes a connection to the destination that has got its slot at the last point.
+func (h *halfwayStage) relay(t *testing.T) {
+	t.Helper()
+	h.rig.Output(t, "bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/%s/%d; echo hello >&3; read -u 3 line; test $line = hello", h.named, widePort))
 }
 
 // goesOn wants that every connection goes on, that no count is wrong, and none went back.
 func (h *halfwayStage) goesOn(t *testing.T, at point, before admin.Status) {
 	t.Helper()
 	checkTurn(t, h.i, h.app, before, h.conns)
+	h.relay(t)
 	h.i.Conserved(t)
 	if t.Failed() {
 		t.Fatalf("killed when %s", at)
