@@ -46,6 +46,7 @@ func (p point) String() string {
 // layout before.
 func testLayoutsHalfway(t *testing.T, versions [2]string) {
 	t.Run("the new layout", func(t *testing.T) {
+		t.Parallel() // much of it is waiting for the kernel
 		h := newHalfway(t, "survive: crash\n", vip, direct2, ends[2])
 		for n, at := range halfway() {
 			before := statusOf(t, h.i)
@@ -59,6 +60,7 @@ func testLayoutsHalfway(t *testing.T, versions [2]string) {
 		h.end(t)
 	})
 	t.Run("the one before", func(t *testing.T) {
+		t.Parallel()
 		// Who is relayed does not outlive both processes.
 		h := newHalfway(t, "", direct2, ends[2])
 		for _, at := range halfway() {
