@@ -49,8 +49,8 @@ func newChild(args []string, cgroup *commandCgroup, who *syscall.Credential) *ch
 		// signal to the group comes once.
 		Setpgid: !c.terminal,
 	}
-	signal.Notify(c.signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2,
-		unix.SIGALRM, unix.SIGCONT, unix.SIGWINCH)
+	signal.Notify(c.signals, minded(unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2,
+		unix.SIGALRM, unix.SIGCONT, unix.SIGWINCH)...)
 	return c
 }
 
@@ -70,6 +70,9 @@ func foreground() bool {
 // or what a shell would.
 func (c *child) run() (code int, err error) {
 	defer signal.Stop(c.signals)
+	if s := c.endedBefore(); s != 0 {
+		return exitSignal + int(s), nil
+	}
 	if err := c.cmd.Start(); err != nil {
 		code := exitNotExecutable
 		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, os.ErrNotExist) {
@@ -85,6 +88,21 @@ func (c *child) run() (code int, err error) {
 			c.pass(s)
 		case err := <-done:
 			return exitCode(c.cmd.ProcessState), ignoreExit(err)
+		}
+	}
+}
+
+// endedBefore returns the signal that came before there was a command, and would have
+// ended it; 0: none did. That of a terminal would not come a second time.
+func (c *child) endedBefore() syscall.Signal {
+	for {
+		select {
+		case s := <-c.signals:
+			if s != unix.SIGCONT && s != unix.SIGWINCH {
+				return s.(syscall.Signal)
+			}
+		default:
+			return 0
 		}
 	}
 }

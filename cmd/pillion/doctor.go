@@ -29,7 +29,9 @@ others. Nothing is changed. The exit code is 69 when the main job cannot work.`,
 					return usage(fmt.Errorf("--cgroup: %w", err))
 				}
 			}
-			findings := probe.Run(c.Context(), probe.Options{Cgroup: cgroup, BPFFS: g.bpffs})
+			ctx, stop := heeding(c.Context()) // a probe may have a cgroup to remove
+			defer stop()
+			findings := probe.Run(ctx, probe.Options{Cgroup: cgroup, BPFFS: g.bpffs})
 			var err error
 			if o.json() {
 				err = printJSON(c.OutOrStdout(), findings)

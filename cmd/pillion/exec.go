@@ -145,6 +145,7 @@ func execute(ctx context.Context, g *global, f *execFlags, args []string) error 
 	if err != nil {
 		return err
 	}
+	defer outliveLog()()
 	c, err := f.configuration()
 	if err != nil {
 		return usage(err)

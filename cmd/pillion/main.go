@@ -8,9 +8,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/signal"
-
-	"golang.org/x/sys/unix"
 )
 
 // Exit codes, those of sysexits.h where there is one.
@@ -63,12 +60,9 @@ func run(args []string) int {
 		fmt.Fprintf(os.Stderr, "pillion: %v\n", err)
 		return exitFailed
 	}
-	// exec passes signals on and run drains on the first, so both replace this.
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
-	defer stop()
 	cmd := newRoot(left)
 	cmd.SetArgs(args)
-	err = cmd.ExecuteContext(ctx)
+	err = cmd.ExecuteContext(context.Background())
 	if err == nil {
 		return 0
 	}

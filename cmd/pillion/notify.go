@@ -91,19 +91,23 @@ func watchdogEvery(main int) (time.Duration, error) {
 }
 
 // watchdog tells systemd every so often that the process works, until ctx is done. It
-// says nothing while stuck does: then only a new process helps.
-func watchdog(ctx context.Context, every time.Duration, stuck func() error) error {
+// says nothing while stuck does: then only a new process helps. unheard is called when
+// systemd cannot be told, and could before.
+func watchdog(ctx context.Context, every time.Duration, stuck func() error, unheard func(error)) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
+	heard := true
 	for {
 		if stuck() == nil {
-			if err := notify("WATCHDOG=1"); err != nil {
-				return err
+			err := notify("WATCHDOG=1")
+			if err != nil && heard {
+				unheard(err)
 			}
+			heard = err == nil
 		}
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		case <-tick.C:
 		}
 	}
@@ -112,16 +116,18 @@ func watchdog(ctx context.Context, every time.Duration, stuck func() error) erro
 // beWatched lets systemd's watchdog watch the instance, also while it drains.
 func (i *instance) beWatched(ctx context.Context) {
 	every, err := watchdogEvery(i.global.survival.mainPID())
-	if err == nil && every > 0 {
-		begun := false // it stays so when it drains, and is not ready any more
-		err = watchdog(ctx, every, func() error {
-			if begun = begun || i.ready.Load(); !begun {
-				return nil // it has no heartbeat yet, if it takes over or goes on
-			}
-			return i.stuck()
-		})
-	}
+	untold := func(err error) { i.log.Error("systemd's watchdog is not told", "error", err) }
 	if err != nil {
-		i.log.Error("systemd's watchdog is not told", "error", err)
+		untold(err)
 	}
+	if err != nil || every == 0 {
+		return
+	}
+	begun := false // it stays so when it drains, and is not ready any more
+	watchdog(ctx, every, func() error {
+		if begun = begun || i.ready.Load(); !begun {
+			return nil // it has no heartbeat yet, if it takes over or goes on
+		}
+		return i.stuck()
+	}, untold)
 }

@@ -49,11 +49,12 @@ func TestWatchdog(t *testing.T) {
 	}
 	defer systemd.Close()
 	ctx, stop := context.WithCancel(context.Background())
-	done := make(chan error)
+	done := make(chan struct{})
 	var stuck atomic.Bool
 	asked := make(chan struct{}, 1)
 	go func() {
-		done <- watchdog(ctx, time.Millisecond, func() error {
+		defer close(done)
+		watchdog(ctx, time.Millisecond, func() error {
 			select {
 			case asked <- struct{}{}:
 			default:
@@ -62,7 +63,7 @@ func TestWatchdog(t *testing.T) {
 				return errors.New("stuck")
 			}
 			return nil
-		})
+		}, func(err error) { t.Errorf("systemd was not told: %v", err) })
 	}()
 	hear := func() string {
 		b := make([]byte, 64)
@@ -97,7 +98,35 @@ func TestWatchdog(t *testing.T) {
 		t.Errorf("systemd hears %d bytes of a process that is stuck", n)
 	}
 	stop()
-	if err := <-done; err != nil {
-		t.Error(err)
+	<-done
+}
+
+// TestWatchdogUnheard: systemd, which cannot be told for a while, hears again.
+func TestWatchdogUnheard(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "notify")
+	t.Setenv("NOTIFY_SOCKET", path)
+	ctx, stop := context.WithCancel(context.Background())
+	defer stop()
+	said := make(chan error, 100)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		watchdog(ctx, time.Millisecond, func() error { return nil }, func(err error) { said <- err })
+	}()
+	<-said
+	systemd, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer systemd.Close()
+	systemd.SetReadDeadline(time.Now().Add(20 * time.Second))
+	b := make([]byte, 64)
+	if n, err := systemd.Read(b); err != nil || string(b[:n]) != "WATCHDOG=1" {
+		t.Errorf("systemd hears %q, %v", b[:n], err)
+	}
+	stop()
+	<-done
+	if n := len(said); n > 0 {
+		t.Errorf("it was said %d times more that systemd is not told", n)
 	}
 }

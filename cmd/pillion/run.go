@@ -88,6 +88,12 @@ func daemon(g *global, f *runFlags) error {
 	if err != nil {
 		return err
 	}
+	defer outliveLog()()
+	// One that comes before the file is read is as good as done. A signal to end ends
+	// this process until there is something to undo.
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, unix.SIGHUP)
+	defer signal.Stop(hangups)
 	c, err := f.configuration()
 	if err != nil {
 		why := err
@@ -108,9 +114,6 @@ func daemon(g *global, f *runFlags) error {
 	defer deaf()
 	stop, end := context.WithCancel(context.Background())
 	defer end()
-	hangups := make(chan os.Signal, 1)
-	signal.Notify(hangups, unix.SIGHUP)
-	defer signal.Stop(hangups)
 	p := plan{kind: loader.KindRun, config: c, global: g, log: log, file: f.file, merge: config.ParsePartial, hangups: hangups}
 	if err := p.locate(told, f, false); err != nil {
 		return err
@@ -179,7 +182,10 @@ func daemon(g *global, f *runFlags) error {
 	defer unarm()
 	err = i.serve(stop, force, func() error {
 		log.Info("ready", "instance", i.name, "scope", i.scope.Path, "services", len(c.Services), "on_failure", c.OnFailure)
-		return notify(fmt.Sprintf("MAINPID=%d\nREADY=1", g.survival.mainPID()))
+		if err := notify(fmt.Sprintf("MAINPID=%d\nREADY=1", g.survival.mainPID())); err != nil {
+			log.Error("the service manager is not told", "error", err) // connections matter more
+		}
+		return nil
 	})
 	if errors.Is(err, errHandedOver) {
 		err = nil

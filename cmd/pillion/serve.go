@@ -45,9 +45,13 @@ func (i *instance) serve(stop, force context.Context, attached func() error) err
 	}
 	if err == nil {
 		i.acceptAgain()
+	}
+	// Told to end before anybody relied on it: then nobody is to.
+	begin := err == nil && (live.Err() == nil || i.taking != nil || i.reviving())
+	if begin {
 		err = i.goLive(live)
 	}
-	if err == nil {
+	if begin && err == nil {
 		if i.taking == nil {
 			beat.run("heartbeat", i.beat.Run)
 		}

@@ -43,6 +43,9 @@ func serveWebhook(ctx context.Context, g *global, f *webhookFlags) error {
 	if err != nil {
 		return err
 	}
+	defer outliveLog()()
+	ctx, stop := heeding(ctx)
+	defer stop()
 	o, err := f.options()
 	if err != nil {
 		return err
