@@ -10,8 +10,10 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/pillion-project/pillion/redirect/flow"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -33,10 +35,18 @@ type Log struct {
 	// failing is set from a failed write to the next good one.
 	failing atomic.Bool
 
-	// mu orders file and what was written to it: Reopen changes the file under
-	// Run.
+	// reopens has room for one: who asks does not wait for a disk that hangs.
+	reopens chan chan error
+	// begin guards running: from then on all that is done with the file is done by Run.
+	begin   sync.Mutex
+	running bool
+
+	// mu guards file. It is not held while something is written, which may take for
+	// ever.
 	mu   sync.Mutex
 	file io.WriteCloser // nil once closed
+	// What follows is of whoever writes: of Run.
+
 	// torn is set while the file ends in half a line.
 	torn bool
 
@@ -58,7 +68,7 @@ func Open(path string, queue int) (*Log, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Log{path: path, queue: make(chan flow.Record, queue), file: f, torn: isTorn(path)}, nil
+	return &Log{path: path, queue: make(chan flow.Record, queue), reopens: make(chan chan error, 1), file: f, torn: isTorn(path)}, nil
 }
 
 // isTorn tells whether a file ends in half a line, as a process leaves it that was killed
@@ -79,7 +89,11 @@ func isTorn(path string) bool {
 }
 
 func open(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o640)
+	// Not blocking: a pipe that nobody reads would hold us up for ever.
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE|unix.O_NONBLOCK, 0o640)
+	if errors.Is(err, unix.ENXIO) {
+		return nil, fmt.Errorf("open flow log: %s is a pipe or a socket that nobody reads", path)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open flow log: %w", err)
 	}
@@ -115,22 +129,47 @@ func (l *Log) Failed() uint64 { return l.failed.Load() }
 // Failing tells whether the last record could not be written.
 func (l *Log) Failing() bool { return l.failing.Load() }
 
+// endLimit is how long what still waits may take to be written in the end, to a pipe whose
+// reader takes nothing. A disk has no such limit.
+const endLimit = time.Second
+
 // Run writes records until ctx is done, then what still waits, and closes the
 // file. End the sources of records before, so that their last ones are in it. A
 // failed write is counted, and logged when it is the first of its kind; Run goes
 // on, since the disk may have room again.
 func (l *Log) Run(ctx context.Context) error {
+	l.runs(true)
+	defer l.runs(false)
+	stop := context.AfterFunc(ctx, l.hurry)
+	defer stop()
 	var b bytes.Buffer
 	for {
 		select {
 		case r := <-l.queue:
 			l.encode(&b, &r)
 			l.drain(&b)
+		case answer := <-l.reopens:
+			answer <- l.reopen()
 		case <-ctx.Done():
 			l.ended.Store(true)
 			l.drain(&b)
 			return l.Close()
 		}
+	}
+}
+
+func (l *Log) runs(yes bool) {
+	l.begin.Lock()
+	defer l.begin.Unlock()
+	l.running = yes
+}
+
+// hurry ends writes that wait for a reader.
+func (l *Log) hurry() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if f, ok := l.file.(interface{ SetWriteDeadline(time.Time) error }); ok {
+		_ = f.SetWriteDeadline(time.Now().Add(endLimit)) // files on disks have none
 	}
 }
 
@@ -169,13 +208,14 @@ func (l *Log) write(b *bytes.Buffer) {
 		return
 	}
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.file == nil || !l.mend() {
+	file := l.file
+	l.mu.Unlock()
+	if file != nil && l.mend(file) {
+		n, err := file.Write(b.Bytes())
+		l.note(b.Bytes()[:n], b.Bytes()[n:], err)
+	} else {
 		l.failed.Add(countLines(b.Bytes()))
-		return
 	}
-	n, err := l.file.Write(b.Bytes())
-	l.note(b.Bytes()[:n], b.Bytes()[n:], err)
 	for i := range l.batch {
 		l.wrote(&l.batch[i])
 	}
@@ -183,11 +223,11 @@ func (l *Log) write(b *bytes.Buffer) {
 }
 
 // mend ends the half line that a failed write left, so that it spoils no other.
-func (l *Log) mend() bool {
+func (l *Log) mend(file io.Writer) bool {
 	if !l.torn {
 		return true
 	}
-	_, err := l.file.Write([]byte{'\n'})
+	_, err := file.Write([]byte{'\n'})
 	l.torn = err != nil
 	return !l.torn
 }
@@ -211,9 +251,39 @@ func (l *Log) note(out, left []byte, err error) {
 
 func countLines(b []byte) uint64 { return uint64(bytes.Count(b, []byte{'\n'})) }
 
+// reopenLimit is how long Reopen waits for a disk, or for who reads a pipe.
+const reopenLimit = time.Second
+
 // Reopen opens the file at the path again, after a rotation has moved it away.
-// If that fails, the old file stays. Lines that are on their way go to either.
+// If that fails, the old file stays. Lines that are on their way go to either. Where
+// the old file cannot be written for a second, it fails, and is done as soon as it can.
 func (l *Log) Reopen() error {
+	l.begin.Lock()
+	if !l.running {
+		defer l.begin.Unlock()
+		return l.reopen()
+	}
+	l.begin.Unlock()
+	answer := make(chan error, 1)
+	limit := time.NewTimer(reopenLimit)
+	defer limit.Stop()
+	select {
+	case l.reopens <- answer:
+	default:
+		return errHangs
+	}
+	select {
+	case err := <-answer:
+		return err
+	case <-limit.C:
+		return errHangs
+	}
+}
+
+// errHangs means that nothing can be done with the file at present.
+var errHangs = errors.New("reopen flow log: what was written before is not taken yet")
+
+func (l *Log) reopen() error {
 	f, err := open(l.path)
 	if err != nil {
 		return err

@@ -420,3 +420,67 @@ func TestUnencodable(t *testing.T) {
 		t.Errorf("%d lines, %d failed", len(got), l.Failed())
 	}
 }
+
+// TestTornAndFull: what the disk has no room for is not kept, also where it ends in half
+// a line.
+func TestTornAndFull(t *testing.T) {
+	captureLog(t)
+	var b bytes.Buffer
+	told := 0
+	l := &Log{path: "flows", file: &disk{room: 10}}
+	l.Written(func(*flow.Record) { told++ })
+	for n := range 100 {
+		l.encode(&b, record(uint64(n)))
+		l.write(&b)
+	}
+	if told != 100 || len(l.batch) != 0 {
+		t.Errorf("of 100 records %d were told of, and %d are kept", told, len(l.batch))
+	}
+}
+
+// within fails the test if f takes longer than anything here may.
+func within(t *testing.T, what string, f func() error) error {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(20 * time.Second):
+		t.Fatalf("%s does not end", what)
+		return nil
+	}
+}
+
+// TestPipe has a pipe in the file's place: one that nobody has open is refused, and one
+// that nobody reads from holds up neither a reload nor the end.
+func TestPipe(t *testing.T) {
+	captureLog(t)
+	path := filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := within(t, "to open a pipe", func() error { _, err := Open(path, 0); return err }); err == nil {
+		t.Error("a pipe without a reader is opened")
+	}
+	reader, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	l, stop := start(t, path, 0)
+	for n := range 4000 { // more than it holds
+		l.Record(record(uint64(n)))
+	}
+	testutil.Eventually(t, 20*time.Second, func() bool { return len(l.queue) < 4000 })
+	time.Sleep(10 * time.Millisecond)
+	if err := within(t, "to reopen", l.Reopen); err == nil {
+		t.Error("reopened, although the old one takes nothing")
+	}
+	if err := within(t, "the log", stop); err != nil {
+		t.Error(err)
+	}
+	if l.Failed() == 0 {
+		t.Error("nothing failed")
+	}
+}
