@@ -6,10 +6,15 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+
+	"github.com/pillion-project/pillion/redirect/flow"
 )
 
 // MaxWeight is the largest weight of an endpoint.
 const MaxWeight = 65535
+
+// MaxEndpoints is how many a set may have.
+const MaxEndpoints = flow.SetEndpoints
 
 // slotRanges are the supernets of which every instance takes its slots: a
 // connection to them comes back to a handler.

@@ -9,8 +9,6 @@ import (
 	"slices"
 	"sync"
 	"time"
-
-	"github.com/pillion-project/pillion/redirect/flow"
 )
 
 // How long a source that has ended is left alone before it is run again: from
@@ -185,8 +183,8 @@ func clean(endpoints []Endpoint) ([]Endpoint, error) {
 	Sort(all)
 	all = slices.CompactFunc(all, func(a, b Endpoint) bool { return a.Addr == b.Addr })
 	// Who took them could take nothing of anybody else either.
-	if n := len(all); n > flow.SetEndpoints {
-		return nil, fmt.Errorf("%d endpoints: want at most %d", n, flow.SetEndpoints)
+	if n := len(all); n > MaxEndpoints {
+		return nil, fmt.Errorf("%d endpoints: want at most %d", n, MaxEndpoints)
 	}
 	return all, nil
 }

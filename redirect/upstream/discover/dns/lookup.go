@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
@@ -24,6 +26,9 @@ const (
 	// maxTargets how many there may be.
 	maxAtOnce  = 8
 	maxTargets = 1024
+	// addrsMax is how many addresses these may have together: more than a set has, since
+	// some may be of several. An answer has four thousand at most.
+	addrsMax = 4 * discover.MaxEndpoints
 	// absences is how often in a row the name that had answered must not be
 	// there until the search list is gone through again. A name that is away for
 	// a moment is not to be taken for another one further down the list.
@@ -319,7 +324,10 @@ func (l *lookup) services(ctx context.Context, r *resolver, name string) (*found
 		}
 		group := srvs[:n]
 		srvs = srvs[n:]
-		hosts, errs := l.targets(ctx, r, group)
+		hosts, errs, err := l.targets(ctx, r, group)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", q, err)
+		}
 		failed = append(failed, errs...)
 		for _, h := range hosts {
 			f.ttl = min(f.ttl, h.ttl)
@@ -333,8 +341,8 @@ func (l *lookup) services(ctx context.Context, r *resolver, name string) (*found
 }
 
 // targets looks up the targets of records, several at once. Those without
-// addresses are left out, and errs says why.
-func (l *lookup) targets(ctx context.Context, r *resolver, group []dnsmessage.SRVResource) (hosts map[string]*host, errs []error) {
+// addresses are left out, and errs says why. An error is that they have too many.
+func (l *lookup) targets(ctx context.Context, r *resolver, group []dnsmessage.SRVResource) (hosts map[string]*host, errs []error, err error) {
 	var names []string
 	seen := make(map[string]bool)
 	for _, s := range group {
@@ -352,14 +360,26 @@ func (l *lookup) targets(ctx context.Context, r *resolver, group []dnsmessage.SR
 	failed := make([]error, len(names))
 	free := make(chan struct{}, maxAtOnce)
 	var all sync.WaitGroup
+	var addrs atomic.Int64
 	for i, name := range names {
 		free <- struct{}{}
+		if addrs.Load() > addrsMax {
+			break
+		}
 		all.Go(func() {
 			outcome[i], failed[i] = l.target(ctx, r, name)
+			if h := outcome[i].host; h != nil {
+				addrs.Add(int64(len(h.addrs)))
+			}
 			<-free
 		})
 	}
 	all.Wait()
+	if addrs.Load() > addrsMax {
+		// Else a server that always has others would be remembered for ever.
+		maps.DeleteFunc(l.known, func(_ question, m *memory) bool { return m.round == l.round })
+		return nil, nil, fmt.Errorf("the targets have more than %d addresses", addrsMax)
+	}
 	hosts = make(map[string]*host)
 	for i, t := range outcome {
 		if t.host != nil {
@@ -369,7 +389,7 @@ func (l *lookup) targets(ctx context.Context, r *resolver, group []dnsmessage.SR
 			errs = append(errs, failed[i])
 		}
 	}
-	return hosts, errs
+	return hosts, errs, nil
 }
 
 // target looks up one target. Where that fails, or the name is gone although the

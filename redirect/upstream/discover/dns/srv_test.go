@@ -1,9 +1,11 @@
 package dns
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -156,5 +158,40 @@ func TestWeigh(t *testing.T) {
 		if got != tt.want {
 			t.Errorf("%s: %s, want %s", tt.name, got, tt.want)
 		}
+	}
+}
+
+// TestSRVFlood has a server that names more addresses than any set has: it is not listened
+// to for long, and the set that there was stays.
+func TestSRVFlood(t *testing.T) {
+	many := make([]netip.Addr, 4000)
+	for i := range many {
+		many[i] = netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)})
+	}
+	var mu sync.Mutex
+	asked := 0
+	l := newLookup(Options{Name: srvOptions.Name, SRV: true, Families: FamiliesIPv4}.withDefaults(),
+		func(_ context.Context, _ *resolver, q question) (*answer, error) {
+			if q.kind == dnsmessage.TypeA {
+				mu.Lock()
+				defer mu.Unlock()
+				asked++
+				return &answer{addrs: many, ttl: time.Minute}, nil
+			}
+			a := &answer{ttl: time.Minute}
+			for i := range maxTargets {
+				a.srvs = append(a.srvs, srv(1, 1, uint16(i+1), fmt.Sprintf("pod%d.example.", i)))
+			}
+			return a, nil
+		})
+	f, err := l.run(t.Context(), &resolver{})
+	if err == nil {
+		t.Fatalf("%d endpoints are taken", len(f.endpoints))
+	}
+	if most := addrsMax/len(many) + 2*maxAtOnce; asked > most {
+		t.Errorf("%d targets were asked for, want %d at most", asked, most)
+	}
+	if len(l.known) > 0 {
+		t.Errorf("the addresses of %d are remembered", len(l.known))
 	}
 }
