@@ -294,7 +294,7 @@ func (l *Log) reopen() error {
 		return errors.Join(fmt.Errorf("reopen flow log: %w", os.ErrClosed), f.Close())
 	}
 	old := l.file
-	l.file, l.torn = f, false
+	l.file, l.torn = f, isTorn(l.path)
 	if err := old.Close(); err != nil {
 		return fmt.Errorf("close rotated flow log: %w", err)
 	}
