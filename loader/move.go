@@ -379,7 +379,7 @@ func (d *Datapath) moveOut() error {
 	if err := d.endHot(m); err != nil {
 		return err
 	}
-	if d.former.killed {
+	if d.former.killed || m.again != 0 {
 		if err := d.makeGood(); err != nil {
 			return err
 		}

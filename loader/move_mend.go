@@ -13,9 +13,10 @@ import (
 const mendTries = 10
 
 // makeGood mends what a process that was killed while it swapped hooks has left, when
-// none of those is at work any more: what they have counted, and which slots they have
-// named, is in maps that are gone. How many connections are open live says; of slots the
-// way back is missing.
+// none of those is at work any more. Where nobody goes on with its move, what they have
+// counted, and which slots they have named, is in maps that are gone: how many connections
+// are open live says; of slots the way back is missing. Where somebody does, it had perhaps
+// added to a count, and was killed before it had noted that.
 func (d *Datapath) makeGood() error {
 	if err := d.mendSlots(); err != nil {
 		return fmt.Errorf("mend map slots: %w", err)

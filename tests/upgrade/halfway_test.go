@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -57,6 +58,18 @@ func testLayoutsHalfway(t *testing.T, versions [2]string) {
 			h.i.Succeeded(t, cmd)
 			h.goesOn(t, at, before)
 		}
+		// And the next worker too.
+		before := statusOf(t, h.i)
+		cmd, pid := h.stand(t, versions[len(halfway())%2], point{n: 4})
+		held := h.gate.hold(point{n: 9})
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Kill(h.stands(t, cmd, point{n: 9}, held), unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		h.i.Succeeded(t, cmd)
+		h.goesOn(t, point{n: 9}, before)
 		h.end(t)
 	})
 	t.Run("the one before", func(t *testing.T) {
@@ -65,19 +78,34 @@ func testLayoutsHalfway(t *testing.T, versions [2]string) {
 		h := newHalfway(t, "", direct2, ends[2])
 		for _, at := range halfway() {
 			before := statusOf(t, h.i)
-			cmd, pid := h.stand(t, versions[0], at)
-			if err := unix.Kill(pid, unix.SIGKILL); err != nil {
-				t.Fatal(err)
-			}
+			h.standAndFall(t, versions[0], at)
 			if err := h.i.Wait(t); err != nil {
 				t.Errorf("the process before: %v", err)
 			}
-			cmd.Wait()
 			h.i.Launch(t)
 			h.goesOn(t, at, before)
 		}
+		// Who goes back is killed too, and another one does, or one goes on.
+		for _, program := range []string{versions[1], versions[0]} {
+			before := statusOf(t, h.i)
+			h.standAndFall(t, versions[0], point{n: 9})
+			h.standAndFall(t, versions[1], point{n: 4})
+			h.rig.Program = program
+			h.i.Launch(t)
+			h.goesOn(t, point{n: 4}, before)
+		}
 		h.end(t)
 	})
+}
+
+// standAndFall has a process killed at a point.
+func (h *halfwayStage) standAndFall(t *testing.T, program string, at point) {
+	t.Helper()
+	cmd, pid := h.stand(t, program, at)
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Wait()
 }
 
 // halfwayStage is an instance whose processes pass a gate, and its applications.
@@ -100,7 +128,7 @@ var halfwayNamed = netip.MustParseAddr("10.77.200.0")
 func newHalfway(t *testing.T, more string, to ...netip.AddrPort) *halfwayStage {
 	t.Helper()
 	h := &halfwayStage{log: filepath.Join(t.TempDir(), "flows"), to: to, conns: halfwayConns, named: halfwayNamed}
-	r, i, app := layoutStage(t, h.log, more, halfwayConns, len(halfway()), to...)
+	r, i, app := layoutStage(t, h.log, more, halfwayConns, len(halfway())+4, to...)
 	h.i, h.rig, h.app, h.gate = i, r, app, newGate(t, r)
 	t.Cleanup(func() {
 		if !t.Failed() {
@@ -121,12 +149,7 @@ func (h *halfwayStage) stand(t *testing.T, program string, at point) (cmd *exec.
 	t.Helper()
 	held := h.gate.hold(at)
 	cmd = h.i.Successor(t, program)
-	select {
-	case pid = <-held:
-	case <-time.After(rig.Limit):
-		cmd.Process.Kill()
-		t.Fatalf("%s: nobody comes there\n%s", at, h.i.Log())
-	}
+	pid = h.stands(t, cmd, at, held)
 	if o := h.app.turn(t, "more"); o.Least < 2 {
 		t.Errorf("%s: a connection stands still", at)
 	}
@@ -134,6 +157,18 @@ func (h *halfwayStage) stand(t *testing.T, program string, at point) (cmd *exec.
 	h.named = h.named.Next()
 	h.relay(t)
 	return cmd, pid
+}
+
+// stands waits until a process stands at a point.
+func (h *halfwayStage) stands(t *testing.T, cmd *exec.Cmd, at point, held <-chan int) (pid int) {
+	t.Helper()
+	select {
+	case pid = <-held:
+	case <-time.After(rig.Limit):
+		cmd.Process.Kill()
+		t.Fatalf("%s: nobody comes there\n%s", at, h.i.Log())
+	}
+	return pid
 }
 
 // relay makes a connection to the destination that has got its slot at the last point.
@@ -163,11 +198,14 @@ func (h *halfwayStage) end(t *testing.T) {
 	}
 	h.i.Conserved(t)
 	awaitNobody(t, h.i)
+	if strings.Contains(h.i.Log(), "mended a count") {
+		t.Errorf("counts were wrong:\n%s", h.i.Log())
+	}
 	want := map[uint64]netip.AddrPort{}
 	for _, c := range o.Later {
 		want[c.Cookie] = c.To
 	}
-	if len(want) != len(h.to)*len(halfway()) {
+	if len(want) != len(h.to)*(h.conns-halfwayConns) {
 		t.Fatalf("%d connections are known by their cookies", len(want))
 	}
 	got := map[uint64][]flow.Record{}
