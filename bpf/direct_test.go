@@ -282,6 +282,11 @@ func TestDirectOutlived(t *testing.T) {
 			if endpoint.Addr().Is6() {
 				h.command(t, "ip", "addr", "add", endpoint.Addr().String()+"/128", "dev", "lo", "nodad")
 				h.command(t, "ip", "addr", "add", tt.second+"/128", "dev", "lo", "nodad")
+				// The kernel adds their routes a moment later.
+				testutil.Eventually(t, 10*time.Second, func() bool {
+					routes := h.command(t, "ip", "-6", "route", "show", "table", "local")
+					return strings.Contains(routes, "local "+endpoint.Addr().String()+" ") && strings.Contains(routes, "local "+tt.second+" ")
+				}, "the addresses are local")
 			}
 			h.command(t, "ip", "mptcp", "endpoint", "add", tt.second, "dev", "lo", "subflow")
 			var l net.Listener

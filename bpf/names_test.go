@@ -90,8 +90,12 @@ func askNames(four, six, plain string) {
 	a.connect("connected with a source", four)
 	a.disconnect("for the third time")
 	a.connect("refused", "240.5.0.9:80")
-	a.bind("bound", "127.0.0.1:0")
+	a.bind("bound", "192.0.2.60:0")
 	a.connect("bound and connected", four)
+
+	a = newAsker(unix.AF_INET, 0)
+	a.bind("bound to loopback", "127.0.0.1:0")
+	a.connect("which leads nowhere", four)
 
 	a = newAsker(unix.AF_INET, 0)
 	a.connect("nothing there", "127.0.0.1:1")
@@ -121,7 +125,11 @@ func TestOwnNames(t *testing.T) {
 	testutil.CheckLeaks(t)
 	h := newHooks(t)
 	h.serve(t)
-	h.put(t, "own_addrs", FromAddr(netip.MustParseAddr("127.0.0.1")), uint32(1))
+	own := netip.MustParseAddr("192.0.2.60")
+	h.ns.AddAddr(t, "lo", netip.PrefixFrom(own, 32))
+	for _, a := range []netip.Addr{netip.MustParseAddr("127.0.0.1"), own} {
+		h.put(t, "own_addrs", FromAddr(a), uint32(1))
+	}
 	// A deferred connect needs no cookie to send data with its SYN.
 	h.ns.Sysctl(t, "net/ipv4/tcp_fastopen", "5")
 	const source4, source6 = "192.0.2.50", "2001:db8:1::50"
@@ -155,8 +163,10 @@ func TestOwnNames(t *testing.T) {
 		"connected with a source: " + source4,
 		"for the third time: 0.0.0.0",
 		"refused (ECONNREFUSED): 0.0.0.0",
-		"bound: 127.0.0.1",
-		"bound and connected: 127.0.0.1",
+		"bound: 192.0.2.60",
+		"bound and connected: 192.0.2.60",
+		"bound to loopback: 127.0.0.1",
+		"which leads nowhere (ENETUNREACH): 127.0.0.1",
 		"nothing there (ECONNREFUSED): 0.0.0.0",
 		"then something: " + source4,
 		"a port: 0.0.0.0",
@@ -183,7 +193,7 @@ func TestOwnNames(t *testing.T) {
 	}
 	if diff := cmp.Diff(map[string]int{
 		"198.51.100.7 from " + source4: 6, "2001:db8:7::7 from " + source6: 2,
-		"198.51.100.7 from 127.0.0.1": 1, "203.0.113.9 from 127.0.0.1": 1,
+		"198.51.100.7 from 192.0.2.60": 1, "203.0.113.9 from 127.0.0.1": 1,
 		"127.0.0.1 from 127.0.0.1": 1, "240.5.0.9 from invalid IP": 1,
 	}, sources); diff != "" {
 		t.Errorf("the records' sources (-want +got):\n%s", diff)
