@@ -16,18 +16,11 @@ import (
 // lastGood is what it is called among the descriptors that are kept.
 const lastGood = "configuration"
 
-// keepConfiguration has the next worker know the text of a file, if all of it can be
-// taken.
-func (s *survival) keepConfiguration(file string) error {
+// keepConfiguration has the next worker know the text of a file, of which all was taken.
+// What the file says by now may be something else.
+func (s *survival) keepConfiguration(file string, text []byte) error {
 	if s == nil || file == "" {
 		return nil
-	}
-	text, err := config.Read(file)
-	if err == nil {
-		_, err = config.Parse(file, text)
-	}
-	if err != nil {
-		return err // it has changed meanwhile
 	}
 	fd, err := unix.MemfdCreate("configuration", unix.MFD_CLOEXEC)
 	if err != nil {

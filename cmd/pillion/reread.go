@@ -46,7 +46,11 @@ type taken struct {
 // be taken of it.
 func (c *control) reload(by string) admin.ReloadResult {
 	before := c.inForce()
-	next, refused, of, err := c.reread(before)
+	text, err := c.read()
+	if err != nil {
+		return c.refuse(err, c.told.news(content{}, err.Error()))
+	}
+	next, refused, of, err := c.reread(before, text)
 	if err != nil {
 		return c.refuse(err, c.told.news(of, err.Error()))
 	}
@@ -64,7 +68,7 @@ func (c *control) reload(by string) admin.ReloadResult {
 		return c.refuse(errors.Join(fmt.Errorf("put the configuration in force: %w", err), c.apply(before)), true)
 	}
 	if len(refused) == 0 {
-		if err := c.i.global.survival.keepConfiguration(c.i.file); err != nil {
+		if err := c.i.global.survival.keepConfiguration(c.i.file, text); err != nil {
 			c.i.log.Warn("the configuration is not kept for the next worker", "error", err)
 		}
 	}
@@ -116,14 +120,18 @@ func (c *control) result() admin.ReloadResult {
 // rereadLimit is how long all other changes wait where a pipe is in the file's place.
 const rereadLimit = 500 * time.Millisecond
 
-// reread makes the next configuration of last and what the file says now.
-func (c *control) reread(last *config.Config) (*config.Config, []config.Refused, content, error) {
+// read returns what the file says now; nil: there is none.
+func (c *control) read() ([]byte, error) {
+	if c.i.file == "" {
+		return nil, nil
+	}
+	return config.ReadWithin(c.i.file, rereadLimit)
+}
+
+// reread makes the next configuration of last and of what the file says.
+func (c *control) reread(last *config.Config, text []byte) (*config.Config, []config.Refused, content, error) {
 	if c.i.file == "" {
 		return last, nil, content{}, nil
-	}
-	text, err := config.ReadWithin(c.i.file, rereadLimit)
-	if err != nil {
-		return nil, nil, content{}, err
 	}
 	of := content(sha256.Sum256(text))
 	next, refused, err := c.i.merge(c.i.file, text, last, c.sources.able)

@@ -41,12 +41,22 @@ func (f *runFlags) add(c *cobra.Command) {
 
 // configuration reads the file, if there is one.
 func (f *runFlags) configuration() (*config.Config, error) {
+	c, _, err := f.read()
+	return c, err
+}
+
+// read is configuration, with the text of the file.
+func (f *runFlags) read() (*config.Config, []byte, error) {
 	if f.file == "" {
 		c := config.Default()
-		return &c, nil
+		return &c, nil, nil
 	}
-	c, err := config.Load(f.file)
-	return c, usage(err)
+	text, err := config.Read(f.file)
+	if err != nil {
+		return nil, nil, usage(err)
+	}
+	c, err := config.Parse(f.file, text)
+	return c, text, usage(err)
 }
 
 func newRun(g *global) *cobra.Command {
@@ -94,14 +104,14 @@ func daemon(g *global, f *runFlags) error {
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, unix.SIGHUP)
 	defer signal.Stop(hangups)
-	c, err := f.configuration()
+	c, text, err := f.read()
 	if err != nil {
 		why := err
 		if c, err = g.survival.configuration(f.file, err); err != nil {
 			return err
 		}
 		log.Error("the configuration is refused, the last one stays", "error", why)
-	} else if err := g.survival.keepConfiguration(f.file); err != nil {
+	} else if err := g.survival.keepConfiguration(f.file, text); err != nil {
 		log.Warn("the configuration is not kept for the next worker", "error", err)
 	}
 	if g.survival.gaveAway(log) {

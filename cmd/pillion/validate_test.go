@@ -274,7 +274,11 @@ func TestDiffAsReload(t *testing.T) {
 		if err := os.WriteFile(file, []byte(tt.text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		next, refused, _, err := c.reread(before)
+		text, err := c.read()
+		if err != nil {
+			t.Fatal(err)
+		}
+		next, refused, _, err := c.reread(before, text)
 		if (err != nil) != tt.whole {
 			t.Errorf("%s: a reload: %v", name, err)
 		}
