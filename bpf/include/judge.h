@@ -195,8 +195,8 @@ static __always_inline __u64 answered_until(const void *key)
 }
 
 /* is_foreign is true for a source that is bound, and not an address of the
- * namespace's. One of loopback gets to a slot, but nowhere else: the kernel says
- * so by itself. Only what a service stands for may be on loopback too.
+ * namespace's. One of loopback gets to a slot, but nowhere else: the kernel
+ * says so by itself. Only what a service stands for may be on loopback too.
  */
 static __always_inline bool is_foreign(const struct gathered *g, bool service)
 {
