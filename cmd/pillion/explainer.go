@@ -283,7 +283,7 @@ var meanings = map[flow.Reason]string{
 	flow.ReasonExcluded:      "an exclusion names the destination",
 	flow.ReasonDefaultPass:   "no rule and no service names the destination, and the default is pass",
 	flow.ReasonNoRoute:       "the kernel has no route to it, and says so itself",
-	flow.ReasonForeignSource: "the source is no address of this network namespace: a slot's answer would not come back to it",
+	flow.ReasonForeignSource: "the source is no address of this network namespace, or one of loopback: nothing would come back to it",
 	flow.ReasonDenied:        "a deny rule names the destination",
 	flow.ReasonSlotAddress:   "it is one of Pillion's own slots",
 	flow.ReasonHandlerAbsent: "the handler is not there, or is draining: on_failure decides",
