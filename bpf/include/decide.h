@@ -44,7 +44,8 @@ static __always_inline bool is_link_local(const struct ip_addr *a)
  * its identity, so a relay is never put in between.
  *   169.254.169.254, 169.254.170.2 (AWS, GCP, Azure, ECS)
  *   168.63.129.16 (Azure's wire server), 100.100.100.200 (Alibaba)
- *   fd00:ec2::254 (AWS), fd20:ce::254 (GCP)
+ *   fd00:ec2::254, fd00:ec2::23 (AWS, its second for pods), fd20:ce::254 (GCP)
+ *   fd00:c1::a9fe:a9fe (Oracle), fd00:42::42 (Scaleway)
  */
 static __always_inline bool is_metadata(const struct ip_addr *a)
 {
@@ -54,9 +55,20 @@ static __always_inline bool is_metadata(const struct ip_addr *a)
 		return ip == 0xa9fea9fe || ip == 0xa9feaa02 ||
 		       ip == 0xa83f8110 || ip == 0x646464c8;
 	}
-	return !a->w[1] && !a->w[2] && a->w[3] == bpf_htonl(0x254) &&
-	       (a->w[0] == bpf_htonl(0xfd000ec2) ||
-		a->w[0] == bpf_htonl(0xfd2000ce));
+	if (a->w[1] || a->w[2])
+		return false;
+	switch (bpf_ntohl(a->w[0])) {
+	case 0xfd000ec2:
+		return a->w[3] == bpf_htonl(0x254) || a->w[3] == bpf_htonl(0x23);
+	case 0xfd2000ce:
+		return a->w[3] == bpf_htonl(0x254);
+	case 0xfd0000c1:
+		return a->w[3] == bpf_htonl(0xa9fea9fe);
+	case 0xfd000042:
+		return a->w[3] == bpf_htonl(0x42);
+	default:
+		return false;
+	}
 }
 
 static __always_inline bool is_multicast(const struct ip_addr *a)
