@@ -3,13 +3,14 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
-	"os"
 	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
 )
 
 // version is set by the linker for a release.
@@ -116,15 +117,16 @@ func (g *global) logger(otherwise slog.Level) (*slog.Logger, error) {
 		}
 	}
 	o := &slog.HandlerOptions{Level: level}
-	var log *slog.Logger
+	var form func(io.Writer) slog.Handler
 	switch g.logFormat {
 	case "text":
-		log = slog.New(slog.NewTextHandler(os.Stderr, o))
+		form = func(w io.Writer) slog.Handler { return slog.NewTextHandler(w, o) }
 	case "json":
-		log = slog.New(slog.NewJSONHandler(os.Stderr, o))
+		form = func(w io.Writer) slog.Handler { return slog.NewJSONHandler(w, o) }
 	default:
 		return nil, usage(fmt.Errorf("--log-format %q: want text or json", g.logFormat))
 	}
+	log := slog.New(form(newLogFile(unix.Stderr, form)))
 	slog.SetDefault(log) // for what is given no logger
 	return log, nil
 }

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
@@ -159,4 +160,46 @@ func TestHangup(t *testing.T) {
 	if err := cmd.Wait(); err != nil || string(all) != "still\n" {
 		t.Errorf("%q, %v", all, err)
 	}
+}
+
+// TestLogNotRead has whoever is to read a run's log not do so: changes of the configuration
+// are taken, and it ends when it is told to.
+func TestLogNotRead(t *testing.T) {
+	t.Parallel()
+	r := rig.New(t)
+	config := filepath.Join(t.TempDir(), "config.yaml")
+	if err := os.WriteFile(config, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	name := fmt.Sprintf("unread-%d", os.Getpid())
+	cmd := exec.Command(rig.Binary(t), "run", "--cgroup", r.Scope.Path, "--config", config, "--name", name, "--runtime-dir", r.Runtime)
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	if _, err := unix.FcntlInt(writer.Fd(), unix.F_SETPIPE_SZ, 4096); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stderr = writer
+	err = r.App.Start(cmd)
+	writer.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	late := time.AfterFunc(2*rig.Limit, func() { cmd.Process.Kill() })
+	defer late.Stop()
+	client := admin.Dial(filepath.Join(r.Runtime, name+".sock"))
+	testutil.Eventually(t, rig.Limit, func() bool { return client.Ready(context.Background()) == nil }, "it is ready")
+	for n := range 60 { // more lines than the pipe holds
+		if _, err := client.Reload(context.Background()); err != nil {
+			t.Errorf("reload %d: %v", n, err)
+			break
+		}
+	}
+	cmd.Process.Signal(unix.SIGTERM)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("run: %v", err)
+	}
+	r.Pillion(t, "unload", name)
 }
