@@ -38,6 +38,10 @@ changed. A pod that Pillion cannot stand beside is denied with the reason.`,
 	return c
 }
 
+// reviewersMost is how many connections there are to the webhook at once: API servers have
+// a few each, and anybody in the cluster may connect.
+const reviewersMost = 512
+
 func serveWebhook(ctx context.Context, g *global, f *webhookFlags) error {
 	log, err := g.logger(slog.LevelInfo)
 	if err != nil {
@@ -62,5 +66,5 @@ func serveWebhook(ctx context.Context, g *global, f *webhookFlags) error {
 		return usage(fmt.Errorf("serve reviews: %w", err))
 	}
 	log.Info("serving", "address", ln.Addr().String(), "image", o.Image)
-	return webhook.Serve(ctx, ln, webhook.Options{Inject: o, Admit: f.admit, Log: log}, cert)
+	return webhook.Serve(ctx, &bounded{Listener: ln, most: reviewersMost}, webhook.Options{Inject: o, Admit: f.admit, Log: log}, cert)
 }
