@@ -217,7 +217,10 @@ func (p plan) around(ctx context.Context, f *execFlags, child *child, cgroup *co
 	if f.summary {
 		saved = errors.Join(saved, i.printSummary())
 	}
-	return code, errors.Join(served, saved, i.end(), cgroup.remove())
+	if saved != nil {
+		p.log.Warn("the flows of the command are not kept", "error", saved) // it has done what it was to
+	}
+	return code, errors.Join(served, i.end(), cgroup.remove())
 }
 
 // reportLeft moves what the command left running out of the scope.

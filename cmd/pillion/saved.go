@@ -51,10 +51,12 @@ func (i *instance) save(command []string) error {
 	}
 	path := filepath.Join(dir, i.name+".json")
 	// In one step: whoever lists meanwhile sees all of it or nothing.
-	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
-		return fmt.Errorf("save flows: %w", err)
+	err = os.WriteFile(path+".new", b, 0o600)
+	if err == nil {
+		err = os.Rename(path+".new", path)
 	}
-	if err := os.Rename(path+".new", path); err != nil {
+	if err != nil {
+		_ = os.Remove(path + ".new") // half of it, on a full disk
 		return fmt.Errorf("save flows: %w", err)
 	}
 	return i.global.pruneSaved()

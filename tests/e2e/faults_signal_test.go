@@ -203,3 +203,19 @@ func TestLogNotRead(t *testing.T) {
 	}
 	r.Pillion(t, "unload", name)
 }
+
+// TestNotSaved has no place for the flows of a command: that is none of its failures.
+func TestNotSaved(t *testing.T) {
+	t.Parallel()
+	r := rig.New(t)
+	if err := os.MkdirAll(r.Runtime, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(r.Runtime, "ended"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, errs, err := r.Exec(t, nil, "echo", "well")
+	if err != nil || out != "well\n" || !strings.Contains(errs, "flows") {
+		t.Errorf("%v: %q %q, want what the command says, and a word of the flows", err, out, errs)
+	}
+}
