@@ -5,6 +5,7 @@
  */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
+#include "include/atomic.h"
 #include "include/count.h"
 #include "include/former.h"
 #include "include/moved.h"
@@ -100,6 +101,7 @@ int pl_move_live(struct __sk_buff *skb)
 		cookie = made->live.cookie;
 		if (bpf_map_update_elem(&live, &u.k, &made->live, BPF_NOEXIST))
 			return 0;
+		fence(); /* or both would miss what the other has done */
 		theirs = bpf_map_lookup_elem(&former_live, &u.k);
 		if (!theirs) {
 			take_back(&u.k, cookie);
@@ -184,7 +186,7 @@ int pl_add(struct __sk_buff *skb)
 		n = bpf_map_lookup_elem(&reasons, &key);
 	if (!n)
 		return 0;
-	*n += m->add;
+	__sync_fetch_and_add(n, m->add);
 	return MOVED;
 }
 

@@ -13,10 +13,10 @@ import (
 
 func (m *move) slot(raw []byte) bpf.Slot { return valueAs[bpf.Slot](m.value("slots", raw)) }
 
-// copySlots copies the slots that the new map has not: an entry is there when its state
-// is, which therefore comes last.
+// copySlots copies the slots that the new map has not.
 func (d *Datapath) copySlots(m *move) error {
-	return eachValue(m.old["slots"], func(n uint32, raw []byte) error {
+	all := map[uint32]bpf.Slot{}
+	err := eachValue(m.old["slots"], func(n uint32, raw []byte) error {
 		var is bpf.Slot
 		if isZero(raw) {
 			return nil
@@ -28,14 +28,13 @@ func (d *Datapath) copySlots(m *move) error {
 		if err := d.maps.Slots.Lookup(n, &is); err != nil || is.State != bpf.SlotFree {
 			return err
 		}
-		state := v.State
-		v.State = bpf.SlotFree
-		if err := d.maps.Slots.Put(n, v); err != nil {
-			return err
-		}
-		v.State = state
-		return d.maps.Slots.Put(n, v)
+		all[n] = v
+		return nil
 	})
+	if err != nil {
+		return err
+	}
+	return d.fillSlots(all)
 }
 
 // clearSlots has nobody find a slot of the layout before that is free by now.

@@ -84,22 +84,48 @@ func (d *Datapath) mendOpen(last bool) (bool, error) {
 func (d *Datapath) mendSlots() error {
 	var orig bpf.IPAddr
 	var n uint32
+	all := map[uint32]bpf.Slot{}
 	it := d.maps.SlotByOrig.Iterate()
 	for it.Next(&orig, &n) {
 		s, err := d.slot(n)
 		if err != nil {
 			return err
 		}
-		if s.State != bpf.SlotFree {
-			continue
-		}
-		s = bpf.Slot{Orig: orig, Used: uint64(d.monotonic()), State: bpf.SlotNamed}
-		if err := d.putSlot(n, s); err != nil {
-			return err
+		if s.State == bpf.SlotFree {
+			all[n] = bpf.Slot{Orig: orig, Used: uint64(d.monotonic()), State: bpf.SlotNamed}
 		}
 	}
 	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
 		return err
+	}
+	return d.fillSlots(all)
+}
+
+// fillSlots fills slots that are free while hooks look at them: one resolves when its
+// state says so, which therefore comes last. In between RCU has passed, since neither
+// the two stores nor the two loads of a hook keep their order everywhere.
+func (d *Datapath) fillSlots(all map[uint32]bpf.Slot) error {
+	if len(all) == 0 {
+		return nil
+	}
+	for n, v := range all {
+		v.State = bpf.SlotFree
+		if err := d.maps.Slots.Put(n, v); err != nil {
+			return err
+		}
+	}
+	waitForHooks()
+	for n, v := range all {
+		var is bpf.Slot
+		if err := d.maps.Slots.Lookup(n, &is); err != nil {
+			return err
+		}
+		if is.State != bpf.SlotFree {
+			continue // a service has it by now
+		}
+		if err := d.maps.Slots.Put(n, v); err != nil {
+			return err
+		}
 	}
 	return nil
 }

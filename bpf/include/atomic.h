@@ -37,6 +37,17 @@ static __always_inline __u64 exchange(__u64 *p, __u64 with)
 	return r0;
 }
 
+/* fence has what was written before be seen before anything behind it is read,
+ * on every architecture: what returns the value that was there is a full
+ * barrier (arm64's JIT has it since Linux 5.18).
+ */
+static __always_inline void fence(void)
+{
+	__u64 any = 0;
+
+	exchange(&any, 0);
+}
+
 /* swap puts with in the place of was, if that is still there. */
 static __always_inline _Bool swap(__u64 *p, __u64 was, __u64 with)
 {

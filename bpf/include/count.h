@@ -2,13 +2,16 @@
 #pragma once
 #include "maps.h"
 
+/* Each CPU has its own, but a hook may be interrupted or preempted in the
+ * middle of a count by one that counts the same.
+ */
 static __always_inline void count(enum reason why)
 {
 	__u64 key = why;
 	__u64 *n = bpf_map_lookup_elem(&reasons, &key);
 
 	if (n)
-		(*n)++;
+		__sync_fetch_and_add(n, 1);
 }
 
 static __always_inline void tally(enum tally what)
@@ -17,7 +20,7 @@ static __always_inline void tally(enum tally what)
 	__u64 *n = bpf_map_lookup_elem(&tallies, &key);
 
 	if (n)
-		(*n)++;
+		__sync_fetch_and_add(n, 1);
 }
 
 /* event_flags wakes the reader only when half of the ring is used; it comes by

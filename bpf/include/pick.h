@@ -105,7 +105,7 @@ static __always_inline bool panicking(struct census *c, __u64 service)
 	struct set_config *config;
 	struct set_tiers *tiers;
 	struct set_state *st;
-	__u64 changes, panics;
+	__u64 changes, panics, verdict;
 
 	c->set = at(&sets, key, service);
 	if (!c->set)
@@ -119,9 +119,15 @@ static __always_inline bool panicking(struct census *c, __u64 service)
 		return true; /* those of an earlier configuration */
 	if (!config->panic)
 		return false;
-	changes = *(volatile __u32 *)&st->changes;
-	if (st->verdict_changes == changes && c->now < st->verdict_until)
-		return st->panics;
+	/* Both at once, as they were put. */
+	verdict = *(volatile __u64 *)&st->verdict_changes;
+	if ((__u32)verdict == st->changes && c->now < st->verdict_until)
+		return verdict >> 32;
+	/* Once more, and before any endpoint: a read alone may come after
+	 * those, and give the verdict the number of a change that it has not
+	 * seen.
+	 */
+	changes = fetch_add(&st->changes, 0);
 	c->next = c->now + NS_PER_S;
 	c->up = 0;
 	TIMES(tiers->tier[0].count + tiers->tier[1].count, take_census, c);
