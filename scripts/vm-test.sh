@@ -43,7 +43,7 @@ arm64)
 		'./loader/...:!^Test(OpenBeside|Partial|SomeLinks|Orphans|FindPod|ManyRoutes|ManyOnRelay|Publish|KilledPublishing)'
 		./redirect/{capture,flow,handler}
 		./tests/survive
-		'./tests/upgrade:^Test(Upgrades|GiverDies|Refusals|NobodyThere|SilentSource)')
+		'./tests/upgrade:^Test(Upgrades|GiverDies|Refusals|NobodyThere|SilentSource|Layouts)$')
 	left_out='left out here, and run by make test on amd64:
   loader: what crashes at each of many steps, or publishes thousands: minutes at this speed
   redirect/l4: its engine is run here by the kills and take-overs; its own tests take too long
@@ -207,10 +207,20 @@ build_tests() {
 	build bin/pillion -ldflags="-w $entry" ./cmd/pillion
 	! wanted_by tests/survive ||
 		build builds/pillion-faulty -tags pillion_fault -ldflags="-w $entry" ./cmd/pillion
-	! wanted_by tests/upgrade ||
+	if wanted_by tests/upgrade; then
 		build builds/pillion-other -ldflags='-w -X main.version=v0.0.1-other' ./cmd/pillion
+		build_layout "$root/builds/pillion-layout"
+	fi
 	! wanted_by cmd/pillion/keeper ||
 		build builds/keeper-worker -ldflags="-w $entry" ./cmd/pillion/keeper/testdata/worker
+}
+
+# build_layout builds what TestLayouts has follow the build of this tree, where the
+# machine has what that takes; else the test fails.
+build_layout() {
+	GOARCH='' go test -count=1 -run '^TestLayouts$' ./tests/upgrade \
+		-layout-to "$1" -layout-arch "$arch" >&2 ||
+		die 'could not build with other maps (needs clang-19 and llvm-strip-19)'
 }
 
 # build_image writes the initial file system, as the kernel takes it, to its

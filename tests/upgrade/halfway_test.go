@@ -28,6 +28,9 @@ func halfway() (all []point) {
 	if probe.TCX() != nil {
 		hooks--
 	}
+	if testutil.InVM() { // its processor is emulated
+		return []point{{n: 3}, {n: hooks - 1}, {names: true}}
+	}
 	for n := 1; n < hooks; n++ {
 		all = append(all, point{n: n})
 	}
@@ -174,7 +177,7 @@ func (h *halfwayStage) stands(t *testing.T, cmd *exec.Cmd, at point, held <-chan
 // relay makes a connection to the destination that has got its slot at the last point.
 func (h *halfwayStage) relay(t *testing.T) {
 	t.Helper()
-	h.rig.Output(t, "bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/%s/%d; echo hello >&3; read -u 3 line; test $line = hello", h.named, widePort))
+	h.rig.Output(t, os.Args[0], "-test.run=^TestKnock$", "-knock="+netip.AddrPortFrom(h.named, widePort).String())
 }
 
 // goesOn wants that every connection goes on, that no count is wrong, and none went back.

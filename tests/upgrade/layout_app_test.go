@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -113,6 +114,25 @@ func newPeers(t testing.TB, r *rig.Rig, q peersTask) peers {
 func (p peers) turn(t testing.TB, word string) peersOutcome {
 	t.Helper()
 	return ask(t, p.player, word, func(o *peersOutcome) []string { return o.Errs })
+}
+
+// knock is whom TestKnock connects to.
+var knock = flag.String("knock", "", "an address that TestKnock connects to")
+
+// TestKnock is an application that connects once, and wants an answer. As a test it does
+// nothing.
+func TestKnock(t *testing.T) {
+	if *knock == "" {
+		return
+	}
+	c, err := dialTo(netip.MustParseAddrPort(*knock), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := talkOnce(c, new(uint64), 1); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // TestPeers is the application. As a test it does nothing.

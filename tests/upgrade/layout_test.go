@@ -3,6 +3,7 @@ package upgrade
 import (
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"net"
 	"net/netip"
@@ -10,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -55,10 +57,20 @@ func replaced(t testing.TB, path string, changes map[string]string) {
 	}
 }
 
+// Where they are given, TestLayouts writes the build with other maps, and does nothing
+// else: scripts/vm-test.sh takes that into its virtual machine.
+var (
+	layoutTo   = flag.String("layout-to", "", "the file that TestLayouts only writes the other build to")
+	layoutArch = flag.String("layout-arch", runtime.GOARCH, "for which architecture")
+)
+
 // buildWithLayout builds this tree with the contract of bpf/include/abi.h changed: the
 // objects are compiled again, and stand in for the committed ones.
 func buildWithLayout(t testing.TB, changes map[string]string) string {
 	t.Helper()
+	if _, ok := testutil.Prebuilt("pillion-layout"); ok {
+		return testutil.Build(t, "pillion-layout")
+	}
 	testutil.Need(t, "clang-19", "llvm-strip-19")
 	tree, dir := source(t), t.TempDir()
 	run := func(at string, env []string, line ...string) {
@@ -103,8 +115,11 @@ func buildWithLayout(t testing.TB, changes map[string]string) string {
 	if err := os.WriteFile(filepath.Join(dir, "overlay.json"), text, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	binary := filepath.Join(dir, "pillion")
-	run(tree, []string{"CGO_ENABLED=0"}, "go", "build", "-overlay", filepath.Join(dir, "overlay.json"),
+	binary, env := filepath.Join(dir, "pillion"), []string{"CGO_ENABLED=0"}
+	if *layoutTo != "" {
+		binary, env = *layoutTo, append(env, "GOARCH="+*layoutArch)
+	}
+	run(tree, env, "go", "build", "-overlay", filepath.Join(dir, "overlay.json"),
 		"-ldflags=-s -w -X main.version=v0.0.1-layout -E=github.com/pillion-project/pillion/cmd/pillion/keeper.entry", "-o", binary, "./cmd/pillion")
 	return binary
 }
@@ -178,7 +193,7 @@ func layoutStage(t *testing.T, log, more string, conns, later int, to ...netip.A
 	i := r.Run(t, more+fmt.Sprintf(layoutConfig, log, conns+later+roomForVisitors, service(ends[0], ends[1]),
 		direct2, ends[0], ends[1], ends[2], ejected, ends[0], refuses))
 	for range 6 { // two of which fail
-		_, _ = r.Try("bash", "-c", "exec 3<>/dev/tcp/"+ejected.Addr().String()+"/80")
+		_, _ = r.Try(os.Args[0], "-test.run=^TestKnock$", "-knock="+ejected.String())
 	}
 	if v := refusing(statusOf(t, i)); !v.Ejected || v.Failures != 2 {
 		t.Fatalf("the endpoint that refuses: %+v", v)
@@ -214,7 +229,11 @@ func refusing(s admin.Status) admin.EndpointStatus {
 // TestLayouts has two builds follow each other whose maps have other layouts, to and fro,
 // while applications are connected on every path.
 func TestLayouts(t *testing.T) {
-	versions := [2]string{buildWithLayout(t, otherLayout), rig.Binary(t)}
+	other := buildWithLayout(t, otherLayout)
+	if *layoutTo != "" {
+		return
+	}
+	versions := [2]string{other, rig.Binary(t)}
 	t.Run("take over", func(t *testing.T) { testLayouts(t, versions) })
 	t.Run("after a kill", func(t *testing.T) { testLayoutsKilled(t, versions) })
 	t.Run("killed on the way", func(t *testing.T) { testLayoutsHalfway(t, versions) })
@@ -223,7 +242,10 @@ func TestLayouts(t *testing.T) {
 
 func testLayouts(t *testing.T, versions [2]string) {
 	t.Helper()
-	const upgrades, conns = 6, 40
+	upgrades, conns := 6, 40
+	if testutil.InVM() { // its processor is emulated
+		upgrades, conns = 2, 10
+	}
 	log := filepath.Join(t.TempDir(), "flows")
 	_, i, app := layoutStage(t, log, "", conns, 0, vip, direct2, ends[2])
 	for n := range upgrades {
@@ -267,7 +289,10 @@ func testLayouts(t *testing.T, versions [2]string) {
 // kernel carries goes on.
 func testLayoutsKilled(t *testing.T, versions [2]string) {
 	t.Helper()
-	const kills, conns = 3, 20
+	kills, conns := 3, 20
+	if testutil.InVM() {
+		kills, conns = 2, 10
+	}
 	r, i, app := layoutStage(t, filepath.Join(t.TempDir(), "flows"), "", conns, 0, direct2, ends[2])
 	for n := range kills {
 		before := statusOf(t, i)
