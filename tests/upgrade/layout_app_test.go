@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
 )
 
@@ -276,7 +277,7 @@ func (p *peerPlayer) stay(n, i int, count *atomic.Int64) {
 		select {
 		case <-p.end:
 			return
-		case <-time.After(20 * time.Millisecond):
+		case <-time.After(rest(20 * time.Millisecond)):
 		}
 	}
 }
@@ -317,12 +318,21 @@ func (p *peerPlayer) wander() {
 	}
 }
 
+// rest is how long an application waits that is to wait so long: more where a processor
+// is emulated, so that it has time for others too.
+func rest(d time.Duration) time.Duration {
+	if testutil.InVM() {
+		return 20 * d
+	}
+	return d
+}
+
 // pause is false at the end.
 func (p *peerPlayer) pause() bool {
 	select {
 	case <-p.end:
 		return false
-	case <-time.After(2 * time.Millisecond):
+	case <-time.After(rest(2 * time.Millisecond)):
 		return true
 	}
 }

@@ -200,7 +200,7 @@ func TestVisitors(*testing.T) {
 				select {
 				case <-end:
 					return
-				case <-time.After(time.Millisecond):
+				case <-time.After(rest(time.Millisecond)):
 				}
 				again, err := visitOnce(to[n], &stream)
 				mu.Lock()
