@@ -369,8 +369,10 @@ func TestUpstreamIsDressed(t *testing.T) {
 }
 
 // otherCongestion is one that a socket here may have and none has by itself: not
-// the default, nor what a leg that does not leave the machine gets. Where there
-// is none it is the default.
+// the default, nor what a leg that does not leave the machine gets, reno. Where
+// there is none it is reno all the same: a leg whose source is bound gets that
+// from the application only. The default would say that nobody has chosen, and a
+// leg without a bound source gets reno then.
 func otherCongestion(t *testing.T) (name [16]byte) {
 	t.Helper()
 	read := func(what string) string {
@@ -380,14 +382,13 @@ func otherCongestion(t *testing.T) (name [16]byte) {
 		}
 		return strings.TrimSpace(string(b))
 	}
-	own := read("congestion_control")
-	copy(name[:], own)
+	own, other := read("congestion_control"), "reno"
 	for _, a := range strings.Fields(read("available_congestion_control")) {
 		if a != own && a != "reno" {
-			name = [16]byte{}
-			copy(name[:], a)
+			other = a
 		}
 	}
+	copy(name[:], other)
 	return name
 }
 
