@@ -43,7 +43,8 @@ arm64)
 		'./loader/...:!^Test(OpenBeside|Partial|SomeLinks|Orphans|FindPod|ManyRoutes|ManyOnRelay|Publish|KilledPublishing)'
 		./redirect/{capture,flow,handler}
 		./tests/survive
-		'./tests/upgrade:^Test(Upgrades|GiverDies|Refusals|NobodyThere|SilentSource|Layouts)$')
+		'./redirect/l4:^TestUpstreamIsDressed$'
+		'./tests/upgrade:^Test(Upgrades|GiverDies|Refusals|NobodyThere|SilentSource|Layouts)')
 	left_out='left out here, and run by make test on amd64:
   loader: what crashes at each of many steps, or publishes thousands: minutes at this speed
   redirect/l4: its engine is run here by the kills and take-overs; its own tests take too long
