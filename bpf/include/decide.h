@@ -59,7 +59,8 @@ static __always_inline bool is_metadata(const struct ip_addr *a)
 		return false;
 	switch (bpf_ntohl(a->w[0])) {
 	case 0xfd000ec2:
-		return a->w[3] == bpf_htonl(0x254) || a->w[3] == bpf_htonl(0x23);
+		return a->w[3] == bpf_htonl(0x254) ||
+		       a->w[3] == bpf_htonl(0x23);
 	case 0xfd2000ce:
 		return a->w[3] == bpf_htonl(0x254);
 	case 0xfd0000c1:
