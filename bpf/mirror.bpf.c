@@ -273,13 +273,14 @@ static __always_inline enum reason keep_reset(struct __sk_buff *skb,
 	/* A refusal would be the process's. This one is for the SYN of an
 	 * application that uses the same port again, sooner than the process
 	 * could end what the kernel keeps of the last time. It has ended now;
-	 * the SYN is sent again.
+	 * the SYN is sent again. One that is open without a handshake
+	 * (TCP_REPAIR) is nobody's, and is to hear of it.
 	 */
-	if (r.hold == HOLD_YES && beats())
+	r.state = state_at(skb, s, false);
+	if (r.hold == HOLD_YES && r.state == BPF_TCP_SYN_SENT && beats())
 		return REASON_HELD;
 	r.now = bpf_ktime_get_ns();
 	r.stamp = b->stamp;
-	r.state = state_at(skb, s, false);
 	r.on_failure = on_failure_of(orig, s, set);
 	return awaits(&r) ? REASON_AWAITED : REASON_NONE;
 }

@@ -1,9 +1,11 @@
 """Sockets as hardly anybody makes them."""
 from peers import *
 
-CASES = {}
+CASES, OTHERS = {}, {}
 IP_TTL, IP_MINTTL, IPV6_UNICAST_HOPS, IPV6_MINHOPCOUNT = 2, 21, 16, 73
 SO_PEERNAME, TCP_WINDOW_CLAMP = 28, 10
+TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
+QUEUES = 1, 2  # what was received, what is to be sent
 
 
 def case(f, label):
@@ -110,6 +112,81 @@ def names(net):
     return saw + [attempt(c.getpeername), attempt(peer), c.getsockname()[0]]
 
 
+def edges(net):
+    """What one edge-triggered epoll tells, step by step."""
+    e = select.epoll()
+    net.open.append(e)
+    c = net.client()
+    c.setblocking(False)
+    e.register(c.fileno(), IN | OUT | RDHUP | PRI | select.EPOLLET)
+
+    def edge(want):
+        got = 0
+        for _ in range(LIMIT):
+            for _, events in e.poll(1):
+                got |= events
+            if got & want == want:
+                break
+        return "+".join(k for k, v in EVENTS.items() if got & v & (want | ERR))
+    saw = [name(c.connect_ex(net.address())), edge(OUT)]
+    net.made += 1
+    s = net.accept()
+    for word in (b"x", b"yy"):
+        s.sendall(word)
+        saw += [edge(IN), c.recv(10).decode()]
+    s.shutdown(socket.SHUT_WR)
+    saw += [edge(IN | RDHUP), c.recv(10).decode()]
+    c.send(b"z")
+    saw.append(exactly(s, 1).decode())
+    s.close()
+    c.send(b"who is there?")
+    return saw + [edge(ERR | HUP), error(c)]
+
+
+def move(net, *options):
+    """A connection that is taken out of one socket and put into another, as by a
+    checkpoint; the first one has some options."""
+    c, s = net.pair(*options)
+    c.sendall(b"hello")
+    exactly(s, 5)
+    acked(c)
+    c.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+    own, peer, at = c.getsockname(), c.getpeername(), []
+    for q in QUEUES:
+        c.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, q)
+        at.append(c.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ, 4))
+    c.close()
+    d = net.client((socket.SOL_SOCKET, socket.SO_REUSEADDR, 1), (socket.IPPROTO_TCP, TCP_REPAIR, 1))
+    for q, seq in zip(QUEUES, at):
+        d.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, q)
+        d.setsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ, seq)
+    d.bind(own)
+    d.connect(peer)
+    d.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 0)
+    d.settimeout(LIMIT)
+    return d, s
+
+
+def restored(net):
+    net.made += 1  # it is one more to whoever counts connects
+    d, s = move(net)
+    d.sendall(b"again")
+    saw = [exactly(s, 5).decode(), d.getpeername() == net.address()]
+    s.sendall(b"there")
+    saw.append(exactly(d, 5).decode())
+    s.close()
+    return saw + [drain(d)]
+
+
+def restored_elsewhere(net):
+    """The first socket was left alone, so the other one's connection is nobody's."""
+    d, _ = move(net, (socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0"))
+    if (known := attempt(d.sendall, b"again")) is not None:
+        return known
+    events(d, HUP)
+    return error(d)
+
+
 case(next_door, "hop limit")
 case(from_loopback, "source on loopback")
 case(port_0, "port 0")
@@ -121,6 +198,9 @@ case(narrow(socket.SOL_SOCKET, socket.SO_SNDBUF, 1), "small send buffer")
 case(narrow(socket.IPPROTO_TCP, TCP_WINDOW_CLAMP, 1000), "small window")
 case(narrow(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 100), "small segments")
 case(names, "names")
+case(edges, "edges")
+case(restored, "restored")
+OTHERS["restored elsewhere"] = restored_elsewhere
 
 if __name__ == "__main__":
-    main(CASES)
+    main(CASES | OTHERS if sys.argv[2:] else CASES)
