@@ -227,6 +227,30 @@ func TestDemandSecond(t *testing.T) {
 	}
 }
 
+// TestDemandSecondMany: what waits for the next scan does not keep services from being found.
+func TestDemandSecondMany(t *testing.T) {
+	t.Parallel()
+	k, c := clusterKube(t)
+	k.put("services", "default", "web", "", `{"spec":{"clusterIP":"10.96.0.10","ports":[{"name":"http","port":80}]}}`)
+	d := demand(t, c, DemandOptions{MaxNotFound: 8})
+	d.ask(1, "[2001:db8::1]:443") // which is scanned for
+	before := k.count(isLookup)
+	for i := range 20 {
+		d.Asked(netip.MustParseAddrPort(fmt.Sprintf("[2001:db8::2:%x]:443", i)))
+		if i < 4 {
+			eventually(t, "its look-up", func() bool { return k.count(isLookup) > before+i })
+		}
+	}
+	eventually(t, "all were taken or dropped", func() bool { s := d.Stats(); return s.Asked >= 21 && len(d.asked) == 0 })
+	d.Asked(netip.MustParseAddrPort("10.96.0.10:80"))
+	for deadline := time.Now().Add(10 * time.Second); len(d.list()) == 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("a service is not found: %+v", d.Stats())
+		}
+		d.Asked(netip.MustParseAddrPort("10.96.0.10:80"))
+	}
+}
+
 // TestDemandRanges: where the server says in which ranges services are, nothing
 // else is looked up.
 func TestDemandRanges(t *testing.T) {

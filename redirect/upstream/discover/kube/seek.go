@@ -291,8 +291,10 @@ func (s *seeker) answer(a answer) {
 	default:
 		s.inFlight--
 		// The server finds services by their first address only. The others are
-		// those of the other family, unless somebody wants it otherwise.
-		if other := a.subject.addr; a.err == nil && a.service == nil && other.IsValid() && familyOf(other) != s.primary {
+		// those of the other family, unless somebody wants it otherwise. They may wait
+		// for minutes, and must not take all of the room.
+		if other := a.subject.addr; a.err == nil && a.service == nil && other.IsValid() && familyOf(other) != s.primary &&
+			len(s.toScan) < s.options.MaxNotFound/2 {
 			s.toScan[other] = true
 			return
 		}
