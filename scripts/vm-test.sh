@@ -15,7 +15,8 @@
 #   VM_PAGES=16k        for arm64: a kernel with larger pages than 4 KiB
 #   VM_CLOCK=host       for arm64: real time, and processors that run side by side
 #   VM_RUN=REGEXP       only these tests (go test's -run)
-#   VM_TIMEOUT=SECONDS  for the whole machine; default 900
+#   VM_TIMEOUT=SECONDS  for the whole machine, in real time; default 900, and 3600
+#                       for arm64
 #   VM_ACCEL=kvm        instead of emulation, where the machine can
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -39,6 +40,7 @@ amd64)
 	;;
 arm64)
 	kernel=${VM_KERNEL:-6.12}
+	limit=${VM_TIMEOUT:-3600}
 	packages=(./cmd/pillion/keeper ./tests/short ./bpf/...
 		'./loader/...:!^Test(OpenBeside|Partial|SomeLinks|Orphans|FindPod|ManyRoutes|ManyOnRelay|Publish|KilledPublishing)'
 		./redirect/{capture,flow,handler}
