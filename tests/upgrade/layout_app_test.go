@@ -29,6 +29,8 @@ const envPeers = "PILLION_TEST_UPGRADE_PEERS"
 type peersTask struct {
 	To    []netip.AddrPort
 	Conns int // that stay, at each address
+	// Pause is between connections that come and go.
+	Pause time.Duration
 	// Wide are addresses that each are connected to once.
 	Wide     netip.Prefix
 	WidePort uint16
@@ -332,7 +334,7 @@ func (p *peerPlayer) pause() bool {
 	select {
 	case <-p.end:
 		return false
-	case <-time.After(rest(2 * time.Millisecond)):
+	case <-time.After(rest(p.Pause)):
 		return true
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -198,7 +199,10 @@ func layoutStage(t *testing.T, log, more string, conns, later int, to ...netip.A
 	if v := refusing(statusOf(t, i)); !v.Ejected || v.Failures != 2 {
 		t.Fatalf("the endpoint that refuses: %+v", v)
 	}
-	q := peersTask{To: to, Conns: conns}
+	q := peersTask{To: to, Conns: conns, Pause: 2 * time.Millisecond}
+	if later > 0 {
+		q.Pause = 10 * time.Millisecond // it takes longer
+	}
 	if slices.Contains(to, vip) { // who is relayed outlives the process
 		q.Wide, q.WidePort = wide, widePort
 	}
