@@ -43,8 +43,9 @@ func TestExecTerminal(t *testing.T) {
 }
 
 // prompting asks for a password as ssh and sudo do: on the terminal, whatever its input
-// is. One that may not change the terminal is stopped there.
-const prompting = `exec "$0" exec --runtime-dir "$1" -- sh -c 'stty -echo </dev/tty && echo changed; stty echo </dev/tty; echo ready; sleep 60' </dev/null`
+// is. One that may not change the terminal is stopped there. A shell loses a Ctrl-C that
+// comes while it starts sleep.
+const prompting = `exec "$0" exec --runtime-dir "$1" -- sh -c 'stty -echo </dev/tty && echo changed; stty echo </dev/tty; exec python3 -uc "import time; print(\"ready\"); time.sleep(60)"' </dev/null`
 
 // TestExecPrompt has a command that asks on the terminal although its input is none.
 func TestExecPrompt(t *testing.T) {
