@@ -1,10 +1,12 @@
 package survive
 
 import (
+	"flag"
 	"fmt"
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"testing"
 
 	"github.com/pillion-project/pillion/tests/rig"
@@ -21,9 +23,8 @@ func TestTotals(t *testing.T) {
 	r := rig.New(t)
 	end := r.Serve(t, netip.MustParseAddrPort("198.51.100.1:8080"), func(c net.Conn) { io.Copy(c, c) })
 	i := r.Run(t, fmt.Sprintf("survive: crash\nservices: [{address: %q, endpoints: [%q]}]\n", to, end))
-	script := fmt.Sprintf("for n in $(seq %d); do exec 3<>/dev/tcp/%s/%d; echo hello >&3; read line <&3; exec 3>&-; done", each, to.Addr(), to.Port())
 	for turn := 1; turn <= 3; turn++ {
-		r.Output(t, "bash", "-c", script)
+		r.Output(t, os.Args[0], "-test.run=^TestKnock$", "-knock="+to.String(), fmt.Sprint("-knocks=", each))
 		i.AllRelayed(t, turn*each)
 		before := i.Counters(t)
 		for _, name := range []string{
@@ -52,5 +53,31 @@ func TestTotals(t *testing.T) {
 				t.Errorf("turn %d: %s jumps from %v to %v", turn, name, v, after[name])
 			}
 		}
+	}
+}
+
+var (
+	knock  = flag.String("knock", "", "an address that TestKnock connects to")
+	knocks = flag.Int("knocks", 1, "and how often, one connection after the other")
+)
+
+// TestKnock is an application that connects, and wants an answer. As a test it does
+// nothing.
+func TestKnock(t *testing.T) {
+	if *knock == "" {
+		return
+	}
+	for range *knocks {
+		c, err := net.Dial("tcp", *knock)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, 6)
+		if _, err := io.WriteString(c, "hello\n"); err != nil {
+			t.Error(err)
+		} else if _, err := io.ReadFull(c, got); err != nil || string(got) != "hello\n" {
+			t.Errorf("the answer is %q, %v", got, err)
+		}
+		c.Close()
 	}
 }
