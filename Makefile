@@ -68,7 +68,7 @@ test-vm: ## the attach tests on Debian's 6.1, the oldest supported kernel, in qe
 	@scripts/setup.sh vm
 	scripts/vm-test.sh $(VM_PKGS)
 
-test-vm-arm64: ## the kernel side, the keeper, take-overs and exec on an arm64 machine, emulated (a quarter of an hour)
+test-vm-arm64: ## the kernel side, the keeper, take-overs and exec on an arm64 machine, emulated (an hour, if much else is running)
 	@scripts/setup.sh vm arm64 generate
 	VM_ARCH=arm64 scripts/vm-test.sh $(VM_PKGS)
 
