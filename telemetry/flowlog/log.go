@@ -150,6 +150,9 @@ func (l *Log) Run(ctx context.Context) error {
 			l.drain(&b)
 		case answer := <-l.reopens:
 			answer <- l.reopen()
+			if ctx.Err() != nil {
+				l.hurry() // the new one
+			}
 		case <-ctx.Done():
 			l.ended.Store(true)
 			l.drain(&b)
