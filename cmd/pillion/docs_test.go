@@ -1,42 +1,19 @@
 package main
 
 import (
-	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/pillion-project/pillion/tests/testutil"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 )
 
-// guides are the documents that a user reads, with the text of each.
-func guides(t *testing.T) map[string]string {
-	t.Helper()
-	names, err := filepath.Glob("../../docs/*.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	names = append(names, "../../README.md")
-	if len(names) < 10 {
-		t.Fatalf("only %d documents", len(names))
-	}
-	all := make(map[string]string, len(names))
-	for _, name := range names {
-		text, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		all[filepath.Base(name)] = string(text)
-	}
-	return all
-}
-
 // TestCommandsAreDocumented holds the README's table to the commands, both ways.
 func TestCommandsAreDocumented(t *testing.T) {
-	_, table, found := strings.Cut(guides(t)["README.md"], "## Commands")
+	_, table, found := strings.Cut(testutil.Guides(t, "../..")["README.md"], "## Commands")
 	table, _, ends := strings.Cut(table, "\n\nListings")
 	if !found || !ends {
 		t.Fatal("the README has no table of commands")
@@ -74,7 +51,7 @@ func TestCommandLinesInDocs(t *testing.T) {
 	root := newRoot(nil)
 	root.InitDefaultCompletionCmd()
 	lines, flags := 0, 0
-	for name, text := range guides(t) {
+	for name, text := range testutil.Guides(t, "../..") {
 		for _, m := range shown.FindAllStringSubmatch(text, -1) {
 			c, _, err := root.Find([]string{m[1]})
 			if err != nil || c == root {
@@ -127,7 +104,7 @@ func TestFlagsInDocs(t *testing.T) {
 		known[f] = true
 	}
 	named := 0
-	for name, text := range guides(t) {
+	for name, text := range testutil.Guides(t, "../..") {
 		for _, m := range regexp.MustCompile("`(--[a-z][a-z-]*)[^`\n]*`").FindAllStringSubmatch(text, -1) {
 			named++
 			if !known[m[1]] {

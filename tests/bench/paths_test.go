@@ -69,8 +69,9 @@ func TestPathVerdict(t *testing.T) {
 	}
 }
 
-// TestFloor loads the programs, attaches them, and has them run.
-func TestFloor(t *testing.T) {
+// attached has programs of the floor attached to a cgroup, until the test ends.
+func attached(t *testing.T, names ...string) (programs, *testutil.Cgroup) {
+	t.Helper()
 	testutil.RequireRoot(t)
 	w, cgroup := &world{}, testutil.NewCgroup(t)
 	dir, err := os.Open(cgroup.Path)
@@ -78,15 +79,21 @@ func TestFloor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer dir.Close()
-	defer func() {
+	t.Cleanup(func() {
 		if err := w.close(); err != nil {
 			t.Error(err)
 		}
-	}()
-	all, err := w.attachFloor(dir, floorNothing, floorStorage, floorEntry, floorDrop, floorCell, floorLeave, floorRecord, floorRelease, floorPeer, floorName)
+	})
+	all, err := w.attachFloor(dir, names...)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return all, cgroup
+}
+
+// TestFloor loads the programs, attaches them, and has them run.
+func TestFloor(t *testing.T) {
+	all, cgroup := attached(t, floorNothing, floorStorage, floorEntry, floorDrop, floorCell, floorLeave, floorRecord, floorRelease, floorPeer, floorName)
 	stats, err := ebpf.EnableStats(uint32(unix.BPF_STATS_RUN_TIME))
 	if err != nil {
 		t.Fatal(err)
@@ -237,22 +244,7 @@ func TestProcessClock(t *testing.T) {
 
 // TestCell finds a socket's cell while nobody leaves it.
 func TestCell(t *testing.T) {
-	testutil.RequireRoot(t)
-	w, cgroup := &world{}, testutil.NewCgroup(t)
-	dir, err := os.Open(cgroup.Path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dir.Close()
-	defer func() {
-		if err := w.close(); err != nil {
-			t.Error(err)
-		}
-	}()
-	all, err := w.attachFloor(dir, floorCell)
-	if err != nil {
-		t.Fatal(err)
-	}
+	all, cgroup := attached(t, floorCell)
 	cmd := exec.Command("bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/9") // refused
 	if err := (testutil.Place{NS: testutil.NewNS(t), Cgroup: cgroup}).Start(cmd); err != nil {
 		t.Fatal(err)

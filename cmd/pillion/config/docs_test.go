@@ -3,13 +3,13 @@ package config
 import (
 	"fmt"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/pillion-project/pillion/tests/testutil"
 )
 
 var anyIndex = regexp.MustCompile(`\[\d+\]`)
@@ -96,28 +96,6 @@ func TestKeysAreDocumented(t *testing.T) {
 	}
 }
 
-// guides are the documents that a user reads, with the text of each.
-func guides(t *testing.T) map[string]string {
-	t.Helper()
-	names, err := filepath.Glob("../../../docs/*.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	names = append(names, "../../../README.md")
-	if len(names) < 10 {
-		t.Fatalf("only %d documents", len(names))
-	}
-	all := make(map[string]string, len(names))
-	for _, name := range names {
-		text, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		all[filepath.Base(name)] = string(text)
-	}
-	return all
-}
-
 // TestExamplesAreRight: every configuration that a document shows is one that a start
 // takes.
 func TestExamplesAreRight(t *testing.T) {
@@ -125,7 +103,7 @@ func TestExamplesAreRight(t *testing.T) {
 	// Manifests, files of endpoints, and parts of them.
 	other := regexp.MustCompile(`(?m)\A(- |apiVersion:|env:)`)
 	tried := 0
-	for name, text := range guides(t) {
+	for name, text := range testutil.Guides(t, "../../..") {
 		for _, m := range block.FindAllStringSubmatch(text, -1) {
 			if other.MatchString(m[1]) {
 				continue
@@ -162,7 +140,7 @@ func TestKeysInProse(t *testing.T) {
 	// Words that are written like keys: files and names of hosts and packages.
 	word := regexp.MustCompile(`\.(json|yaml|yml|conf|md|go|service|slice|internal|test|sock|h|c)$`)
 	checked := 0
-	for name, text := range guides(t) {
+	for name, text := range testutil.Guides(t, "../../..") {
 		for _, m := range span.FindAllStringSubmatch(text, -1) {
 			if d := dotted.FindStringSubmatch(m[1]); d != nil && sections[d[2]] && !word.MatchString(m[1]) {
 				checked++
@@ -189,7 +167,7 @@ func TestRangesAreDocumented(t *testing.T) {
 	const large = "99999999999"
 	row := regexp.MustCompile("(?m)^\\| `([a-z_.\\[\\]]+)` \\| (?:(percent)|[^|]*?(\\d+ to \\d+)) \\|")
 	checked := 0
-	for _, m := range row.FindAllStringSubmatch(guides(t)["configuration.md"], -1) {
+	for _, m := range row.FindAllStringSubmatch(testutil.Guides(t, "../../..")["configuration.md"], -1) {
 		checked++
 		want := m[3]
 		if m[2] != "" {
@@ -218,7 +196,7 @@ func TestRangesAreDocumented(t *testing.T) {
 // TestLimitsAreDocumented: how many of what a configuration may have is said there.
 func TestLimitsAreDocumented(t *testing.T) {
 	grouped := func(n int) string { return fmt.Sprintf("%d,%03d", n/1000, n%1000) }
-	doc := guides(t)["configuration.md"]
+	doc := testutil.Guides(t, "../../..")["configuration.md"]
 	for key, limits := range map[string][]int{
 		"services": {maxServices, maxSets, maxEndpoints, maxRelayAddrs}, "deny": {maxRules}, "exclude": {maxRules},
 	} {
@@ -236,7 +214,7 @@ func TestLimitsAreDocumented(t *testing.T) {
 // reader takes it for the default, is that.
 func TestExamplesShowDefaults(t *testing.T) {
 	parse := func(name, after string) *Config {
-		_, text, found := strings.Cut(guides(t)[name], after)
+		_, text, found := strings.Cut(testutil.Guides(t, "../../..")[name], after)
 		_, text, begun := strings.Cut(text, "```yaml\n")
 		text, _, ends := strings.Cut(text, "```")
 		if !found || !begun || !ends {
