@@ -2,7 +2,6 @@ package loader
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -328,28 +327,6 @@ func isZero(value []byte) bool {
 	return !slices.ContainsFunc(value, func(b byte) bool { return b != 0 })
 }
 
-// copyCounts copies counters, and notes what they were.
-func (m *move) copyCounts(name string, to *ebpf.Map) error {
-	n := min(m.from.Maps[name].MaxEntries, m.to.Maps[name].MaxEntries)
-	for key := range n {
-		var perCPU []uint64
-		if err := m.old[name].Lookup(key, &perCPU); err != nil {
-			return err
-		}
-		if err := to.Put(key, perCPU); err != nil {
-			return err
-		}
-		sum := uint64(0)
-		for _, v := range perCPU {
-			sum += v
-		}
-		if seen := m.seen.counts[name]; seen != nil {
-			seen[key] = sum
-		}
-	}
-	return nil
-}
-
 // moveOut ends a move when every hook is this build's: it moves what the others have
 // left, and makes the new maps the instance's.
 func (d *Datapath) moveOut() error {
@@ -420,95 +397,6 @@ func waitForHooks() {
 	if _, _, e := unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0); e != 0 {
 		time.Sleep(100 * time.Millisecond) // not permitted: hooks take microseconds
 	}
-}
-
-// moveTries bounds how often sockets are looked through: one that ends meanwhile is not
-// found.
-const moveTries = 3
-
-// moveSockets makes the entries of sockets at which nothing has happened since the hooks
-// were swapped. What it cannot find, such as a socket whose connect was refused by the
-// kernel itself, is moved when something happens there.
-func (d *Datapath) moveSockets(m *move) error {
-	opened, _ := find(m.from.Maps["decisions"].Value, "opened")
-	for range moveTries {
-		var left []*socket
-		has := map[uint64]bool{}
-		err := d.network.storages(d.maps.Decisions, func(s *socket) { has[s.cookie()] = has[s.cookie()] || len(s.storage) > 0 })
-		if err != nil {
-			return err
-		}
-		err = d.network.storages(m.old["decisions"], func(s *socket) {
-			if len(s.storage) == int(m.from.Maps["decisions"].ValueSize) && (!has[s.cookie()] || m.again == goesBack) &&
-				binary.NativeEndian.Uint64(s.storage[opened.At:]) != 0 {
-				left = append(left, s)
-			}
-		})
-		if err != nil || len(left) == 0 {
-			return err
-		}
-		for _, s := range left {
-			q := bpf.Move{
-				Own: bpf.FromAddr(s.local.Addr()), Peer: bpf.FromAddr(s.remote.Addr()),
-				OwnPort: s.local.Port(), PeerPort: s.remote.Port(),
-			}
-			if _, err := d.askMove(bpf.ProgMove, q, s.device()); err != nil {
-				return fmt.Errorf("move what is stored with a socket: %w", err)
-			}
-		}
-	}
-	return nil
-}
-
-// addAllCounts adds what was counted since the counters were looked at.
-func (d *Datapath) addAllCounts(m *move) error {
-	for name := range m.seen.counts {
-		if err := d.addCounts(m, name); err != nil {
-			return fmt.Errorf("move map %s: %w", name, err)
-		}
-	}
-	return nil
-}
-
-func (d *Datapath) addCounts(m *move, name string) error {
-	seen := m.seen.counts[name]
-	for key := range min(m.from.Maps[name].MaxEntries, m.to.Maps[name].MaxEntries) {
-		now, err := sum(m.old[name], key)
-		if err != nil {
-			return err
-		}
-		if now == seen[key] {
-			continue
-		}
-		q := bpf.Move{Counter: key, Add: now - seen[key]}
-		if name == "tallies" {
-			q.Tally = 1
-		}
-		if _, err := d.askMove(bpf.ProgAdd, q, 0); err != nil {
-			return err
-		}
-		seen[key] = now
-	}
-	return nil
-}
-
-// askMove runs one of the programs of bpf/move.bpf.c. It tells whether that did anything.
-func (d *Datapath) askMove(program string, q bpf.Move, device uint32) (bool, error) {
-	const size = unsafe.Sizeof(q)
-	frame := make([]byte, dryRunAt+size)
-	copy(frame[dryRunAt:], (*[size]byte)(unsafe.Pointer(&q))[:])
-	o := ebpf.RunOptions{Data: frame}
-	if device != 0 {
-		o.Context = testRunDevice{ifindex: device}
-	}
-	did, err := d.programs[program].Run(&o)
-	return did == 1, err
-}
-
-// testRunDevice is struct __sk_buff up to ifindex. Only that may be set.
-type testRunDevice struct {
-	_       [10]uint32
-	ifindex uint32
 }
 
 // finishMove gives the new maps the names of the old ones, in one step: when the new
