@@ -121,27 +121,23 @@ func (c *wallClock) serve() error {
 	if err != nil {
 		return err
 	}
-	msgs, err := unix.ParseSocketControlMessage(oob[:n])
+	fd, err := testutil.PassedFD(oob[:n])
 	if err != nil {
 		return err
 	}
-	fds, err := unix.ParseUnixRights(&msgs[0])
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fds[0])
+	defer unix.Close(fd)
 	if _, err := conn.Write([]byte{0}); err != nil {
 		return err
 	}
 	for {
-		ready := []unix.PollFd{{Fd: int32(fds[0]), Events: unix.POLLIN}}
+		ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 		if _, err := unix.Poll(ready, -1); err != nil && !errors.Is(err, unix.EINTR) {
 			return err
 		}
 		if ready[0].Revents&unix.POLLIN == 0 && ready[0].Revents != 0 {
 			return nil // it has ended
 		}
-		if err := c.answer(fds[0]); err != nil {
+		if err := c.answer(fd); err != nil {
 			return err
 		}
 	}

@@ -114,39 +114,8 @@ func limitFiles(t *testing.T, s *stage, n uint64) {
 
 // hang stops the handler's only worker, and no other thread.
 func hang(t *testing.T, s *stage) {
-	tid := worker(t, s.Cmd.Process.Pid)
-	stopped, done := make(chan error), make(chan struct{})
-	go holdThread(tid, stopped, done)
-	if err := <-stopped; err != nil {
-		t.Fatal(err)
-	}
-	s.undo = sync.OnceFunc(func() {
-		close(done)
-		if err := <-stopped; err != nil {
-			t.Error(err)
-		}
-	})
-	t.Cleanup(s.undo)
-}
-
-// holdThread stops a thread until done is closed. It tells when it is stopped,
-// and when it goes on.
-func holdThread(tid int, stopped chan<- error, done <-chan struct{}) {
-	runtime.LockOSThread() // whoever seizes it must let it go
-	defer runtime.UnlockOSThread()
-	err := unix.PtraceSeize(tid)
-	if err == nil {
-		err = unix.PtraceInterrupt(tid)
-	}
-	if err == nil {
-		_, err = unix.Wait4(tid, nil, unix.WALL, nil)
-	}
-	stopped <- err
-	if err != nil {
-		return
-	}
-	<-done
-	stopped <- unix.PtraceDetach(tid)
+	t.Helper()
+	s.undo = hold(t, worker(t, s.Cmd.Process.Pid))
 }
 
 // worker finds the thread that waits for connections.

@@ -18,6 +18,10 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, letIn(os.Args[1:]))
 		os.Exit(1)
 	}
+	if tid := os.Getenv(envHold); tid != "" {
+		holdMain(tid)
+		return
+	}
 	if os.Getenv(envApp) != "" {
 		appMain()
 		return

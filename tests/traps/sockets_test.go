@@ -97,15 +97,11 @@ func (a *application) make(family, protocol, kind int) int {
 		if err != nil {
 			return -1, err
 		}
-		messages, err := unix.ParseSocketControlMessage(oob[:n])
-		if err != nil || len(messages) != 1 {
-			return -1, fmt.Errorf("%d messages, %w", len(messages), err)
-		}
-		fds, err := unix.ParseUnixRights(&messages[0])
+		fd, err := testutil.PassedFD(oob[:n])
 		if err != nil {
 			return -1, err
 		}
-		return fds[0], unix.SetNonblock(fds[0], true)
+		return fd, unix.SetNonblock(fd, true)
 	}()
 	if err != nil {
 		a.t.Fatalf("the application's socket: %v", err)

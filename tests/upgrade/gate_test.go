@@ -14,6 +14,7 @@ import (
 	"unsafe"
 
 	"github.com/pillion-project/pillion/tests/rig"
+	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
 )
 
@@ -92,15 +93,7 @@ func receiveFD(c *net.UnixConn) (int, error) {
 	if err != nil {
 		return -1, err
 	}
-	all, err := unix.ParseSocketControlMessage(oob[:n])
-	if err != nil || len(all) != 1 {
-		return -1, fmt.Errorf("%d control messages: %w", len(all), err)
-	}
-	fds, err := unix.ParseUnixRights(&all[0])
-	if err != nil || len(fds) != 1 {
-		return -1, fmt.Errorf("%d descriptors: %w", len(fds), err)
-	}
-	return fds[0], nil
+	return testutil.PassedFD(oob[:n])
 }
 
 // notif and notifResp are struct seccomp_notif and seccomp_notif_resp.
