@@ -15,6 +15,7 @@ EXPORT(struct, beat);
 EXPORT(struct, live_key);
 EXPORT(struct, live);
 EXPORT(struct, decision);
+EXPORT(struct, sent);
 EXPORT(struct, slot);
 EXPORT(struct, usage);
 EXPORT(struct, service);

@@ -95,6 +95,7 @@ type abiDecision struct {
 	Established uint64
 	Half        uint64
 	ClosedFirst uint64
+	Owner       uint64
 }
 
 type abiDryRun struct {
@@ -278,6 +279,7 @@ type abiMove struct {
 	Slots      uint64
 	Conns      uint64
 	EventsLost uint64
+	Cookie     uint64
 }
 
 type abiOnFailure uint32
@@ -373,6 +375,13 @@ type abiRuleKey struct {
 	Port      uint16
 	Family    uint16
 	Addr      abiIpAddr
+}
+
+type abiSent struct {
+	_     structs.HostLayout
+	Key   abiLiveKey
+	Asked abiEndpointKey
+	Owner uint64
 }
 
 type abiService struct {
@@ -542,6 +551,7 @@ const (
 	abiVarExportRoute        = "export_route"
 	abiVarExportRouteKind    = "export_route_kind"
 	abiVarExportRuleKey      = "export_rule_key"
+	abiVarExportSent         = "export_sent"
 	abiVarExportService      = "export_service"
 	abiVarExportSetConfig    = "export_set_config"
 	abiVarExportSetEndpoint  = "export_set_endpoint"
@@ -640,6 +650,7 @@ type abiVariableSpecs struct {
 	ExportRoute        *ebpf.VariableSpec `ebpf:"export_route"`
 	ExportRouteKind    *ebpf.VariableSpec `ebpf:"export_route_kind"`
 	ExportRuleKey      *ebpf.VariableSpec `ebpf:"export_rule_key"`
+	ExportSent         *ebpf.VariableSpec `ebpf:"export_sent"`
 	ExportService      *ebpf.VariableSpec `ebpf:"export_service"`
 	ExportSetConfig    *ebpf.VariableSpec `ebpf:"export_set_config"`
 	ExportSetEndpoint  *ebpf.VariableSpec `ebpf:"export_set_endpoint"`
@@ -714,6 +725,7 @@ type abiVariables struct {
 	ExportRoute        *ebpf.Variable `ebpf:"export_route"`
 	ExportRouteKind    *ebpf.Variable `ebpf:"export_route_kind"`
 	ExportRuleKey      *ebpf.Variable `ebpf:"export_rule_key"`
+	ExportSent         *ebpf.Variable `ebpf:"export_sent"`
 	ExportService      *ebpf.Variable `ebpf:"export_service"`
 	ExportSetConfig    *ebpf.Variable `ebpf:"export_set_config"`
 	ExportSetEndpoint  *ebpf.Variable `ebpf:"export_set_endpoint"`

@@ -3,8 +3,8 @@
 /* connect(2) and bind(2) of the sockets in scope, and the end of a socket. */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
+#include "include/decision.h"
 #include "include/judge.h"
-#include "include/moved.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -63,14 +63,57 @@ __noinline int choose(struct gathered *g, struct details *more)
 	return g ? choose_one(g, NULL, false) : 0;
 }
 
-/* remember keeps the decision with the socket, for sockops. It looks the
- * socket's entry up again: where a pointer is known to be NULL, the verifier
- * of 6.1 follows what the processor may speculate, and refuses to use it there.
+/* claim makes a free cell the socket's. */
+static __noinline bool claim(__u64 cookie)
+{
+	struct decision *d = cell_at(cookie);
+	__u64 owner;
+
+	if (!d)
+		return false;
+	owner = *(volatile __u64 *)&d->owner;
+	if ((owner && !(owner & PL_CELL_LEFT)) ||
+	    !swap(&d->owner, owner, cookie))
+		return false;
+	/* Of a socket whose end no hook saw. */
+	if (owner && d->pending)
+		unsent(d);
+	d->pending = false;
+	d->own = false;
+	d->open = false;
+	d->followed = false;
+	d->counted = false;
+	d->released = false;
+	d->half = 0;
+	d->closed_first = 0;
+	return true;
+}
+
+#define KEPT 1
+#define OWN 2 /* and it is the handler's */
+
+/* keep makes a place for the decision on a socket. The process looks for cells
+ * that were left in its own network namespace only.
  */
+static __noinline int keep(struct bpf_sock_addr *ctx, __u64 cookie)
+{
+	struct decision *d = decision_of(ctx->sk, cookie);
+
+	if (d)
+		return d->own ? KEPT | OWN : KEPT;
+	if (bpf_get_netns_cookie(ctx) == cfg_netns && claim(cookie))
+		return KEPT;
+	return bpf_sk_storage_get(&decisions, ctx->sk, NULL,
+				  BPF_SK_STORAGE_GET_F_CREATE) ?
+		       KEPT :
+		       0;
+}
+
+/* remember keeps the decision with the socket, for sockops. */
 static __noinline bool remember(struct bpf_sock_addr *ctx,
 				const struct gathered *g, enum conn_path path)
 {
-	struct decision *d = bpf_sk_storage_get(&decisions, ctx->sk, NULL, 0);
+	struct decision *d = found(ctx->sk, bpf_get_socket_cookie(ctx), 0);
 
 	if (!d)
 		return false;
@@ -136,26 +179,24 @@ static __always_inline enum conn_path on_connect(struct bpf_sock_addr *ctx,
 						 struct gathered *g)
 {
 	bool tcp = ctx->protocol == IPPROTO_TCP;
-	bool kept = false, self = false;
-	struct decision *d;
 	enum conn_path path;
+	__u64 cookie;
+	int kept = 0;
 
-	if (tcp) {
-		d = decision_made(ctx->sk);
-		if (d) {
-			kept = true;
-			self = d->own;
-		}
-	}
-	g->why = exempt(ctx, g, self);
+	/* The cookie is asked for again below: the stack is full. */
+	if (tcp)
+		kept = keep(ctx, bpf_get_socket_cookie(ctx));
+	g->why = exempt(ctx, g, kept & OWN);
 	path = judge(ctx, g, kept, NULL, false);
 
 	count(g->why);
 	if (!tcp)
 		return path;
 	if (path == PATH_DENY) {
+		cookie = bpf_get_socket_cookie(ctx);
 		tally(TALLY_DENIED);
-		tell_denied(g, bpf_get_socket_cookie(ctx));
+		tell_denied(g, cookie);
+		leave(cookie);
 		return path;
 	}
 	if (remember(ctx, g, path))
@@ -237,7 +278,7 @@ static __always_inline int on_bind(struct bpf_sock_addr *ctx,
 
 	if (slot_of(a, cfg_slot4, cfg_slot6) < 0)
 		return PROCEED;
-	d = decision_of(ctx->sk);
+	d = decision_of(ctx->sk, bpf_get_socket_cookie(ctx));
 	if (d && d->own)
 		return PROCEED;
 	count(REASON_SLOT_ADDRESS);
@@ -262,16 +303,23 @@ int pl_bind6(struct bpf_sock_addr *ctx)
 
 /* A decision that never became a SYN (no source port, no route) is known when
  * its socket goes. This is before the connection is ended.
+ *
+ * It is the one hook without the socket's lock: where the connection ends at
+ * this very moment, its cell may be another's when the release is noted there.
+ * That takes as many new sockets in between as there are cells, and would do no
+ * more than give the record of that one another ending.
  */
 SEC("cgroup/sock_release")
 int pl_release(struct bpf_sock *ctx)
 {
-	struct decision *d = decision_of(ctx);
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+	struct decision *d = decision_of(ctx, cookie);
 
 	if (!d)
 		return PROCEED;
 	d->released = true;
 	if (d->pending)
 		unsent(d);
+	leave(cookie); /* or else at CLOSE */
 	return PROCEED;
 }

@@ -18,6 +18,7 @@ import (
 const (
 	connectMapAnswered       = "answered"
 	connectMapBeat           = "beat"
+	connectMapCells          = "cells"
 	connectMapDecisions      = "decisions"
 	connectMapDeny           = "deny"
 	connectMapDeparted       = "departed"
@@ -27,6 +28,7 @@ const (
 	connectMapEvents         = "events"
 	connectMapExclude        = "exclude"
 	connectMapFormer         = "former"
+	connectMapFormerCells    = "former_cells"
 	connectMapFormerDeparted = "former_departed"
 	connectMapFormerLive     = "former_live"
 	connectMapFormerSlots    = "former_slots"
@@ -39,6 +41,7 @@ const (
 	connectMapOwnAddrs       = "own_addrs"
 	connectMapReasons        = "reasons"
 	connectMapRoutes         = "routes"
+	connectMapSent           = "sent"
 	connectMapServices       = "services"
 	connectMapSets           = "sets"
 	connectMapSettings       = "settings"
@@ -116,6 +119,7 @@ type connectProgramSpecs struct {
 type connectMapSpecs struct {
 	Answered       *ebpf.MapSpec `ebpf:"answered"`
 	Beat           *ebpf.MapSpec `ebpf:"beat"`
+	Cells          *ebpf.MapSpec `ebpf:"cells"`
 	Decisions      *ebpf.MapSpec `ebpf:"decisions"`
 	Deny           *ebpf.MapSpec `ebpf:"deny"`
 	Departed       *ebpf.MapSpec `ebpf:"departed"`
@@ -125,6 +129,7 @@ type connectMapSpecs struct {
 	Events         *ebpf.MapSpec `ebpf:"events"`
 	Exclude        *ebpf.MapSpec `ebpf:"exclude"`
 	Former         *ebpf.MapSpec `ebpf:"former"`
+	FormerCells    *ebpf.MapSpec `ebpf:"former_cells"`
 	FormerDeparted *ebpf.MapSpec `ebpf:"former_departed"`
 	FormerLive     *ebpf.MapSpec `ebpf:"former_live"`
 	FormerSlots    *ebpf.MapSpec `ebpf:"former_slots"`
@@ -137,6 +142,7 @@ type connectMapSpecs struct {
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
 	Routes         *ebpf.MapSpec `ebpf:"routes"`
+	Sent           *ebpf.MapSpec `ebpf:"sent"`
 	Services       *ebpf.MapSpec `ebpf:"services"`
 	Sets           *ebpf.MapSpec `ebpf:"sets"`
 	Settings       *ebpf.MapSpec `ebpf:"settings"`
@@ -182,6 +188,7 @@ func (o *connectObjects) Close() error {
 type connectMaps struct {
 	Answered       *ebpf.Map `ebpf:"answered"`
 	Beat           *ebpf.Map `ebpf:"beat"`
+	Cells          *ebpf.Map `ebpf:"cells"`
 	Decisions      *ebpf.Map `ebpf:"decisions"`
 	Deny           *ebpf.Map `ebpf:"deny"`
 	Departed       *ebpf.Map `ebpf:"departed"`
@@ -191,6 +198,7 @@ type connectMaps struct {
 	Events         *ebpf.Map `ebpf:"events"`
 	Exclude        *ebpf.Map `ebpf:"exclude"`
 	Former         *ebpf.Map `ebpf:"former"`
+	FormerCells    *ebpf.Map `ebpf:"former_cells"`
 	FormerDeparted *ebpf.Map `ebpf:"former_departed"`
 	FormerLive     *ebpf.Map `ebpf:"former_live"`
 	FormerSlots    *ebpf.Map `ebpf:"former_slots"`
@@ -203,6 +211,7 @@ type connectMaps struct {
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
 	Routes         *ebpf.Map `ebpf:"routes"`
+	Sent           *ebpf.Map `ebpf:"sent"`
 	Services       *ebpf.Map `ebpf:"services"`
 	Sets           *ebpf.Map `ebpf:"sets"`
 	Settings       *ebpf.Map `ebpf:"settings"`
@@ -218,6 +227,7 @@ func (m *connectMaps) Close() error {
 	return _ConnectClose(
 		m.Answered,
 		m.Beat,
+		m.Cells,
 		m.Decisions,
 		m.Deny,
 		m.Departed,
@@ -227,6 +237,7 @@ func (m *connectMaps) Close() error {
 		m.Events,
 		m.Exclude,
 		m.Former,
+		m.FormerCells,
 		m.FormerDeparted,
 		m.FormerLive,
 		m.FormerSlots,
@@ -239,6 +250,7 @@ func (m *connectMaps) Close() error {
 		m.OwnAddrs,
 		m.Reasons,
 		m.Routes,
+		m.Sent,
 		m.Services,
 		m.Sets,
 		m.Settings,

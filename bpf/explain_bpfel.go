@@ -18,6 +18,7 @@ import (
 const (
 	explainMapAnswered       = "answered"
 	explainMapBeat           = "beat"
+	explainMapCells          = "cells"
 	explainMapDecisions      = "decisions"
 	explainMapDeny           = "deny"
 	explainMapDeparted       = "departed"
@@ -27,6 +28,7 @@ const (
 	explainMapEvents         = "events"
 	explainMapExclude        = "exclude"
 	explainMapFormer         = "former"
+	explainMapFormerCells    = "former_cells"
 	explainMapFormerDeparted = "former_departed"
 	explainMapFormerLive     = "former_live"
 	explainMapFormerSlots    = "former_slots"
@@ -39,6 +41,7 @@ const (
 	explainMapOwnAddrs       = "own_addrs"
 	explainMapReasons        = "reasons"
 	explainMapRoutes         = "routes"
+	explainMapSent           = "sent"
 	explainMapServices       = "services"
 	explainMapSets           = "sets"
 	explainMapSettings       = "settings"
@@ -108,6 +111,7 @@ type explainProgramSpecs struct {
 type explainMapSpecs struct {
 	Answered       *ebpf.MapSpec `ebpf:"answered"`
 	Beat           *ebpf.MapSpec `ebpf:"beat"`
+	Cells          *ebpf.MapSpec `ebpf:"cells"`
 	Decisions      *ebpf.MapSpec `ebpf:"decisions"`
 	Deny           *ebpf.MapSpec `ebpf:"deny"`
 	Departed       *ebpf.MapSpec `ebpf:"departed"`
@@ -117,6 +121,7 @@ type explainMapSpecs struct {
 	Events         *ebpf.MapSpec `ebpf:"events"`
 	Exclude        *ebpf.MapSpec `ebpf:"exclude"`
 	Former         *ebpf.MapSpec `ebpf:"former"`
+	FormerCells    *ebpf.MapSpec `ebpf:"former_cells"`
 	FormerDeparted *ebpf.MapSpec `ebpf:"former_departed"`
 	FormerLive     *ebpf.MapSpec `ebpf:"former_live"`
 	FormerSlots    *ebpf.MapSpec `ebpf:"former_slots"`
@@ -129,6 +134,7 @@ type explainMapSpecs struct {
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
 	Routes         *ebpf.MapSpec `ebpf:"routes"`
+	Sent           *ebpf.MapSpec `ebpf:"sent"`
 	Services       *ebpf.MapSpec `ebpf:"services"`
 	Sets           *ebpf.MapSpec `ebpf:"sets"`
 	Settings       *ebpf.MapSpec `ebpf:"settings"`
@@ -174,6 +180,7 @@ func (o *explainObjects) Close() error {
 type explainMaps struct {
 	Answered       *ebpf.Map `ebpf:"answered"`
 	Beat           *ebpf.Map `ebpf:"beat"`
+	Cells          *ebpf.Map `ebpf:"cells"`
 	Decisions      *ebpf.Map `ebpf:"decisions"`
 	Deny           *ebpf.Map `ebpf:"deny"`
 	Departed       *ebpf.Map `ebpf:"departed"`
@@ -183,6 +190,7 @@ type explainMaps struct {
 	Events         *ebpf.Map `ebpf:"events"`
 	Exclude        *ebpf.Map `ebpf:"exclude"`
 	Former         *ebpf.Map `ebpf:"former"`
+	FormerCells    *ebpf.Map `ebpf:"former_cells"`
 	FormerDeparted *ebpf.Map `ebpf:"former_departed"`
 	FormerLive     *ebpf.Map `ebpf:"former_live"`
 	FormerSlots    *ebpf.Map `ebpf:"former_slots"`
@@ -195,6 +203,7 @@ type explainMaps struct {
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
 	Routes         *ebpf.Map `ebpf:"routes"`
+	Sent           *ebpf.Map `ebpf:"sent"`
 	Services       *ebpf.Map `ebpf:"services"`
 	Sets           *ebpf.Map `ebpf:"sets"`
 	Settings       *ebpf.Map `ebpf:"settings"`
@@ -210,6 +219,7 @@ func (m *explainMaps) Close() error {
 	return _ExplainClose(
 		m.Answered,
 		m.Beat,
+		m.Cells,
 		m.Decisions,
 		m.Deny,
 		m.Departed,
@@ -219,6 +229,7 @@ func (m *explainMaps) Close() error {
 		m.Events,
 		m.Exclude,
 		m.Former,
+		m.FormerCells,
 		m.FormerDeparted,
 		m.FormerLive,
 		m.FormerSlots,
@@ -231,6 +242,7 @@ func (m *explainMaps) Close() error {
 		m.OwnAddrs,
 		m.Reasons,
 		m.Routes,
+		m.Sent,
 		m.Services,
 		m.Sets,
 		m.Settings,

@@ -18,7 +18,8 @@ var layouts = map[string]struct{ goSize, pinned uintptr }{
 	"beat":         {unsafe.Sizeof(Beat{}), 24},
 	"live_key":     {unsafe.Sizeof(LiveKey{}), 36},
 	"live":         {unsafe.Sizeof(Live{}), 120},
-	"decision":     {unsafe.Sizeof(Decision{}), 160},
+	"decision":     {unsafe.Sizeof(Decision{}), 168},
+	"sent":         {unsafe.Sizeof(Sent{}), 64},
 	"slot":         {unsafe.Sizeof(Slot{}), 40},
 	"usage":        {unsafe.Sizeof(Usage{}), 24},
 	"service":      {unsafe.Sizeof(Service{}), 16},
@@ -40,7 +41,7 @@ var layouts = map[string]struct{ goSize, pinned uintptr }{
 	"endpoint":      {unsafe.Sizeof(Endpoint{}), 40},
 	"endpoint_name": {unsafe.Sizeof(EndpointName{}), 24},
 	"dry_run":       {unsafe.Sizeof(DryRun{}), 88},
-	"move":          {unsafe.Sizeof(Move{}), 88},
+	"move":          {unsafe.Sizeof(Move{}), 96},
 	"set_query":     {unsafe.Sizeof(SetQuery{}), 8},
 }
 

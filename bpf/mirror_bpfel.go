@@ -18,6 +18,7 @@ import (
 const (
 	mirrorMapAnswered       = "answered"
 	mirrorMapBeat           = "beat"
+	mirrorMapCells          = "cells"
 	mirrorMapDecisions      = "decisions"
 	mirrorMapDeny           = "deny"
 	mirrorMapDeparted       = "departed"
@@ -27,6 +28,7 @@ const (
 	mirrorMapEvents         = "events"
 	mirrorMapExclude        = "exclude"
 	mirrorMapFormer         = "former"
+	mirrorMapFormerCells    = "former_cells"
 	mirrorMapFormerDeparted = "former_departed"
 	mirrorMapFormerLive     = "former_live"
 	mirrorMapFormerSlots    = "former_slots"
@@ -39,6 +41,7 @@ const (
 	mirrorMapOwnAddrs       = "own_addrs"
 	mirrorMapReasons        = "reasons"
 	mirrorMapRoutes         = "routes"
+	mirrorMapSent           = "sent"
 	mirrorMapServices       = "services"
 	mirrorMapSets           = "sets"
 	mirrorMapSettings       = "settings"
@@ -110,6 +113,7 @@ type mirrorProgramSpecs struct {
 type mirrorMapSpecs struct {
 	Answered       *ebpf.MapSpec `ebpf:"answered"`
 	Beat           *ebpf.MapSpec `ebpf:"beat"`
+	Cells          *ebpf.MapSpec `ebpf:"cells"`
 	Decisions      *ebpf.MapSpec `ebpf:"decisions"`
 	Deny           *ebpf.MapSpec `ebpf:"deny"`
 	Departed       *ebpf.MapSpec `ebpf:"departed"`
@@ -119,6 +123,7 @@ type mirrorMapSpecs struct {
 	Events         *ebpf.MapSpec `ebpf:"events"`
 	Exclude        *ebpf.MapSpec `ebpf:"exclude"`
 	Former         *ebpf.MapSpec `ebpf:"former"`
+	FormerCells    *ebpf.MapSpec `ebpf:"former_cells"`
 	FormerDeparted *ebpf.MapSpec `ebpf:"former_departed"`
 	FormerLive     *ebpf.MapSpec `ebpf:"former_live"`
 	FormerSlots    *ebpf.MapSpec `ebpf:"former_slots"`
@@ -131,6 +136,7 @@ type mirrorMapSpecs struct {
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
 	Routes         *ebpf.MapSpec `ebpf:"routes"`
+	Sent           *ebpf.MapSpec `ebpf:"sent"`
 	Services       *ebpf.MapSpec `ebpf:"services"`
 	Sets           *ebpf.MapSpec `ebpf:"sets"`
 	Settings       *ebpf.MapSpec `ebpf:"settings"`
@@ -176,6 +182,7 @@ func (o *mirrorObjects) Close() error {
 type mirrorMaps struct {
 	Answered       *ebpf.Map `ebpf:"answered"`
 	Beat           *ebpf.Map `ebpf:"beat"`
+	Cells          *ebpf.Map `ebpf:"cells"`
 	Decisions      *ebpf.Map `ebpf:"decisions"`
 	Deny           *ebpf.Map `ebpf:"deny"`
 	Departed       *ebpf.Map `ebpf:"departed"`
@@ -185,6 +192,7 @@ type mirrorMaps struct {
 	Events         *ebpf.Map `ebpf:"events"`
 	Exclude        *ebpf.Map `ebpf:"exclude"`
 	Former         *ebpf.Map `ebpf:"former"`
+	FormerCells    *ebpf.Map `ebpf:"former_cells"`
 	FormerDeparted *ebpf.Map `ebpf:"former_departed"`
 	FormerLive     *ebpf.Map `ebpf:"former_live"`
 	FormerSlots    *ebpf.Map `ebpf:"former_slots"`
@@ -197,6 +205,7 @@ type mirrorMaps struct {
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
 	Routes         *ebpf.Map `ebpf:"routes"`
+	Sent           *ebpf.Map `ebpf:"sent"`
 	Services       *ebpf.Map `ebpf:"services"`
 	Sets           *ebpf.Map `ebpf:"sets"`
 	Settings       *ebpf.Map `ebpf:"settings"`
@@ -212,6 +221,7 @@ func (m *mirrorMaps) Close() error {
 	return _MirrorClose(
 		m.Answered,
 		m.Beat,
+		m.Cells,
 		m.Decisions,
 		m.Deny,
 		m.Departed,
@@ -221,6 +231,7 @@ func (m *mirrorMaps) Close() error {
 		m.Events,
 		m.Exclude,
 		m.Former,
+		m.FormerCells,
 		m.FormerDeparted,
 		m.FormerLive,
 		m.FormerSlots,
@@ -233,6 +244,7 @@ func (m *mirrorMaps) Close() error {
 		m.OwnAddrs,
 		m.Reasons,
 		m.Routes,
+		m.Sent,
 		m.Services,
 		m.Sets,
 		m.Settings,

@@ -7,8 +7,8 @@
 #include <bpf/bpf_helpers.h>
 #include "include/atomic.h"
 #include "include/count.h"
+#include "include/decision.h"
 #include "include/former.h"
-#include "include/moved.h"
 #include "include/net.h"
 #include "include/packet.h"
 
@@ -21,12 +21,12 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
  * there, and older, since hooks of the former layout went on with the socket,
  * is brought up to date; who is at the socket at this very moment has done so.
  */
-static __noinline int bring(struct bpf_sock *sk)
+static __noinline int bring_from(void *before, struct bpf_sock *sk,
+				 __u64 cookie)
 {
 	__u64 zero = 0;
 	union bench *made = bpf_map_lookup_elem(&workbench, &zero);
-	void *before = bpf_sk_storage_get(&former, sk, NULL, 0);
-	struct decision *now = bpf_sk_storage_get(&decisions, sk, NULL, 0);
+	struct decision *now = found(sk, cookie, 0);
 
 	if (!made || !before)
 		return 0;
@@ -34,12 +34,27 @@ static __noinline int bring(struct bpf_sock *sk)
 		return cfg_moves & PL_MOVES_BACK && carry(before, now) ? MOVED :
 									 0;
 	made->decision.opened = 0;
+	made->decision.owner = 0;
 	if (!carry(before, &made->decision))
 		return 0;
 	return bpf_sk_storage_get(&decisions, sk, &made->decision,
 				  BPF_SK_STORAGE_GET_F_CREATE) ?
 		       MOVED :
 		       0;
+}
+
+static __noinline int bring(struct bpf_sock *sk, __u64 cookie)
+{
+	void *before = bpf_sk_storage_get(&former, sk, NULL, 0);
+
+	if (before)
+		return bring_from(before, sk, cookie);
+	if (!(cfg_moves & PL_MOVES_CELLS))
+		return 0;
+	before = former_cell_at(cookie);
+	if (!before || !formerly(before, cookie))
+		return 0;
+	return bring_from(before, sk, cookie);
 }
 
 /* carry_live makes an entry of live of a former one. The loader writes its
@@ -139,10 +154,12 @@ int pl_move(struct __sk_buff *skb)
 	} u = {};
 	__u32 source, dest;
 	struct bpf_sock *sk;
+	__u64 cookie;
 	int moved;
 
 	if ((void *)(m + 1) > end)
 		return -1;
+	cookie = m->cookie;
 	/* The tuple is that of what the socket receives. */
 	source = bpf_htons(m->peer_port);
 	dest = bpf_htons(m->own_port);
@@ -162,7 +179,7 @@ int pl_move(struct __sk_buff *skb)
 	}
 	if (!sk)
 		return 0;
-	moved = bring(sk);
+	moved = bring(sk, cookie);
 	bpf_sk_release(sk);
 	return moved;
 }

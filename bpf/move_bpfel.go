@@ -18,6 +18,7 @@ import (
 const (
 	moveMapAnswered       = "answered"
 	moveMapBeat           = "beat"
+	moveMapCells          = "cells"
 	moveMapDecisions      = "decisions"
 	moveMapDeny           = "deny"
 	moveMapDeparted       = "departed"
@@ -27,6 +28,7 @@ const (
 	moveMapEvents         = "events"
 	moveMapExclude        = "exclude"
 	moveMapFormer         = "former"
+	moveMapFormerCells    = "former_cells"
 	moveMapFormerDeparted = "former_departed"
 	moveMapFormerLive     = "former_live"
 	moveMapFormerSlots    = "former_slots"
@@ -39,6 +41,7 @@ const (
 	moveMapOwnAddrs       = "own_addrs"
 	moveMapReasons        = "reasons"
 	moveMapRoutes         = "routes"
+	moveMapSent           = "sent"
 	moveMapServices       = "services"
 	moveMapSets           = "sets"
 	moveMapSettings       = "settings"
@@ -114,6 +117,7 @@ type moveProgramSpecs struct {
 type moveMapSpecs struct {
 	Answered       *ebpf.MapSpec `ebpf:"answered"`
 	Beat           *ebpf.MapSpec `ebpf:"beat"`
+	Cells          *ebpf.MapSpec `ebpf:"cells"`
 	Decisions      *ebpf.MapSpec `ebpf:"decisions"`
 	Deny           *ebpf.MapSpec `ebpf:"deny"`
 	Departed       *ebpf.MapSpec `ebpf:"departed"`
@@ -123,6 +127,7 @@ type moveMapSpecs struct {
 	Events         *ebpf.MapSpec `ebpf:"events"`
 	Exclude        *ebpf.MapSpec `ebpf:"exclude"`
 	Former         *ebpf.MapSpec `ebpf:"former"`
+	FormerCells    *ebpf.MapSpec `ebpf:"former_cells"`
 	FormerDeparted *ebpf.MapSpec `ebpf:"former_departed"`
 	FormerLive     *ebpf.MapSpec `ebpf:"former_live"`
 	FormerSlots    *ebpf.MapSpec `ebpf:"former_slots"`
@@ -135,6 +140,7 @@ type moveMapSpecs struct {
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
 	Routes         *ebpf.MapSpec `ebpf:"routes"`
+	Sent           *ebpf.MapSpec `ebpf:"sent"`
 	Services       *ebpf.MapSpec `ebpf:"services"`
 	Sets           *ebpf.MapSpec `ebpf:"sets"`
 	Settings       *ebpf.MapSpec `ebpf:"settings"`
@@ -180,6 +186,7 @@ func (o *moveObjects) Close() error {
 type moveMaps struct {
 	Answered       *ebpf.Map `ebpf:"answered"`
 	Beat           *ebpf.Map `ebpf:"beat"`
+	Cells          *ebpf.Map `ebpf:"cells"`
 	Decisions      *ebpf.Map `ebpf:"decisions"`
 	Deny           *ebpf.Map `ebpf:"deny"`
 	Departed       *ebpf.Map `ebpf:"departed"`
@@ -189,6 +196,7 @@ type moveMaps struct {
 	Events         *ebpf.Map `ebpf:"events"`
 	Exclude        *ebpf.Map `ebpf:"exclude"`
 	Former         *ebpf.Map `ebpf:"former"`
+	FormerCells    *ebpf.Map `ebpf:"former_cells"`
 	FormerDeparted *ebpf.Map `ebpf:"former_departed"`
 	FormerLive     *ebpf.Map `ebpf:"former_live"`
 	FormerSlots    *ebpf.Map `ebpf:"former_slots"`
@@ -201,6 +209,7 @@ type moveMaps struct {
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
 	Routes         *ebpf.Map `ebpf:"routes"`
+	Sent           *ebpf.Map `ebpf:"sent"`
 	Services       *ebpf.Map `ebpf:"services"`
 	Sets           *ebpf.Map `ebpf:"sets"`
 	Settings       *ebpf.Map `ebpf:"settings"`
@@ -216,6 +225,7 @@ func (m *moveMaps) Close() error {
 	return _MoveClose(
 		m.Answered,
 		m.Beat,
+		m.Cells,
 		m.Decisions,
 		m.Deny,
 		m.Departed,
@@ -225,6 +235,7 @@ func (m *moveMaps) Close() error {
 		m.Events,
 		m.Exclude,
 		m.Former,
+		m.FormerCells,
 		m.FormerDeparted,
 		m.FormerLive,
 		m.FormerSlots,
@@ -237,6 +248,7 @@ func (m *moveMaps) Close() error {
 		m.OwnAddrs,
 		m.Reasons,
 		m.Routes,
+		m.Sent,
 		m.Services,
 		m.Sets,
 		m.Settings,

@@ -7,9 +7,10 @@
 #include <bpf/bpf_helpers.h>
 #include "include/config.h"
 #include "include/decide.h"
-#include "include/maps.h"
+#include "include/decision.h"
 #include "include/former.h"
-#include "include/moved.h"
+#include "include/maps.h"
+#include "include/sent.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -80,10 +81,38 @@ static __always_inline void recall_outlived(const struct ip_addr *own,
 	what->port = k->port;
 }
 
-/* recall_subflow asks the first subflow of an application's MPTCP socket: that
- * is the one that connected, and it has the same addresses. A map by those was
- * rejected: a full one would either forget a live socket or refuse a new one.
- * It is good enough for those whose first subflow has ended.
+/* recall_sent tells by the addresses, if the connection is noted by them. */
+static __always_inline bool recall_sent(const struct ip_addr *own,
+					const struct ip_addr *peer,
+					__u64 own_port, __u64 port,
+					struct asked *what)
+{
+	union {
+		__u64 d[5];
+		struct live_key k;
+	} u = { .d = { PAIR(own->w[0], own->w[1]), PAIR(own->w[2], own->w[3]),
+		       PAIR(peer->w[0], peer->w[1]),
+		       PAIR(peer->w[2], peer->w[3]), own_port | port << 16 } };
+	struct sent *s = sent_at(&u.k);
+	__u64 owner;
+
+	if (!s || !same_key(&s->key, &u.k))
+		return false;
+	owner = *(volatile __u64 *)&s->owner;
+	what->addr = LOAD_IP6(s->asked.addr.w);
+	what->port = s->asked.port;
+	fence();
+	/* Or it has become another's meanwhile. */
+	if (owner && owner == *(volatile __u64 *)&s->owner)
+		return true;
+	what->port = 0;
+	return false;
+}
+
+/* recall_subflow is for an application's MPTCP socket: its first subflow, which
+ * is another socket, is the one that connected, and it has the same addresses.
+ * By those alone a full map would either forget a live socket or refuse a new
+ * one. So who has no place there has its decision with the subflow itself.
  */
 static __always_inline void recall_subflow(struct bpf_sock_addr *ctx,
 					   const struct ip_addr *own,
@@ -99,6 +128,8 @@ static __always_inline void recall_subflow(struct bpf_sock_addr *ctx,
 	struct decision *d;
 	struct bpf_sock *sk;
 
+	if (recall_sent(own, peer, ctx->sk->src_port, port, what))
+		return;
 	if (is_mapped(peer)) {
 		u.d[0] = PAIR(peer->w[3], own->w[3]);
 		u.d[1] = ports;
@@ -117,7 +148,7 @@ static __always_inline void recall_subflow(struct bpf_sock_addr *ctx,
 		recall_outlived(own, peer, ctx->sk->src_port, port, what);
 		return;
 	}
-	d = decision_of(sk);
+	d = stored_with(sk);
 	if (d)
 		recall(d, peer, port, what);
 	bpf_sk_release(sk);
@@ -138,7 +169,7 @@ static __always_inline struct asked asked_for(struct bpf_sock_addr *ctx,
 		recall_subflow(ctx, own, peer, port, &what);
 		return what;
 	}
-	d = decision_of(ctx->sk);
+	d = decision_of(ctx->sk, bpf_get_socket_cookie(ctx));
 	if (d)
 		recall(d, peer, port, &what);
 	return what;
@@ -213,7 +244,7 @@ static __always_inline const struct ip_addr *name_of(struct bpf_sock_addr *ctx,
 
 	if (!to || slot_of(peer, cfg_slot4, cfg_slot6) < 0)
 		return NULL;
-	d = decision_of(ctx->sk);
+	d = decision_of(ctx->sk, bpf_get_socket_cookie(ctx));
 	if (d) {
 		seen = &d->seen;
 	} else {

@@ -4,9 +4,10 @@
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 #include "include/config.h"
+#include "include/decision.h"
 #include "include/eject.h"
 #include "include/former.h"
-#include "include/moved.h"
+#include "include/sent.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
@@ -157,8 +158,26 @@ static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
 	add(d->group, 1);
 }
 
+/* note has an MPTCP socket find what was asked for. Where that is not possible
+ * by its addresses, the decision goes to socket storage, which it can be found
+ * with; if there is no memory for that, such a socket sees the endpoint.
+ */
+static __always_inline void note(struct bpf_sock *sk, struct decision *d,
+				 __u64 cookie)
+{
+	if (d->owner != cookie || note_sent(d))
+		return;
+	if (!bpf_sk_storage_get(&decisions, sk, d,
+				BPF_SK_STORAGE_GET_F_CREATE)) {
+		count(REASON_NO_MEMORY);
+		return;
+	}
+	swap(&d->owner, cookie, 0);
+}
+
 static __always_inline void on_open(struct bpf_sock_ops *ctx,
-				    struct decision *d)
+				    struct bpf_sock *sk, struct decision *d,
+				    __u64 cookie)
 {
 	bool v4 = speaks_v4(ctx);
 
@@ -182,6 +201,7 @@ static __always_inline void on_open(struct bpf_sock_ops *ctx,
 	case PATH_DIRECT:
 		tally(TALLY_SENT_DIRECT);
 		count_live(d, true);
+		note(sk, d, cookie); /* d is another's from here on */
 		break;
 	default:
 		tally(TALLY_SENT_PASS);
@@ -303,17 +323,16 @@ static __always_inline void keep_asked(const struct decision *d)
 		bpf_map_update_elem(&outlived, &d->key, &u.k, BPF_ANY);
 }
 
-static __always_inline void on_close(struct bpf_sock_ops *ctx,
-				     struct decision *d, __u32 from)
+static __always_inline void
+on_close(struct bpf_sock_ops *ctx, struct decision *d, __u64 cookie, __u32 from)
 {
 	struct end how = {};
 	struct peer_end peer = {};
 	struct conn_event *e;
 	enum ending ending;
 
-	if (!d || !d->followed)
+	if (!d->followed)
 		return;
-	d->followed = false;
 	how.state = from;
 	how.segs_in = ctx->segs_in;
 	how.unacked = ctx->packets_out;
@@ -322,6 +341,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 	ending = ending_of(&how);
 	if (d->path == PATH_DIRECT) {
 		keep_asked(d);
+		forget_sent(d, cookie);
 		count_live(d, false);
 		if (from == BPF_TCP_SYN_SENT &&
 		    is_failure(ending, ctx->total_retrans))
@@ -348,7 +368,7 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx,
 		lost(d->group);
 		return;
 	}
-	e->cookie = bpf_get_socket_cookie(ctx);
+	e->cookie = cookie;
 	e->cgroup = d->cgroup;
 	e->group = d->group;
 	e->opened = d->opened;
@@ -411,6 +431,7 @@ SEC("sockops")
 int pl_sockops(struct bpf_sock_ops *ctx)
 {
 	__u32 op = ctx->op, from, to;
+	__u64 cookie;
 	struct bpf_sock *sk;
 	struct decision *d;
 	void *before;
@@ -428,9 +449,10 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 	sk = ctx->sk;
 	if (!sk)
 		return 1;
-	d = decision_of(sk);
+	cookie = bpf_get_socket_cookie(ctx);
+	d = decision_of(sk, cookie);
 	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
-		on_open(ctx, d);
+		on_open(ctx, sk, d, cookie);
 	} else if (op == BPF_SOCK_OPS_RTO_CB) {
 		/* The kernel is about to give up. */
 		if (d)
@@ -440,11 +462,20 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 	} else if (to == BPF_TCP_FIN_WAIT2) {
 		on_half_closed(ctx, d);
 	} else if (to == BPF_TCP_CLOSE) {
-		on_close(ctx, d, from);
+		if (d) {
+			on_close(ctx, d, cookie, from);
+			d->followed = false; /* release may leave it now */
+		}
+		leave(cookie);
 		/* Or a hook of the former layout would count its end again. */
 		if (cfg_moves & PL_MOVES_SOCKETS) {
 			before = bpf_sk_storage_get(&former, sk, NULL, 0);
 			if (before)
+				wipe(before);
+		}
+		if (cfg_moves & PL_MOVES_CELLS) {
+			before = former_cell_at(cookie);
+			if (before && formerly(before, cookie))
 				wipe(before);
 		}
 	}

@@ -16,6 +16,7 @@ type (
 	LiveKey     = abiLiveKey
 	Live        = abiLive
 	Decision    = abiDecision
+	Sent        = abiSent
 	Slot        = abiSlot
 	Usage       = abiUsage
 	Service     = abiService
@@ -139,7 +140,7 @@ const (
 
 // Constants of include/abi.h; a test reads the header and compares them.
 const (
-	ABI          = 7
+	ABI          = 8
 	Slots        = 65536
 	SlotFirst    = 1
 	SlotLast     = 0xffef
@@ -155,6 +156,12 @@ const (
 	MovesCounts  = 8
 	// MovesBack: hooks of the other layout may have gone on with what was ours.
 	MovesBack = 16
+	// MovesCells: they have cells.
+	MovesCells = 32
+	// Cells is how many connections may have one, CellLeft marks in Decision.Owner one
+	// that others may take.
+	Cells    = 16384
+	CellLeft = 1 << 63
 	// Sets is how many services may have endpoint sets, Endpoints how many
 	// endpoints there may be of all, SetEndpoints how many of one.
 	Sets         = 16384

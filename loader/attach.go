@@ -122,7 +122,7 @@ func (d *Datapath) Attach() ([]Existing, error) {
 // swapOrder is attachOrder for hooks that take over from those of another layout: from
 // sockops on what is stored with sockets is the new ones', and only connect makes what
 // the old ones do not know; what sockops enters in live the old ones of lookup and hold
-// would not find. See bpf/include/moved.h and former.h.
+// would not find. See bpf/include/decision.h and former.h.
 func swapOrder(order []string) []string {
 	first := slices.DeleteFunc([]string{bpf.ProgLookup, bpf.ProgHold, bpf.ProgSockops, bpf.ProgRelease},
 		func(name string) bool { return !slices.Contains(order, name) })

@@ -9,7 +9,7 @@ import (
 	"github.com/cilium/ebpf/btf"
 )
 
-// The bodies of the functions of bpf/include/moved.h, which know two layouts of what
+// The bodies of the functions of bpf/include/decision.h, which know two layouts of what
 // is stored with a socket, and of those of former.h. They are written here, since only
 // here both are known; with constant offsets, which the verifier asks for where
 // CAP_PERFMON is missing.
@@ -98,13 +98,19 @@ func (c carrier) carryBack() asm.Instructions {
 	})
 }
 
-// fill writes a whole entry of ours, out of the former one.
+// fill writes a whole entry of ours, out of the former one. Whose cell that is stays.
 func (c carrier) fill() asm.Instructions {
 	all := asm.Instructions{asm.Mov.Imm(zero, 0)}
+	owner, cell := find(c.to.Value, "owner")
 	for off, size := range pieces(c.to.ValueSize, 0) {
-		all = append(all, asm.StoreMem(ours, int16(off), zero, size))
+		if !cell || off != owner.At {
+			all = append(all, asm.StoreMem(ours, int16(off), zero, size))
+		}
 	}
 	for _, s := range spansOf(c.from.Value, c.to.Value) {
+		if cell && s.to == owner.At {
+			continue
+		}
 		for off, size := range pieces(s.size, s.from|s.to) {
 			all = append(all,
 				asm.LoadMem(number, former, int16(s.from+off), size),

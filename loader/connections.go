@@ -23,20 +23,24 @@ const (
 // decided calls f for the open sockets of the namespace that a connect hook
 // decided on.
 func (d *Datapath) decided(f func(*socket, *bpf.Decision)) error {
-	m, stored, size := d.moving.Load(), d.maps.Decisions, int(unsafe.Sizeof(bpf.Decision{}))
+	m, stored, inCells, size := d.moving.Load(), d.maps.Decisions, d.cells, int(unsafe.Sizeof(bpf.Decision{}))
 	former := m.has("decisions") && m.again != goesBack
 	if former {
-		stored, size = m.old["decisions"], int(m.from.Maps["decisions"].ValueSize)
+		stored, inCells, size = m.old["decisions"], m.cells, int(m.from.Maps["decisions"].ValueSize)
 	}
 	return d.network.storages(stored, func(s *socket) {
-		if len(s.storage) != size {
+		raw := inCells.of(s.cookie())
+		switch {
+		case raw != nil:
+		case len(s.storage) == size:
+			raw = s.storage
+		default:
 			return // it has none
 		}
 		if former {
-			s.storage = m.value("decisions", s.storage)
+			raw = m.value("decisions", raw)
 		}
-		var v bpf.Decision
-		copy((*[unsafe.Sizeof(v)]byte)(unsafe.Pointer(&v))[:], s.storage)
+		v := valueAs[bpf.Decision](raw)
 		f(s, &v)
 	})
 }

@@ -52,7 +52,7 @@ func (d *Datapath) tidy() error {
 	}
 	errs := []error{d.forgetGroups(), d.sets.forget()}
 	if d.counts.due(time.Now()) {
-		errs = append(errs, d.recount())
+		errs = append(errs, d.recount(), d.leaveCells())
 	}
 	return errors.Join(errs...)
 }

@@ -23,7 +23,12 @@ const layoutsPin = "layouts"
 
 // layoutForm changes when an older build would read something else out of a
 // description, or when maps come to mean something else whose names stay.
-const layoutForm = 1
+const (
+	layoutForm = 2
+	// Before, decisions on sockets were in socket storage alone: such a build would not
+	// find the others.
+	layoutFormStored = 1
+)
 
 // description describes the maps of an instance, so that a build of another ABI can move
 // what they hold: by the names of fields, which mean the same in every build. A field
@@ -230,7 +235,7 @@ func readLayouts(pin string) (*description, error) {
 
 // agree fails when what moves as it is would mean something else.
 func (l *description) agree(o *description) error {
-	if l.Form != o.Form {
+	if l.Form != o.Form && (l.Form != layoutFormStored || o.Form != layoutForm) {
 		return fmt.Errorf("%w: they are described in form %d, this build reads %d", ErrABI, l.Form, o.Form)
 	}
 	for _, name := range slices.Sorted(maps.Keys(l.Enums)) {

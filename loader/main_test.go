@@ -47,6 +47,7 @@ func newPlace(t *testing.T) *place {
 	t.Cleanup(func() {
 		if err := unix.Unmount(p.bpffs, 0); err != nil && !errors.Is(err, unix.EINVAL) {
 			t.Errorf("unmount: %v", err)
+			unix.Unmount(p.bpffs, unix.MNT_DETACH) // a failed test has not closed all
 		}
 	})
 	return p

@@ -35,6 +35,7 @@ const (
 	mannerCopy manner = iota + 1
 	mannerCount
 	mannerStorage
+	mannerCells // see cells.go
 	mannerLive
 	mannerSlots
 	mannerSums
@@ -47,8 +48,8 @@ var manners = map[string]manner{
 	"settings": mannerCopy, "services": mannerCopy, "deny": mannerCopy, "exclude": mannerCopy, "routes": mannerCopy,
 	"own_addrs": mannerCopy, "answered": mannerCopy, "beat": mannerCopy, "endpoint_names": mannerCopy,
 	"reasons": mannerCount, "tallies": mannerCount,
-	"decisions": mannerStorage,
-	"live":      mannerLive, "departed": mannerLive,
+	"decisions": mannerStorage, "cells": mannerCells,
+	"live": mannerLive, "departed": mannerLive,
 	"slots": mannerSlots,
 	"state": mannerSums, "endpoints": mannerSums, "usage_by_group": mannerSums,
 	"events": mannerRing, "held": mannerRing,
@@ -67,6 +68,7 @@ type move struct {
 	moved    []string             // names of the maps, sorted
 	old      map[string]*ebpf.Map // those of them that the hooks have had,
 	bulk     map[string]*ebpf.Map // and of those rings and sets, which end with the move
+	cells    *cells               // of the other layout, if it has any
 	sums     sums
 	seen     seen
 	sets     *formerSets   // nil: they are not moved
@@ -99,7 +101,7 @@ func plan(from, to *description) (*move, error) {
 		m.moved = slices.Compact(slices.Sorted(slices.Values(append(m.moved, "live", "departed"))))
 	}
 	if c, ok := m.carrier(); ok {
-		if err := c.check(); err != nil {
+		if err := errors.Join(c.check(), m.checkCells()); err != nil {
 			return nil, err
 		}
 	}
@@ -159,6 +161,13 @@ func (m *move) open(dir *dir) error {
 	if err := m.seen.open(m, dir); err != nil {
 		return err
 	}
+	if m.hasCells() {
+		var err error
+		owner := at(m.between("cells").from, "owner")
+		if m.cells, err = mapCells(m.old["cells"], uint32(owner)); err != nil {
+			return err
+		}
+	}
 	return m.sums.open(m)
 }
 
@@ -174,7 +183,7 @@ func (m *move) close() error {
 	if m == nil {
 		return nil
 	}
-	errs := []error{m.sums.close(), m.seen.close(), m.closeBulk()}
+	errs := []error{m.sums.close(), m.seen.close(), m.cells.close(), m.closeBulk()}
 	for _, old := range m.old {
 		errs = append(errs, old.Close())
 	}
@@ -233,7 +242,7 @@ func (d *Datapath) moveIn() error {
 			err = m.copy(name, all[name])
 		case mannerCount:
 			err = m.copyCounts(name, all[name])
-		case mannerStorage, mannerRing, mannerLate:
+		case mannerStorage, mannerCells, mannerRing, mannerLate:
 			// Each socket by itself; what is in rings is read from them; when
 			// sockops is swapped.
 		case mannerLive:

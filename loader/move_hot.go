@@ -65,7 +65,7 @@ func (m *move) checkHot() error {
 // bits are what the hooks are told: PL_MOVES_*.
 func (m *move) bits() (bits uint32) {
 	for name, bit := range map[string]uint32{
-		"decisions": bpf.MovesSockets, "live": bpf.MovesLive, "slots": bpf.MovesSlots,
+		"decisions": bpf.MovesSockets, "cells": bpf.MovesCells, "live": bpf.MovesLive, "slots": bpf.MovesSlots,
 		"state": bpf.MovesCounts, "endpoints": bpf.MovesCounts, "usage_by_group": bpf.MovesCounts,
 	} {
 		if m.has(name) {
@@ -83,6 +83,9 @@ func (m *move) bodies() map[string]asm.Instructions {
 	all := map[string]asm.Instructions{}
 	if c, ok := m.carrier(); ok {
 		all["carry"], all["wipe"] = c.carry(), c.wipe()
+		if m.hasCells() {
+			all["former_owner"] = fieldAt(c.from, "owner")
+		}
 		if m.again == goesBack {
 			all["carry"] = c.carryBack()
 		}

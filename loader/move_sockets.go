@@ -21,13 +21,18 @@ func (d *Datapath) moveSockets(m *move) error {
 	for range moveTries {
 		var left []*socket
 		has := map[uint64]bool{}
-		err := d.network.storages(d.maps.Decisions, func(s *socket) { has[s.cookie()] = has[s.cookie()] || len(s.storage) > 0 })
+		err := d.network.storages(d.maps.Decisions, func(s *socket) {
+			has[s.cookie()] = has[s.cookie()] || len(s.storage) > 0 || d.cells.of(s.cookie()) != nil
+		})
 		if err != nil {
 			return err
 		}
 		err = d.network.storages(m.old["decisions"], func(s *socket) {
-			if len(s.storage) == int(m.from.Maps["decisions"].ValueSize) && (!has[s.cookie()] || m.again == goesBack) &&
-				binary.NativeEndian.Uint64(s.storage[opened.At:]) != 0 {
+			was := m.cells.of(s.cookie())
+			if len(s.storage) == int(m.from.Maps["decisions"].ValueSize) {
+				was = s.storage
+			}
+			if was != nil && (!has[s.cookie()] || m.again == goesBack) && binary.NativeEndian.Uint64(was[opened.At:]) != 0 {
 				left = append(left, s)
 			}
 		})
@@ -36,7 +41,8 @@ func (d *Datapath) moveSockets(m *move) error {
 		}
 		for _, s := range left {
 			q := bpf.Move{
-				Own: bpf.FromAddr(s.local.Addr()), Peer: bpf.FromAddr(s.remote.Addr()),
+				Cookie: s.cookie(),
+				Own:    bpf.FromAddr(s.local.Addr()), Peer: bpf.FromAddr(s.remote.Addr()),
 				OwnPort: s.local.Port(), PeerPort: s.remote.Port(),
 			}
 			if _, err := d.askMove(bpf.ProgMove, q, s.device()); err != nil {

@@ -302,6 +302,7 @@ var privateMaps = append(slices.Collect(maps.Keys(formerMaps)), "workbench")
 // formerMaps are, by the names of ours, what they are of while another layout has that.
 var formerMaps = map[string]string{
 	"former": "decisions", "former_live": "live", "former_departed": "departed", "former_slots": "slots",
+	"former_cells": "cells",
 }
 
 // sharedMaps are all maps but an object's own constants, and privateMaps.
@@ -385,6 +386,9 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 		return err
 	}
 	d.keepMaps(have)
+	if err := d.openCells(); err != nil {
+		return err
+	}
 	d.sets.open(&d.maps, inner("sets"))
 	return nil
 }
@@ -414,7 +418,7 @@ func (d *Datapath) makePrivate(spec *ebpf.CollectionSpec, have map[string]*ebpf.
 	var err error
 	for name, of := range formerMaps {
 		former := have[of] // nobody looks at it
-		if m.has(of) {
+		if m.has(of) && m.old[of] != nil {
 			former = m.old[of]
 		}
 		if have[name], err = former.Clone(); err != nil {

@@ -12,7 +12,7 @@
 /* Changes with every layout or meaning below: a process refuses the pins of
  * another ABI.
  */
-#define PL_ABI 7
+#define PL_ABI 8
 
 /* The slot supernets: no instance captures an address of them, whoever owns
  * it. An instance claims one /16 and one /64.
@@ -51,12 +51,20 @@
 #define PL_SETS 16384
 #define PL_ENDPOINTS 131072
 
+/* Connections that may have a cell for what is decided, and, on PATH_DIRECT,
+ * one for what was asked: see decision.h and sent.h. They are what 4 MB hold.
+ * More connections than that fit too, and cost more.
+ */
+#define PL_CELLS 16384
+#define PL_CELL_LEFT 0x8000000000000000 /* in owner: others may take it */
+
 /* What is moved from another layout, of what hooks write to. */
 #define PL_MOVES_SOCKETS 1 /* decisions */
 #define PL_MOVES_LIVE 2 /* live and departed */
 #define PL_MOVES_SLOTS 4
 #define PL_MOVES_COUNTS 8 /* endpoints, state or usage_by_group */
 #define PL_MOVES_BACK 16 /* entries of ours may be the older ones */
+#define PL_MOVES_CELLS 32 /* decisions, of builds that have cells */
 
 /* The rows of a set: three of head, then its endpoints, then its tables. */
 #define PL_SET_HEAD 3
@@ -450,6 +458,14 @@ struct decision {
 	__u64 established; /* 0: not yet */
 	__u64 half; /* bytes received when its own end was acknowledged, */
 	__u64 closed_first; /* 1: after the application had closed it */
+	__u64 owner; /* of a cell: the socket's cookie; 0: nobody */
+};
+
+/* What was asked for by a connection on PATH_DIRECT, by where it was sent. */
+struct sent {
+	struct live_key key;
+	struct endpoint_key asked;
+	__u64 owner; /* the socket's cookie; 0: nobody */
 };
 
 enum held_kind {
@@ -543,6 +559,7 @@ struct move {
 	__u64 slots; /* what to add to each */
 	__u64 conns;
 	__u64 events_lost;
+	__u64 cookie; /* of the socket */
 };
 
 /* The question to pl_rows: which rows. It stands as that of pl_explain does. */

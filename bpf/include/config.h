@@ -19,6 +19,6 @@ volatile const __u64 cfg_frame_tag = 0;
 /* Depth of the scope's cgroup: the containers are one below. */
 volatile const __u32 cfg_scope_level = 0;
 /* PL_MOVES_*: of what programs of another layout have maps of their own, which
- * are asked too: see moved.h.
+ * are asked too: see decision.h.
  */
 volatile const __u32 cfg_moves = 0;

@@ -20,6 +20,7 @@
 		return at;                                                  \
 	}
 
+FORMER(former_owner)
 FORMER(former_cookie)
 FORMER(former_hold)
 FORMER(former_worker)

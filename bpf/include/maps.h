@@ -243,8 +243,35 @@ struct {
 		});
 } held SEC(".maps");
 
-/* writer: connect, sockops, loader (own); reader: sockops, release; deleter:
- * the kernel, with the socket.
+/* The decisions on sockets, by the last digits of their cookies: see
+ * decision.h. Memory-mapped, so that the process can mark what was left without
+ * a system call for each. writer: connect, sockops, release; reader: the same,
+ * names, loader; deleter: sockops, release, loader (marks).
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PL_CELLS);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct decision);
+} cells SEC(".maps");
+
+/* What was asked for, of the connections on PATH_DIRECT that have a cell, by
+ * the last digits of a hash of their addresses: names of an MPTCP socket, which
+ * is not the one that was decided on. writer: sockops; reader: names; deleter:
+ * sockops, loader.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PL_CELLS);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct sent);
+} sent SEC(".maps");
+
+/* Decisions that have no cell, and the handler's tag. writer: connect, sockops,
+ * loader (own); reader: sockops, release, names, loader; deleter: the kernel,
+ * with the socket.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -256,8 +283,8 @@ struct {
 /* What programs of another layout have: their maps, in their layout, while
  * cfg_moves says so; else nobody looks at them. Not pinned.
  *
- * What is stored with sockets. writer: they, and moved.h; reader: moved.h;
- * deleter: the kernel, with the socket.
+ * What is stored with sockets. writer: they, and decision.h; reader:
+ * decision.h; deleter: the kernel, with the socket.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -265,6 +292,15 @@ struct {
 	__type(key, int);
 	__type(value, struct decision);
 } former SEC(".maps");
+
+/* writer, reader: as former; deleter: they, sockops. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PL_CELLS);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct decision);
+} former_cells SEC(".maps");
 
 /* writer: they, lookup, hold; reader: the same, sockops, names, move, loader;
  * deleter: they, sockops, move.

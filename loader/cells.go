@@ -1,0 +1,137 @@
+package loader
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"os"
+	"slices"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/pillion-project/pillion/bpf"
+	"golang.org/x/sys/unix"
+)
+
+// cellMinAge protects a cell whose socket is only just being made.
+const cellMinAge = time.Minute
+
+// cells is a map, in our memory, of what belongs to sockets: each value says whose it is
+// (bpf/include/decision.h, bpf/include/sent.h).
+type cells struct {
+	page  []byte
+	size  int // of a value
+	count int
+	owner int // where in a value the socket's cookie is
+}
+
+func mapCells(m *ebpf.Map, owner uint32) (*cells, error) {
+	c := &cells{size: int(m.ValueSize()+7) &^ 7, count: int(m.MaxEntries()), owner: int(owner)}
+	whole := os.Getpagesize() - 1
+	var err error
+	c.page, err = unix.Mmap(m.FD(), 0, (c.size*c.count+whole)&^whole, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map cells: %w", err)
+	}
+	return c, nil
+}
+
+func (c *cells) close() error {
+	if c == nil {
+		return nil
+	}
+	if err := unix.Munmap(c.page); err != nil {
+		return fmt.Errorf("unmap cells: %w", err)
+	}
+	return nil
+}
+
+func (c *cells) at(n int) []byte { return c.page[n*c.size:][:c.size] }
+
+// ownerAt is whose a value is. Hooks write it too.
+func (c *cells) ownerAt(n int) *atomic.Uint64 {
+	return (*atomic.Uint64)(unsafe.Pointer(&c.at(n)[c.owner]))
+}
+
+// of returns a copy of what is in a socket's own cell; nil: it has none.
+func (c *cells) of(cookie uint64) []byte {
+	if c == nil {
+		return nil
+	}
+	n := int(cookie % uint64(c.count))
+	if c.ownerAt(n).Load()&^bpf.CellLeft != cookie {
+		return nil
+	}
+	value := bytes.Clone(c.at(n))
+	if c.ownerAt(n).Load()&^bpf.CellLeft != cookie {
+		return nil // it has ended meanwhile
+	}
+	return value
+}
+
+// openCells maps what hooks have in cells.
+func (d *Datapath) openCells() (err error) {
+	if d.cells, err = mapCells(d.maps.Cells, uint32(unsafe.Offsetof(bpf.Decision{}.Owner))); err != nil {
+		return err
+	}
+	d.sent, err = mapCells(d.maps.Sent, uint32(unsafe.Offsetof(bpf.Sent{}.Owner)))
+	return err
+}
+
+// leaveCells has others take the cells of sockets that are gone. Hooks give them back, but
+// for those of whose end no hook hears: where another agent has cleared the flags of
+// sockops, or the kernel itself refused an MPTCP socket's connect. Who is not gone after
+// all has its cell until somebody takes it. Called with d.mu.
+func (d *Datapath) leaveCells() error {
+	old := uint64(d.monotonic()) - uint64(cellMinAge)
+	opened := unsafe.Offsetof(bpf.Decision{}.Opened)
+	decided, sent := map[uint64]int{}, map[uint64]int{}
+	for n := range d.cells.count {
+		owner := d.cells.ownerAt(n).Load()
+		if owner != 0 && owner&bpf.CellLeft == 0 && binary.NativeEndian.Uint64(d.cells.at(n)[opened:]) < old {
+			decided[owner] = n
+		}
+		if owner := d.sent.ownerAt(n).Load(); owner != 0 {
+			sent[owner] = n
+		}
+	}
+	if len(decided)+len(sent) == 0 {
+		return nil
+	}
+	err := d.network.sockets(func(s *socket) {
+		delete(decided, s.cookie())
+		delete(sent, s.cookie())
+	})
+	if err != nil {
+		return err
+	}
+	for owner, n := range decided {
+		d.cells.ownerAt(n).CompareAndSwap(owner, owner|bpf.CellLeft)
+	}
+	for owner, n := range sent {
+		d.sent.ownerAt(n).CompareAndSwap(owner, 0)
+	}
+	return nil
+}
+
+// hasCells tells whether hooks of the other layout have cells, which is another one.
+func (m *move) hasCells() bool {
+	_, known := m.from.Maps["cells"]
+	return known && m.has("cells")
+}
+
+// checkCells fails with [ErrABI] when hooks could not find what others have in cells.
+func (m *move) checkCells() error {
+	if !m.hasCells() {
+		return nil
+	}
+	from, to, stored := m.from.Maps["cells"], m.to.Maps["cells"], m.from.Maps["decisions"]
+	owner, ok := find(from.Value, "owner")
+	if !ok || owner.Size != 8 || from.MaxEntries != to.MaxEntries || from.Flags != to.Flags || !slices.Equal(from.Value, stored.Value) {
+		return fmt.Errorf("%w: map cells differs from ABI %d to %d in more than its fields, and cannot be moved while hooks use it",
+			ErrABI, m.from.ABI, m.to.ABI)
+	}
+	return nil
+}
