@@ -12,21 +12,21 @@ import (
 // 30 % above what it does on 6.1 or 6.18, whichever walks more. It is what loading
 // costs, and a sign of what running costs: who raises it says why in the commit.
 var budget = map[string]uint32{
-	ProgConnect4:     15000,
-	ProgConnect6:     18000,
-	ProgGetpeername4: 380,
-	ProgGetpeername6: 1340, // MPTCP: by the first subflow, or by what is left of it
-	ProgGetsockname4: 110,
-	ProgGetsockname6: 165,
-	ProgBind4:        65,
-	ProgBind6:        90,
-	ProgRelease:      230,
-	ProgSockops:      3100, // the options that the upstream leg is to have
+	ProgConnect4:     21500,
+	ProgConnect6:     23000,
+	ProgGetpeername4: 850,
+	ProgGetpeername6: 2200, // MPTCP: by the first subflow, or by what is left of it
+	ProgGetsockname4: 220,
+	ProgGetsockname6: 280,
+	ProgBind4:        170,
+	ProgBind6:        190,
+	ProgRelease:      490,
+	ProgSockops:      9500, // the options that the upstream leg is to have; a decision in a cell or in storage
 	ProgLookup:       1600, // twice: a dry run may look too
 	ProgHold:         1500,
 	ProgInject:       20,
 	ProgExplain:      13000,
-	ProgMove:         320,
+	ProgMove:         620,
 	ProgMoveLive:     200,
 	ProgAdd:          60,
 	ProgAddUsage:     80,

@@ -11,14 +11,17 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 #define PROCEED 1
 #define REFUSE 0
 
-/* container_of_task is the cgroup whose quotas count: the container, one level
- * below the scope, or the scope itself for a task that sits right in it.
+/* group_of gives the cgroup whose quotas count: the container, one level below
+ * the scope, or the scope itself for a task that sits right in it.
  */
-static __always_inline __u64 group_of_task(void)
+static __always_inline __u64 group_of(__u64 cgroup)
 {
-	__u64 id = bpf_get_current_ancestor_cgroup_id(cfg_scope_level + 1);
+	__u64 id;
 
-	return id ? id : bpf_get_current_cgroup_id();
+	if (cgroup == cfg_scope)
+		return cgroup;
+	id = bpf_get_current_ancestor_cgroup_id(cfg_scope_level + 1);
+	return id ? id : cgroup;
 }
 
 static __always_inline void tell_denied(const struct gathered *g, __u64 cookie)
@@ -31,7 +34,7 @@ static __always_inline void tell_denied(const struct gathered *g, __u64 cookie)
 	}
 	__builtin_memset(e, 0, sizeof(*e));
 	e->cookie = cookie;
-	e->cgroup = bpf_get_current_cgroup_id();
+	e->cgroup = g->cgroup;
 	e->group = g->group;
 	e->opened = g->now;
 	e->ended = g->now;
@@ -130,7 +133,7 @@ static __noinline bool remember(struct bpf_sock_addr *ctx,
 		__builtin_memset(&d->seen, 0, sizeof(d->seen));
 	d->mark = ctx->sk->mark;
 	d->priority = ctx->sk->priority;
-	d->cgroup = bpf_get_current_cgroup_id();
+	d->cgroup = g->cgroup;
 	d->group = g->group;
 	d->opened = g->now;
 	d->path = path;
@@ -218,10 +221,11 @@ int pl_connect4(struct bpf_sock_addr *ctx)
 	struct gathered g = {
 		.dst = mapped(ip),
 		.now = bpf_ktime_get_ns(),
-		.group = group_of_task(),
+		.cgroup = bpf_get_current_cgroup_id(),
 		.port = bpf_ntohs((__u16)ctx->user_port),
 	};
 
+	g.group = group_of(g.cgroup);
 	if (src)
 		g.bound = mapped(src);
 	switch (on_connect(ctx, &g)) {
@@ -246,10 +250,11 @@ int pl_connect6(struct bpf_sock_addr *ctx)
 		.dst = LOAD_IP6(ctx->user_ip6),
 		.bound = LOAD_IP6(ctx->sk->src_ip6),
 		.now = bpf_ktime_get_ns(),
-		.group = group_of_task(),
+		.cgroup = bpf_get_current_cgroup_id(),
 		.port = bpf_ntohs((__u16)ctx->user_port),
 	};
 
+	g.group = group_of(g.cgroup);
 	switch (on_connect(ctx, &g)) {
 	case PATH_DENY:
 		return refuse(g.err);

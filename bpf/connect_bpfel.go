@@ -59,6 +59,7 @@ const (
 	connectVarCfgFrameTag    = "cfg_frame_tag"
 	connectVarCfgMoves       = "cfg_moves"
 	connectVarCfgNetns       = "cfg_netns"
+	connectVarCfgScope       = "cfg_scope"
 	connectVarCfgScopeLevel  = "cfg_scope_level"
 	connectVarCfgSlot4       = "cfg_slot4"
 	connectVarCfgSlot6       = "cfg_slot6"
@@ -161,6 +162,7 @@ type connectVariableSpecs struct {
 	CfgFrameTag   *ebpf.VariableSpec `ebpf:"cfg_frame_tag"`
 	CfgMoves      *ebpf.VariableSpec `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.VariableSpec `ebpf:"cfg_netns"`
+	CfgScope      *ebpf.VariableSpec `ebpf:"cfg_scope"`
 	CfgScopeLevel *ebpf.VariableSpec `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.VariableSpec `ebpf:"cfg_slot4"`
 	CfgSlot6      *ebpf.VariableSpec `ebpf:"cfg_slot6"`
@@ -270,6 +272,7 @@ type connectVariables struct {
 	CfgFrameTag   *ebpf.Variable `ebpf:"cfg_frame_tag"`
 	CfgMoves      *ebpf.Variable `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.Variable `ebpf:"cfg_netns"`
+	CfgScope      *ebpf.Variable `ebpf:"cfg_scope"`
 	CfgScopeLevel *ebpf.Variable `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.Variable `ebpf:"cfg_slot4"`
 	CfgSlot6      *ebpf.Variable `ebpf:"cfg_slot6"`

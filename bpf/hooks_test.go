@@ -111,6 +111,7 @@ func newHooks(t *testing.T) *hooks {
 	cookie := h.ns.Cookie(t)
 	progs, shared := loadAll(t, map[string]any{
 		"cfg_netns": cookie, "cfg_slot4": uint32(testSlot4), "cfg_slot6": uint32(testSlot6),
+		"cfg_scope":       uint64(0),
 		"cfg_scope_level": uint32(0),
 	})
 	h.maps, h.progs = shared, progs

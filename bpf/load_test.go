@@ -44,7 +44,7 @@ var programs = map[string]kind{
 const rodata = ".rodata"
 
 // knobs are the variables of include/config.h.
-var knobs = []string{"cfg_frame_tag", "cfg_moves", "cfg_netns", "cfg_scope_level", "cfg_slot4", "cfg_slot6"}
+var knobs = []string{"cfg_frame_tag", "cfg_moves", "cfg_netns", "cfg_scope", "cfg_scope_level", "cfg_slot4", "cfg_slot6"}
 
 func mustSpecs(t *testing.T) []*ebpf.CollectionSpec {
 	t.Helper()

@@ -56,6 +56,7 @@ const (
 	mirrorVarCfgFrameTag    = "cfg_frame_tag"
 	mirrorVarCfgMoves       = "cfg_moves"
 	mirrorVarCfgNetns       = "cfg_netns"
+	mirrorVarCfgScope       = "cfg_scope"
 	mirrorVarCfgScopeLevel  = "cfg_scope_level"
 	mirrorVarCfgSlot4       = "cfg_slot4"
 	mirrorVarCfgSlot6       = "cfg_slot6"
@@ -155,6 +156,7 @@ type mirrorVariableSpecs struct {
 	CfgFrameTag   *ebpf.VariableSpec `ebpf:"cfg_frame_tag"`
 	CfgMoves      *ebpf.VariableSpec `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.VariableSpec `ebpf:"cfg_netns"`
+	CfgScope      *ebpf.VariableSpec `ebpf:"cfg_scope"`
 	CfgScopeLevel *ebpf.VariableSpec `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.VariableSpec `ebpf:"cfg_slot4"`
 	CfgSlot6      *ebpf.VariableSpec `ebpf:"cfg_slot6"`
@@ -264,6 +266,7 @@ type mirrorVariables struct {
 	CfgFrameTag   *ebpf.Variable `ebpf:"cfg_frame_tag"`
 	CfgMoves      *ebpf.Variable `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.Variable `ebpf:"cfg_netns"`
+	CfgScope      *ebpf.Variable `ebpf:"cfg_scope"`
 	CfgScopeLevel *ebpf.Variable `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.Variable `ebpf:"cfg_slot4"`
 	CfgSlot6      *ebpf.Variable `ebpf:"cfg_slot6"`

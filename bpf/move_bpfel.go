@@ -58,6 +58,7 @@ const (
 	moveVarCfgFrameTag    = "cfg_frame_tag"
 	moveVarCfgMoves       = "cfg_moves"
 	moveVarCfgNetns       = "cfg_netns"
+	moveVarCfgScope       = "cfg_scope"
 	moveVarCfgScopeLevel  = "cfg_scope_level"
 	moveVarCfgSlot4       = "cfg_slot4"
 	moveVarCfgSlot6       = "cfg_slot6"
@@ -159,6 +160,7 @@ type moveVariableSpecs struct {
 	CfgFrameTag   *ebpf.VariableSpec `ebpf:"cfg_frame_tag"`
 	CfgMoves      *ebpf.VariableSpec `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.VariableSpec `ebpf:"cfg_netns"`
+	CfgScope      *ebpf.VariableSpec `ebpf:"cfg_scope"`
 	CfgScopeLevel *ebpf.VariableSpec `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.VariableSpec `ebpf:"cfg_slot4"`
 	CfgSlot6      *ebpf.VariableSpec `ebpf:"cfg_slot6"`
@@ -268,6 +270,7 @@ type moveVariables struct {
 	CfgFrameTag   *ebpf.Variable `ebpf:"cfg_frame_tag"`
 	CfgMoves      *ebpf.Variable `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.Variable `ebpf:"cfg_netns"`
+	CfgScope      *ebpf.Variable `ebpf:"cfg_scope"`
 	CfgScopeLevel *ebpf.Variable `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.Variable `ebpf:"cfg_slot4"`
 	CfgSlot6      *ebpf.Variable `ebpf:"cfg_slot6"`

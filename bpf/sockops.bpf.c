@@ -341,7 +341,6 @@ on_close(struct bpf_sock_ops *ctx, struct decision *d, __u64 cookie, __u32 from)
 	ending = ending_of(&how);
 	if (d->path == PATH_DIRECT) {
 		keep_asked(d);
-		forget_sent(d, cookie);
 		count_live(d, false);
 		if (from == BPF_TCP_SYN_SENT &&
 		    is_failure(ending, ctx->total_retrans))
@@ -464,6 +463,9 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 	} else if (to == BPF_TCP_CLOSE) {
 		if (d) {
 			on_close(ctx, d, cookie, from);
+			/* Last: it can be asked until the kernel forgets it. */
+			if (d->path == PATH_DIRECT)
+				forget_sent(d, cookie);
 			d->followed = false; /* release may leave it now */
 		}
 		leave(cookie);

@@ -55,6 +55,7 @@ const (
 	sockopsVarCfgFrameTag    = "cfg_frame_tag"
 	sockopsVarCfgMoves       = "cfg_moves"
 	sockopsVarCfgNetns       = "cfg_netns"
+	sockopsVarCfgScope       = "cfg_scope"
 	sockopsVarCfgScopeLevel  = "cfg_scope_level"
 	sockopsVarCfgSlot4       = "cfg_slot4"
 	sockopsVarCfgSlot6       = "cfg_slot6"
@@ -153,6 +154,7 @@ type sockopsVariableSpecs struct {
 	CfgFrameTag   *ebpf.VariableSpec `ebpf:"cfg_frame_tag"`
 	CfgMoves      *ebpf.VariableSpec `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.VariableSpec `ebpf:"cfg_netns"`
+	CfgScope      *ebpf.VariableSpec `ebpf:"cfg_scope"`
 	CfgScopeLevel *ebpf.VariableSpec `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.VariableSpec `ebpf:"cfg_slot4"`
 	CfgSlot6      *ebpf.VariableSpec `ebpf:"cfg_slot6"`
@@ -262,6 +264,7 @@ type sockopsVariables struct {
 	CfgFrameTag   *ebpf.Variable `ebpf:"cfg_frame_tag"`
 	CfgMoves      *ebpf.Variable `ebpf:"cfg_moves"`
 	CfgNetns      *ebpf.Variable `ebpf:"cfg_netns"`
+	CfgScope      *ebpf.Variable `ebpf:"cfg_scope"`
 	CfgScopeLevel *ebpf.Variable `ebpf:"cfg_scope_level"`
 	CfgSlot4      *ebpf.Variable `ebpf:"cfg_slot4"`
 	CfgSlot6      *ebpf.Variable `ebpf:"cfg_slot6"`

@@ -13,6 +13,7 @@ type consts struct {
 	netns      uint64
 	slot4      uint32
 	slot6      uint32
+	scope      uint64
 	scopeLevel uint32
 	frameTag   uint64
 	moves      uint32
@@ -25,6 +26,7 @@ func (c consts) set(spec *ebpf.CollectionSpec) error {
 		"cfg_netns":       c.netns,
 		"cfg_slot4":       c.slot4,
 		"cfg_slot6":       c.slot6,
+		"cfg_scope":       c.scope,
 		"cfg_scope_level": c.scopeLevel,
 		"cfg_frame_tag":   c.frameTag,
 		"cfg_moves":       c.moves,

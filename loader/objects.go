@@ -342,6 +342,7 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 		netns:      d.options.Scope.Netns,
 		slot4:      d.slots.slot4(),
 		slot6:      d.slots.slot6(),
+		scope:      d.options.Scope.ID,
 		scopeLevel: d.options.Scope.Level,
 		frameTag:   d.frameTag,
 	}

@@ -13,7 +13,8 @@ struct gathered {
 	struct ip_addr dst;
 	struct ip_addr bound;
 	__u64 now;
-	__u64 group; /* 0: no quotas, in a dry run */
+	__u64 cgroup; /* of the task */
+	__u64 group; /* whose quotas count; 0: nobody's, in a dry run */
 	__u64 port;
 	__u64 why; /* REASON_NONE: the rules are asked; out: enum reason */
 	/* Out. */

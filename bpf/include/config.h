@@ -16,6 +16,8 @@ volatile const __u32 cfg_slot6 = 0;
  * sockets, for their own. Its lowest bit is set.
  */
 volatile const __u64 cfg_frame_tag = 0;
+/* Id of the scope's cgroup. */
+volatile const __u64 cfg_scope = 0;
 /* Depth of the scope's cgroup: the containers are one below. */
 volatile const __u32 cfg_scope_level = 0;
 /* PL_MOVES_*: of what programs of another layout have maps of their own, which

@@ -18,20 +18,20 @@ static __always_inline struct sent *sent_at(const struct live_key *k)
 	return bpf_map_lookup_elem(&sent, &n);
 }
 
-static __always_inline bool same_addr(const struct ip_addr *a,
-				      const struct ip_addr *b)
+/* differs has no branch until the end: the verifier walks each way. */
+static __always_inline __u32 differs(const struct ip_addr *a,
+				     const struct ip_addr *b)
 {
-	return a->w[0] == b->w[0] && a->w[1] == b->w[1] && a->w[2] == b->w[2] &&
-	       a->w[3] == b->w[3];
+	return (a->w[0] ^ b->w[0]) | (a->w[1] ^ b->w[1]) | (a->w[2] ^ b->w[2]) |
+	       (a->w[3] ^ b->w[3]);
 }
 
 static __always_inline bool same_key(const struct live_key *a,
 				     const struct live_key *b)
 {
-	return a->source_port == b->source_port &&
-	       a->slot_port == b->slot_port &&
-	       same_addr(&a->source, &b->source) &&
-	       same_addr(&a->slot, &b->slot);
+	return !((a->source_port ^ b->source_port) |
+		 (a->slot_port ^ b->slot_port) |
+		 differs(&a->source, &b->source) | differs(&a->slot, &b->slot));
 }
 
 /* note_sent is false where another connection is noted. Of two with the same
