@@ -165,7 +165,13 @@ static __always_inline void let_in(struct bpf_sock_ops *ctx, struct decision *d)
 static __always_inline void note(struct bpf_sock *sk, struct decision *d,
 				 __u64 cookie)
 {
-	if (d->owner != cookie || note_sent(d))
+	bool cell = d->owner == cookie;
+
+	/* Names hooks of the former layout may have it in a cell, and look
+	 * there.
+	 */
+	if ((!cell && !(cfg_moves & PL_MOVES_CELLS)) || note_sent(d, cookie) ||
+	    !cell)
 		return;
 	if (!bpf_sk_storage_get(&decisions, sk, d,
 				BPF_SK_STORAGE_GET_F_CREATE)) {

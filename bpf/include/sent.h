@@ -37,7 +37,7 @@ static __always_inline bool same_key(const struct live_key *a,
 /* note_sent is false where another connection is noted. Of two with the same
  * addresses, the other one is gone.
  */
-static __always_inline bool note_sent(const struct decision *d)
+static __always_inline bool note_sent(const struct decision *d, __u64 cookie)
 {
 	struct sent *s = sent_at(&d->key);
 	__u64 owner;
@@ -45,8 +45,8 @@ static __always_inline bool note_sent(const struct decision *d)
 	if (!s)
 		return false;
 	owner = *(volatile __u64 *)&s->owner;
-	if (owner != d->owner && ((owner && !same_key(&s->key, &d->key)) ||
-				  !swap(&s->owner, owner, d->owner)))
+	if (owner != cookie && ((owner && !same_key(&s->key, &d->key)) ||
+				!swap(&s->owner, owner, cookie)))
 		return false;
 	s->asked.addr = d->orig;
 	s->asked.port = d->orig_port;

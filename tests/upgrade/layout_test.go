@@ -17,7 +17,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
+	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/rig"
@@ -126,7 +129,7 @@ func buildWithLayout(t testing.TB, changes map[string]string) string {
 }
 
 // hot are maps that hooks write to all the time. All of them differ.
-var hot = []string{"decisions", "departed", "endpoints", "live", "slots", "state", "usage_by_group"}
+var hot = []string{"cells", "decisions", "departed", "endpoints", "live", "slots", "state", "usage_by_group"}
 
 // otherLayout moves about what is stored with sockets and what hooks write to, and adds
 // to that and to maps of the configuration.
@@ -193,6 +196,7 @@ func layoutStage(t *testing.T, log, more string, conns, later int, to ...netip.A
 	r.Serve(t, netip.AddrPortFrom(netip.IPv4Unspecified(), widePort), echo)
 	i := r.Run(t, more+fmt.Sprintf(layoutConfig, log, conns+later+roomForVisitors, service(ends[0], ends[1]),
 		direct2, ends[0], ends[1], ends[2], ejected, ends[0], refuses))
+	occupyCells(t, i)
 	for range 6 { // two of which fail
 		_, _ = r.Try(os.Args[0], "-test.run=^TestKnock$", "-knock="+ejected.String())
 	}
@@ -209,6 +213,22 @@ func layoutStage(t *testing.T, log, more string, conns, later int, to ...netip.A
 	app := newPeers(t, r, q)
 	app.turn(t, "turn")
 	return r, i, app
+}
+
+// occupyCells has every second decision in socket storage: somebody else is in the cell.
+func occupyCells(t *testing.T, i *rig.Instance) {
+	t.Helper()
+	m, err := ebpf.LoadPinnedMap(filepath.Join(loader.BPFFS, "pillion", i.Name, "cells"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	const nobodys = 1 << 62 // no cookie of a socket is so high
+	for n := uint32(0); n < bpf.Cells; n += 2 {
+		if err := m.Put(n, bpf.Decision{Owner: nobodys + uint64(n)}); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 const (
