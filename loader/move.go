@@ -101,9 +101,12 @@ func plan(from, to *description) (*move, error) {
 		m.moved = slices.Compact(slices.Sorted(slices.Values(append(m.moved, "live", "departed"))))
 	}
 	if c, ok := m.carrier(); ok {
-		if err := errors.Join(c.check(), m.checkCells()); err != nil {
+		if err := c.check(); err != nil {
 			return nil, err
 		}
+	}
+	if err := m.checkCells(); err != nil {
+		return nil, err
 	}
 	if m.has("sets") {
 		if err := m.checkSets(); err != nil {

@@ -448,6 +448,7 @@ func TestMoveRefused(t *testing.T) {
 		"map settings differs":         change("settings", func(m *mapLayout) { m.Type = uint32(ebpf.Hash) }),
 		"no field opened of 8 bytes":   change("decisions", func(m *mapLayout) { rename(m, "opened") }),
 		"no field own of 1 bytes":      change("decisions", func(m *mapLayout) { rename(m, "own") }),
+		"map cells differs":            change("cells", func(m *mapLayout) { m.MaxEntries /= 2 }),
 		"in form 99":                   func(l *description) { l.Form = 99 },
 		"REASON_SERVICE of enum reason": func(l *description) {
 			l.Enums = map[string]map[string]int64{"reason": {"REASON_SERVICE": 77}}
