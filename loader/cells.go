@@ -2,7 +2,6 @@ package loader
 
 import (
 	"bytes"
-	"encoding/binary"
 	"fmt"
 	"os"
 	"slices"
@@ -85,35 +84,70 @@ func (d *Datapath) openCells() (err error) {
 // sockops, or the kernel itself refused an MPTCP socket's connect. Who is not gone after
 // all has its cell until somebody takes it. Called with d.mu.
 func (d *Datapath) leaveCells() error {
-	old := uint64(d.monotonic()) - uint64(cellMinAge)
-	opened := unsafe.Offsetof(bpf.Decision{}.Opened)
-	decided, sent := map[uint64]int{}, map[uint64]int{}
-	for n := range d.cells.count {
-		owner := d.cells.ownerAt(n).Load()
-		if owner != 0 && owner&bpf.CellLeft == 0 && binary.NativeEndian.Uint64(d.cells.at(n)[opened:]) < old {
-			decided[owner] = n
-		}
-		if owner := d.sent.ownerAt(n).Load(); owner != 0 {
-			sent[owner] = n
-		}
-	}
-	if len(decided)+len(sent) == 0 {
-		return nil
-	}
-	err := d.network.sockets(func(s *socket) {
-		delete(decided, s.cookie())
-		delete(sent, s.cookie())
-	})
+	all, err := d.leftCells()
 	if err != nil {
 		return err
 	}
-	for owner, n := range decided {
-		d.cells.ownerAt(n).CompareAndSwap(owner, owner|bpf.CellLeft)
+	d.mark(all)
+	return nil
+}
+
+// leftCells are cells whose sockets no dump shows, by whose they are.
+type leftCells struct {
+	decided map[uint64]oldCell
+	sent    map[uint64]int
+}
+
+type oldCell struct {
+	n      int
+	opened uint64
+}
+
+func (d *Datapath) leftCells() (*leftCells, error) {
+	now := uint64(d.monotonic())
+	all := &leftCells{decided: map[uint64]oldCell{}, sent: map[uint64]int{}}
+	for n := range d.cells.count {
+		owner, opened := d.cells.ownerAt(n).Load(), d.openedAt(n).Load()
+		if owner != 0 && owner&bpf.CellLeft == 0 && longAgo(opened, now, cellMinAge) {
+			all.decided[owner] = oldCell{n, opened}
+		}
+		if owner := d.sent.ownerAt(n).Load(); owner != 0 {
+			all.sent[owner] = n
+		}
 	}
-	for owner, n := range sent {
+	// Twice, as in reconcile: a dump is no snapshot.
+	for range 2 {
+		if len(all.decided)+len(all.sent) == 0 {
+			break
+		}
+		err := d.network.sockets(func(s *socket) {
+			delete(all.decided, s.cookie())
+			delete(all.sent, s.cookie())
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+// mark has others take them. A socket that had been refused is in no dump: it may have
+// connected again meanwhile.
+func (d *Datapath) mark(all *leftCells) {
+	for owner, c := range all.decided {
+		if d.openedAt(c.n).Load() == c.opened {
+			d.cells.ownerAt(c.n).CompareAndSwap(owner, owner|bpf.CellLeft)
+		}
+	}
+	for owner, n := range all.sent {
 		d.sent.ownerAt(n).CompareAndSwap(owner, 0)
 	}
-	return nil
+}
+
+// openedAt is when the decision in a cell was taken, by the hooks' clock; a cell that is
+// just being taken has that of who had it before.
+func (d *Datapath) openedAt(n int) *atomic.Uint64 {
+	return (*atomic.Uint64)(unsafe.Pointer(&d.cells.at(n)[unsafe.Offsetof(bpf.Decision{}.Opened)]))
 }
 
 // hasCells tells whether hooks of the other layout have cells, which is another one.

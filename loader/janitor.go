@@ -57,17 +57,21 @@ func (d *Datapath) tidy() error {
 	return errors.Join(errs...)
 }
 
+// longAgo tells whether one moment of the hooks' clock is more than age before another.
+// That clock begins with the machine, which may be younger.
+func longAgo(then, now uint64, age time.Duration) bool { return int64(now-then) > int64(age) }
+
 // reconcile deletes entries of live whose sockets are gone. sockops does it at
 // once; but its flags on a socket are one set for all programs, and another
 // agent's may have cleared ours. Missing twice in a row is gone: a dump of the
 // sockets is no snapshot.
 func (d *Datapath) reconcile() error {
-	old := uint64(d.monotonic()) - uint64(liveMinAge)
+	now := uint64(d.monotonic())
 	suspects := map[bpf.LiveKey]bpf.Live{}
 	var k bpf.LiveKey
 	var l bpf.Live
 	for it := d.maps.Live.Iterate(); it.Next(&k, &l); {
-		if l.Opened < old {
+		if longAgo(l.Opened, now, liveMinAge) {
 			suspects[k] = l
 		}
 	}

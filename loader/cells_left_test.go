@@ -1,0 +1,98 @@
+package loader
+
+import (
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/pillion-project/pillion/bpf"
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+func TestLongAgo(t *testing.T) {
+	const s = uint64(time.Second)
+	for _, tt := range []struct {
+		then, now uint64
+		want      bool
+	}{
+		{100 * s, 161 * s, true},
+		{100 * s, 160 * s, false},
+		{100 * s, 99 * s, false}, // a hook on another processor
+		{2 * s, 3 * s, false},    // the machine has just started
+		{0, 61 * s, true},
+	} {
+		if got := longAgo(tt.then, tt.now, time.Minute); got != tt.want {
+			t.Errorf("from %d s to %d s: %t, want %t", tt.then/s, tt.now/s, got, tt.want)
+		}
+	}
+}
+
+// TestLeftCells: cells and rows are taken from those that are gone, and from nobody that
+// is open, is younger than a minute, or connects again while sockets are listed.
+func TestLeftCells(t *testing.T) {
+	p := newPlace(t)
+	d := p.create(t, "one")
+	defer p.unload(t, d)
+	at := netip.AddrPortFrom(testutil.WorldV4.Addr(), 8001)
+	setRules(t, d, withServices(map[netip.AddrPort]*flow.Set{shop: setOf(at)}))
+	p.attach(t, d)
+	conns := serve(t, p.World, at)
+	c, err := p.open(t, shop)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	defer (<-conns).Close()
+	var open uint64
+	raw, err := c.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) { open = cookieOf(t, int(fd)) })
+
+	now := uint64(d.monotonic())
+	old := now - 2*uint64(time.Minute)
+	d.openedAt(int(open % bpf.Cells)).Store(old)
+	// Of no socket: cookies do not get there.
+	nobody := func(n, opened uint64) (owner uint64) {
+		owner = 1<<62 + open + n
+		d.openedAt(int(owner % bpf.Cells)).Store(opened)
+		d.cells.ownerAt(int(owner % bpf.Cells)).Store(owner)
+		return owner
+	}
+	gone, young, again := nobody(1, old), nobody(2, now), nobody(3, old)
+	row := 0
+	for d.sent.ownerAt(row).Load() != 0 {
+		row++
+	}
+	d.sent.ownerAt(row).Store(gone)
+
+	all, err := d.leftCells()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.openedAt(int(again % bpf.Cells)).Store(now)
+	d.mark(all)
+	got := map[string]uint64{}
+	for name, owner := range map[string]uint64{"open": open, "gone": gone, "young": young, "again": again} {
+		got[name] = d.cells.ownerAt(int(owner%bpf.Cells)).Load() - owner
+	}
+	if diff := cmp.Diff(map[string]uint64{"open": 0, "gone": bpf.CellLeft, "young": 0, "again": 0}, got); diff != "" {
+		t.Errorf("marks (-want +got):\n%s", diff)
+	}
+	if owner := d.sent.ownerAt(row).Load(); owner != 0 {
+		t.Errorf("a row of what was sent is still that of %d, who is gone", owner)
+	}
+	rows := 0
+	for n := range d.sent.count {
+		if d.sent.ownerAt(n).Load() == open {
+			rows++
+		}
+	}
+	if rows != 1 {
+		t.Errorf("the open connection has %d rows of what was sent", rows)
+	}
+}
