@@ -103,6 +103,8 @@ type hooks struct {
 	maps      map[string]*ebpf.Map
 	progs     map[string]*ebpf.Program
 	listeners []*net.TCPListener
+	cells     *crowded[Decision]
+	sent      *crowded[Sent]
 }
 
 func newHooks(t *testing.T) *hooks {
@@ -131,6 +133,7 @@ func newHooks(t *testing.T) *hooks {
 		}
 		t.Cleanup(func() { l.Close() })
 	}
+	h.crowd(t)
 	h.listen(t)
 	return h
 }
