@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -28,6 +29,9 @@ import (
 //	peer                              names the peer of the last socket
 //	close                             closes all sockets
 //	wait                              waits for a line of the standard input
+//	times=N                           before all others: does them N times
+//
+// and what takeMore has.
 const envSteps = "PILLION_TEST_STEPS"
 
 type stepper struct {
@@ -37,8 +41,15 @@ type stepper struct {
 
 func takeSteps(steps string) {
 	s := &stepper{input: bufio.NewReader(os.Stdin)}
-	for _, step := range strings.Fields(steps) {
-		s.take(step)
+	all, times := strings.Fields(steps), 1
+	if n, found := strings.CutPrefix(all[0], "times="); found {
+		times, _ = strconv.Atoi(n)
+		all = all[1:]
+	}
+	for range times {
+		for _, step := range all {
+			s.take(step)
+		}
 	}
 }
 
@@ -58,6 +69,10 @@ func (a *asker) peer(err error) string {
 
 func (s *stepper) take(step string) {
 	what, where, _ := strings.Cut(step, "=")
+	if said, ok := s.takeMore(what, where); ok {
+		fmt.Println(strings.TrimSpace(step + " " + said))
+		return
+	}
 	source, where, bound := strings.Cut(where, ",")
 	if !bound {
 		where = source

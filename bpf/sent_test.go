@@ -1,0 +1,128 @@
+package bpf
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/tests/testutil"
+)
+
+// tuple is the key of a connection.
+func tuple(source, to string) LiveKey {
+	s, d := netip.MustParseAddrPort(source), netip.MustParseAddrPort(to)
+	return LiveKey{
+		Source: abiIpAddr(FromAddr(s.Addr().Unmap())), SourcePort: s.Port(),
+		Slot: abiIpAddr(FromAddr(d.Addr().Unmap())), SlotPort: d.Port(),
+	}
+}
+
+// sentBefore has every row say that somebody who is gone had these addresses, and
+// asked for 192.0.2.9:9.
+func (h *hooks) sentBefore(source, to string) {
+	for n := range h.sent.all {
+		h.sent.all[n] = Sent{
+			Key: tuple(source, to), Owner: foreign + uint64(n),
+			Asked: abiEndpointKey{Addr: abiIpAddr(FromAddr(netip.MustParseAddr("192.0.2.9"))), Port: 9},
+		}
+	}
+	copy(h.sent.before, h.sent.all)
+}
+
+// TestSentOfTheDead: whoever had the addresses of an MPTCP socket before, and however
+// it is connected now, its peer is what it asked for itself.
+func TestSentOfTheDead(t *testing.T) {
+	testutil.CheckLeaks(t)
+	h := newHooks(t)
+	h.services(t)
+	h.put(t, "own_addrs", FromAddr(netip.MustParseAddr("127.0.0.1")), uint32(1))
+	h.put(t, "own_addrs", FromAddr(netip.MustParseAddr("::1")), uint32(1))
+	port := 4100
+	for _, tt := range []struct {
+		name, family, from, to, at string
+		path                       flow.Path
+		crowded                    bool
+	}{
+		{"direct", "4", "127.0.0.1", asked4, at4, flow.PathDirect, false},
+		{"direct", "6", "[::1]", asked6, at6, flow.PathDirect, false},
+		{"direct, mapped", "6", "[::ffff:127.0.0.1]", mapped4, at4, flow.PathDirect, false},
+		{"direct without a cell", "4", "127.0.0.1", asked4, at4, flow.PathDirect, true},
+		{"direct without a cell", "6", "[::1]", asked6, at6, flow.PathDirect, true},
+		{"pass", "4", "127.0.0.1", at4, at4, flow.PathPass, false},
+		{"pass", "6", "[::1]", at6, at6, flow.PathPass, false},
+		{"pass without a cell", "4", "127.0.0.1", at4, at4, flow.PathPass, true},
+	} {
+		for _, kind := range []string{"", "mptcp"} {
+			t.Run(tt.name+" "+kind+tt.family, func(t *testing.T) {
+				port++
+				from := fmt.Sprint(tt.from, ":", port)
+				h.sentBefore(from, tt.at)
+				if tt.crowded {
+					h.cells = crowd(h.cells.all, h.cells.owner, stale(), func(int) bool { return true }, false)
+				}
+				a := h.start(t, "new="+kind+tt.family, "from="+from, "again="+tt.to, "peer", "wait")
+				if diff := cmp.Diff([]string{"from=" + from + " ok", "again=" + tt.to + " " + tt.to, "peer " + tt.to}, a.said(t, 4)[1:]); diff != "" {
+					t.Errorf("(-want +got):\n%s", diff)
+				}
+				// Who has a cell is noted; a row of the dead is left to the process.
+				if tt.path == flow.PathDirect && !tt.crowded {
+					d, s := h.cells.only(t), h.sent.only(t)
+					to := netip.MustParseAddrPort(tt.to)
+					if s.Owner != d.Owner || s.Key != tuple(from, tt.at) || ToAddr(IPAddr(s.Asked.Addr)) != to.Addr().Unmap() || s.Asked.Port != to.Port() {
+						t.Errorf("the row %+v of the cell %+v", s, d)
+					}
+				} else if owned := h.sent.owned(); len(owned) != 0 {
+					t.Errorf("rows %v", owned)
+				}
+				a.write("\n")
+				a.cmd.Wait()
+				if tt.crowded {
+					h.cells.untouched(t, "cells")
+					h.cells = crowd(h.cells.all, h.cells.owner, Decision{}, func(int) bool { return false }, true)
+				}
+				clear(h.sent.all)
+				clear(h.sent.before)
+			})
+		}
+	}
+	h.balanced(t)
+}
+
+// TestSentElsewhere: an MPTCP socket of another namespace that has the same addresses
+// is another connection.
+func TestSentElsewhere(t *testing.T) {
+	testutil.CheckLeaks(t)
+	h := newHooks(t)
+	h.services(t)
+	h.put(t, "own_addrs", FromAddr(netip.MustParseAddr("127.0.0.1")), uint32(1))
+	ours, other := h.ns, testutil.NewNS(t)
+	h.ns = other
+	h.listenAt(t, at4)
+	h.ns = ours
+	steps := func(to string) []string {
+		return []string{"new=mptcp4", "from=127.0.0.1:4200", "again=" + to, "wait", "peer", "wait"}
+	}
+	here := h.start(t, steps(asked4)...)
+	if said := here.said(t, 3)[2]; said != "again="+asked4+" "+asked4 {
+		t.Errorf("here: %q", said)
+	}
+	h.ns = other
+	there := h.start(t, steps(at4)...)
+	h.ns = ours
+	there.said(t, 2)
+	if said := there.said(t, 1)[0]; said != "again="+at4+" "+at4 {
+		t.Errorf("elsewhere: %q", said)
+	}
+	here.write("\n")
+	if said := here.said(t, 2)[1]; said != "peer "+asked4 {
+		t.Errorf("here, then: %q", said)
+	}
+	for _, a := range []*app{here, there} {
+		a.stdin.Close()
+		a.cmd.Wait()
+	}
+	h.balanced(t)
+}
