@@ -170,8 +170,11 @@ static __always_inline void note(struct bpf_sock *sk, struct decision *d,
 	/* Names hooks of the former layout may have it in a cell, and look
 	 * there.
 	 */
-	if ((!cell && !(cfg_moves & PL_MOVES_CELLS)) || note_sent(d, cookie) ||
-	    !cell)
+	if (!cell && !(cfg_moves & PL_MOVES_CELLS)) {
+		forget_others(d);
+		return;
+	}
+	if (note_sent(d, cookie) || !cell)
 		return;
 	if (!bpf_sk_storage_get(&decisions, sk, d,
 				BPF_SK_STORAGE_GET_F_CREATE)) {
@@ -211,6 +214,8 @@ static __always_inline void on_open(struct bpf_sock_ops *ctx,
 		break;
 	default:
 		tally(TALLY_SENT_PASS);
+		if (d->reason != REASON_NETNS)
+			forget_others(d);
 	}
 	/* One set of flags for every program on the socket: add, never set. */
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags |
@@ -404,6 +409,25 @@ on_close(struct bpf_sock_ops *ctx, struct decision *d, __u64 cookie, __u32 from)
 	bpf_ringbuf_submit(e, event_flags());
 }
 
+/* keep_seen has an application whose connection has ended still find the
+ * address of its own that it was shown, as long as the kernel remembers where
+ * it was connected to. The cell goes, so this is in storage; who closes the
+ * socket, or has closed it before, does without.
+ */
+static __always_inline void keep_seen(struct bpf_sock *sk, struct decision *d,
+				      __u64 cookie)
+{
+	struct decision *kept;
+
+	if (d->owner != cookie || d->path != PATH_RELAY || !d->followed ||
+	    d->released || is_zero(&d->seen))
+		return;
+	kept = bpf_sk_storage_get(&decisions, sk, d,
+				  BPF_SK_STORAGE_GET_F_CREATE);
+	if (kept)
+		kept->followed = false;
+}
+
 /* is_news is false for what most calls are about: states that say nothing, and
  * retransmissions after which the kernel goes on. Then the socket's entry is
  * not looked up.
@@ -469,6 +493,7 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 	} else if (to == BPF_TCP_CLOSE) {
 		if (d) {
 			on_close(ctx, d, cookie, from);
+			keep_seen(sk, d, cookie);
 			/* Last: it can be asked until the kernel forgets it. */
 			if (d->path == PATH_DIRECT)
 				forget_sent(d, cookie);

@@ -55,6 +55,17 @@ static __always_inline bool note_sent(const struct decision *d, __u64 cookie)
 	return true;
 }
 
+/* forget_others is for a connection that is not noted itself: one that had its
+ * addresses before, and whose end no hook saw, is not to be taken for it.
+ */
+static __always_inline void forget_others(const struct decision *d)
+{
+	struct sent *s = sent_at(&d->key);
+
+	if (s && same_key(&s->key, &d->key))
+		s->key.slot_port = 0;
+}
+
 static __always_inline void forget_sent(const struct decision *d, __u64 cookie)
 {
 	struct sent *s = sent_at(&d->key);
