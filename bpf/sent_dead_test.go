@@ -90,39 +90,3 @@ func TestSentOfTheDead(t *testing.T) {
 	}
 	h.balanced(t)
 }
-
-// TestSentElsewhere: an MPTCP socket of another namespace that has the same addresses
-// is another connection.
-func TestSentElsewhere(t *testing.T) {
-	testutil.CheckLeaks(t)
-	h := newHooks(t)
-	h.services(t)
-	h.put(t, "own_addrs", FromAddr(netip.MustParseAddr("127.0.0.1")), uint32(1))
-	ours, other := h.ns, testutil.NewNS(t)
-	h.ns = other
-	h.listenAt(t, at4)
-	h.ns = ours
-	steps := func(to string) []string {
-		return []string{"new=mptcp4", "from=127.0.0.1:4200", "again=" + to, "wait", "peer", "wait"}
-	}
-	here := h.start(t, steps(asked4)...)
-	if said := here.said(t, 3)[2]; said != "again="+asked4+" "+asked4 {
-		t.Errorf("here: %q", said)
-	}
-	h.ns = other
-	there := h.start(t, steps(at4)...)
-	h.ns = ours
-	there.said(t, 2)
-	if said := there.said(t, 1)[0]; said != "again="+at4+" "+at4 {
-		t.Errorf("elsewhere: %q", said)
-	}
-	here.write("\n")
-	if said := here.said(t, 2)[1]; said != "peer "+asked4 {
-		t.Errorf("here, then: %q", said)
-	}
-	for _, a := range []*app{here, there} {
-		a.stdin.Close()
-		a.cmd.Wait()
-	}
-	h.balanced(t)
-}
