@@ -2,6 +2,7 @@ package loader
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -70,13 +71,22 @@ func (c *cells) of(cookie uint64) []byte {
 	return value
 }
 
-// openCells maps what hooks have in cells.
-func (d *Datapath) openCells() (err error) {
-	if d.cells, err = mapCells(d.maps.Cells, uint32(unsafe.Offsetof(bpf.Decision{}.Owner))); err != nil {
-		return err
+// openCells and openSent map what hooks have there. They are for the caller to close, and
+// for as short as can be: all of it counts as the process's memory meanwhile.
+func (d *Datapath) openCells() (*cells, error) {
+	return mapCells(d.maps.Cells, uint32(unsafe.Offsetof(bpf.Decision{}.Owner)))
+}
+
+func (d *Datapath) openSent() (*cells, error) {
+	return mapCells(d.maps.Sent, uint32(unsafe.Offsetof(bpf.Sent{}.Owner)))
+}
+
+// openCells maps those of hooks of the other layout; nil: they have none.
+func (m *move) openCells() (*cells, error) {
+	if !m.hasCells() {
+		return nil, nil
 	}
-	d.sent, err = mapCells(d.maps.Sent, uint32(unsafe.Offsetof(bpf.Sent{}.Owner)))
-	return err
+	return mapCells(m.old["cells"], uint32(at(m.between("cells").from, "owner")))
 }
 
 // leaveCells has others take the cells of sockets that are gone. Hooks give them back, but
@@ -85,33 +95,43 @@ func (d *Datapath) openCells() (err error) {
 // all has its cell until somebody takes it. Called with d.mu.
 func (d *Datapath) leaveCells() error {
 	all, err := d.leftCells()
-	if err != nil {
-		return err
+	if err == nil {
+		all.mark()
 	}
-	d.mark(all)
-	return nil
+	return errors.Join(err, all.close())
 }
 
 // leftCells are cells whose sockets no dump shows, by whose they are.
 type leftCells struct {
-	decided map[uint64]oldCell
-	sent    map[uint64]int
+	cells, rows *cells
+	decided     map[uint64]oldCell
+	sent        map[uint64]int
 }
+
+func (l *leftCells) close() error { return errors.Join(l.cells.close(), l.rows.close()) }
 
 type oldCell struct {
 	n      int
 	opened uint64
 }
 
+// leftCells is for the caller to close, also when it fails.
 func (d *Datapath) leftCells() (*leftCells, error) {
 	now := uint64(d.monotonic())
 	all := &leftCells{decided: map[uint64]oldCell{}, sent: map[uint64]int{}}
-	for n := range d.cells.count {
-		owner, opened := d.cells.ownerAt(n).Load(), d.openedAt(n).Load()
+	var err error
+	if all.cells, err = d.openCells(); err != nil {
+		return all, err
+	}
+	if all.rows, err = d.openSent(); err != nil {
+		return all, err
+	}
+	for n := range all.cells.count {
+		owner, opened := all.cells.ownerAt(n).Load(), all.cells.openedAt(n).Load()
 		if owner != 0 && owner&bpf.CellLeft == 0 && longAgo(opened, now, cellMinAge) {
 			all.decided[owner] = oldCell{n, opened}
 		}
-		if owner := d.sent.ownerAt(n).Load(); owner != 0 {
+		if owner := all.rows.ownerAt(n).Load(); owner != 0 {
 			all.sent[owner] = n
 		}
 	}
@@ -125,7 +145,7 @@ func (d *Datapath) leftCells() (*leftCells, error) {
 			delete(all.sent, s.cookie())
 		})
 		if err != nil {
-			return nil, err
+			return all, err
 		}
 	}
 	return all, nil
@@ -133,21 +153,21 @@ func (d *Datapath) leftCells() (*leftCells, error) {
 
 // mark has others take them. A socket that had been refused is in no dump: it may have
 // connected again meanwhile.
-func (d *Datapath) mark(all *leftCells) {
-	for owner, c := range all.decided {
-		if d.openedAt(c.n).Load() == c.opened {
-			d.cells.ownerAt(c.n).CompareAndSwap(owner, owner|bpf.CellLeft)
+func (l *leftCells) mark() {
+	for owner, c := range l.decided {
+		if l.cells.openedAt(c.n).Load() == c.opened {
+			l.cells.ownerAt(c.n).CompareAndSwap(owner, owner|bpf.CellLeft)
 		}
 	}
-	for owner, n := range all.sent {
-		d.sent.ownerAt(n).CompareAndSwap(owner, 0)
+	for owner, n := range l.sent {
+		l.rows.ownerAt(n).CompareAndSwap(owner, 0)
 	}
 }
 
-// openedAt is when the decision in a cell was taken, by the hooks' clock; a cell that is
-// just being taken has that of who had it before.
-func (d *Datapath) openedAt(n int) *atomic.Uint64 {
-	return (*atomic.Uint64)(unsafe.Pointer(&d.cells.at(n)[unsafe.Offsetof(bpf.Decision{}.Opened)]))
+// openedAt is when the decision in one of this build's cells was taken, by the hooks' clock;
+// a cell that is just being taken has that of who had it before.
+func (c *cells) openedAt(n int) *atomic.Uint64 {
+	return (*atomic.Uint64)(unsafe.Pointer(&c.at(n)[unsafe.Offsetof(bpf.Decision{}.Opened)]))
 }
 
 // hasCells tells whether hooks of the other layout have cells, which is another one.

@@ -53,46 +53,50 @@ func TestLeftCells(t *testing.T) {
 	}
 	raw.Control(func(fd uintptr) { open = cookieOf(t, int(fd)) })
 
+	own, rows := mapped(t, d.openCells), mapped(t, d.openSent)
 	now := uint64(d.monotonic())
 	old := now - 2*uint64(time.Minute)
-	d.openedAt(int(open % bpf.Cells)).Store(old)
+	own.openedAt(int(open % bpf.Cells)).Store(old)
 	// Of no socket: cookies do not get there.
 	nobody := func(n, opened uint64) (owner uint64) {
 		owner = 1<<62 + open + n
-		d.openedAt(int(owner % bpf.Cells)).Store(opened)
-		d.cells.ownerAt(int(owner % bpf.Cells)).Store(owner)
+		own.openedAt(int(owner % bpf.Cells)).Store(opened)
+		own.ownerAt(int(owner % bpf.Cells)).Store(owner)
 		return owner
 	}
 	gone, young, again := nobody(1, old), nobody(2, now), nobody(3, old)
 	row := 0
-	for d.sent.ownerAt(row).Load() != 0 {
+	for rows.ownerAt(row).Load() != 0 {
 		row++
 	}
-	d.sent.ownerAt(row).Store(gone)
+	rows.ownerAt(row).Store(gone)
 
 	all, err := d.leftCells()
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.openedAt(int(again % bpf.Cells)).Store(now)
-	d.mark(all)
+	own.openedAt(int(again % bpf.Cells)).Store(now)
+	all.mark()
+	if err := all.close(); err != nil {
+		t.Error(err)
+	}
 	got := map[string]uint64{}
 	for name, owner := range map[string]uint64{"open": open, "gone": gone, "young": young, "again": again} {
-		got[name] = d.cells.ownerAt(int(owner%bpf.Cells)).Load() - owner
+		got[name] = own.ownerAt(int(owner%bpf.Cells)).Load() - owner
 	}
 	if diff := cmp.Diff(map[string]uint64{"open": 0, "gone": bpf.CellLeft, "young": 0, "again": 0}, got); diff != "" {
 		t.Errorf("marks (-want +got):\n%s", diff)
 	}
-	if owner := d.sent.ownerAt(row).Load(); owner != 0 {
+	if owner := rows.ownerAt(row).Load(); owner != 0 {
 		t.Errorf("a row of what was sent is still that of %d, who is gone", owner)
 	}
-	rows := 0
-	for n := range d.sent.count {
-		if d.sent.ownerAt(n).Load() == open {
-			rows++
+	found := 0
+	for n := range rows.count {
+		if rows.ownerAt(n).Load() == open {
+			found++
 		}
 	}
-	if rows != 1 {
-		t.Errorf("the open connection has %d rows of what was sent", rows)
+	if found != 1 {
+		t.Errorf("the open connection has %d rows of what was sent", found)
 	}
 }

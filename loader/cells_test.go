@@ -16,10 +16,25 @@ func cookieOf(t testing.TB, fd int) uint64 {
 	return cookie
 }
 
+// mapped maps cells until the test has ended.
+func mapped(t testing.TB, open func() (*cells, error)) *cells {
+	t.Helper()
+	c, err := open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
 // decisionOn gives the decision on a socket, and tells whether that has a cell.
 func decisionOn(t testing.TB, d *Datapath, fd int) (v bpf.Decision, cell bool) {
 	t.Helper()
-	if raw := d.cells.of(cookieOf(t, fd)); raw != nil {
+	if raw := mapped(t, d.openCells).of(cookieOf(t, fd)); raw != nil {
 		return valueAs[bpf.Decision](raw), true
 	}
 	if err := d.maps.Decisions.Lookup(uint32(fd), &v); err != nil {
@@ -40,5 +55,5 @@ func withoutCell(t testing.TB, d *Datapath, fd int) {
 	if err := d.maps.Decisions.Put(uint32(fd), v); err != nil {
 		t.Fatal(err)
 	}
-	d.cells.ownerAt(int(cookie % bpf.Cells)).Store(0)
+	mapped(t, d.openCells).ownerAt(int(cookie % bpf.Cells)).Store(0)
 }

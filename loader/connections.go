@@ -22,12 +22,17 @@ const (
 
 // decided calls f for the open sockets of the namespace that a connect hook
 // decided on.
-func (d *Datapath) decided(f func(*socket, *bpf.Decision)) error {
-	m, stored, inCells, size := d.moving.Load(), d.maps.Decisions, d.cells, int(unsafe.Sizeof(bpf.Decision{}))
+func (d *Datapath) decided(f func(*socket, *bpf.Decision)) (err error) {
+	m, stored, open, size := d.moving.Load(), d.maps.Decisions, d.openCells, int(unsafe.Sizeof(bpf.Decision{}))
 	former := m.has("decisions") && m.again != goesBack
 	if former {
-		stored, inCells, size = m.old["decisions"], m.cells, int(m.from.Maps["decisions"].ValueSize)
+		stored, open, size = m.old["decisions"], m.openCells, int(m.from.Maps["decisions"].ValueSize)
 	}
+	inCells, err := open()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, inCells.close()) }()
 	return d.network.storages(stored, func(s *socket) {
 		raw := inCells.of(s.cookie())
 		switch {

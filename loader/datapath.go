@@ -101,8 +101,6 @@ type Datapath struct {
 	links    map[string]link.Link
 	earlier  []link.Link // to cgroups that were removed: see follow
 	state    *sharedState
-	cells    *cells // decisions on sockets
-	sent     *cells // by address
 	clock    bpf.Clock
 
 	liveFD, departedFD int
@@ -273,7 +271,6 @@ func (d *Datapath) Close() error {
 		errs = append(errs, q.close())
 	}
 	errs = append(errs, d.sets.close(), d.maps.Close(), d.moved.close(), d.former.close())
-	errs = append(errs, d.cells.close(), d.sent.close())
 	if d.state != nil {
 		errs = append(errs, d.state.close())
 	}

@@ -161,9 +161,6 @@ func (d *Datapath) goOn(maps map[string]*ebpf.Map) error {
 		return err
 	}
 	d.keepMaps(maps)
-	if err = d.openCells(); err != nil {
-		return err
-	}
 	d.heldSpec = innerLater("held")
 	d.sets.open(&d.maps, innerLater("sets"))
 	for i := 0; ; i++ {

@@ -68,7 +68,6 @@ type move struct {
 	moved    []string             // names of the maps, sorted
 	old      map[string]*ebpf.Map // those of them that the hooks have had,
 	bulk     map[string]*ebpf.Map // and of those rings and sets, which end with the move
-	cells    *cells               // of the other layout, if it has any
 	sums     sums
 	seen     seen
 	sets     *formerSets   // nil: they are not moved
@@ -164,13 +163,6 @@ func (m *move) open(dir *dir) error {
 	if err := m.seen.open(m, dir); err != nil {
 		return err
 	}
-	if m.hasCells() {
-		var err error
-		owner := at(m.between("cells").from, "owner")
-		if m.cells, err = mapCells(m.old["cells"], uint32(owner)); err != nil {
-			return err
-		}
-	}
 	return m.sums.open(m)
 }
 
@@ -186,7 +178,7 @@ func (m *move) close() error {
 	if m == nil {
 		return nil
 	}
-	errs := []error{m.sums.close(), m.seen.close(), m.cells.close(), m.closeBulk()}
+	errs := []error{m.sums.close(), m.seen.close(), m.closeBulk()}
 	for _, old := range m.old {
 		errs = append(errs, old.Close())
 	}

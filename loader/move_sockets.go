@@ -2,6 +2,7 @@ package loader
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"unsafe"
 
@@ -16,19 +17,29 @@ const moveTries = 3
 // moveSockets makes the entries of sockets at which nothing has happened since the hooks
 // were swapped. What it cannot find, such as a socket whose connect was refused by the
 // kernel itself, is moved when something happens there.
-func (d *Datapath) moveSockets(m *move) error {
+func (d *Datapath) moveSockets(m *move) (err error) {
+	ours, err := d.openCells()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, ours.close()) }()
+	theirs, err := m.openCells()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, theirs.close()) }()
 	opened, _ := find(m.from.Maps["decisions"].Value, "opened")
 	for range moveTries {
 		var left []*socket
 		has := map[uint64]bool{}
 		err := d.network.storages(d.maps.Decisions, func(s *socket) {
-			has[s.cookie()] = has[s.cookie()] || len(s.storage) > 0 || d.cells.of(s.cookie()) != nil
+			has[s.cookie()] = has[s.cookie()] || len(s.storage) > 0 || ours.of(s.cookie()) != nil
 		})
 		if err != nil {
 			return err
 		}
 		err = d.network.storages(m.old["decisions"], func(s *socket) {
-			was := m.cells.of(s.cookie())
+			was := theirs.of(s.cookie())
 			if len(s.storage) == int(m.from.Maps["decisions"].ValueSize) {
 				was = s.storage
 			}

@@ -387,9 +387,6 @@ func (d *Datapath) load(specs []*ebpf.CollectionSpec, have map[string]*ebpf.Map)
 		return err
 	}
 	d.keepMaps(have)
-	if err := d.openCells(); err != nil {
-		return err
-	}
 	d.sets.open(&d.maps, inner("sets"))
 	return nil
 }

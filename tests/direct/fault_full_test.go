@@ -168,6 +168,8 @@ func TestFaultNoStorage(t *testing.T) {
 	a := captive(t, r)
 	a.wants("ok", "dial(%q, 80)", vip4)
 	r.App.Sysctl(t, "net/core/optmem_max", "1")
+	a.wants("ok", "dial(%q, 81)", vip4) // there are cells
+	i.OccupyCells(t, 1)
 	for range 5 {
 		a.wants("ok", "dial(%q, 80)", vip4)
 		a.wants("ECONNREFUSED", "dial(%q, 81)", vip4)

@@ -17,10 +17,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
-	"github.com/pillion-project/pillion/bpf"
-	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/rig"
@@ -196,7 +193,7 @@ func layoutStage(t *testing.T, log, more string, conns, later int, to ...netip.A
 	r.Serve(t, netip.AddrPortFrom(netip.IPv4Unspecified(), widePort), echo)
 	i := r.Run(t, more+fmt.Sprintf(layoutConfig, log, conns+later+roomForVisitors, service(ends[0], ends[1]),
 		direct2, ends[0], ends[1], ends[2], ejected, ends[0], refuses))
-	occupyCells(t, i)
+	i.OccupyCells(t, 2)
 	for range 6 { // two of which fail
 		_, _ = r.Try(os.Args[0], "-test.run=^TestKnock$", "-knock="+ejected.String())
 	}
@@ -213,22 +210,6 @@ func layoutStage(t *testing.T, log, more string, conns, later int, to ...netip.A
 	app := newPeers(t, r, q)
 	app.turn(t, "turn")
 	return r, i, app
-}
-
-// occupyCells has every second decision in socket storage: somebody else is in the cell.
-func occupyCells(t *testing.T, i *rig.Instance) {
-	t.Helper()
-	m, err := ebpf.LoadPinnedMap(filepath.Join(loader.BPFFS, "pillion", i.Name, "cells"), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer m.Close()
-	const nobodys = 1 << 62 // no cookie of a socket is so high
-	for n := uint32(0); n < bpf.Cells; n += 2 {
-		if err := m.Put(n, bpf.Decision{Owner: nobodys + uint64(n)}); err != nil {
-			t.Fatal(err)
-		}
-	}
 }
 
 const (
