@@ -51,15 +51,16 @@ const (
 	opsSkOffset   = 184
 )
 
-// storageMap is the map of Pillion's socket storage, by name.
+// storageMap is the map of Pillion's socket storage, by name. Its values are as large as
+// those of its cells.
 const storageMap = "decisions"
 
 // floorLive is how many sockets may have an entry at once: as many as Pillion's may
 // be relayed.
 const floorLive = 262144
 
-// floorCells is how many cells there are, a power of two: 13 MB of them.
-const floorCells = 65536
+// floorCells is how many cells there are, a power of two.
+const floorCells = bpf.Cells
 
 // cellSize is that of a cell with a value of size bytes: the owner's cookie first.
 func cellSize(size uint32) uint32 { return 8 + (size+7)&^7 }
@@ -98,6 +99,10 @@ func (w *world) attachFloor(cgroup *os.File, names ...string) (programs, error) 
 	for _, name := range names {
 		kind, at, code := ebpf.CGroupSockAddr, ebpf.AttachCGroupInet4Connect, proceed()
 		switch name {
+		case floorPass, floorDirect:
+			if code, err = w.looks(name == floorDirect); err != nil {
+				return nil, fmt.Errorf("prepare %q: %w", name, err)
+			}
 		case floorStorage:
 			code = makeStorage(storage)
 		case floorEntry:

@@ -27,6 +27,9 @@ const (
 	armDirectMany = "direct, 10,000 services"
 	// armFloor is nothing but what the kernel itself takes in a connect hook.
 	armFloor = "no Pillion"
+	// armLooksPass and armLooksDirect are what no connect hook can do without.
+	armLooksPass   = "no Pillion, looks of pass"
+	armLooksDirect = "no Pillion, looks of direct"
 	// What a connection costs with a state of the size of Pillion's, kept with the
 	// socket or beside it, and nothing else.
 	armStorage = "only socket storage"
@@ -171,6 +174,9 @@ func (w *pathWorld) floor(ns *os.File) error {
 		programs           []string
 	}{
 		{armFloor, "floor", workHook, []string{floorNothing, floorStorage, floorEntry, floorDrop, floorCell, floorLeave}},
+		// Each by itself: the second would find warm what the first has looked at.
+		{armLooksPass, "looks", workHook, []string{floorPass}},
+		{armLooksDirect, "picks", workHook, []string{floorDirect}},
 		{armStorage, "storage", workConnection, []string{floorStorage}},
 		{armRecord, "record", workConnection, []string{floorStorage, floorRecord, floorRelease, floorPeer, floorName}},
 		{armEntry, "entry", workConnection, []string{floorEntry, floorDrop}},
