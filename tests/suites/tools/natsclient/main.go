@@ -110,5 +110,7 @@ func do(conn *nats.Conn, out *events, verb string, count int) error {
 	default:
 		return errors.New("unknown command")
 	}
-	return conn.FlushTimeout(limit)
+	// Not flushed: who hears what was said knows that it has arrived, and may end the server
+	// before it has answered a flush.
+	return nil
 }
