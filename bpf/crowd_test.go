@@ -151,16 +151,23 @@ func (h *hooks) allFree(t *testing.T) {
 	h.sent.untouched(t, "sent")
 }
 
+// crowds are the tests that each crowd is for.
+var crowds = map[string][]string{
+	"cells": {
+		"TestHooks", "TestLiveEntry", "TestOwnNames", "TestDirect", "TestDirectPeers", "TestDirectOutlived", "TestDirectEvents",
+		"TestEjection", "TestFailedConnects", "TestFallback", "TestTwoRewriters", "TestEndings", "TestNameAfterTheEnd",
+	},
+	"rows": {"TestDirect", "TestDirectPeers", "TestDirectOutlived", "TestDirectEvents", "TestTwoRewriters", "TestEndings"},
+	"half": {"TestHooks", "TestDirectPeers", "TestEndings"},
+	"dirt": {
+		"TestHooks", "TestLiveEntry", "TestOwnNames", "TestDirect", "TestDirectPeers", "TestDirectEvents", "TestFailedConnects",
+		"TestFallback", "TestEndings",
+	},
+}
+
 // TestCrowds: whoever is in the cells, or was, applications and records see the same.
 func TestCrowds(t *testing.T) {
-	if os.Getenv(envCrowd) != "" {
-		t.Skip("this is such a test")
-	}
-	tests := []string{
-		"TestHooks", "TestLiveEntry", "TestOwnNames", "TestDirect", "TestDirectPeers", "TestDirectOutlived",
-		"TestDirectEvents", "TestEjection", "TestFailedConnects", "TestFallback", "TestTwoRewriters",
-	}
-	for _, how := range []string{"cells", "rows", "half", "dirt"} {
+	for how, tests := range crowds {
 		t.Run(how, func(t *testing.T) {
 			t.Parallel()
 			cmd := exec.Command("/proc/self/exe", "-test.v", "-test.run=^("+strings.Join(tests, "|")+")$")
