@@ -126,10 +126,16 @@ func TestEndings(t *testing.T) {
 	if err := a.cmd.Wait(); err != nil {
 		t.Fatalf("the application: %v %s", err, a.log)
 	}
-	ends := map[string]int{}
+	ends, asked := map[string]int{}, ""
 	for _, line := range strings.Split(strings.TrimSpace(string(said)), "\n") {
 		if _, end, ok := strings.Cut(line, " E"); ok {
 			ends["E"+end]++
+		}
+		if peer, ok := strings.CutPrefix(line, "peer "); ok && peer != asked {
+			t.Errorf("the peer is %s, asked for was %s", peer, asked)
+		}
+		if to, ok := strings.CutPrefix(line, "again="); ok {
+			asked, _, _ = strings.Cut(to, " ")
 		}
 	}
 	t.Logf("%d times %d connects: %v %v", times, connects, ends, err)

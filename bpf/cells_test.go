@@ -302,6 +302,10 @@ func TestCellByStep(t *testing.T) {
 		{"deferred, direct", []step{{"defer=" + asked4, "ok", "pending"}, {"write", "ok", "open"}, {"reset", "", "none"}}},
 		{"deferred, relay", []step{{"defer=" + relayed, "ok", "pending"}, {"write", "ok", "open"}, {"leave", "no peer", "none"}}},
 		{"deferred, closed", []step{{"defer=" + asked4, "ok", "pending"}, {"drop", "", "none"}}},
+		{"deferred after another", []step{
+			{"again=" + asked4, asked4, "open"}, {"leave", "no peer", "none"}, {"defer=" + at4, "ok", "pending"}, {"leave", "no peer", "pending"},
+			{"drop", "", "none"},
+		}},
 		{"deferred, disconnected", []step{{"defer=" + asked4, "ok", "pending"}, {"leave", "no peer", "pending"}, {"again=" + denied, "ECONNREFUSED", "pending"}, {"drop", "", "none"}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

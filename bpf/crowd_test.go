@@ -155,7 +155,7 @@ func (h *hooks) allFree(t *testing.T) {
 var crowds = map[string][]string{
 	"cells": {
 		"TestHooks", "TestLiveEntry", "TestOwnNames", "TestDirect", "TestDirectPeers", "TestDirectOutlived", "TestDirectEvents",
-		"TestEjection", "TestFailedConnects", "TestFallback", "TestTwoRewriters", "TestEndings", "TestNameAfterTheEnd",
+		"TestEjection", "TestFailedConnects", "TestFallback", "TestTwoRewriters", "TestEndings", "TestNameAfterTheEnd", "TestHold",
 	},
 	"rows": {"TestDirect", "TestDirectPeers", "TestDirectOutlived", "TestDirectEvents", "TestTwoRewriters", "TestEndings"},
 	"half": {"TestHooks", "TestDirectPeers", "TestEndings"},
