@@ -66,13 +66,15 @@ __noinline int choose(struct gathered *g, struct details *more)
 	return g ? choose_one(g, NULL, false) : 0;
 }
 
-/* claim makes a free cell the socket's. */
+/* claim makes a free cell the socket's. A cookie that was made while another
+ * was being made is counted down from 2^64: it would look like PL_CELL_LEFT.
+ */
 static __noinline bool claim(__u64 cookie)
 {
 	struct decision *d = cell_at(cookie);
 	__u64 owner;
 
-	if (!d)
+	if (!d || cookie & PL_CELL_LEFT)
 		return false;
 	owner = *(volatile __u64 *)&d->owner;
 	if ((owner && !(owner & PL_CELL_LEFT)) ||
@@ -310,9 +312,11 @@ int pl_bind6(struct bpf_sock_addr *ctx)
  * its socket goes. This is before the connection is ended.
  *
  * It is the one hook without the socket's lock: where the connection ends at
- * this very moment, its cell may be another's when the release is noted there.
- * That takes as many new sockets in between as there are cells, and would do no
- * more than give the record of that one another ending.
+ * this very moment, its cell may be another's when the release is noted there,
+ * of a socket whose cookie ends in the same digits. That would do no more than
+ * give the record of that one another ending. What is pending is looked at
+ * before whose it is: a cell is not given back while that is so, and another's
+ * must not be taken for unsent.
  */
 SEC("cgroup/sock_release")
 int pl_release(struct bpf_sock *ctx)
@@ -323,8 +327,11 @@ int pl_release(struct bpf_sock *ctx)
 	if (!d)
 		return PROCEED;
 	d->released = true;
-	if (d->pending)
-		unsent(d);
+	if (*(volatile __u8 *)&d->pending) {
+		fence();
+		if (!d->owner || d->owner == cookie) /* 0: in storage */
+			unsent(d);
+	}
 	leave(cookie); /* or else at CLOSE */
 	return PROCEED;
 }
