@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -217,10 +218,15 @@ func TestNameAfterTheEnd(t *testing.T) {
 					steps, want = append(steps, step), append(want, w)
 				}
 				a := h.start(t, append(steps, "wait", "name", "leave", "name", "again="+at4, "name", "drop")...)
-				if diff := cmp.Diff(want, a.said(t, len(steps))[2:]); diff != "" {
+				said := a.said(t, len(steps))
+				if diff := cmp.Diff(want, said[2:]); diff != "" {
 					t.Errorf("the end (-want +got):\n%s", diff)
 				}
 				h.waitClosed(t) // it has come to CLOSE
+				testutil.Eventually(t, 10*time.Second, func() bool { return len(h.cells.owned()) == 0 }, "its cell is given back")
+				if v, ok := h.storedWith(t, a, said[0]); !ok || v.Followed != 0 || v.Pending != 0 {
+					t.Errorf("in storage: %v %+v", ok, v)
+				}
 				a.write("\n")
 				none := "0.0.0.0"
 				if tt.family == "6" {
