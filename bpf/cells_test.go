@@ -69,21 +69,21 @@ func (s *stepper) takeMore(what, where string) (said string, ok bool) {
 		}
 		return "-1", true
 	case "from":
-		return said1(unix.Bind(a.fd, a.sockaddr(netip.MustParseAddrPort(where)))), true
+		return inWords(unix.Bind(a.fd, a.sockaddr(netip.MustParseAddrPort(where)))), true
 	case "reuse":
-		return said1(unix.SetsockoptInt(a.fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)), true
+		return inWords(unix.SetsockoptInt(a.fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)), true
 	case "defer":
 		unix.SetsockoptInt(a.fd, unix.SOL_TCP, unix.TCP_FASTOPEN_CONNECT, 1)
-		return said1(unix.Connect(a.fd, a.sockaddr(netip.MustParseAddrPort(where)))), true
+		return inWords(unix.Connect(a.fd, a.sockaddr(netip.MustParseAddrPort(where)))), true
 	case "write":
 		_, err := unix.Write(a.fd, []byte{1})
-		return said1(err), true
+		return inWords(err), true
 	case "shut":
-		return said1(unix.Shutdown(a.fd, unix.SHUT_WR)), true
+		return inWords(unix.Shutdown(a.fd, unix.SHUT_WR)), true
 	case "gone":
 		for {
 			if n, err := unix.Read(a.fd, make([]byte, 8)); n <= 0 {
-				return said1(err), true
+				return inWords(err), true
 			}
 		}
 	case "name":
@@ -105,8 +105,8 @@ func (s *stepper) takeMore(what, where string) (said string, ok bool) {
 	return "", false
 }
 
-// said1 is what an error is in words.
-func said1(err error) string {
+// inWords is what an error is in words.
+func inWords(err error) string {
 	if err == nil {
 		return "ok"
 	}
