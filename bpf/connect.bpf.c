@@ -118,7 +118,8 @@ static __noinline int keep(struct bpf_sock_addr *ctx, __u64 cookie)
 static __noinline bool remember(struct bpf_sock_addr *ctx,
 				const struct gathered *g, enum conn_path path)
 {
-	struct decision *d = found(ctx->sk, bpf_get_socket_cookie(ctx), 0);
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+	struct decision *d = found(ctx->sk, cookie, 0);
 
 	if (!d)
 		return false;
@@ -282,10 +283,12 @@ static __always_inline int on_bind(struct bpf_sock_addr *ctx,
 				   const struct ip_addr *a)
 {
 	struct decision *d;
+	__u64 cookie;
 
 	if (slot_of(a, cfg_slot4, cfg_slot6) < 0)
 		return PROCEED;
-	d = decision_of(ctx->sk, bpf_get_socket_cookie(ctx));
+	cookie = bpf_get_socket_cookie(ctx);
+	d = decision_of(ctx->sk, cookie);
 	if (d && d->own)
 		return PROCEED;
 	count(REASON_SLOT_ADDRESS);

@@ -164,12 +164,14 @@ static __always_inline struct asked asked_for(struct bpf_sock_addr *ctx,
 	__u16 port = bpf_ntohs((__u16)ctx->user_port);
 	struct decision *d;
 	struct asked what = {};
+	__u64 cookie;
 
 	if (ctx->protocol == IPPROTO_MPTCP) {
 		recall_subflow(ctx, own, peer, port, &what);
 		return what;
 	}
-	d = decision_of(ctx->sk, bpf_get_socket_cookie(ctx));
+	cookie = bpf_get_socket_cookie(ctx);
+	d = decision_of(ctx->sk, cookie);
 	if (d)
 		recall(d, peer, port, &what);
 	return what;
@@ -241,10 +243,12 @@ static __always_inline const struct ip_addr *name_of(struct bpf_sock_addr *ctx,
 	struct decision *d;
 	struct live *l;
 	void *theirs;
+	__u64 cookie;
 
 	if (!to || slot_of(peer, cfg_slot4, cfg_slot6) < 0)
 		return NULL;
-	d = decision_of(ctx->sk, bpf_get_socket_cookie(ctx));
+	cookie = bpf_get_socket_cookie(ctx);
+	d = decision_of(ctx->sk, cookie);
 	if (d) {
 		seen = &d->seen;
 	} else {

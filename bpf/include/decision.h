@@ -79,7 +79,8 @@ static __always_inline void leave(__u64 cookie)
 }
 
 /* found looks in both places, and makes storage if create says so. These are
- * macros since a socket is of another type in each hook. Each pointer is looked
+ * macros since a socket is of another type in each hook; cookie is a variable,
+ * not a call, which would be made each time. Each pointer is looked
  * at once: one that the verifier of 6.1 knows to be NULL must not be met again.
  */
 #define found(sk, cookie, create)                                         \
