@@ -466,6 +466,25 @@ func TestMoveRefused(t *testing.T) {
 	}
 }
 
+// TestMoveFromStored: a build without cells is taken over from, and refuses to take over.
+func TestMoveFromStored(t *testing.T) {
+	own := ownDescription(t)
+	stored := *own
+	stored.ABI, stored.Form, stored.Maps = foreignABI, layoutFormStored, maps.Clone(own.Maps)
+	delete(stored.Maps, "cells")
+	delete(stored.Maps, "sent")
+	m, err := plan(&stored, own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !m.creates("cells") || !m.creates("sent") || m.hasCells() || m.bits()&bpf.MovesCells != 0 {
+		t.Errorf("moved: %v", m.moved)
+	}
+	if _, err := plan(own, &stored); !errors.Is(err, ErrABI) || !strings.Contains(err.Error(), "in form 2") {
+		t.Errorf("back: %v", err)
+	}
+}
+
 func rename(m *mapLayout, name string) {
 	for n := range m.Value {
 		if m.Value[n].Name == name {
