@@ -509,7 +509,8 @@ const (
 	abiTallyTALLY_SENT_DIRECT abiTally = 6
 	abiTallyTALLY_SENT_RELAY  abiTally = 7
 	abiTallyTALLY_EVENTS_LOST abiTally = 8
-	abiTallyTALLY__COUNT      abiTally = 9
+	abiTallyTALLY_STORED      abiTally = 9
+	abiTallyTALLY__COUNT      abiTally = 10
 )
 
 type abiUsage struct {

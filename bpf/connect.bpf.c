@@ -108,10 +108,11 @@ static __noinline int keep(struct bpf_sock_addr *ctx, __u64 cookie)
 		return d->own ? KEPT | OWN : KEPT;
 	if (bpf_get_netns_cookie(ctx) == cfg_netns && claim(cookie))
 		return KEPT;
-	return bpf_sk_storage_get(&decisions, ctx->sk, NULL,
-				  BPF_SK_STORAGE_GET_F_CREATE) ?
-		       KEPT :
-		       0;
+	if (!bpf_sk_storage_get(&decisions, ctx->sk, NULL,
+				BPF_SK_STORAGE_GET_F_CREATE))
+		return 0;
+	tally(TALLY_STORED);
+	return KEPT;
 }
 
 /* remember keeps the decision with the socket, for sockops. */
@@ -202,7 +203,7 @@ static __always_inline enum conn_path on_connect(struct bpf_sock_addr *ctx,
 		cookie = bpf_get_socket_cookie(ctx);
 		tally(TALLY_DENIED);
 		tell_denied(g, cookie);
-		leave(cookie);
+		give_back(cookie);
 		return path;
 	}
 	if (remember(ctx, g, path))
@@ -335,6 +336,6 @@ int pl_release(struct bpf_sock *ctx)
 		if (!d->owner || d->owner == cookie) /* 0: in storage */
 			unsent(d);
 	}
-	leave(cookie); /* or else at CLOSE */
+	give_back(cookie); /* or else at CLOSE */
 	return PROCEED;
 }

@@ -134,6 +134,17 @@ func (h *hooks) crowd(t *testing.T) {
 	})
 }
 
+// tallies are those that are not 0, without that of what is in storage since others are in
+// the cells.
+func (h *hooks) tallies(t *testing.T) map[uint32]uint64 {
+	t.Helper()
+	all := h.counts(t, "tallies")
+	if os.Getenv(envCrowd) != "" {
+		delete(all, TallyStored)
+	}
+	return all
+}
+
 // allFree waits until nobody has a cell or a row, but for foreign ones.
 func (h *hooks) allFree(t *testing.T) {
 	t.Helper()

@@ -193,7 +193,7 @@ func TestDirect(t *testing.T) {
 	}
 	if diff := cmp.Diff(map[uint32]uint64{
 		TallyConnects: 2, TallyDecided: 3, TallyDenied: 1, TallyUnsent: 1, TallySentDirect: 2,
-	}, h.counts(t, "tallies")); diff != "" {
+	}, h.tallies(t)); diff != "" {
 		t.Errorf("tallies (-want +got):\n%s", diff)
 	}
 }

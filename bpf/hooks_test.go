@@ -409,7 +409,7 @@ func TestHooks(t *testing.T) {
 	if diff := cmp.Diff(map[uint32]uint64{
 		TallyConnects: 6, TallyDecided: 9, TallyDenied: 4, TallyUnsent: 3,
 		TallySentPass: 1, TallySentRelay: 5,
-	}, h.counts(t, "tallies")); diff != "" {
+	}, h.tallies(t)); diff != "" {
 		t.Errorf("tallies (-want +got):\n%s", diff)
 	}
 	if diff := cmp.Diff([]string{

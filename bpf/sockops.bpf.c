@@ -181,6 +181,7 @@ static __always_inline void note(struct bpf_sock *sk, struct decision *d,
 		count(REASON_NO_MEMORY);
 		return;
 	}
+	tally(TALLY_STORED);
 	swap(&d->owner, cookie, 0);
 }
 
@@ -499,7 +500,7 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 				forget_sent(d, cookie);
 			d->followed = false; /* release may leave it now */
 		}
-		leave(cookie);
+		give_back(cookie);
 		/* Or a hook of the former layout would count its end again. */
 		if (cfg_moves & PL_MOVES_SOCKETS) {
 			before = bpf_sk_storage_get(&former, sk, NULL, 0);

@@ -135,6 +135,7 @@ const (
 	TallySentDirect = uint32(abiTallyTALLY_SENT_DIRECT)
 	TallySentRelay  = uint32(abiTallyTALLY_SENT_RELAY)
 	TallyEventsLost = uint32(abiTallyTALLY_EVENTS_LOST)
+	TallyStored     = uint32(abiTallyTALLY_STORED)
 	TallyCount      = uint32(abiTallyTALLY__COUNT)
 )
 

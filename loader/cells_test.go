@@ -307,3 +307,36 @@ func TestListedAlike(t *testing.T) {
 		}
 	}
 }
+
+// TestStored counts the decisions that have no cell.
+func TestStored(t *testing.T) {
+	p := newPlace(t)
+	d := p.create(t, "one")
+	defer p.unload(t, d)
+	at := netip.AddrPortFrom(testutil.WorldV4.Addr(), 8001)
+	setRules(t, d, withServices(map[netip.AddrPort]*flow.Set{shop: setOf(at)}))
+	p.attach(t, d)
+	serve(t, p.World, at)
+	connect := func() {
+		t.Helper()
+		if err := p.connect(t, shop); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := stats(t, d)
+	connect()
+	own, foreign := mapped(t, d.openCells), uint64(1<<62)
+	for n := range own.count {
+		own.ownerAt(n).CompareAndSwap(0, foreign)
+	}
+	connect()
+	connect()
+	for n := range own.count {
+		own.ownerAt(n).CompareAndSwap(foreign, 0)
+	}
+	connect()
+	after := stats(t, d)
+	if stored, decided := after.Stored-before.Stored, after.Decided-before.Decided; stored != 2 || decided != 4 {
+		t.Errorf("%d of %d decisions are in storage, want 2 of 4", stored, decided)
+	}
+}

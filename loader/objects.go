@@ -416,7 +416,7 @@ func (d *Datapath) makePrivate(spec *ebpf.CollectionSpec, have map[string]*ebpf.
 	var err error
 	for name, of := range formerMaps {
 		former := have[of] // nobody looks at it
-		if m.has(of) && m.old[of] != nil {
+		if m.has(of) {
 			former = m.old[of]
 		}
 		if have[name], err = former.Clone(); err != nil {

@@ -19,6 +19,9 @@ type Stats struct {
 	Connects, Decided, Denied, Unsent, Escaped uint64
 	// EventsLost counts reports that found the ring buffer full.
 	EventsLost uint64
+	// Stored counts decisions that are kept in socket storage, since somebody else
+	// has the socket's cell.
+	Stored uint64
 	// Slots counts slots by state, SlotsMax is how many there are.
 	Free, Named, Reserved, Retiring, SlotsMax int
 	// Live is how many redirected connections are open.
@@ -55,6 +58,7 @@ func (d *Datapath) Stats() (Stats, error) {
 		bpf.TallyUnsent:     &s.Unsent,
 		bpf.TallyEscaped:    &s.Escaped,
 		bpf.TallyEventsLost: &s.EventsLost,
+		bpf.TallyStored:     &s.Stored,
 	} {
 		n, err := sum(d.maps.Tallies, key)
 		if err != nil {

@@ -157,6 +157,7 @@ enum tally {
 	TALLY_SENT_DIRECT,
 	TALLY_SENT_RELAY,
 	TALLY_EVENTS_LOST, /* the ring buffer was full */
+	TALLY_STORED, /* decisions that got socket storage, not a cell */
 	TALLY__COUNT,
 };
 

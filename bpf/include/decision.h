@@ -67,10 +67,10 @@ static __noinline bool retake(struct decision *d, __u64 cookie)
 	return swap(&d->owner, cookie | PL_CELL_LEFT, cookie);
 }
 
-/* leave gives the socket's cell back, if it has one, and nothing is going on
- * there or to come.
+/* give_back gives the socket's cell back, if it has one, and nothing is going
+ * on there or to come.
  */
-static __always_inline void leave(__u64 cookie)
+static __always_inline void give_back(__u64 cookie)
 {
 	struct decision *d = cell_at(cookie);
 

@@ -154,6 +154,7 @@ func (i *instance) Kernel() (metrics.KernelStats, error) {
 		Unsent:      s.Unsent,
 		Escaped:     s.Escaped + uint64(i.existing.Load()),
 		EventsLost:  s.EventsLost,
+		Stored:      s.Stored,
 		Unaccounted: s.Unaccounted(),
 		Slots:       map[string]int{"free": s.Free, "named": s.Named, "reserved": s.Reserved, "retiring": s.Retiring},
 		SlotsMax:    s.SlotsMax,

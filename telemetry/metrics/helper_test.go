@@ -43,7 +43,7 @@ func full() *sources {
 	reasons[flow.ReasonService], reasons[flow.ReasonNone] = 5, 99
 	return &sources{
 		kernel: KernelStats{
-			Reasons: reasons, Connects: 10, Decided: 9, Denied: 2, Unsent: 1, Escaped: 3, EventsLost: 4, Unaccounted: -1,
+			Reasons: reasons, Connects: 10, Decided: 9, Denied: 2, Unsent: 1, Escaped: 3, EventsLost: 4, Stored: 8, Unaccounted: -1,
 			Slots: map[string]int{"free": 100, "named": 7}, SlotsMax: 65000, Live: 6, Mended: 6, BeatAge: 1500 * time.Millisecond,
 		},
 		endpoints: []EndpointStats{{

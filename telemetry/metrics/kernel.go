@@ -12,7 +12,7 @@ type kernel struct {
 	readable, reasons                                             series
 	connects, decisions, denials, unsent, escapes                 series
 	unaccounted, slots, slotsLimit, liveConnections, heartbeatAge series
-	mended                                                        series
+	mended, stored                                                series
 }
 
 func newKernel(source Kernel) *kernel {
@@ -23,6 +23,8 @@ func newKernel(source Kernel) *kernel {
 		connects: counter("pillion_connects_total", "TCP connects in scope, counted apart from the hooks that decide on them."),
 		decisions: counter("pillion_decisions_total",
 			"Connects that a hook let through, on any path."),
+		stored: counter("pillion_decisions_stored_total",
+			"Decisions that are kept in socket storage, since another socket has the cell: such connections cost more."),
 		denials: counter("pillion_denials_total", "Connects that a hook refused."),
 		unsent: counter("pillion_unsent_total",
 			"Connects that a hook let through, and that the kernel refused before the first packet."),
@@ -39,7 +41,7 @@ func newKernel(source Kernel) *kernel {
 }
 
 func (k *kernel) all() []series {
-	return []series{k.readable, k.reasons, k.connects, k.decisions, k.denials, k.unsent, k.escapes,
+	return []series{k.readable, k.reasons, k.connects, k.decisions, k.stored, k.denials, k.unsent, k.escapes,
 		k.unaccounted, k.slots, k.slotsLimit, k.liveConnections, k.mended, k.heartbeatAge}
 }
 
@@ -54,6 +56,7 @@ func (k *kernel) collect(ch chan<- prometheus.Metric, lost map[string]uint64) {
 	k.collectReasons(ch, s.Reasons)
 	k.connects.emit(ch, float64(s.Connects))
 	k.decisions.emit(ch, float64(s.Decided))
+	k.stored.emit(ch, float64(s.Stored))
 	k.denials.emit(ch, float64(s.Denied))
 	k.unsent.emit(ch, float64(s.Unsent))
 	k.escapes.emit(ch, float64(s.Escaped))

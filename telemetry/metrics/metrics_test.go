@@ -43,6 +43,7 @@ func TestScrape(t *testing.T) {
 		`pillion_config_reload_failures_total 1`,
 		`pillion_config_reloads_total 4`,
 		`pillion_connects_total 10`,
+		`pillion_decisions_stored_total 8`,
 		`pillion_decisions_total 9`,
 		`pillion_denials_total 2`,
 		`pillion_discovery_age_seconds{service="web",source="dns"} 2`,

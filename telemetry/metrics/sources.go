@@ -24,6 +24,8 @@ type KernelStats struct {
 	Connects, Decided, Denied, Unsent, Escaped uint64
 	// EventsLost counts events that found the ring full.
 	EventsLost uint64
+	// Stored counts decisions that are in socket storage for want of a cell.
+	Stored uint64
 	// Unaccounted is what the conservation law leaves over; it should be 0.
 	Unaccounted int64
 	// Slots counts slots by state: free, named, reserved, retiring.
