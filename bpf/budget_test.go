@@ -20,8 +20,8 @@ var budget = map[string]uint32{
 	ProgGetsockname6: 280,
 	ProgBind4:        170,
 	ProgBind6:        190,
-	ProgRelease:      490,
-	ProgSockops:      9500, // the options that the upstream leg is to have; a decision in a cell or in storage
+	ProgRelease:      570,
+	ProgSockops:      8900, // the options that the upstream leg is to have; a decision in either place
 	ProgLookup:       1600, // twice: a dry run may look too
 	ProgHold:         1500,
 	ProgInject:       20,
