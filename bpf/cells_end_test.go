@@ -122,7 +122,11 @@ func TestEndings(t *testing.T) {
 	}
 	round = append(round, "quit=10.96.1.3:80", "quit=192.0.2.66:80")
 	connects := strings.Count(strings.Join(round, " "), "again=") + strings.Count(strings.Join(round, " "), "defer=") + 2
-	times := 2300/connects + 1 // some have an end of their own before
+	least := uint64(2000)
+	if os.Getenv(envCrowd) != "" {
+		least = 300
+	}
+	times := int(least)*6/5/connects + 1 // some have an end of their own before
 
 	silent := h.steps(t, "brief=10.96.1.3:80", "tcp=10.96.1.4:80", "close") // each waits
 	if diff := cmp.Diff([]string{"brief=10.96.1.3:80 ETIMEDOUT", "tcp=10.96.1.4:80 EHOSTUNREACH", "close"}, silent); diff != "" {
@@ -168,7 +172,7 @@ func TestEndings(t *testing.T) {
 	h.waitClosed(t)
 	h.allFree(t)
 	n := h.balanced(t)
-	if n[TallyDecided]+n[TallyDenied] < 2000 || n[TallySentPass] == 0 || n[TallySentRelay] == 0 || n[TallySentDirect] == 0 || n[TallyUnsent] == 0 {
+	if n[TallyDecided]+n[TallyDenied] < least || n[TallySentPass] == 0 || n[TallySentRelay] == 0 || n[TallySentDirect] == 0 || n[TallyUnsent] == 0 {
 		t.Errorf("tallies: %v", n)
 	}
 	for _, id := range []uint32{10, 20, 100, 110, 120, 130, 140} {

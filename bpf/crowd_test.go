@@ -165,15 +165,12 @@ func (h *hooks) allFree(t *testing.T) {
 // crowds are the tests that each crowd is for.
 var crowds = map[string][]string{
 	"cells": {
-		"TestHooks", "TestLiveEntry", "TestOwnNames", "TestDirect", "TestDirectPeers", "TestDirectOutlived", "TestDirectEvents",
-		"TestEjection", "TestFailedConnects", "TestFallback", "TestTwoRewriters", "TestEndings", "TestNameAfterTheEnd", "TestHold",
+		"TestHooks", "TestLiveEntry", "TestOwnNames", "TestDirectPeers", "TestDirectOutlived", "TestDirectEvents",
+		"TestFailedConnects", "TestFallback", "TestTwoRewriters", "TestEndings", "TestNameAfterTheEnd", "TestHold",
 	},
-	"rows": {"TestDirect", "TestDirectPeers", "TestDirectOutlived", "TestDirectEvents", "TestTwoRewriters", "TestEndings"},
-	"half": {"TestHooks", "TestDirectPeers", "TestEndings"},
-	"dirt": {
-		"TestHooks", "TestLiveEntry", "TestOwnNames", "TestDirect", "TestDirectPeers", "TestDirectEvents", "TestFailedConnects",
-		"TestFallback", "TestEndings",
-	},
+	"rows": {"TestDirectPeers", "TestDirectOutlived", "TestEndings"},
+	"half": {"TestDirectPeers", "TestEndings"},
+	"dirt": {"TestHooks", "TestOwnNames", "TestDirectPeers", "TestFailedConnects", "TestEndings"},
 }
 
 // TestCrowds: whoever is in the cells, or was, applications and records see the same.
