@@ -96,14 +96,18 @@ static __always_inline bool recall_sent(const struct ip_addr *own,
 	struct sent *s = sent_at(&u.k);
 	__u64 owner;
 
-	if (!s || !same_key(&s->key, &u.k))
+	if (!s)
 		return false;
+	/* First: whose it is says whether the key is that of what follows. */
 	owner = *(volatile __u64 *)&s->owner;
+	fence();
+	if (!owner || !same_key(&s->key, &u.k))
+		return false;
 	what->addr = LOAD_IP6(s->asked.addr.w);
 	what->port = s->asked.port;
 	fence();
 	/* Or it has become another's meanwhile. */
-	if (owner && owner == *(volatile __u64 *)&s->owner)
+	if (owner == *(volatile __u64 *)&s->owner)
 		return true;
 	what->port = 0;
 	return false;
@@ -167,7 +171,11 @@ static __always_inline struct asked asked_for(struct bpf_sock_addr *ctx,
 	__u64 cookie;
 
 	if (ctx->protocol == IPPROTO_MPTCP) {
-		recall_subflow(ctx, own, peer, port, &what);
+		/* Elsewhere the same addresses are another connection's, and
+		 * nobody is sent anywhere.
+		 */
+		if (bpf_get_netns_cookie(ctx) == cfg_netns)
+			recall_subflow(ctx, own, peer, port, &what);
 		return what;
 	}
 	cookie = bpf_get_socket_cookie(ctx);

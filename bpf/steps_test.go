@@ -24,7 +24,7 @@ import (
 //	again=ADDR                        connects the last socket to another
 //	quit=ADDR                         connects and closes before an answer
 //	brief=ADDR                        connects with a user timeout of 100 ms
-//	bound=SOURCE,ADDR                 connects from a source
+//	bound=SOURCE,ADDR                 connects from a source, an address or with a port
 //	leave                             disconnects the last socket
 //	peer                              names the peer of the last socket
 //	close                             closes all sockets
@@ -120,7 +120,11 @@ func (s *stepper) take(step string) {
 		said = a.peer(unix.Connect(a.fd, a.sockaddr(to)))
 	default:
 		if bound {
-			unix.Bind(a.fd, a.sockaddr(netip.AddrPortFrom(netip.MustParseAddr(source), 0)))
+			at, err := netip.ParseAddrPort(source)
+			if err != nil {
+				at = netip.AddrPortFrom(netip.MustParseAddr(source), 0)
+			}
+			unix.Bind(a.fd, a.sockaddr(at))
 		}
 		said = a.peer(unix.Connect(a.fd, a.sockaddr(to)))
 	}
