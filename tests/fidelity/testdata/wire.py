@@ -107,7 +107,13 @@ def marked_route(net):
         c = net.client((socket.SOL_SOCKET, SO_MARK, 0x77))
         c.settimeout(LIMIT)
         net.made += 1
-        return attempt(c.connect, net.address())
+        got = attempt(c.connect, net.address())
+        if got is None:
+            # The kernel puts an ICMP error about a SYN into the socket's queue, which
+            # poll tells of, before it is the socket's error, which connect asks for.
+            select.select([], [], [], 0.01)
+            got = error(c)
+        return got
     finally:
         command("ip", version, "rule", "del", "pref", "77")
 
