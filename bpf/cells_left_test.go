@@ -5,7 +5,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -53,12 +52,7 @@ func TestCellRetaken(t *testing.T) {
 			if said := a.said(t, 2)[1]; said != tt.does {
 				t.Errorf("the application says %q, want %q", said, tt.does)
 			}
-			for end := time.Now().Add(5 * time.Second); h.stateOf(cookie) != tt.state && time.Now().Before(end); {
-				time.Sleep(time.Millisecond)
-			}
-			if state := h.stateOf(cookie); state != tt.state {
-				t.Errorf("then its cell is %s, want %s", state, tt.state)
-			}
+			h.awaitState(t, cookie, tt.state)
 			a.write("\n")
 			a.cmd.Wait()
 			h.allFree(t)

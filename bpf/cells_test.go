@@ -271,6 +271,16 @@ func (h *hooks) stateOf(cookie uint64) string {
 	return fmt.Sprintf("%+v", *d)
 }
 
+// awaitState waits for it: what a peer has a part in ends a moment later.
+func (h *hooks) awaitState(t *testing.T, cookie uint64, want string) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); h.stateOf(cookie) != want; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("its cell is %s, want %s", h.stateOf(cookie), want)
+		}
+	}
+}
+
 // TestCellByStep: when a socket has a cell, and when it has given that back, step by
 // step; a later connect of the same socket finds nothing of an earlier one.
 func TestCellByStep(t *testing.T) {
@@ -321,13 +331,7 @@ func TestCellByStep(t *testing.T) {
 				if said := a.said(t, 2)[1]; said != want {
 					t.Fatalf("the application says %q, want %q", said, want)
 				}
-				// What a peer has a part in ends a moment later.
-				for end := time.Now().Add(5 * time.Second); h.stateOf(cookie) != s.state && time.Now().Before(end); {
-					time.Sleep(time.Millisecond)
-				}
-				if got := h.stateOf(cookie); got != s.state {
-					t.Fatalf("after %s its cell is %s, want %s", s.does, got, s.state)
-				}
+				h.awaitState(t, cookie, s.state)
 			}
 			a.write("\n")
 			a.cmd.Wait()

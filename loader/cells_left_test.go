@@ -8,7 +8,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/pillion-project/pillion/bpf"
-	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
 
@@ -34,18 +33,13 @@ func TestLongAgo(t *testing.T) {
 // is open, is younger than a minute, or connects again while sockets are listed.
 func TestLeftCells(t *testing.T) {
 	p := newPlace(t)
-	d := p.create(t, "one")
-	defer p.unload(t, d)
-	at := netip.AddrPortFrom(testutil.WorldV4.Addr(), 8001)
-	setRules(t, d, withServices(map[netip.AddrPort]*flow.Set{shop: setOf(at)}))
-	p.attach(t, d)
-	conns := serve(t, p.World, at)
+	d, conns := p.direct(t, shop, netip.AddrPortFrom(testutil.WorldV4.Addr(), 8001))
 	c, err := p.open(t, shop)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	defer (<-conns).Close()
+	defer (<-conns[0]).Close()
 	var open uint64
 	raw, err := c.(*net.TCPConn).SyscallConn()
 	if err != nil {

@@ -311,12 +311,7 @@ func TestListedAlike(t *testing.T) {
 // TestStored counts the decisions that have no cell.
 func TestStored(t *testing.T) {
 	p := newPlace(t)
-	d := p.create(t, "one")
-	defer p.unload(t, d)
-	at := netip.AddrPortFrom(testutil.WorldV4.Addr(), 8001)
-	setRules(t, d, withServices(map[netip.AddrPort]*flow.Set{shop: setOf(at)}))
-	p.attach(t, d)
-	serve(t, p.World, at)
+	d, _ := p.direct(t, shop, netip.AddrPortFrom(testutil.WorldV4.Addr(), 8001))
 	connect := func() {
 		t.Helper()
 		if err := p.connect(t, shop); err != nil {
