@@ -38,6 +38,19 @@ static __always_inline const struct ip_addr *orig_of(const struct ip_addr *a)
 	return NULL;
 }
 
+/* The key of a connection, on the stack as net.h says of PAIR. */
+union key {
+	__u64 d[5];
+	struct live_key k;
+};
+
+#define KEY_OF(own, peer, own_port, port)          \
+	{ .d = { PAIR((own)->w[0], (own)->w[1]),   \
+		 PAIR((own)->w[2], (own)->w[3]),   \
+		 PAIR((peer)->w[0], (peer)->w[1]), \
+		 PAIR((peer)->w[2], (peer)->w[3]), \
+		 (own_port) | (port) << 16 } }
+
 /* What a socket that was sent straight to an endpoint was asked for. */
 struct asked {
 	struct ip_addr addr;
@@ -67,12 +80,7 @@ static __always_inline void recall_outlived(const struct ip_addr *own,
 					    __u64 own_port, __u64 port,
 					    struct asked *what)
 {
-	union {
-		__u64 d[5];
-		struct live_key k;
-	} u = { .d = { PAIR(own->w[0], own->w[1]), PAIR(own->w[2], own->w[3]),
-		       PAIR(peer->w[0], peer->w[1]),
-		       PAIR(peer->w[2], peer->w[3]), own_port | port << 16 } };
+	union key u = KEY_OF(own, peer, own_port, port);
 	struct endpoint_key *k = bpf_map_lookup_elem(&outlived, &u.k);
 
 	if (!k)
@@ -87,12 +95,7 @@ static __always_inline bool recall_sent(const struct ip_addr *own,
 					__u64 own_port, __u64 port,
 					struct asked *what)
 {
-	union {
-		__u64 d[5];
-		struct live_key k;
-	} u = { .d = { PAIR(own->w[0], own->w[1]), PAIR(own->w[2], own->w[3]),
-		       PAIR(peer->w[0], peer->w[1]),
-		       PAIR(peer->w[2], peer->w[3]), own_port | port << 16 } };
+	union key u = KEY_OF(own, peer, own_port, port);
 	struct sent *s = sent_at(&u.k);
 	__u64 owner;
 
@@ -241,12 +244,7 @@ static __always_inline const struct ip_addr *name_of(struct bpf_sock_addr *ctx,
 	 */
 	__u64 to = bpf_ntohs(ctx->sk->dst_port);
 	__u64 from = bpf_ntohs((__u16)ctx->user_port);
-	union {
-		__u64 d[5];
-		struct live_key k;
-	} u = { .d = { PAIR(own->w[0], own->w[1]), PAIR(own->w[2], own->w[3]),
-		       PAIR(peer->w[0], peer->w[1]),
-		       PAIR(peer->w[2], peer->w[3]), from | to << 16 } };
+	union key u = KEY_OF(own, peer, from, to);
 	const struct ip_addr *seen;
 	struct decision *d;
 	struct live *l;
