@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -172,7 +173,7 @@ func testUpgrades(t *testing.T, versions [2]string) {
 	time.Sleep(time.Second)
 	quiet := s.turn(t)
 	var answers, pauses []time.Duration
-	first := 0
+	first := 0 // descriptors
 	for n := range upgrades {
 		before := s.Cmd.Process.Pid
 		s.Replace(t, versions[n%2])
@@ -190,12 +191,18 @@ func testUpgrades(t *testing.T, versions [2]string) {
 		}
 		pauses = append(pauses, o.Pause)
 		if n == 1 {
-			first = descriptors(t, s.Cmd.Process.Pid)
+			first, _ = descriptors(t, s.Cmd.Process.Pid)
 		}
 	}
 	// New connections come and go: not all have the same.
-	if last := descriptors(t, s.Cmd.Process.Pid); last > first+15 {
+	last, pipes := descriptors(t, s.Cmd.Process.Pid)
+	if last > first+15 {
 		t.Errorf("%d descriptors are open after %d upgrades, %d after 2", last, upgrades, first)
+	}
+	// A worker, of which each processor has one at most, keeps eight pipes that nobody
+	// uses, once it had so many.
+	if most := 2*8*runtime.NumCPU() + 15; pipes > most {
+		t.Errorf("%d ends of pipes are open after %d upgrades, and not %d at most", pipes, upgrades, most)
 	}
 	o := s.finish(t, q)
 	slices.Sort(answers)
@@ -468,13 +475,23 @@ func TestRemovalsGoOn(t *testing.T) {
 	}
 }
 
-func descriptors(t testing.TB, pid int) int {
+// descriptors are those that a process has open: ends of pipes, and all else.
+func descriptors(t testing.TB, pid int) (others, pipes int) {
 	t.Helper()
-	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	all, err := os.ReadDir(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return len(all)
+	for _, fd := range all {
+		// What has been closed since has no target.
+		if to, _ := os.Readlink(filepath.Join(dir, fd.Name())); strings.HasPrefix(to, "pipe:") {
+			pipes++
+		} else if to != "" {
+			others++
+		}
+	}
+	return others, pipes
 }
 
 func at(sorted []time.Duration, percent int) time.Duration {
