@@ -94,36 +94,32 @@ static __noinline bool claim(__u64 cookie)
 	return true;
 }
 
-#define KEPT 1
-#define OWN 2 /* and it is the handler's */
-
-/* keep makes a place for the decision on a socket. The process looks for cells
- * that were left in its own network namespace only.
+/* place gives where the decision on a socket is kept, and makes it. The process
+ * looks for cells that were left in its own network namespace only. What may be
+ * NULL is left to the caller to look at, and only once: see found.
  */
-static __noinline int keep(struct bpf_sock_addr *ctx, __u64 cookie)
+static __noinline struct decision *place(struct bpf_sock_addr *ctx,
+					 struct gathered *g)
 {
+	__u64 cookie = bpf_get_socket_cookie(ctx);
 	struct decision *d = decision_of(ctx->sk, cookie);
 
+	g->seed = mix(g->now ^ cookie);
 	if (d)
-		return d->own ? KEPT | OWN : KEPT;
+		return d;
 	if (bpf_get_netns_cookie(ctx) == cfg_netns && claim(cookie))
-		return KEPT;
-	if (!bpf_sk_storage_get(&decisions, ctx->sk, NULL,
-				BPF_SK_STORAGE_GET_F_CREATE))
-		return 0;
-	tally(TALLY_STORED);
-	return KEPT;
+		return cell_at(cookie);
+	if (bpf_sk_storage_get(&decisions, ctx->sk, NULL,
+			       BPF_SK_STORAGE_GET_F_CREATE))
+		tally(TALLY_STORED);
+	return bpf_sk_storage_get(&decisions, ctx->sk, NULL, 0);
 }
 
 /* remember keeps the decision with the socket, for sockops. */
-static __noinline bool remember(struct bpf_sock_addr *ctx,
-				const struct gathered *g, enum conn_path path)
+static __noinline void remember(struct bpf_sock_addr *ctx,
+				const struct gathered *g, struct decision *d,
+				enum conn_path path)
 {
-	__u64 cookie = bpf_get_socket_cookie(ctx);
-	struct decision *d = found(ctx->sk, cookie, 0);
-
-	if (!d)
-		return false;
 	/* The last decision on this socket never became a SYN. */
 	if (d->pending)
 		unsent(d);
@@ -154,19 +150,21 @@ static __noinline bool remember(struct bpf_sock_addr *ctx,
 		d->set = g->set;
 		d->endpoint = g->endpoint;
 	}
-	return true;
 }
 
-/* exempt gives the reason to leave the connection alone, or REASON_NONE. */
+/* exempt gives the reason to leave the connection alone, or REASON_NONE. cell
+ * is that of the socket, which then is of our namespace, or 0.
+ */
 static __noinline enum reason exempt(struct bpf_sock_addr *ctx,
-				     const struct gathered *g, bool self)
+				     const struct gathered *g, bool self,
+				     __u64 cell)
 {
 	__u64 zero = 0;
 	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
 	struct attempt a = {};
 
 	a.dst = g->dst;
-	a.netns = bpf_get_netns_cookie(ctx);
+	a.netns = cell ? cfg_netns : bpf_get_netns_cookie(ctx);
 	a.our_netns = cfg_netns;
 	a.bound_dev = ctx->sk->bound_dev_if;
 	a.slot4 = cfg_slot4;
@@ -179,35 +177,55 @@ static __noinline enum reason exempt(struct bpf_sock_addr *ctx,
 	return leave_alone(&a);
 }
 
+static __noinline void denied(struct bpf_sock_addr *ctx,
+			      const struct gathered *g)
+{
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+
+	tally(TALLY_DENIED);
+	tell_denied(g, cookie);
+	give_back(cookie);
+}
+
+/* without decides on a socket that nothing is kept of: it is none of TCP, or
+ * there is no memory.
+ */
+static __always_inline enum conn_path without(struct bpf_sock_addr *ctx,
+					      struct gathered *g)
+{
+	enum conn_path path;
+
+	g->why = exempt(ctx, g, false, 0);
+	path = judge(ctx, g, false, NULL, false);
+	count(g->why);
+	if (path == PATH_DENY && ctx->protocol == IPPROTO_TCP)
+		denied(ctx, g);
+	return path;
+}
+
 /* on_connect decides on one connect(2). When the path is PATH_RELAY or
  * PATH_DIRECT, g says where the connection goes.
  */
 static __always_inline enum conn_path on_connect(struct bpf_sock_addr *ctx,
 						 struct gathered *g)
 {
-	bool tcp = ctx->protocol == IPPROTO_TCP;
 	enum conn_path path;
-	__u64 cookie;
-	int kept = 0;
+	struct decision *d;
 
-	/* The cookie is asked for again below: the stack is full. */
-	if (tcp)
-		kept = keep(ctx, bpf_get_socket_cookie(ctx));
-	g->why = exempt(ctx, g, kept & OWN);
-	path = judge(ctx, g, kept, NULL, false);
-
+	if (ctx->protocol != IPPROTO_TCP)
+		return without(ctx, g);
+	d = place(ctx, g);
+	if (!d)
+		return without(ctx, g);
+	g->why = exempt(ctx, g, d->own, d->owner);
+	path = judge(ctx, g, true, NULL, false);
 	count(g->why);
-	if (!tcp)
-		return path;
 	if (path == PATH_DENY) {
-		cookie = bpf_get_socket_cookie(ctx);
-		tally(TALLY_DENIED);
-		tell_denied(g, cookie);
-		give_back(cookie);
+		denied(ctx, g);
 		return path;
 	}
-	if (remember(ctx, g, path))
-		tally(TALLY_DECIDED);
+	remember(ctx, g, d, path);
+	tally(TALLY_DECIDED);
 	return path;
 }
 

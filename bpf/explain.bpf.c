@@ -68,7 +68,7 @@ int pl_explain(struct __sk_buff *ctx)
 	g.group = r->group;
 	g.port = r->port;
 	g.now = bpf_ktime_get_ns();
-	more.seed = r->seed;
+	g.seed = r->seed ? r->seed : bpf_get_prandom_u32();
 	looking(1);
 	g.why = exempt(ctx, &g);
 	path = judge(ctx, &g, true, &more, true);

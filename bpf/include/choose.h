@@ -25,12 +25,12 @@ struct gathered {
 	__u64 err; /* what a refused connect returns */
 	__u64 set; /* service.id */
 	__u64 endpoint; /* PATH_DIRECT: index in endpoints */
-	__u64 seed; /* of the pick; above it, 1: a turn is used up */
+	/* In and out: of the pick; above it, 1: a turn is used up. */
+	__u64 seed;
 };
 
-/* What only a dry run asks and tells. */
+/* What only a dry run tells. */
 struct details {
-	__u64 seed; /* in: of the pick; 0: a random one */
 	__u64 flags; /* DETAIL_* */
 	__u64 rule; /* the value of the one that decided, */
 	/* and above it the index of the endpoint in the set. */
@@ -135,7 +135,6 @@ static __always_inline int choose_first(struct gathered *g,
 	struct set_tiers *tiers;
 	void *set;
 
-	g->seed = dry && more->seed ? more->seed : bpf_get_prandom_u32();
 	set = at(&sets, &key, g->set);
 	if (!set)
 		return 0;
