@@ -138,6 +138,7 @@ type Datapath struct {
 
 	lost     atomic.Uint32 // families without a route, as in slotRange
 	relays   atomic.Bool   // rules send connections to slots
+	relayed  chan struct{} // they do so now, and did not before
 	mu       sync.Mutex    // orders changes of the configuration and of slots
 	settings bpf.Settings
 	reserved map[bpf.IPAddr]bool  // addresses of which every one has a reserved slot; nil: not known
@@ -223,6 +224,7 @@ func newDatapath(o Options) *Datapath {
 		former:   formerHooks{left: map[string][]formerMap{}},
 		retiring: map[uint32]time.Time{},
 		kick:     make(chan struct{}, 1),
+		relayed:  make(chan struct{}, 1),
 	}
 }
 

@@ -67,7 +67,7 @@ func (d *Datapath) SetRules(r Rules) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if r.relay() {
-		d.relays.Store(true) // before anything is sent there
+		d.setRelays(true) // before anything is sent there
 	}
 	if err := d.reserveSlots(r.Services); err != nil {
 		return err
@@ -95,7 +95,7 @@ func (d *Datapath) SetRules(r Rules) error {
 	if err := d.applySettings(r); err != nil {
 		return err
 	}
-	d.relays.Store(r.relay())
+	d.setRelays(r.relay())
 	if len(lacking) > 0 {
 		return &RoomError{lacking}
 	}
@@ -110,6 +110,19 @@ func (r *Rules) relay() bool {
 
 // Relays tells whether the rules send any connection to a slot.
 func (d *Datapath) Relays() bool { return d.relays.Load() }
+
+// Relayed has something to be received once they do so, and did not before.
+func (d *Datapath) Relayed() <-chan struct{} { return d.relayed }
+
+func (d *Datapath) setRelays(now bool) {
+	if d.relays.Swap(now) || !now {
+		return
+	}
+	select {
+	case d.relayed <- struct{}{}:
+	default: // nobody has received the last one yet
+	}
+}
 
 // publishAll publishes the sets of services, and returns the entries that point to
 // them. One for whose set there is no room goes by on_failure if it has none.

@@ -248,9 +248,15 @@ func TestRelays(t *testing.T) {
 		if step.service {
 			r.Services = service(step.path)
 		}
+		before := d.Relays()
 		setRules(t, d, r)
 		if got := d.Relays(); got != step.want {
 			t.Errorf("default %s, service %v on %s: relays %v, want %v", r.Default, step.service, step.path, got, step.want)
+		}
+		if got, want := len(d.Relayed()) == 1, step.want && !before; got != want {
+			t.Errorf("default %s, service %v on %s: told %v, want %v", r.Default, step.service, step.path, got, want)
+		} else if got {
+			<-d.Relayed()
 		}
 	}
 }

@@ -31,7 +31,9 @@ type Stats struct {
 	// BeatAge is how old the handler's sign of life is; negative if there is
 	// none.
 	BeatAge time.Duration
-	Busy    bool
+	// BeatHolds tells whether it is not too old, by what it says itself.
+	BeatHolds bool
+	Busy      bool
 }
 
 // Unaccounted is what is left of the conservation law, and 0 unless a
@@ -77,6 +79,7 @@ func (d *Datapath) Stats() (Stats, error) {
 	s.Busy, s.BeatAge = b.Busy != 0, -1
 	if b.Stamp != 0 {
 		s.BeatAge = time.Duration(d.monotonic() - int64(b.Stamp))
+		s.BeatHolds = s.BeatAge <= time.Duration(b.MaxAge)
 	}
 	return s, nil
 }

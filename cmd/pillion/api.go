@@ -8,7 +8,6 @@ import (
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/loader"
-	"github.com/pillion-project/pillion/redirect/capture"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/telemetry/metrics"
@@ -97,7 +96,7 @@ func (i *instance) state(s *loader.Stats) string {
 	switch {
 	case i.draining.Load():
 		return admin.StateDraining
-	case s.BeatAge < 0 || s.BeatAge > capture.MaxAge:
+	case !s.BeatHolds:
 		return admin.StateStale
 	default:
 		return admin.StateServing

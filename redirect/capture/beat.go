@@ -14,14 +14,19 @@ import (
 )
 
 const (
-	// every is the time between two beats.
-	every = 100 * time.Millisecond
-	// MaxAge is how old a beat may be before the connect hook takes the handler
+	// every is the time between two beats, and restEvery that while nobody is sent
+	// to slots, and so nobody asks for them.
+	every     = 100 * time.Millisecond
+	restEvery = 5 * every
+	// relayMaxAge is how old a beat may be before the connect hook takes the handler
 	// for gone. With the beat that may still come when all is over, proved by what
 	// came in before or by the other family, it is all of the half second that
 	// noticing may take: on a busy machine beats are late, and a handler that is
 	// late is better than none.
-	MaxAge = 500*time.Millisecond - every
+	relayMaxAge = 500*time.Millisecond - every
+	// restMaxAge is that of a beat that nobody asks for, until the next one comes
+	// since somebody will.
+	restMaxAge = 2 * restEvery
 	// canaryLimit is how long a canary may take.
 	canaryLimit = 300 * time.Millisecond
 	// busyAbove and busyBelow are fills of the accept queue. They are apart, so
@@ -52,6 +57,9 @@ type Kernel interface {
 	// no canary flies either: most of what an idle process costs would be the test
 	// of a way that nobody goes.
 	Relays() bool
+	// Relayed has something to be received once there are connections sent to
+	// slots, and were none before.
+	Relayed() <-chan struct{}
 	// Kick asks for routes and links to be looked at: something is wrong.
 	Kick()
 }
@@ -77,6 +85,8 @@ type Beat struct {
 	busy  bool
 	alive bool
 	stuck int // beats since all workers last moved
+	// relays says that somebody goes the way that is tested, as of this beat.
+	relays bool
 	// untested says that no canary flew lately, since nobody went that way.
 	untested bool
 
@@ -129,9 +139,19 @@ func (b *Beat) Run(ctx context.Context) error {
 			}
 			return nil
 		case <-tick.C:
-			tick.Reset(pace.Next(every))
+		case <-b.kernel.Relayed():
 		}
+		next, _ := b.timing()
+		tick.Reset(pace.Next(next))
 	}
+}
+
+// timing gives the time until the next beat, and how old this one may become.
+func (b *Beat) timing() (next, maxAge time.Duration) {
+	if b.relays {
+		return every, relayMaxAge
+	}
+	return restEvery, restMaxAge
 }
 
 // inTurn publishes something, unless another process does.
@@ -160,6 +180,7 @@ func (b *Beat) Freeze(lasts time.Duration) (end func(left bool), err error) {
 
 // Once looks at everything and publishes what it found.
 func (b *Beat) Once(ctx context.Context) error {
+	b.relays = b.kernel.Relays()
 	err := errors.Join(b.workersMove(), b.slotsArrive(ctx))
 	if ctx.Err() != nil {
 		return nil // what was cut short proves nothing
@@ -179,7 +200,8 @@ func (b *Beat) Once(ctx context.Context) error {
 		// make one slow canary a failure.
 		return nil
 	}
-	return b.kernel.Beat(true, b.busy, int64(MaxAge))
+	_, maxAge := b.timing()
+	return b.kernel.Beat(true, b.busy, int64(maxAge))
 }
 
 // Alive tells whether the last look found everything in order. It is to be
@@ -226,7 +248,7 @@ func (b *Beat) slotsArrive(ctx context.Context) error {
 	for _, c := range b.probes {
 		c.look(v4, v6)
 	}
-	if !b.kernel.Relays() {
+	if !b.relays {
 		b.untested = true
 		return nil
 	}

@@ -29,13 +29,16 @@ type kernel struct {
 	fail     error
 	noIPv6   bool
 	noRelay  bool
+	relayed  chan struct{}
+	maxAge   time.Duration // of the last beat
 }
 
 type beat struct{ alive, busy bool }
 
-func (k *kernel) Beat(alive, busy bool, _ int64) error {
+func (k *kernel) Beat(alive, busy bool, maxAge int64) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.maxAge = time.Duration(maxAge)
 	k.beats = append(k.beats, beat{alive, busy})
 	return k.fail
 }
@@ -58,7 +61,13 @@ func (k *kernel) Exempt(int) error { k.exempt++; return nil }
 
 func (k *kernel) Usable(v6 bool) bool { return !v6 || !k.noIPv6 }
 
-func (k *kernel) Relays() bool { return !k.noRelay }
+func (k *kernel) Relays() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return !k.noRelay
+}
+
+func (k *kernel) Relayed() <-chan struct{} { return k.relayed }
 
 func (k *kernel) SetCanaryListener(_ bool, fd int) error { k.listener = fd; return nil }
 
@@ -355,6 +364,40 @@ func TestRun(t *testing.T) {
 	}
 	if last := k.beats[len(k.beats)-1]; last.alive {
 		t.Error("the last beat says alive")
+	}
+}
+
+// TestRest: where no connection goes to slots beats are rarer and hold for longer, each
+// at least until the next, and when one may go there the next comes at once.
+func TestRest(t *testing.T) {
+	k := &kernel{noRelay: true, relayed: make(chan struct{})}
+	b := newBeat(t, k, &life{}, loopback4)
+	once(t, b)
+	rest, holds := b.timing()
+	if holds != k.maxAge || holds < rest+rest/2 {
+		t.Errorf("the next beat comes after %v, this one holds for %v (published: %v)", rest, holds, k.maxAge)
+	}
+	k.noRelay = false
+	once(t, b)
+	next, holds := b.timing()
+	if holds != k.maxAge || next >= rest || holds != relayMaxAge {
+		t.Errorf("then the next comes after %v, this one holds for %v (published: %v)", next, holds, k.maxAge)
+	}
+
+	// Which is due long after the test, and is not waited for.
+	k.noRelay = true
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- b.Run(ctx) }()
+	for range 100 {
+		k.relayed <- struct{}{}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if n := len(k.beats); n < 102 {
+		t.Errorf("%d beats of 100 that were asked for", n-2)
 	}
 }
 

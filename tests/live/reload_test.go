@@ -4,7 +4,10 @@ import (
 	"context"
 	"fmt"
 	"testing"
+	"time"
 
+	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/telemetry/admin"
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
@@ -86,5 +89,35 @@ func TestReloads(t *testing.T) {
 		if got := s.metric(t, name); got != want {
 			t.Errorf("%s is %s, want %s", name, got, want)
 		}
+	}
+}
+
+// TestRelayAgain has the only destination pass for a while, in which signs of life are
+// rarer, and sends it to slots again: the next connect goes there.
+func TestRelayAgain(t *testing.T) {
+	t.Parallel()
+	const rounds = 8
+	r := rig.New(t)
+	serve(t, r, 1)
+	config := func(path string) string { return "default: pass\nservices:\n" + service(1, "path: "+path, 1) }
+	s := newStage(t, r, config("direct"))
+	rested, relayed := 0, 0
+	for n := range rounds {
+		time.Sleep(600*time.Millisecond + time.Duration(n)*70*time.Millisecond) // at any time between two signs
+		if s.status(t).State == admin.StateServing {
+			rested++
+		}
+		s.reload(t, config("relay"))
+		before := s.Reasons(t)[flow.ReasonService.String()]
+		if got := s.Open(t, fmt.Sprint("c", n), vip(1)); got != far(1).String() {
+			t.Fatal(got)
+		}
+		if s.Reasons(t)[flow.ReasonService.String()] > before {
+			relayed++
+		}
+		s.reload(t, config("direct"))
+	}
+	if min(rested, relayed) < rounds-1 { // once the machine may be too busy for heartbeats
+		t.Errorf("of %d times it was serving at rest %d, and %d connections were relayed", rounds, rested, relayed)
 	}
 }
