@@ -57,11 +57,15 @@ func (r *Registry) carried(s *slot) Carried {
 		c.Tried = []netip.AddrPort{c.Endpoint}
 	}
 	if c.End = flow.Reason(s.end); c.End != flow.ReasonNone {
-		return c // it was being closed; a side may be already
+		// It was being closed; a side may be already.
+		c.Down.Moved, c.Up.Moved = s.moved[down], s.moved[up]
+		return c
 	}
 	c.Down.Urgent, c.Up.Urgent = s.flags&keptUrgent != 0, s.flags&(keptUrgent<<1) != 0
 	if s.crashes >= crashesMost {
 		c.End = flow.ReasonCrashed
+		sockets := readSockets(s)
+		c.Down.Moved, c.Up.Moved = sockets.written(s, up), sockets.written(s, down)
 		return c
 	}
 	if s.flags&keptReleased != 0 {
@@ -92,15 +96,10 @@ func (r *Registry) recoverDial(s *slot, c *Carried) {
 
 // recoverBytes finds what was read and is not yet written.
 func (r *Registry) recoverBytes(s *slot, c *Carried) {
-	var sockets [2]socketState
-	for k, fd := range s.fds {
-		if fd >= 0 {
-			sockets[k], _ = readSocket(fd, s.flags&(keptUrgent<<k) != 0)
-		}
-	}
+	sockets := readSockets(s)
 	for k, side := range []*CarriedSide{&c.Down, &c.Up} {
 		if side.FD >= 0 || k == down {
-			r.recoverSide(s, k, side, &sockets, c)
+			r.recoverSide(s, k, side, sockets, c)
 		}
 	}
 	if c.Down.Done && c.Up.Done && !c.Lingers {
@@ -111,12 +110,11 @@ func (r *Registry) recoverBytes(s *slot, c *Carried) {
 
 // recoverSide finds how much was read from side k, and what of it is not yet written
 // to the other.
-func (r *Registry) recoverSide(s *slot, k int, side *CarriedSide, sockets *[2]socketState, c *Carried) {
+func (r *Registry) recoverSide(s *slot, k int, side *CarriedSide, sockets *bothSockets, c *Carried) {
 	src, dst := &sockets[k], &sockets[1-k]
-	passed := s.flags&(keptDone<<k) != 0
-	written := dst.written(1-k == up, passed)
+	written := sockets.written(s, 1-k)
 	side.Moved = written
-	if passed {
+	if s.flags&(keptDone<<k) != 0 {
 		side.EOF, side.Done = true, true
 		sysShutdownWrite(s.fds[1-k]) // again, or at last
 		r.dropRest(s, k)
@@ -270,6 +268,24 @@ func readSocket(fd int32, urgent bool) (s socketState, ok bool) {
 		}
 	}
 	return s, true
+}
+
+// bothSockets are those of a connection, by side.
+type bothSockets [2]socketState
+
+func readSockets(s *slot) *bothSockets {
+	var both bothSockets
+	for k, fd := range s.fds {
+		if fd >= 0 {
+			both[k], _ = readSocket(fd, s.flags&(keptUrgent<<k) != 0)
+		}
+	}
+	return &both
+}
+
+// written is how many bytes were written to side k.
+func (b *bothSockets) written(s *slot, k int) uint64 {
+	return b[k].written(k == up, s.flags&(keptDone<<(1-k)) != 0)
 }
 
 func sysQueued(fd int32, which uintptr) uint64 {

@@ -265,6 +265,34 @@ func TestFaults(t *testing.T) {
 	t.Run("bulk", func(t *testing.T) { faults(t, program, 50, "", task{Workers: 8, Pings: 5, Most: 4 << 20}) })
 }
 
+// TestEndings has the handler kill itself at each point of the end of connections: each is
+// on record with all of its bytes.
+func TestEndings(t *testing.T) {
+	program := faulty(t)
+	for name, point := range map[string]int{ // as in redirect/l4/fault.go
+		"an end was passed on": 15, "and is noted": 16, "and is shut": 17,
+		"it is on record": 20, "a side is forgotten": 22, "and is closed": 23, "it has ended": 24,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := rig.New(t)
+			count := filepath.Join(t.TempDir(), "count")
+			if err := os.WriteFile(count, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			r.Program = program
+			r.Env = []string{
+				"PILLION_FAULT=1", fmt.Sprintf("PILLION_FAULT_ONLY=%d", point), "PILLION_FAULT_MOST=4", "PILLION_FAULT_COUNT=" + count,
+			}
+			s := newStage(t, r, "", task{Pings: 10, Urgent: 10})
+			s.finish(t)
+			if hits, err := os.ReadFile(count); err != nil || len(hits) == 0 {
+				t.Errorf("the handler has never killed itself: %v", err)
+			}
+		})
+	}
+}
+
 // TestPoison has one connection kill its handler each time: it is ended, and the others
 // go on.
 func TestPoison(t *testing.T) {
