@@ -69,7 +69,7 @@ __noinline int choose(struct gathered *g, struct details *more)
 /* claim makes a free cell the socket's. A cookie that was made while another
  * was being made is counted down from 2^64: it would look like PL_CELL_LEFT.
  */
-static __noinline bool claim(__u64 cookie)
+static __noinline bool claim(__u64 cookie, __u64 now)
 {
 	struct decision *d = cell_at(cookie);
 	__u64 owner;
@@ -83,6 +83,7 @@ static __noinline bool claim(__u64 cookie)
 	/* Of a socket whose end no hook saw. */
 	if (owner && d->pending)
 		unsent(d);
+	d->opened = now;
 	d->pending = false;
 	d->own = false;
 	d->open = false;
@@ -105,9 +106,12 @@ static __noinline struct decision *place(struct bpf_sock_addr *ctx,
 	struct decision *d = decision_of(ctx->sk, cookie);
 
 	g->seed = mix(g->now ^ cookie);
-	if (d)
+	if (d) {
+		/* Or the process might take the cell to be left meanwhile. */
+		d->opened = g->now;
 		return d;
-	if (bpf_get_netns_cookie(ctx) == cfg_netns && claim(cookie))
+	}
+	if (bpf_get_netns_cookie(ctx) == cfg_netns && claim(cookie, g->now))
 		return cell_at(cookie);
 	if (bpf_sk_storage_get(&decisions, ctx->sk, NULL,
 			       BPF_SK_STORAGE_GET_F_CREATE))

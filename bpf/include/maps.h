@@ -33,7 +33,7 @@ struct {
 	__type(value, struct state);
 } state SEC(".maps");
 
-/* writer: loader, ten times a second; reader: connect. */
+/* writer: loader, up to ten times a second; reader: connect. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);

@@ -16,8 +16,8 @@ import (
 // whether the address is an own one, and a service's; two counters; a cell that is written.
 const floorPass = "looks of pass"
 
-// And what a pick by load cannot: a random number, the set, its head, two of its endpoints,
-// and what each of these has open.
+// And what a pick by load cannot: the set, its head, two of its endpoints, and what each of
+// these has open.
 const floorDirect = "looks of direct"
 
 // looksMaps are maps of Pillion's, by name, and as large.
@@ -103,7 +103,6 @@ func (w *world) looks(pick bool) (code asm.Instructions, err error) {
 		}
 	}
 	if pick {
-		l.emit(asm.FnGetPrandomU32.Call())
 		l.in("sets")
 		l.number(0)
 		l.emit(asm.Mov.Reg(asm.R8, asm.R0))
