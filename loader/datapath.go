@@ -208,6 +208,7 @@ func Open(o Options) (*Datapath, error) {
 	}
 	d := newDatapath(o)
 	d.dir, d.adopted = dir, true
+	d.relays.Store(true) // by rules of the earlier process, perhaps
 	if err := d.open(); err != nil {
 		d.Close()
 		return nil, fmt.Errorf("open instance %s: %w", o.Name, err)

@@ -74,6 +74,7 @@ func join(o Options, h *Handover) (*Datapath, error) {
 	}
 	d := newDatapath(o)
 	d.dir, d.adopted, d.frameTag = &dir{path: path}, true, h.FrameTag
+	d.relays.Store(true) // by rules of the earlier process, perhaps
 	err := d.prepare()
 	for len(h.Rings) > 0 && err == nil {
 		var q *Queue

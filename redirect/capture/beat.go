@@ -141,17 +141,26 @@ func (b *Beat) Run(ctx context.Context) error {
 		case <-tick.C:
 		case <-b.kernel.Relayed():
 		}
-		next, _ := b.timing()
-		tick.Reset(pace.Next(next))
+		tick.Reset(pace.Next(b.interval()))
 	}
 }
 
-// timing gives the time until the next beat, and how old this one may become.
-func (b *Beat) timing() (next, maxAge time.Duration) {
-	if b.relays {
-		return every, relayMaxAge
+// interval is the time until the beat after the next one, which is due now. It asks anew:
+// the next one may be the first for somebody.
+func (b *Beat) interval() time.Duration {
+	if b.kernel.Relays() {
+		return every
 	}
-	return restEvery, restMaxAge
+	return restEvery
+}
+
+// publish a sign of life.
+func (b *Beat) publish() error {
+	maxAge := restMaxAge
+	if b.relays {
+		maxAge = relayMaxAge
+	}
+	return b.kernel.Beat(true, b.busy, int64(maxAge))
 }
 
 // inTurn publishes something, unless another process does.
@@ -180,8 +189,14 @@ func (b *Beat) Freeze(lasts time.Duration) (end func(left bool), err error) {
 
 // Once looks at everything and publishes what it found.
 func (b *Beat) Once(ctx context.Context) error {
+	before := b.relays
 	b.relays = b.kernel.Relays()
-	err := errors.Join(b.workersMove(), b.slotsArrive(ctx))
+	err := b.workersMove()
+	if b.relays && !before && b.alive && b.stuck == 0 {
+		// The last one holds for longer than who asks from now on may go by.
+		err = b.publish()
+	}
+	err = errors.Join(err, b.slotsArrive(ctx))
 	if ctx.Err() != nil {
 		return nil // what was cut short proves nothing
 	}
@@ -200,8 +215,7 @@ func (b *Beat) Once(ctx context.Context) error {
 		// make one slow canary a failure.
 		return nil
 	}
-	_, maxAge := b.timing()
-	return b.kernel.Beat(true, b.busy, int64(maxAge))
+	return b.publish()
 }
 
 // Alive tells whether the last look found everything in order. It is to be
