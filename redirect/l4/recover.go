@@ -59,6 +59,7 @@ func (r *Registry) carried(s *slot) Carried {
 	if c.End = flow.Reason(s.end); c.End != flow.ReasonNone {
 		// It was being closed; a side may be already.
 		c.Down.Moved, c.Up.Moved = s.moved[down], s.moved[up]
+		c.Torn = s.state == slotReset // what could be passed on has been
 		return c
 	}
 	c.Down.Urgent, c.Up.Urgent = s.flags&keptUrgent != 0, s.flags&(keptUrgent<<1) != 0
