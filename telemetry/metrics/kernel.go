@@ -36,7 +36,7 @@ func newKernel(source Kernel) *kernel {
 		liveConnections: gauge("pillion_live_connections", "Connections that the kernel side has let in to the handler and that are open."),
 		mended: counter("pillion_reconcile_corrections_total",
 			"Endpoints whose live count was off when it was compared with the sockets that there are."),
-		heartbeatAge: gauge("pillion_heartbeat_age_seconds", "Age of the sign of life that the hooks look at."),
+		heartbeatAge: gauge("pillion_heartbeat_age_seconds", "Age of the sign of life that the hooks look at: it comes every 100 ms, and every 500 while nothing is on relay."),
 	}
 }
 
