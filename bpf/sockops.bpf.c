@@ -429,6 +429,25 @@ static __always_inline void keep_seen(struct bpf_sock *sk, struct decision *d,
 		kept->followed = false;
 }
 
+#define CACHE_LINE 64 /* bytes, of x86-64 and of nearly all arm64 */
+
+/* fetch begins to read the cell of a cookie from memory, and does not wait.
+ * Each processor gives out cookies in turn, so the next socket to connect there
+ * has the next one (or the connect hook waits as long as for all else it looks
+ * at: the cell was last used PL_CELLS sockets ago). In that hook itself it
+ * would be too late.
+ */
+static __always_inline void fetch(__u64 cookie)
+{
+	volatile __u8 *cell = (void *)cell_at(cookie);
+
+	if (!cell)
+		return;
+	for (__u32 at = 0; at < sizeof(struct decision); at += CACHE_LINE)
+		cell[at];
+	cell[sizeof(struct decision) - 1];
+}
+
 /* is_news is false for what most calls are about: states that say nothing, and
  * retransmissions after which the kernel goes on. Then the socket's entry is
  * not looked up.
@@ -483,6 +502,7 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 	d = decision_of(sk, cookie);
 	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
 		on_open(ctx, sk, d, cookie);
+		fetch(cookie + 1);
 	} else if (op == BPF_SOCK_OPS_RTO_CB) {
 		/* The kernel is about to give up. */
 		if (d)
