@@ -127,6 +127,7 @@ static __always_inline int choose_first(struct gathered *g,
 					struct details *more, const bool dry)
 {
 	__u64 policy, words, key, tier, i = 0, j;
+	bool drawn = false;
 	__u64 first, count, table, length;
 	struct set_endpoint *m, *other;
 	volatile struct set_tier *t;
@@ -183,13 +184,17 @@ static __always_inline int choose_first(struct gathered *g,
 		i = entries->entry[i % PL_SET_TABLE_ROW];
 	} else if (count > 1 || policy != POLICY_LEAST_CONNECTIONS) {
 		i = below(&words, count);
-		m = at(set, &key, PL_SET_HEAD + first + i);
-		if (m && !chance(&words, m->cut))
-			i = m->alias;
+		drawn = true;
 	}
 	m = at(set, &key, PL_SET_HEAD + first + i);
 	if (!m)
 		return 0;
+	if (drawn && !chance(&words, m->cut)) {
+		i = m->alias;
+		m = at(set, &key, PL_SET_HEAD + first + i);
+		if (!m)
+			return 0;
+	}
 	e = carefree(&key, m->id);
 	if (!e) {
 		/* Its turn is used up, if it may be picked or not. */
