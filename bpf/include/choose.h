@@ -107,14 +107,10 @@ static __noinline __u32 hash_on(struct gathered *g, __u64 on)
 	return hash_of(&g->source, 0);
 }
 
-/* carefree gives what is known of an endpoint that is neither down nor has been
- * ejected, or NULL.
- */
-static __always_inline struct endpoint *carefree(__u64 *key, __u64 id)
+/* cares_of is 0 for an endpoint that is neither down nor has been ejected. */
+static __always_inline __u64 cares_of(const struct endpoint *e)
 {
-	struct endpoint *e = at(&endpoints, key, id);
-
-	return e && !e->down && !e->until ? e : NULL;
+	return e->until | e->down;
 }
 
 /* choose_first makes the first look of a pick, or both of
@@ -195,26 +191,33 @@ static __always_inline int choose_first(struct gathered *g,
 		if (!m)
 			return 0;
 	}
-	e = carefree(&key, m->id);
-	if (!e) {
-		/* Its turn is used up, if it may be picked or not. */
-		if (!(g->seed & TURN_USED) || !may_pick(g->set, m->id, g->now))
-			return 0;
-		if (!dry)
-			dialing(g->set, m->id, g->now);
-	} else if (policy == POLICY_LEAST_CONNECTIONS && count > 1) {
+	e = at(&endpoints, &key, m->id);
+	if (!e)
+		return 0;
+	if (policy == POLICY_LEAST_CONNECTIONS && count > 1) {
 		j = below(&words, count - 1);
 		j += j >= i;
 		other = at(set, &key, PL_SET_HEAD + first + j);
 		if (!other)
 			return 0;
-		rival = carefree(&key, other->id);
+		rival = at(&endpoints, &key, other->id);
 		if (!rival)
+			return 0;
+		/* In one: where another processor has counted last, each of
+		 * them is a wait for it, and now it is the same one.
+		 */
+		if (cares_of(e) | cares_of(rival))
 			return 0;
 		if (is_less(rival->live, other->weight, e->live, m->weight)) {
 			m = other;
 			i = j;
 		}
+	} else if (cares_of(e)) {
+		/* Its turn is used up, if it may be picked or not. */
+		if (!(g->seed & TURN_USED) || !may_pick(g->set, m->id, g->now))
+			return 0;
+		if (!dry)
+			dialing(g->set, m->id, g->now);
 	}
 	g->to = LOAD_IP6(m->addr.w);
 	g->to_port = m->port;
