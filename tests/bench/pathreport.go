@@ -23,6 +23,7 @@ type pathReport struct {
 	Targets []target                       `json:"targets"`
 	works   []work
 	arms    []string
+	starts  int
 }
 
 // pathRow is one arm at one work: medians of the rounds, and what it is by the arm
@@ -44,8 +45,8 @@ type hookRow struct {
 	programCost
 }
 
-func newPathReport(o *options, w *pathWorld) *pathReport {
-	r := &pathReport{Rounds: o.rounds, Missing: w.missing, works: o.works(pathWorks()), Samples: map[string]map[string][]sample{},
+func newPathReport(o *options) *pathReport {
+	r := &pathReport{Rounds: o.rounds, works: o.works(pathWorks()), Samples: map[string]map[string][]sample{},
 		Versions: []string{versionOf("nft", "--version"), versionOf("iptables-legacy", "--version")}}
 	if !o.quick {
 		r.Rounds *= 2
@@ -53,10 +54,15 @@ func newPathReport(o *options, w *pathWorld) *pathReport {
 	for _, w := range r.works {
 		r.Samples[w.Name] = map[string][]sample{}
 	}
+	return r
+}
+
+// of notes what a world has; each of a run has the same.
+func (r *pathReport) of(w *pathWorld) {
+	r.Missing, r.arms = w.missing, nil
 	for _, a := range w.arms {
 		r.arms = append(r.arms, a.name)
 	}
-	return r
 }
 
 func (r *pathReport) add(work, arm string, s sample) {
