@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -99,6 +100,10 @@ func TestExecSignals(t *testing.T) {
 	r, bpffs := rig.New(t), ownBPFFS(t)
 	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1} {
 		t.Run(unix.SignalName(sig), func(t *testing.T) {
+			// Started by nohup, the command would ignore it too.
+			told := make(chan os.Signal, 1)
+			signal.Notify(told, sig)
+			defer signal.Stop(told)
 			// Twice it goes on.
 			cmd := execCommand(t, r, bpffs, nil, "sh", "-c", `n=0
 trap 'n=$((n+1)); echo got $n; [ $n -lt 3 ] || exit 7' `+strings.TrimPrefix(unix.SignalName(sig), "SIG")+`
