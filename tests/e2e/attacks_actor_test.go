@@ -18,6 +18,7 @@ import (
 	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
+	"golang.org/x/sys/unix"
 )
 
 // actor is a process that does what it is told: an application, another
@@ -288,6 +289,24 @@ func usageOf(t testing.TB, i *rig.Instance, container *testutil.Cgroup) bpf.Usag
 	var u bpf.Usage
 	_ = m.Lookup(container.ID, &u)
 	return u
+}
+
+// stale waits until the hooks take a process that has been stopped for hung.
+func stale(t testing.TB, i *rig.Instance) {
+	t.Helper()
+	m := pinned(t, i, "beat")
+	defer m.Close()
+	testutil.Eventually(t, rig.Limit, func() bool {
+		var b bpf.Beat
+		if err := m.Lookup(uint32(0), &b); err != nil {
+			t.Fatal(err)
+		}
+		var now unix.Timespec
+		if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+			t.Fatal(err)
+		}
+		return uint64(now.Nano()) > b.Stamp+b.MaxAge
+	}, "the last sign of life is too old")
 }
 
 // counted tells how much the counters of some reasons have grown since before,
