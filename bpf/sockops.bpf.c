@@ -433,9 +433,9 @@ static __always_inline void keep_seen(struct bpf_sock *sk, struct decision *d,
 
 /* fetch begins to read the cell of a cookie from memory, and does not wait.
  * Each processor gives out cookies in turn, so the next socket to connect there
- * has the next one (or the connect hook waits as long as for all else it looks
- * at: the cell was last used PL_CELLS sockets ago). In that hook itself it
- * would be too late.
+ * has the next one, whose cell was last used PL_CELLS sockets ago. Without this
+ * the connect hook waits for it longer than for anything else; there it is too
+ * late to begin.
  */
 static __always_inline void fetch(__u64 cookie)
 {
