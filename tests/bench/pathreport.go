@@ -23,7 +23,8 @@ type pathReport struct {
 	Targets []target                       `json:"targets"`
 	works   []work
 	arms    []string
-	starts  int
+	// namespaces is as in pathWorld.
+	namespaces int
 }
 
 // pathRow is one arm at one work: medians of the rounds, and what it is by the arm

@@ -60,12 +60,10 @@ type pathWorld struct {
 	pills []pathPillion
 	// missing says what is not beside them, and why.
 	missing []string
-	// namespaces is how many there have been.
-	namespaces int
+	// namespaces is how many there have been, in all worlds of the run: the kernel may
+	// still be taking those of the last one away.
+	namespaces *int
 }
-
-// namespacesMost is how many a world has at most.
-const namespacesMost = 10
 
 // pathPillion is a Pillion with its arms.
 type pathPillion struct {
@@ -98,15 +96,10 @@ func measurePaths(ctx context.Context, o *options) (*pathReport, error) {
 			once = append(once, w)
 		}
 	}
-	if len(once) > 0 {
-		if err := r.measure(ctx, o, once, 0, r.Rounds); err != nil {
-			return nil, err
-		}
+	if err := r.measure(ctx, o, once, 0, r.Rounds); err != nil {
+		return nil, err
 	}
 	for i := range hookStarts {
-		if len(again) == 0 {
-			break
-		}
 		if err := r.measure(ctx, o, again, i*r.Rounds/hookStarts, (i+1)*r.Rounds/hookStarts); err != nil {
 			return nil, err
 		}
@@ -116,16 +109,14 @@ func measurePaths(ctx context.Context, o *options) (*pathReport, error) {
 
 // measure starts everything, and does works in the rounds from one before another.
 func (r *pathReport) measure(ctx context.Context, o *options, works []work, from, to int) (err error) {
-	if from == to {
+	if len(works) == 0 || from == to {
 		return nil
 	}
 	base, err := newWorld()
 	if err != nil {
 		return err
 	}
-	// The kernel may still be taking the namespaces of the last start away.
-	w := &pathWorld{world: base, namespaces: r.starts * namespacesMost}
-	r.starts++
+	w := &pathWorld{world: base, namespaces: &r.namespaces}
 	defer func() { err = errors.Join(err, w.close()) }()
 	if err := w.furnish(ctx); err != nil {
 		return err
@@ -250,8 +241,8 @@ func addEndpoints() error {
 
 // another makes a network namespace with a number that none had.
 func (w *pathWorld) another() (*os.File, error) {
-	w.namespaces++
-	return w.namespace(w.namespaces)
+	*w.namespaces++
+	return w.namespace(*w.namespaces)
 }
 
 // pillion runs one in a network namespace of its own.
