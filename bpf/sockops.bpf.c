@@ -233,6 +233,17 @@ static __always_inline void on_established(struct decision *d)
 		answered_by(d);
 }
 
+/* on_fin takes a connection that its application has closed off the endpoint's
+ * count. That is where it runs, and where it will pick again: CLOSE may come on
+ * another processor, and the next pick would wait for the count to come back
+ * from there. Who has only shut one direction counts on.
+ */
+static __always_inline void on_fin(struct decision *d)
+{
+	if (d && d->followed && d->released && d->path == PATH_DIRECT)
+		count_live(d, false);
+}
+
 static __always_inline void on_half_closed(struct bpf_sock_ops *ctx,
 					   struct decision *d)
 {
@@ -460,7 +471,8 @@ static __always_inline bool is_news(__u32 op, __u32 to, __u32 expired)
 	case BPF_SOCK_OPS_RTO_CB:
 		return expired;
 	default:
-		return to == BPF_TCP_ESTABLISHED || to == BPF_TCP_FIN_WAIT2 ||
+		return to == BPF_TCP_ESTABLISHED || to == BPF_TCP_FIN_WAIT1 ||
+		       to == BPF_TCP_LAST_ACK || to == BPF_TCP_FIN_WAIT2 ||
 		       to == BPF_TCP_CLOSE;
 	}
 }
@@ -509,6 +521,8 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 			d->expired = true;
 	} else if (to == BPF_TCP_ESTABLISHED) {
 		on_established(d);
+	} else if (to == BPF_TCP_FIN_WAIT1 || to == BPF_TCP_LAST_ACK) {
+		on_fin(d);
 	} else if (to == BPF_TCP_FIN_WAIT2) {
 		on_half_closed(ctx, d);
 	} else if (to == BPF_TCP_CLOSE) {

@@ -22,7 +22,8 @@ type EndpointState struct {
 	// InSet is false for an endpoint that was removed and still has connections,
 	// or had some a moment ago.
 	InSet bool
-	// Live is how many connections are open or connecting.
+	// Live is how many connections are connecting, or open and not yet closed by their
+	// application.
 	Live int
 	// Connects counts those that were answered, Failed those that were not,
 	// Failures the latter in a row while it is not ejected.

@@ -274,7 +274,7 @@ struct set_row {
  * down, less than set_config.panic percent are not ejected.
  */
 struct endpoint {
-	__u32 live; /* open connections, and those that connect */
+	__u32 live; /* that connect, or are open and not closed by who did */
 	__u32 failures; /* in a row, while not ejected */
 	__u64 until; /* ejected until then; set until a connect is answered */
 	__u64 connects; /* answered */
