@@ -66,10 +66,35 @@ __noinline int choose(struct gathered *g, struct details *more)
 	return g ? choose_one(g, NULL, false) : 0;
 }
 
+/* unsent is for a connect that was decided, and that the kernel itself refused
+ * before a segment left. The endpoint is blamed only where the namespace has no
+ * route to it: an application could eject it for others by a source or an
+ * option that does not go with it.
+ */
+static __noinline void unsent(struct decision *d)
+{
+	union {
+		__u64 d[3];
+		struct prefix_key k;
+	} u = { .d = { PAIR(128, d->key.slot.w[0]),
+		       PAIR(d->key.slot.w[1], d->key.slot.w[2]),
+		       d->key.slot.w[3] } };
+	struct route *way;
+
+	d->pending = false;
+	tally(TALLY_UNSENT);
+	count(REASON_UNSENT);
+	if (d->path != PATH_DIRECT)
+		return;
+	way = bpf_map_lookup_elem(&routes, &u.k);
+	if (!way || way->kind != ROUTE_UNICAST)
+		failed(d, ENDING_UNREACHABLE);
+}
+
 /* claim makes a free cell the socket's. A cookie that was made while another
  * was being made is counted down from 2^64: it would look like PL_CELL_LEFT.
  */
-static __noinline bool claim(__u64 cookie, __u64 now)
+static __always_inline bool claim(__u64 cookie, __u64 now)
 {
 	struct decision *d = cell_at(cookie);
 	__u64 owner;
@@ -99,8 +124,8 @@ static __noinline bool claim(__u64 cookie, __u64 now)
  * looks for cells that were left in its own network namespace only. What may be
  * NULL is left to the caller to look at, and only once: see found.
  */
-static __noinline struct decision *place(struct bpf_sock_addr *ctx,
-					 struct gathered *g)
+static __always_inline struct decision *place(struct bpf_sock_addr *ctx,
+					      struct gathered *g)
 {
 	__u64 cookie = bpf_get_socket_cookie(ctx);
 	struct decision *d = decision_of(ctx->sk, cookie);
@@ -120,9 +145,9 @@ static __noinline struct decision *place(struct bpf_sock_addr *ctx,
 }
 
 /* remember keeps the decision with the socket, for sockops. */
-static __noinline void remember(struct bpf_sock_addr *ctx,
-				const struct gathered *g, struct decision *d,
-				enum conn_path path)
+static __always_inline void remember(struct bpf_sock_addr *ctx,
+				     const struct gathered *g,
+				     struct decision *d, enum conn_path path)
 {
 	/* The last decision on this socket never became a SYN. */
 	if (d->pending)
@@ -157,27 +182,31 @@ static __noinline void remember(struct bpf_sock_addr *ctx,
 }
 
 /* exempt gives the reason to leave the connection alone, or REASON_NONE. cell
- * is that of the socket, which then is of our namespace, or 0.
+ * is that of the socket, which then is of our namespace, or 0. It is no static
+ * function for the reason that choose is none.
  */
-static __noinline enum reason exempt(struct bpf_sock_addr *ctx,
-				     const struct gathered *g, bool self,
-				     __u64 cell)
+__noinline int exempt(struct bpf_sock_addr *ctx, const struct gathered *g,
+		      __u64 self, __u64 cell)
 {
 	__u64 zero = 0;
 	struct settings *set = bpf_map_lookup_elem(&settings, &zero);
 	struct attempt a = {};
+	struct ip_addr dst;
 
-	a.dst = g->dst;
+	if (!g || !set)
+		return REASON_NONE; /* cannot be, and by_maps passes it */
+	dst = LOAD_IP6(g->dst.w);
+	a.dst = dst;
 	a.netns = cell ? cfg_netns : bpf_get_netns_cookie(ctx);
 	a.our_netns = cfg_netns;
 	a.bound_dev = ctx->sk->bound_dev_if;
 	a.slot4 = cfg_slot4;
 	a.slot6 = cfg_slot6;
 	a.protocol = ctx->protocol;
-	a.self = self || (set && set->own_group && g->group == set->own_group);
-	a.own_addr = bpf_map_lookup_elem(&own_addrs, &g->dst) != NULL;
-	if (in_supernet(&a.dst))
-		a.slot_listener = slot_answers(ctx, &g->dst, g->port);
+	a.self = self || (set->own_group && g->group == set->own_group);
+	a.own_addr = is_own_addr(&dst);
+	if (in_supernet(&dst))
+		a.slot_listener = slot_answers(ctx, &dst, g->port);
 	return leave_alone(&a);
 }
 

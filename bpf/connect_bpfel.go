@@ -37,6 +37,7 @@ const (
 	connectMapInstance       = "instance"
 	connectMapListeners      = "listeners"
 	connectMapLive           = "live"
+	connectMapNotOwn         = "not_own"
 	connectMapOutlived       = "outlived"
 	connectMapOwnAddrs       = "own_addrs"
 	connectMapReasons        = "reasons"
@@ -139,6 +140,7 @@ type connectMapSpecs struct {
 	Instance       *ebpf.MapSpec `ebpf:"instance"`
 	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
 	Live           *ebpf.MapSpec `ebpf:"live"`
+	NotOwn         *ebpf.MapSpec `ebpf:"not_own"`
 	Outlived       *ebpf.MapSpec `ebpf:"outlived"`
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
@@ -209,6 +211,7 @@ type connectMaps struct {
 	Instance       *ebpf.Map `ebpf:"instance"`
 	Listeners      *ebpf.Map `ebpf:"listeners"`
 	Live           *ebpf.Map `ebpf:"live"`
+	NotOwn         *ebpf.Map `ebpf:"not_own"`
 	Outlived       *ebpf.Map `ebpf:"outlived"`
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
@@ -248,6 +251,7 @@ func (m *connectMaps) Close() error {
 		m.Instance,
 		m.Listeners,
 		m.Live,
+		m.NotOwn,
 		m.Outlived,
 		m.OwnAddrs,
 		m.Reasons,

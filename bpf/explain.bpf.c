@@ -45,7 +45,7 @@ static __noinline enum reason exempt(struct __sk_buff *ctx,
 	a.slot4 = cfg_slot4;
 	a.slot6 = cfg_slot6;
 	a.protocol = IPPROTO_TCP;
-	a.own_addr = bpf_map_lookup_elem(&own_addrs, &g->dst) != NULL;
+	a.own_addr = is_own_addr(&g->dst);
 	if (in_supernet(&a.dst))
 		a.slot_listener = slot_answers(ctx, &g->dst, g->port);
 	return leave_alone(&a);

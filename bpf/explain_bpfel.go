@@ -37,6 +37,7 @@ const (
 	explainMapInstance       = "instance"
 	explainMapListeners      = "listeners"
 	explainMapLive           = "live"
+	explainMapNotOwn         = "not_own"
 	explainMapOutlived       = "outlived"
 	explainMapOwnAddrs       = "own_addrs"
 	explainMapReasons        = "reasons"
@@ -131,6 +132,7 @@ type explainMapSpecs struct {
 	Instance       *ebpf.MapSpec `ebpf:"instance"`
 	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
 	Live           *ebpf.MapSpec `ebpf:"live"`
+	NotOwn         *ebpf.MapSpec `ebpf:"not_own"`
 	Outlived       *ebpf.MapSpec `ebpf:"outlived"`
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
@@ -201,6 +203,7 @@ type explainMaps struct {
 	Instance       *ebpf.Map `ebpf:"instance"`
 	Listeners      *ebpf.Map `ebpf:"listeners"`
 	Live           *ebpf.Map `ebpf:"live"`
+	NotOwn         *ebpf.Map `ebpf:"not_own"`
 	Outlived       *ebpf.Map `ebpf:"outlived"`
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
@@ -240,6 +243,7 @@ func (m *explainMaps) Close() error {
 		m.Instance,
 		m.Listeners,
 		m.Live,
+		m.NotOwn,
 		m.Outlived,
 		m.OwnAddrs,
 		m.Reasons,

@@ -366,7 +366,9 @@ func TestHooks(t *testing.T) {
 	h.put(t, "deny", rule(t, "2001:db8:dead::/48", 0), uint32(1))
 	h.put(t, "exclude", rule(t, "203.0.113.0/24", 0), uint32(1))
 	h.put(t, "services", EndpointKey{Addr: abiIpAddr(FromAddr(netip.MustParseAddr("10.96.0.12"))), Port: 80}, Service{})
-	h.put(t, "own_addrs", FromAddr(netip.MustParseAddr("192.0.2.1")), uint32(1))
+	own := FromAddr(netip.MustParseAddr("192.0.2.1"))
+	h.put(t, "own_addrs", own, uint32(1))
+	h.put(t, "not_own", uint32(0), ^ClassOf(own)) // as the loader says it
 
 	want := []string{
 		"198.51.100.7:25 ECONNREFUSED", // denied

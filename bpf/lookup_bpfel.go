@@ -37,6 +37,7 @@ const (
 	lookupMapInstance       = "instance"
 	lookupMapListeners      = "listeners"
 	lookupMapLive           = "live"
+	lookupMapNotOwn         = "not_own"
 	lookupMapOutlived       = "outlived"
 	lookupMapOwnAddrs       = "own_addrs"
 	lookupMapReasons        = "reasons"
@@ -131,6 +132,7 @@ type lookupMapSpecs struct {
 	Instance       *ebpf.MapSpec `ebpf:"instance"`
 	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
 	Live           *ebpf.MapSpec `ebpf:"live"`
+	NotOwn         *ebpf.MapSpec `ebpf:"not_own"`
 	Outlived       *ebpf.MapSpec `ebpf:"outlived"`
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
@@ -201,6 +203,7 @@ type lookupMaps struct {
 	Instance       *ebpf.Map `ebpf:"instance"`
 	Listeners      *ebpf.Map `ebpf:"listeners"`
 	Live           *ebpf.Map `ebpf:"live"`
+	NotOwn         *ebpf.Map `ebpf:"not_own"`
 	Outlived       *ebpf.Map `ebpf:"outlived"`
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
@@ -240,6 +243,7 @@ func (m *lookupMaps) Close() error {
 		m.Instance,
 		m.Listeners,
 		m.Live,
+		m.NotOwn,
 		m.Outlived,
 		m.OwnAddrs,
 		m.Reasons,

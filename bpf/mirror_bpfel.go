@@ -37,6 +37,7 @@ const (
 	mirrorMapInstance       = "instance"
 	mirrorMapListeners      = "listeners"
 	mirrorMapLive           = "live"
+	mirrorMapNotOwn         = "not_own"
 	mirrorMapOutlived       = "outlived"
 	mirrorMapOwnAddrs       = "own_addrs"
 	mirrorMapReasons        = "reasons"
@@ -133,6 +134,7 @@ type mirrorMapSpecs struct {
 	Instance       *ebpf.MapSpec `ebpf:"instance"`
 	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
 	Live           *ebpf.MapSpec `ebpf:"live"`
+	NotOwn         *ebpf.MapSpec `ebpf:"not_own"`
 	Outlived       *ebpf.MapSpec `ebpf:"outlived"`
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
@@ -203,6 +205,7 @@ type mirrorMaps struct {
 	Instance       *ebpf.Map `ebpf:"instance"`
 	Listeners      *ebpf.Map `ebpf:"listeners"`
 	Live           *ebpf.Map `ebpf:"live"`
+	NotOwn         *ebpf.Map `ebpf:"not_own"`
 	Outlived       *ebpf.Map `ebpf:"outlived"`
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
@@ -242,6 +245,7 @@ func (m *mirrorMaps) Close() error {
 		m.Instance,
 		m.Listeners,
 		m.Live,
+		m.NotOwn,
 		m.Outlived,
 		m.OwnAddrs,
 		m.Reasons,

@@ -37,6 +37,7 @@ const (
 	moveMapInstance       = "instance"
 	moveMapListeners      = "listeners"
 	moveMapLive           = "live"
+	moveMapNotOwn         = "not_own"
 	moveMapOutlived       = "outlived"
 	moveMapOwnAddrs       = "own_addrs"
 	moveMapReasons        = "reasons"
@@ -137,6 +138,7 @@ type moveMapSpecs struct {
 	Instance       *ebpf.MapSpec `ebpf:"instance"`
 	Listeners      *ebpf.MapSpec `ebpf:"listeners"`
 	Live           *ebpf.MapSpec `ebpf:"live"`
+	NotOwn         *ebpf.MapSpec `ebpf:"not_own"`
 	Outlived       *ebpf.MapSpec `ebpf:"outlived"`
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
@@ -207,6 +209,7 @@ type moveMaps struct {
 	Instance       *ebpf.Map `ebpf:"instance"`
 	Listeners      *ebpf.Map `ebpf:"listeners"`
 	Live           *ebpf.Map `ebpf:"live"`
+	NotOwn         *ebpf.Map `ebpf:"not_own"`
 	Outlived       *ebpf.Map `ebpf:"outlived"`
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
@@ -246,6 +249,7 @@ func (m *moveMaps) Close() error {
 		m.Instance,
 		m.Listeners,
 		m.Live,
+		m.NotOwn,
 		m.Outlived,
 		m.OwnAddrs,
 		m.Reasons,

@@ -141,7 +141,7 @@ const (
 
 // Constants of include/abi.h; a test reads the header and compares them.
 const (
-	ABI          = 8
+	ABI          = 9
 	Slots        = 65536
 	SlotFirst    = 1
 	SlotLast     = 0xffef
@@ -194,6 +194,15 @@ func FromAddr(a netip.Addr) IPAddr {
 	}
 	return ip
 }
+
+// ClassOf gives the bit of map not_own that stands for an address's class, as class_of in
+// include/hash.h does.
+func ClassOf(a IPAddr) uint64 {
+	return 1 << ((a.W[0] ^ a.W[1] ^ a.W[2] ^ a.W[3]) * golden >> 26)
+}
+
+// golden is GOLDEN in include/hash.h: 2^32 by the golden ratio.
+const golden uint32 = 0x9e3779b9
 
 // ToAddr converts back, unmapped. All zero gives an invalid address.
 func ToAddr(ip IPAddr) netip.Addr {

@@ -74,15 +74,43 @@ func (d *Datapath) syncNetwork() error {
 	if err != nil {
 		return err
 	}
-	own := make(map[bpf.IPAddr]uint32, len(addrs))
+	own, classes := make(map[bpf.IPAddr]uint32, len(addrs)), ^uint64(0)
 	for _, a := range addrs {
-		own[bpf.FromAddr(a)] = 1
+		ip := bpf.FromAddr(a)
+		own[ip] = 1
+		// To these a connect is left alone whoever has them.
+		if !a.IsLoopback() && !a.IsLinkLocalUnicast() {
+			classes &^= bpf.ClassOf(ip)
+		}
 	}
 	ways := make(map[bpf.PrefixKey]bpf.Route, len(routes))
 	for p, w := range routes {
 		ways[prefixKey(p)] = bpf.Route{Kind: w.kind, Source: bpf.FromAddr(w.source)}
 	}
-	return errors.Join(replace(d.maps.OwnAddrs, own, nil), replace(d.maps.Routes, ways, nil))
+	return errors.Join(d.replaceOwn(own, classes), replace(d.maps.Routes, ways, nil))
+}
+
+// replaceOwn tells the hooks of the own addresses, and of the classes that have none. At no
+// moment, and whatever of it fails, is an address of the one map in a class of the other.
+func (d *Datapath) replaceOwn(own map[bpf.IPAddr]uint32, classes uint64) error {
+	var before uint64
+	if err := d.maps.NotOwn.Lookup(uint32(0), &before); err != nil {
+		return fmt.Errorf("read map not_own: %w", err)
+	}
+	if err := d.putNotOwn(before & classes); err != nil {
+		return err
+	}
+	if err := replace(d.maps.OwnAddrs, own, nil); err != nil {
+		return err
+	}
+	return d.putNotOwn(classes)
+}
+
+func (d *Datapath) putNotOwn(classes uint64) error {
+	if err := d.maps.NotOwn.Put(uint32(0), classes); err != nil {
+		return fmt.Errorf("write map not_own: %w", err)
+	}
+	return nil
 }
 
 func prefixKey(p netip.Prefix) bpf.PrefixKey {

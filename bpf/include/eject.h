@@ -105,28 +105,3 @@ static __always_inline void count_live(struct decision *d, bool up)
 	if (e)
 		__sync_fetch_and_add(&e->live, up ? 1 : -1);
 }
-
-/* unsent is for a connect that was decided, and that the kernel itself refused
- * before a segment left. The endpoint is blamed only where the namespace has no
- * route to it: an application could eject it for others by a source or an
- * option that does not go with it.
- */
-static __always_inline void unsent(struct decision *d)
-{
-	union {
-		__u64 d[3];
-		struct prefix_key k;
-	} u = { .d = { PAIR(128, d->key.slot.w[0]),
-		       PAIR(d->key.slot.w[1], d->key.slot.w[2]),
-		       d->key.slot.w[3] } };
-	struct route *way;
-
-	d->pending = false;
-	tally(TALLY_UNSENT);
-	count(REASON_UNSENT);
-	if (d->path != PATH_DIRECT)
-		return;
-	way = bpf_map_lookup_elem(&routes, &u.k);
-	if (!way || way->kind != ROUTE_UNICAST)
-		failed(d, ENDING_UNREACHABLE);
-}

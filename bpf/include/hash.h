@@ -29,6 +29,16 @@ static __always_inline __u32 hash_of(const struct ip_addr *a, __u32 port)
 	return mix((h ^ bpf_ntohl(a->w[3])) + GOLDEN);
 }
 
+/* class_of puts an address into one of 64 classes, as bpf.ClassOf does. Its
+ * words are taken as they are: nobody compares the classes of two machines.
+ */
+static __always_inline __u64 class_of(const struct ip_addr *a)
+{
+	__u32 all = a->w[0] ^ a->w[1] ^ a->w[2] ^ a->w[3];
+
+	return all * GOLDEN >> 26;
+}
+
 /* next_word gives the next of the words that follow from a seed. All of a
  * pick's randomness comes from there.
  */

@@ -24,6 +24,20 @@ static __always_inline __u32 *rule_names(void *trie, const struct gathered *g)
 	return bpf_map_lookup_elem(trie, &u.k);
 }
 
+/* is_own_addr is true for an address of the namespace's; one of loopback or
+ * link-local may be one and not be found. Of nearly all others their class says
+ * that they are none, which is cheaper to look at.
+ */
+static __always_inline bool is_own_addr(const struct ip_addr *a)
+{
+	__u64 zero = 0;
+	__u64 *classes = bpf_map_lookup_elem(&not_own, &zero);
+
+	if (classes && *classes >> class_of(a) & 1)
+		return false;
+	return bpf_map_lookup_elem(&own_addrs, a) != NULL;
+}
+
 /* slot_answers runs the sk_lookup programs of the socket's namespace for a slot
  * address. Only a handler can be found there with a slot as its own address: an
  * application cannot bind one.

@@ -139,6 +139,16 @@ struct {
 	__type(value, __u32);
 } own_addrs SEC(".maps");
 
+/* Of the 64 classes of addresses (hash.h) a bit each: 1: own_addrs has none of
+ * it. writer: loader, from rtnetlink; reader: connect.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} not_own SEC(".maps");
+
 /* writer: connect, loader (services); reader: connect; deleter: loader, when a
  * slot retires.
  */
