@@ -40,9 +40,11 @@ type options struct {
 	rounds int
 	quick  bool
 	spin   bool
-	parts  []string
-	only   []string // names of works; none: all
-	output string
+	// Of each start, for workHook.
+	scatter bool
+	parts   []string
+	only    []string // names of works; none: all
+	output  string
 }
 
 func main() {
@@ -87,6 +89,7 @@ func parse(args []string) (*options, error) {
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	f.IntVar(&o.rounds, "rounds", 9, "how often each arm does each work")
 	f.BoolVar(&o.quick, "quick", false, "three rounds of an eighth of the work, to see it run: no target is enforced")
+	f.BoolVar(&o.scatter, "scatter", true, "load the programs of each start somewhere else, for the work \"hook\"")
 	f.BoolVar(&o.spin, "spin", true, "keep each processor awake by a spinner of lowest priority")
 	only := f.String("only", "", "comma-separated works: "+strings.Join(workNames(), ", "))
 	part := f.String("part", strings.Join(partNames(), ","), "comma-separated parts: "+partRelay+" (a hop, beside proxies), "+

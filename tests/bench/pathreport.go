@@ -44,6 +44,9 @@ type hookRow struct {
 	Arm     string `json:"arm"`
 	Program string `json:"program"`
 	programCost
+	// Of the rounds, per run.
+	Least float64 `json:"least_ns"`
+	Most  float64 `json:"most_ns"`
 }
 
 func newPathReport(o *options) *pathReport {
@@ -155,7 +158,13 @@ func (r *pathReport) hooks(arm string) []hookRow {
 	slices.Sort(names)
 	var all []hookRow
 	for _, name := range names {
-		all = append(all, hookRow{Arm: arm, Program: name, programCost: programCost{
+		var each []float64
+		for _, s := range samples {
+			if c := s.Programs[name]; c.Runs > 0 {
+				each = append(each, c.Nanos/c.Runs)
+			}
+		}
+		all = append(all, hookRow{Arm: arm, Program: name, Least: slices.Min(each), Most: slices.Max(each), programCost: programCost{
 			Runs:  median(values(samples, func(s sample) float64 { return s.Programs[name].Runs })),
 			Nanos: median(values(samples, func(s sample) float64 { return s.Programs[name].Nanos })),
 		}})
@@ -253,9 +262,10 @@ func (r *pathReport) rows2table() table.Writer {
 }
 
 func (r *pathReport) hooks2table() table.Writer {
-	t := newTable("arm", "program", "runs per connection", "ns per run", "ns per connection")
+	t := newTable("arm", "program", "runs per connection", "ns per run", "least", "most", "ns per connection")
 	for _, h := range r.Hooks {
-		t.AppendRow(table.Row{h.Arm, h.Program, fmt.Sprintf("%.2f", h.Runs), fmt.Sprintf("%.0f", h.Nanos/h.Runs), fmt.Sprintf("%.0f", h.Nanos)})
+		t.AppendRow(table.Row{h.Arm, h.Program, fmt.Sprintf("%.2f", h.Runs), fmt.Sprintf("%.0f", h.Nanos/h.Runs),
+			fmt.Sprintf("%.0f", h.Least), fmt.Sprintf("%.0f", h.Most), fmt.Sprintf("%.0f", h.Nanos)})
 	}
 	return t
 }

@@ -71,9 +71,8 @@ type pathPillion struct {
 	pass, direct *arm
 }
 
-// hookStarts is how many times everything is started for workHook: how memory happens to lie
-// makes more of a difference to what a hook costs than anything else, and lasts until the
-// next start.
+// hookStarts is how many times everything is started for workHook: where code and memory
+// happen to lie lasts until the next start.
 const hookStarts = 6
 
 // measurePaths measures what pass and direct cost, beside nothing at all and
@@ -96,19 +95,20 @@ func measurePaths(ctx context.Context, o *options) (*pathReport, error) {
 			once = append(once, w)
 		}
 	}
-	if err := r.measure(ctx, o, once, 0, r.Rounds); err != nil {
+	if err := r.measure(ctx, o, once, 0, r.Rounds, false); err != nil {
 		return nil, err
 	}
 	for i := range hookStarts {
-		if err := r.measure(ctx, o, again, i*r.Rounds/hookStarts, (i+1)*r.Rounds/hookStarts); err != nil {
+		if err := r.measure(ctx, o, again, i*r.Rounds/hookStarts, (i+1)*r.Rounds/hookStarts, o.scatter); err != nil {
 			return nil, err
 		}
 	}
 	return r, nil
 }
 
-// measure starts everything, and does works in the rounds from one before another.
-func (r *pathReport) measure(ctx context.Context, o *options, works []work, from, to int) (err error) {
+// measure starts everything, with scatter somewhere, and does works in the rounds from one
+// before another.
+func (r *pathReport) measure(ctx context.Context, o *options, works []work, from, to int, scatter bool) (err error) {
 	if len(works) == 0 || from == to {
 		return nil
 	}
@@ -118,6 +118,11 @@ func (r *pathReport) measure(ctx context.Context, o *options, works []work, from
 	}
 	w := &pathWorld{world: base, namespaces: &r.namespaces}
 	defer func() { err = errors.Join(err, w.close()) }()
+	if scatter {
+		if err := w.scatter(); err != nil {
+			return err
+		}
+	}
 	if err := w.furnish(ctx); err != nil {
 		return err
 	}
