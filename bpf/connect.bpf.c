@@ -369,7 +369,8 @@ int pl_bind6(struct bpf_sock_addr *ctx)
  * It is the one hook without the socket's lock: where the connection ends at
  * this very moment, its cell may be another's when the release is noted there,
  * of a socket whose cookie ends in the same digits. That would do no more than
- * give the record of that one another ending. What is pending is looked at
+ * give the record of that one another ending, and count it out early if it is
+ * half closed. What is pending is looked at
  * before whose it is: a cell is not given back while that is so, and another's
  * must not be taken for unsent.
  */
@@ -381,7 +382,8 @@ int pl_release(struct bpf_sock *ctx)
 
 	if (!d)
 		return PROCEED;
-	d->released = true;
+	if (!d->owner || d->owner == cookie) /* 0: in storage */
+		d->released = true;
 	if (*(volatile __u8 *)&d->pending) {
 		fence();
 		if (!d->owner || d->owner == cookie) /* 0: in storage */

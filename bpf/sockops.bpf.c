@@ -233,10 +233,11 @@ static __always_inline void on_established(struct decision *d)
 		answered_by(d);
 }
 
-/* on_fin takes a connection that its application has closed off the endpoint's
- * count. That is where it runs, and where it will pick again: CLOSE may come on
- * another processor, and the next pick would wait for the count to come back
- * from there. Who has only shut one direction counts on.
+/* on_fin, with its own FIN queued, takes a connection that its application has
+ * closed off the endpoint's count. That is where the application runs, and will
+ * pick again: CLOSE may come on another processor, and the next pick would wait
+ * for the count to come back from there. Who has only shut one direction counts
+ * on.
  */
 static __always_inline void on_fin(struct decision *d)
 {

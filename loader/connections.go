@@ -108,7 +108,7 @@ func openRecord(s *socket, v *bpf.Decision, now int64, wall time.Time) flow.Reco
 // End ends the open connections on flow.PathDirect of a service to an endpoint: the
 // endpoint gets a reset, the application ECONNABORTED. Only those are ended that
 // the connect hook sent there, and not those that their application has closed: what it
-// said last is on its way, and the kernel ends them. The endpoint may be removed, and the
+// said last is on its way, and the kernel ends them. (On MPTCP nobody knows of that.) The endpoint may be removed, and the
 // service too. It returns how many were ended, and takes CAP_NET_ADMIN.
 func (d *Datapath) End(service, endpoint netip.AddrPort) (int, error) {
 	d.sets.mu.Lock()
@@ -123,7 +123,7 @@ func (d *Datapath) End(service, endpoint netip.AddrPort) (int, error) {
 	// An index is kept while anybody is counted, so it still means the same.
 	var sockets []*socket
 	err = d.decided(func(s *socket, v *bpf.Decision) {
-		if flow.Path(v.Path) == flow.PathDirect && v.Counted != 0 && v.Set == own.id && v.Endpoint == index {
+		if flow.Path(v.Path) == flow.PathDirect && v.Released == 0 && v.Set == own.id && v.Endpoint == index {
 			sockets = append(sockets, s)
 		}
 	})

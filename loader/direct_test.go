@@ -185,6 +185,7 @@ func TestClosedByApplication(t *testing.T) {
 	if n, err := d.End(shop, at); n != 1 || err != nil {
 		t.Errorf("ended %d: %v; want that which is half open", n, err)
 	}
+	peer.SetReadDeadline(time.Now().Add(patience))
 	if n, err := io.Copy(io.Discard, peer); n != int64(said) || err != nil {
 		t.Errorf("the endpoint got %d of %d bytes: %v", n, said, err)
 	}

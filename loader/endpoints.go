@@ -19,11 +19,11 @@ import (
 // processes.
 type EndpointState struct {
 	Addr netip.AddrPort
-	// InSet is false for an endpoint that was removed and still has connections,
-	// or had some a moment ago.
+	// InSet is false for an endpoint that was removed and has connections that count
+	// still, or had some a moment ago.
 	InSet bool
-	// Live is how many connections are connecting, or open and not yet closed by their
-	// application.
+	// Live is how many connections are connecting, or open and not closed by their
+	// application. On MPTCP they count to their end.
 	Live int
 	// Connects counts those that were answered, Failed those that were not,
 	// Failures the latter in a row while it is not ejected.
@@ -107,7 +107,7 @@ func (t *endpointTable) ensure(i uint32) error {
 	return nil
 }
 
-// release takes an index back, under which nobody is connected.
+// release takes an index back, under which nobody is counted.
 func (t *endpointTable) release(i uint32) error {
 	if err := t.names.Put(i, bpf.EndpointName{}); err != nil {
 		return fmt.Errorf("forget endpoint: %w", err)

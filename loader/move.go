@@ -42,6 +42,7 @@ const (
 	mannerRing // see move_rings.go
 	mannerSets // see move_sets.go
 	mannerLate // see move_outlived.go
+	mannerNew  // it begins anew: zero means that nothing is known
 )
 
 var manners = map[string]manner{
@@ -55,6 +56,7 @@ var manners = map[string]manner{
 	"events": mannerRing, "held": mannerRing,
 	"sets":      mannerSets,
 	"outlived":  mannerLate,
+	"not_own":   mannerNew,
 	instancePin: mannerCopy,
 }
 
@@ -237,7 +239,7 @@ func (d *Datapath) moveIn() error {
 			err = m.copy(name, all[name])
 		case mannerCount:
 			err = m.copyCounts(name, all[name])
-		case mannerStorage, mannerCells, mannerRing, mannerLate:
+		case mannerStorage, mannerCells, mannerRing, mannerLate, mannerNew:
 			// Each socket by itself; what is in rings is read from them; when
 			// sockops is swapped.
 		case mannerLive:

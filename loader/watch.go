@@ -90,8 +90,8 @@ func (d *Datapath) syncNetwork() error {
 	return errors.Join(d.replaceOwn(own, classes), replace(d.maps.Routes, ways, nil))
 }
 
-// replaceOwn tells the hooks of the own addresses, and of the classes that have none. At no
-// moment, and whatever of it fails, is an address of the one map in a class of the other.
+// replaceOwn tells the hooks of the own addresses, and of the classes that have none that
+// counts. At no moment, and whatever of it fails, is such an address in a class that has none.
 func (d *Datapath) replaceOwn(own map[bpf.IPAddr]uint32, classes uint64) error {
 	var before uint64
 	if err := d.maps.NotOwn.Lookup(uint32(0), &before); err != nil {

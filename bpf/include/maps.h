@@ -78,7 +78,7 @@ struct {
 
 /* Memory-mapped, so that the process reads and corrects without losing what a
  * hook adds. writer: connect, sockops, loader; reader: the same; deleter:
- * loader, by zeroing, when nobody is connected.
+ * loader, by zeroing, when nobody is counted.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -140,7 +140,8 @@ struct {
 } own_addrs SEC(".maps");
 
 /* Of the 64 classes of addresses (hash.h) a bit each: 1: own_addrs has none of
- * it. writer: loader, from rtnetlink; reader: connect.
+ * it, but for loopback and link-local, which are left alone whoever has them.
+ * writer: loader, from rtnetlink; reader: connect.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

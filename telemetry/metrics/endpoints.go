@@ -29,7 +29,7 @@ func endpointFamilies() []endpointFamily {
 	return []endpointFamily{
 		{name: "pillion_endpoint_connect_seconds", kind: "gauge", help: "How long the last answered dial took.",
 			value: func(s *EndpointStats) float64 { return s.ConnectTime.Seconds() }},
-		{name: "pillion_endpoint_connections", kind: "gauge", help: "Connections that are open or being dialed.",
+		{name: "pillion_endpoint_connections", kind: "gauge", help: "Connections that are open or being dialed. On direct, what its application has closed is not among them.",
 			value: func(s *EndpointStats) float64 { return float64(s.Live) }},
 		{name: "pillion_endpoint_connects_total", kind: "counter", help: "Dials that were answered.",
 			value: func(s *EndpointStats) float64 { return float64(s.Connects) }},

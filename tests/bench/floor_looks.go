@@ -13,7 +13,7 @@ import (
 // What a connect hook cannot do without, whatever it does with it, if connections are to be
 // on record, of one network namespace, with their container, balanced over the endpoints of
 // any of 10,000 services: the clock, the socket's cookie, the namespace's, the task's cgroup; the settings;
-// whether the address is an own one, and a service's; two counters; a cell that is written.
+// whether the address may be an own one, and whether it is a service's; two counters; a cell that is written.
 const floorPass = "looks of pass"
 
 // And what a pick by load cannot: the set, its head, two of its endpoints, and what each of
@@ -21,7 +21,7 @@ const floorPass = "looks of pass"
 const floorDirect = "looks of direct"
 
 // looksMaps are maps of Pillion's, by name, and as large.
-var looksMaps = []string{"cells", "own_addrs", "settings", "services", "reasons", "tallies", "sets", "endpoints"}
+var looksMaps = []string{"cells", "not_own", "settings", "services", "reasons", "tallies", "sets", "endpoints"}
 
 // looker writes such a program.
 type looker struct {
@@ -91,17 +91,15 @@ func (w *world) looks(pick bool) (code asm.Instructions, err error) {
 	l.find(numberAt)
 	l.emit(asm.JEq.Imm(asm.R0, 0, "proceed"), asm.Mov.Reg(asm.R7, asm.R0))
 	l.touch()
-	l.in("settings")
-	l.number(0)
-	l.touch()
-	for _, name := range []string{"own_addrs", "services"} {
+	for _, name := range []string{"settings", "not_own"} {
 		l.in(name)
-		l.find(zerosAt)
-		if name == "services" {
-			l.emit(asm.JEq.Imm(asm.R0, 0, "proceed"))
-			l.touch()
-		}
+		l.number(0)
+		l.touch()
 	}
+	l.in("services")
+	l.find(zerosAt)
+	l.emit(asm.JEq.Imm(asm.R0, 0, "proceed"))
+	l.touch()
 	if pick {
 		l.in("sets")
 		l.number(0)

@@ -12,21 +12,24 @@ import (
 // out from its beginning.
 const (
 	scatterOver = 2 << 20
-	scatterEach = 28 << 10 // bytes of a program of 4,000 instructions on x86-64
+	scatterSize = 6 // bytes of each instruction, on x86-64
 )
 
 // scatter has what is loaded next lie anywhere: it loads programs, which never run, of a
 // random size in all. Where code lies, nobody chooses, and it makes more of a difference to
-// what a hook costs than anything in it: the first programs of a kernel without address
-// randomisation (KASLR) have the same last digits as TCP's own code, so to the processor's
-// prediction of branches they are the same.
+// what a hook costs than most of what is in it: on a kernel without address randomisation
+// (KASLR) the first programs may have the last digits of TCP's own code, and the processor
+// then takes branches of the one for branches of the other (docs/performance.md).
 func (w *world) scatter() error {
-	code := asm.Instructions{asm.Mov.Imm(asm.R0, 1)}
-	for range 4000 {
-		code = append(code, asm.Add.Imm(asm.R0, 100000))
-	}
-	code = append(code, proceed()...)
-	for range rand.N(scatterOver / scatterEach) {
+	const most = 4000 // instructions of one program
+	for left := rand.N(scatterOver / scatterSize); left > 0; {
+		n := min(left, 1+rand.N(most))
+		left -= n
+		code := asm.Instructions{asm.Mov.Imm(asm.R0, 1)}
+		for range n {
+			code = append(code, asm.Add.Imm(asm.R0, 100000))
+		}
+		code = append(code, proceed()...)
 		p, err := ebpf.NewProgram(&ebpf.ProgramSpec{Name: "bench_scatter", Type: ebpf.CGroupSockAddr,
 			AttachType: ebpf.AttachCGroupInet4Connect, License: "Dual BSD/GPL", Instructions: code})
 		if err != nil {
