@@ -131,67 +131,6 @@ func TestConnectionsDirect(t *testing.T) {
 	}
 }
 
-// TestClosedByApplication: what its application has closed is no load of the endpoint's any
-// more, and is left to the kernel, which has things to deliver; what it has shut in one
-// direction is.
-func TestClosedByApplication(t *testing.T) {
-	p := newPlace(t)
-	at := netip.AddrPortFrom(testutil.WorldV4.Addr(), 8001)
-	d, conns := p.direct(t, shop, at)
-	half, err := p.open(t, shop)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer half.Close()
-	halfPeer := <-conns[0]
-	defer halfPeer.Close()
-	if err := half.(*net.TCPConn).CloseWrite(); err != nil {
-		t.Fatal(err)
-	}
-	if n, err := halfPeer.Read(make([]byte, 1)); n != 0 || err != io.EOF {
-		t.Fatalf("%d, %v", n, err)
-	}
-	closed, err := p.open(t, shop)
-	if err != nil {
-		t.Fatal(err)
-	}
-	peer := <-conns[0]
-	defer peer.Close()
-	said := 0
-	closed.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-	for err == nil { // more than the peer takes in without reading
-		var n int
-		n, err = closed.Write(make([]byte, 1<<16))
-		said += n
-	}
-	if n := stateOf(t, d, shop, at).Live; n != 2 {
-		t.Errorf("%d are counted before, want 2", n)
-	}
-	closed.Close()
-	if n := stateOf(t, d, shop, at).Live; n != 1 {
-		t.Errorf("%d are counted, want that which is half open", n)
-	}
-	for range 2 { // it goes by the sockets, and mends what it sees twice
-		if err := d.recount(); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if n := stats(t, d).Mended; n != 0 {
-		t.Errorf("mended %d", n)
-	}
-	if n := len(connections(t, d)); n != 2 {
-		t.Errorf("%d connections are listed, want 2", n)
-	}
-	if n, err := d.End(shop, at); n != 1 || err != nil {
-		t.Errorf("ended %d: %v; want that which is half open", n, err)
-	}
-	peer.SetReadDeadline(time.Now().Add(patience))
-	if n, err := io.Copy(io.Discard, peer); n != int64(said) || err != nil {
-		t.Errorf("the endpoint got %d of %d bytes: %v", n, said, err)
-	}
-	testutil.Eventually(t, patience, func() bool { return stateOf(t, d, shop, at).Live == 0 && len(connections(t, d)) == 0 }, "all have ended")
-}
-
 // TestRecount: a count that is wrong is mended, but not at the first look, and also
 // where connections come and go.
 func TestRecount(t *testing.T) {
