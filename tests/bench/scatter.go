@@ -19,7 +19,7 @@ const (
 // random size in all. Where code lies, nobody chooses, and it makes more of a difference to
 // what a hook costs than most of what is in it: on a kernel without address randomisation
 // (KASLR) the first programs may have the last digits of TCP's own code, and the processor
-// then takes branches of the one for branches of the other (docs/performance.md).
+// then seems to take branches of the one for branches of the other (docs/performance.md).
 func (w *world) scatter() error {
 	const most = 4000 // instructions of one program
 	for left := rand.N(scatterOver / scatterSize); left > 0; {
