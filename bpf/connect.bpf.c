@@ -363,6 +363,14 @@ int pl_bind6(struct bpf_sock_addr *ctx)
 	return on_bind(ctx, &a);
 }
 
+/* is_of tells whether a decision is still the socket's: 0 is in storage. */
+static __always_inline bool is_of(const struct decision *d, __u64 cookie)
+{
+	__u64 owner = *(volatile __u64 *)&d->owner;
+
+	return !owner || owner == cookie;
+}
+
 /* A decision that never became a SYN (no source port, no route) is known when
  * its socket goes. This is before the connection is ended.
  *
@@ -370,9 +378,8 @@ int pl_bind6(struct bpf_sock_addr *ctx)
  * this very moment, its cell may be another's when the release is noted there,
  * of a socket whose cookie ends in the same digits. That would do no more than
  * give the record of that one another ending, and count it out early if it is
- * half closed. What is pending is looked at
- * before whose it is: a cell is not given back while that is so, and another's
- * must not be taken for unsent.
+ * half closed. What is pending is looked at before whose it is: a cell is not
+ * given back while that is so, and another's must not be taken for unsent.
  */
 SEC("cgroup/sock_release")
 int pl_release(struct bpf_sock *ctx)
@@ -382,11 +389,11 @@ int pl_release(struct bpf_sock *ctx)
 
 	if (!d)
 		return PROCEED;
-	if (!d->owner || d->owner == cookie) /* 0: in storage */
+	if (is_of(d, cookie))
 		d->released = true;
 	if (*(volatile __u8 *)&d->pending) {
 		fence();
-		if (!d->owner || d->owner == cookie) /* 0: in storage */
+		if (is_of(d, cookie))
 			unsent(d);
 	}
 	give_back(cookie); /* or else at CLOSE */

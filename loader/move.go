@@ -42,7 +42,7 @@ const (
 	mannerRing // see move_rings.go
 	mannerSets // see move_sets.go
 	mannerLate // see move_outlived.go
-	mannerNew  // it begins anew: zero means that nothing is known
+	mannerNew  // it is not: zero means that nothing is known
 )
 
 var manners = map[string]manner{
@@ -239,9 +239,11 @@ func (d *Datapath) moveIn() error {
 			err = m.copy(name, all[name])
 		case mannerCount:
 			err = m.copyCounts(name, all[name])
-		case mannerStorage, mannerCells, mannerRing, mannerLate, mannerNew:
+		case mannerStorage, mannerCells, mannerRing, mannerLate:
 			// Each socket by itself; what is in rings is read from them; when
 			// sockops is swapped.
+		case mannerNew:
+			// Nothing is known yet.
 		case mannerLive:
 			// At the end, each entry by itself.
 		case mannerSlots:
