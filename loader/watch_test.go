@@ -8,6 +8,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/tests/testutil"
 	"github.com/vishvananda/netlink"
@@ -81,4 +82,25 @@ func TestOwnAddresses(t *testing.T) {
 		return errors.Join(errs...)
 	})
 	check(own[len(own)/2:])
+}
+
+// TestOwnAddressesFail: where own addresses cannot be entered, their classes are looked for
+// already, and those of addresses that should have gone still.
+func TestOwnAddressesFail(t *testing.T) {
+	p := newPlace(t)
+	d := p.create(t, "one")
+	defer p.unload(t, d)
+	if err := d.putNotOwn(0b0111); err != nil {
+		t.Fatal(err)
+	}
+	d.maps.OwnAddrs, d.maps.Routes = d.maps.Routes, d.maps.OwnAddrs // of other keys
+	err := d.replaceOwn(map[bpf.IPAddr]uint32{{}: 1}, 0b1110)
+	d.maps.OwnAddrs, d.maps.Routes = d.maps.Routes, d.maps.OwnAddrs
+	if err == nil {
+		t.Fatal("it says that all went well")
+	}
+	var classes uint64
+	if err := d.maps.NotOwn.Lookup(uint32(0), &classes); err != nil || classes != 0b0110 {
+		t.Errorf("no address is in %04b: %v; want 0110", classes, err)
+	}
 }
