@@ -179,6 +179,13 @@ type coreRunIsLess struct {
 	Out         uint32
 }
 
+type coreRunIsPlain struct {
+	_    structs.HostLayout
+	In   coreIpAddr
+	Out  uint32
+	Zero uint32
+}
+
 type coreRunLeaveAlone struct {
 	_    structs.HostLayout
 	In   coreAttempt
@@ -246,6 +253,7 @@ const (
 	coreProgPlHealth     = "pl_health"
 	coreProgPlHolds      = "pl_holds"
 	coreProgPlIsLess     = "pl_is_less"
+	coreProgPlIsPlain    = "pl_is_plain"
 	coreProgPlLeaveAlone = "pl_leave_alone"
 	coreProgPlObstacle   = "pl_obstacle"
 	coreProgPlPathOf     = "pl_path_of"
@@ -304,6 +312,7 @@ type coreProgramSpecs struct {
 	PlHealth     *ebpf.ProgramSpec `ebpf:"pl_health"`
 	PlHolds      *ebpf.ProgramSpec `ebpf:"pl_holds"`
 	PlIsLess     *ebpf.ProgramSpec `ebpf:"pl_is_less"`
+	PlIsPlain    *ebpf.ProgramSpec `ebpf:"pl_is_plain"`
 	PlLeaveAlone *ebpf.ProgramSpec `ebpf:"pl_leave_alone"`
 	PlObstacle   *ebpf.ProgramSpec `ebpf:"pl_obstacle"`
 	PlPathOf     *ebpf.ProgramSpec `ebpf:"pl_path_of"`
@@ -368,6 +377,7 @@ type corePrograms struct {
 	PlHealth     *ebpf.Program `ebpf:"pl_health"`
 	PlHolds      *ebpf.Program `ebpf:"pl_holds"`
 	PlIsLess     *ebpf.Program `ebpf:"pl_is_less"`
+	PlIsPlain    *ebpf.Program `ebpf:"pl_is_plain"`
 	PlLeaveAlone *ebpf.Program `ebpf:"pl_leave_alone"`
 	PlObstacle   *ebpf.Program `ebpf:"pl_obstacle"`
 	PlPathOf     *ebpf.Program `ebpf:"pl_path_of"`
@@ -386,6 +396,7 @@ func (p *corePrograms) Close() error {
 		p.PlHealth,
 		p.PlHolds,
 		p.PlIsLess,
+		p.PlIsPlain,
 		p.PlLeaveAlone,
 		p.PlObstacle,
 		p.PlPathOf,

@@ -166,6 +166,40 @@ func TestLeaveAlone(t *testing.T) {
 	all.equal(t, "leave_alone", "REASON_")
 }
 
+// TestPlain: no address that is plain is one to be left alone. All /16 of IPv4 are looked
+// at, with the last digits of what is special in some, and IPv6 by its first 16 bits.
+func TestPlain(t *testing.T) {
+	progs := loadCoreProgs(t)
+	plain := 0
+	look := func(a netip.Addr) {
+		io := coreRunIsPlain{In: coreIpAddr(FromAddr(a))}
+		run(t, progs.PlIsPlain, &io)
+		if io.Out == 0 {
+			return
+		}
+		plain++
+		at := coreRunLeaveAlone{In: coreAttempt{Dst: io.In, Netns: 7, OurNetns: 7, Slot4: testSlot4, Slot6: testSlot6, Protocol: 6}}
+		run(t, progs.PlLeaveAlone, &at)
+		if why := flow.Reason(at.Out); why != flow.ReasonNone {
+			t.Errorf("%s is plain, and left alone: %v", a, why)
+		}
+	}
+	ends4 := [][2]byte{{0, 0}, {0, 1}, {255, 255}, {169, 254}, {170, 2}, {129, 16}, {100, 200}}
+	ends6 := [][14]byte{{}, {0x0e, 0xc2, 12: 2, 13: 0x54}, {1: 0xce, 12: 2, 13: 0x54}, {1: 0xc1, 10: 0xa9, 11: 0xfe, 12: 0xa9, 13: 0xfe}, {1: 0x42, 13: 0x42}, {0x69, 0x6c, 0x6c, 0x69, 5: 9, 13: 1}}
+	for high := range 1 << 16 {
+		for _, e := range ends4 {
+			look(netip.AddrFrom4([4]byte{byte(high >> 8), byte(high), e[0], e[1]}))
+		}
+		for _, e := range ends6 {
+			look(netip.AddrFrom16([16]byte(append([]byte{byte(high >> 8), byte(high)}, e[:]...))))
+		}
+	}
+	// 2000::/3, and IPv4 without 0, 100, 127, 168, 169 and what is above 223.
+	if want := 1<<13*len(ends6) + 219<<8*len(ends4); plain != want {
+		t.Errorf("%d addresses are plain, want %d", plain, want)
+	}
+}
+
 func TestByRules(t *testing.T) {
 	progs := loadCoreProgs(t)
 	// Each row has every weaker fact set too: the order is what is tested.

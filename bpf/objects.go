@@ -54,6 +54,7 @@ func Specs() ([]*ebpf.CollectionSpec, error) {
 		if err != nil {
 			return nil, fmt.Errorf("parse a built-in BPF object: %w", err)
 		}
+		inPlace(spec)
 		all = append(all, spec)
 	}
 	return all, nil

@@ -82,6 +82,19 @@ static __always_inline bool is_multicast(const struct ip_addr *a)
 	return bpf_ntohl(a->w[0]) >> 24 == 0xff;
 }
 
+/* is_plain is true for addresses that are none of the above, nor slots: all of
+ * 2000::/3, and those of IPv4 by their first digits alone.
+ */
+static __always_inline bool is_plain(const struct ip_addr *a)
+{
+	__u32 first = bpf_ntohl(a->w[3]) >> 24;
+
+	if (!is_mapped(a))
+		return bpf_ntohl(a->w[0]) >> 29 == 1;
+	return first && first < 224 && first != 100 && first != 127 &&
+	       first != 168 && first != 169;
+}
+
 /* leave_alone gives the reason not to look at the rules at all, in the order of
  * docs/design.md section 2, or REASON_NONE. Metadata stands before link-local
  * because most of it is.

@@ -67,6 +67,16 @@ static __noinline bool retake(struct decision *d, __u64 cookie)
 	return swap(&d->owner, cookie | PL_CELL_LEFT, cookie);
 }
 
+/* is_held_by tells whether a cell is the socket's. That it was taken to be left
+ * is rare, and a call.
+ */
+static __always_inline bool is_held_by(struct decision *cell, __u64 cookie)
+{
+	__u64 other = cell->owner ^ cookie;
+
+	return !other || (other == PL_CELL_LEFT && retake(cell, cookie));
+}
+
 /* give_back gives the socket's cell back, if it has one, and nothing is going
  * on there or to come.
  */
@@ -83,15 +93,14 @@ static __always_inline void give_back(__u64 cookie)
  * not a call, which would be made each time. Each pointer is looked
  * at once: one that the verifier of 6.1 knows to be NULL must not be met again.
  */
-#define found(sk, cookie, create)                                         \
-	({                                                                \
-		struct decision *there = cell_at(cookie);                 \
-                                                                          \
-		if (!there ||                                             \
-		    (there->owner != (cookie) && !retake(there, cookie))) \
-			there = bpf_sk_storage_get(&decisions, sk, NULL,  \
-						   create);               \
-		there;                                                    \
+#define found(sk, cookie, create)                                        \
+	({                                                               \
+		struct decision *there = cell_at(cookie);                \
+                                                                         \
+		if (!there || !is_held_by(there, cookie))                \
+			there = bpf_sk_storage_get(&decisions, sk, NULL, \
+						   create);              \
+		there;                                                   \
 	})
 
 #define carry_to(before, sk, cookie)                                    \
@@ -103,9 +112,9 @@ static __always_inline void give_back(__u64 cookie)
 			carry(before, now);                             \
 	} while (0)
 
-/* decision_of gives the decision on a socket, or NULL. */
-#define decision_of(sk, cookie)                                            \
-	({                                                                 \
+/* carry_any brings the entry of a socket up to date with a former one. */
+#define carry_any(sk, cookie)                                              \
+	do {                                                               \
 		void *before;                                              \
                                                                            \
 		if (cfg_moves & PL_MOVES_SOCKETS) {                        \
@@ -118,7 +127,13 @@ static __always_inline void give_back(__u64 cookie)
 			if (before && formerly(before, cookie))            \
 				carry_to(before, sk, cookie);              \
 		}                                                          \
-		found(sk, cookie, 0);                                      \
+	} while (0)
+
+/* decision_of gives the decision on a socket, or NULL. */
+#define decision_of(sk, cookie)        \
+	({                             \
+		carry_any(sk, cookie); \
+		found(sk, cookie, 0);  \
 	})
 
 /* stored_with gives the one in storage: of a socket that was looked up, of

@@ -24,18 +24,24 @@ static __always_inline __u32 *rule_names(void *trie, const struct gathered *g)
 	return bpf_map_lookup_elem(trie, &u.k);
 }
 
-/* is_own_addr is true for an address of the namespace's; one of loopback or
- * link-local may be one and not be found. Of nearly all others their class says
- * that they are none, which is cheaper to look at.
+/* is_surely_foreign is true for an address whose class has none of the
+ * namespace's: so it is for nearly all that are none, and cheaper to look at.
  */
-static __always_inline bool is_own_addr(const struct ip_addr *a)
+static __always_inline bool is_surely_foreign(const struct ip_addr *a)
 {
 	__u64 zero = 0;
 	__u64 *classes = bpf_map_lookup_elem(&not_own, &zero);
 
-	if (classes && *classes >> class_of(a) & 1)
-		return false;
-	return bpf_map_lookup_elem(&own_addrs, a) != NULL;
+	return classes && *classes >> class_of(a) & 1;
+}
+
+/* is_own_addr is true for an address of the namespace's; one of loopback or
+ * link-local may be one and not be found.
+ */
+static __always_inline bool is_own_addr(const struct ip_addr *a)
+{
+	return !is_surely_foreign(a) &&
+	       bpf_map_lookup_elem(&own_addrs, a) != NULL;
 }
 
 /* slot_answers runs the sk_lookup programs of the socket's namespace for a slot
@@ -214,11 +220,12 @@ static __always_inline __u64 answered_until(const void *key)
  */
 static __always_inline bool is_foreign(const struct gathered *g, bool service)
 {
-	/* On 6.1 a key may not be in the memory of a caller. */
-	struct ip_addr bound = LOAD_IP6(g->bound.w);
+	struct ip_addr bound;
 
-	if (!is_bound(&bound))
+	if (!is_bound(&g->bound))
 		return false;
+	/* On 6.1 a key may not be in the memory of a caller. */
+	bound = LOAD_IP6(g->bound.w);
 	if (!service && is_loopback(&bound))
 		return true;
 	return !bpf_map_lookup_elem(&own_addrs, &bound);
@@ -256,8 +263,11 @@ static __always_inline __u32 plan_for(struct gathered *g, struct details *more,
 	g->err = ECONNREFUSED;
 	if (!set)
 		return PATH_PASS; /* cannot be: array maps have every entry */
-	if (why != REASON_NONE)
+	if (why != REASON_NONE) {
+		/* Or clang would look for the path of REASON_NONE too. */
+		asm volatile("" : "+r"(why));
 		return path_of(why, ON_FAILURE_OPEN, 0, false);
+	}
 	on_failure = set->on_failure;
 	mode = set->connect;
 	/* Each pointer is looked at once: see choose. */

@@ -25,6 +25,21 @@ int pl_leave_alone(struct run_leave_alone *ctx)
 	return 0;
 }
 
+struct run_is_plain {
+	struct ip_addr in;
+	__u32 out;
+	__u32 zero;
+};
+
+SEC("syscall")
+int pl_is_plain(struct run_is_plain *ctx)
+{
+	struct ip_addr in = ctx->in;
+
+	ctx->out = is_plain(&in);
+	return 0;
+}
+
 struct run_by_rules {
 	struct facts in;
 	__u8 zero[3];
