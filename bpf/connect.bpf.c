@@ -230,7 +230,7 @@ static __always_inline bool is_ordinary(struct bpf_sock_addr *ctx,
 	return set && d->owner && !d->own && is_plain(&g->dst) &&
 	       !ctx->sk->bound_dev_if &&
 	       (!set->own_group || g->group != set->own_group) &&
-	       is_surely_foreign(&g->dst);
+	       is_surely_not_own(&g->dst);
 }
 
 static __noinline void denied(struct bpf_sock_addr *ctx,

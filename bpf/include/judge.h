@@ -24,10 +24,10 @@ static __always_inline __u32 *rule_names(void *trie, const struct gathered *g)
 	return bpf_map_lookup_elem(trie, &u.k);
 }
 
-/* is_surely_foreign is true for an address whose class has none of the
+/* is_surely_not_own is true for an address whose class has none of the
  * namespace's: so it is for nearly all that are none, and cheaper to look at.
  */
-static __always_inline bool is_surely_foreign(const struct ip_addr *a)
+static __always_inline bool is_surely_not_own(const struct ip_addr *a)
 {
 	__u64 zero = 0;
 	__u64 *classes = bpf_map_lookup_elem(&not_own, &zero);
@@ -40,7 +40,7 @@ static __always_inline bool is_surely_foreign(const struct ip_addr *a)
  */
 static __always_inline bool is_own_addr(const struct ip_addr *a)
 {
-	return !is_surely_foreign(a) &&
+	return !is_surely_not_own(a) &&
 	       bpf_map_lookup_elem(&own_addrs, a) != NULL;
 }
 
