@@ -1,0 +1,28 @@
+package bpf
+
+import (
+	"math"
+	"testing"
+
+	"github.com/pillion-project/pillion/redirect/flow"
+)
+
+// TestOwnGroup: what the handler's own container asks for is left alone, wherever it goes,
+// and only while the settings say which one that is.
+func TestOwnGroup(t *testing.T) {
+	h := newHooks(t)
+	// All are in classes that have no own address, so nothing else is in the way.
+	h.put(t, "not_own", uint32(0), uint64(math.MaxUint64))
+	to := []string{"10.96.0.12:80", "[2001:db8::12]:80"}
+	for _, tt := range []struct {
+		group uint64
+		self  uint64
+	}{{0, 0}, {h.cgroup.ID, uint64(len(to))}, {h.cgroup.ID + 1<<40, 0}} {
+		h.put(t, "settings", uint32(0), Settings{DefaultPath: uint32(flow.PathPass), OwnGroup: tt.group})
+		before := h.counts(t, "reasons")[uint32(flow.ReasonSelf)]
+		h.dial(t, to...)
+		if n := h.counts(t, "reasons")[uint32(flow.ReasonSelf)] - before; n != tt.self {
+			t.Errorf("own group %d: %d connects are the handler's own, want %d", tt.group, n, tt.self)
+		}
+	}
+}
