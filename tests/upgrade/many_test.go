@@ -21,7 +21,8 @@ import (
 var manyConns = flag.Int("many", 3000, "how many connections TestMany has")
 
 // asking has connections that are asked for an echo, each for its own words, when a line
-// comes in.
+// comes in. It opens one when the one before has been answered: opened faster than they
+// are accepted, those that find the queue half full are not relayed (handler_busy).
 const asking = `
 import socket, sys
 host, port, n = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -29,6 +30,8 @@ all = []
 for i in range(n):
     all.append(socket.create_connection((host, port)))
     all[-1].settimeout(20)
+    all[-1].sendall(b"!")
+    assert all[-1].recv(1) == b"!"
 print("open", flush=True)
 for turn in sys.stdin:
     bad = []
