@@ -29,11 +29,14 @@ const (
 	restMaxAge = 2 * restEvery
 	// canaryLimit is how long a canary may take.
 	canaryLimit = 300 * time.Millisecond
-	// busyAbove and busyBelow are fills of the accept queue. They are apart, so
-	// that a queue around one mark does not make the hook change its mind all
-	// the time.
-	busyAbove = 0.5
-	busyBelow = 0.25
+	// busyAtOnce, busyAbove and busyBelow are fills of the accept queue. Above
+	// busyAbove it may be a burst, which a queue is for, and so has to be there for
+	// two beats in a row: what is left would take 20,000 more connections a second
+	// of one worker to fill meanwhile, with a queue of 4096. They are apart, so that
+	// a queue around one mark does not make the hook change its mind all the time.
+	busyAtOnce = 0.75
+	busyAbove  = 0.5
+	busyBelow  = 0.25
 	// stuckAfter is how many beats in a row a worker may be at the same turn
 	// without waiting: a long turn is no hang.
 	stuckAfter = 4
@@ -81,7 +84,8 @@ type Beat struct {
 	probes  []*canary
 	log     *slog.Logger
 
-	next  int // which probe flies next
+	next  int  // which probe flies next
+	burst bool // the last fill was above busyAbove
 	busy  bool
 	alive bool
 	stuck int // beats since all workers last moved
@@ -228,8 +232,9 @@ func (b *Beat) look() {
 	if b.busy {
 		b.busy = fill > busyBelow
 	} else {
-		b.busy = fill > busyAbove
+		b.busy = fill > busyAtOnce || (fill > busyAbove && b.burst)
 	}
+	b.burst = fill > busyAbove
 }
 
 var errStuck = errors.New("a worker of the handler hangs")

@@ -316,15 +316,18 @@ func TestStuck(t *testing.T) {
 	}
 }
 
-// TestHysteresis: a queue that is filling up makes the handler busy at one mark
-// and idle again at a lower one.
+// TestHysteresis: a queue that stays filled above one mark, or is so above a higher one,
+// makes the handler busy, and idle again at a lower one.
 func TestHysteresis(t *testing.T) {
 	k, h := &kernel{}, &life{}
 	b := newBeat(t, k, h)
 	for _, step := range []struct {
 		fill float64
 		busy bool
-	}{{0.4, false}, {0.6, true}, {0.4, true}, {0.3, true}, {0.2, false}, {0.4, false}} {
+	}{
+		{0.4, false}, {0.6, false}, {0.4, false}, {0.6, false}, {0.6, true}, {0.4, true}, {0.3, true}, {0.2, false},
+		{0.8, true}, {0.6, true}, {0.2, false}, {0.6, false}, {0.2, false},
+	} {
 		h.fill = step.fill
 		once(t, b)
 		if got := k.beats[len(k.beats)-1].busy; got != step.busy {

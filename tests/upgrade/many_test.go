@@ -22,7 +22,7 @@ var manyConns = flag.Int("many", 3000, "how many connections TestMany has")
 
 // asking has connections that are asked for an echo, each for its own words, when a line
 // comes in. It opens one when the one before has been answered: opened faster than they
-// are accepted, those that find the queue half full are not relayed (handler_busy).
+// are accepted, some may find the queue three quarters full, and are not relayed (handler_busy).
 const asking = `
 import socket, sys
 host, port, n = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
