@@ -90,8 +90,15 @@ func connectRaw(fd int, to *unix.RawSockaddr) error {
 
 // TestClosedByApplication: what its application has closed is no load of the endpoint's any
 // more, and is left to the kernel, which has things to deliver; what it has shut in one
-// direction is.
+// direction is. Nor does it matter whose end was first.
 func TestClosedByApplication(t *testing.T) {
+	for name, second := range map[string]bool{"first": false, "after the peer": true} {
+		t.Run(name, func(t *testing.T) { closedByApplication(t, second) })
+	}
+}
+
+func closedByApplication(t *testing.T, second bool) {
+	t.Helper()
 	p := newPlace(t)
 	at := netip.AddrPortFrom(testutil.WorldV4.Addr(), 8001)
 	d, conns := p.direct(t, shop, at)
@@ -114,6 +121,14 @@ func TestClosedByApplication(t *testing.T) {
 	}
 	peer := <-conns[0]
 	defer peer.Close()
+	if second {
+		if err := peer.(*net.TCPConn).CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := closed.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+			t.Fatalf("%d, %v", n, err)
+		}
+	}
 	said := 0
 	closed.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 	for err == nil { // more than the peer takes in without reading
