@@ -7,7 +7,7 @@ import (
 
 // inPlace has programs take the value of a map of one entry by its address, as they do
 // with .rodata, where they would look it up under 0, the only key that they use there. That
-// is one instruction in place of twelve, and two jumps less, wherever the settings are read.
+// is one instruction in place of twelve, and two jumps less.
 // A look-up whose two instructions are not one behind the other stays.
 func inPlace(spec *ebpf.CollectionSpec) {
 	for _, p := range spec.Programs {
