@@ -1,7 +1,6 @@
 package bpf
 
 import (
-	"math"
 	"testing"
 
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -11,8 +10,6 @@ import (
 // and only while the settings say which one that is.
 func TestOwnGroup(t *testing.T) {
 	h := newHooks(t)
-	// All are in classes that have no own address, so nothing else is in the way.
-	h.put(t, "not_own", uint32(0), uint64(math.MaxUint64))
 	to := []string{"10.96.0.12:80", "[2001:db8::12]:80"}
 	for _, tt := range []struct {
 		group uint64
