@@ -217,8 +217,8 @@ __noinline int exempt(struct bpf_sock_addr *ctx, const struct gathered *g,
 	return leave_alone(&a);
 }
 
-/* is_ordinary is true where exempt is sure to give REASON_NONE: for nearly
- * every connect, by a tenth of the instructions.
+/* is_ordinary is true where exempt is sure to give REASON_NONE: for most
+ * connects, by a tenth of the instructions.
  */
 static __always_inline bool is_ordinary(struct bpf_sock_addr *ctx,
 					const struct gathered *g,
@@ -387,7 +387,9 @@ int pl_bind6(struct bpf_sock_addr *ctx)
 	return on_bind(ctx, &a);
 }
 
-/* is_of tells whether a decision is still the socket's: 0 is in storage. */
+/* is_of tells whether a decision is still the socket's. 0 is in storage, or a
+ * cell that was given back meanwhile, and that nobody has taken yet.
+ */
 static __always_inline bool is_of(const struct decision *d, __u64 cookie)
 {
 	__u64 owner = *(volatile __u64 *)&d->owner;

@@ -32,10 +32,14 @@ import (
 // addresses, says how that ended, and ends.
 const envDial = "PILLION_TEST_DIAL"
 
+// envDevice is the network device that an application of envDial binds its sockets to.
+const envDevice = "PILLION_TEST_DEVICE"
+
 // dialAll writes, for each address, the peer that the socket has, or the error.
 func dialAll(addrs string) {
+	d := net.Dialer{Timeout: 5 * time.Second, Control: bindDevice}
 	for _, addr := range strings.Fields(addrs) {
-		conn, err := net.DialTimeout("tcp", addr, 5*time.Second)
+		conn, err := d.Dial("tcp", addr)
 		if err != nil {
 			errno, _ := errors.AsType[unix.Errno](err)
 			fmt.Println(addr, unix.ErrnoName(errno))
@@ -44,6 +48,18 @@ func dialAll(addrs string) {
 		fmt.Println(addr, conn.RemoteAddr())
 		conn.Close()
 	}
+}
+
+func bindDevice(_, _ string, raw syscall.RawConn) error {
+	device := os.Getenv(envDevice)
+	if device == "" {
+		return nil
+	}
+	var set error
+	err := raw.Control(func(fd uintptr) {
+		set = unix.SetsockoptString(int(fd), unix.SOL_SOCKET, unix.SO_BINDTODEVICE, device)
+	})
+	return errors.Join(err, set)
 }
 
 // envHold is like envDial for one address, from a bound source and with socket

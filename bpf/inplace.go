@@ -9,12 +9,16 @@ import (
 // with .rodata, where they would look it up under 0, the only key that they use there. That
 // is one instruction in place of twelve, and two jumps less.
 // A look-up whose two instructions are not one behind the other stays.
+//
+// Where the program goes on if there is no value, R0 is an address then, and no zero.
+// Nothing ever gets there, but without CAP_PERFMON the verifier of 6.1 walks it all the
+// same (the processor may, speculating), and would refuse code that takes R0 for a number.
 func inPlace(spec *ebpf.CollectionSpec) {
 	for _, p := range spec.Programs {
 		targets := jumpTargets(p.Instructions)
 		for i := 1; i < len(p.Instructions); i++ {
 			load, call := &p.Instructions[i-1], &p.Instructions[i]
-			if targets[i] || call.Symbol() != "" || !isLookup(call) || !isOfOne(spec, load) {
+			if targets[i] || !isLookup(call) || !isOfOne(spec, load) {
 				continue
 			}
 			load.Dst, load.Src, load.Constant = asm.R0, asm.PseudoMapValue, 0
@@ -31,7 +35,7 @@ func isLookup(ins *asm.Instruction) bool {
 // isOfOne tells whether an instruction has a map of one entry looked up by the next one.
 func isOfOne(spec *ebpf.CollectionSpec, ins *asm.Instruction) bool {
 	m := spec.Maps[ins.Reference()]
-	return m != nil && m.Type == ebpf.Array && m.MaxEntries == 1 && ins.IsLoadFromMap() && ins.Src == asm.PseudoMapFD && ins.Dst == asm.R1
+	return m != nil && m.Type == ebpf.Array && m.MaxEntries == 1 && ins.IsLoadFromMap() && ins.Dst == asm.R1
 }
 
 // jumpTargets are the indices of instructions that others jump to.

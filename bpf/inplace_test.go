@@ -38,6 +38,7 @@ func TestInPlace(t *testing.T) {
 		"more than one entry": lookUp("many"),
 		"something between":   lookUp("one", asm.Mov.Imm(asm.R0, 0)),
 		"another function":    {asm.LoadMapPtr(asm.R1, 0).WithReference("one"), asm.FnMapUpdateElem.Call(), asm.Return()},
+		"another register":    {asm.LoadMapPtr(asm.R6, 0).WithReference("one"), asm.FnMapLookupElem.Call(), asm.Return()},
 		// To the call, over the two places of the load.
 		"a jump in between": slices.Concat(asm.Instructions{{OpCode: asm.JEq.Op(asm.ImmSource), Dst: asm.R3, Offset: 2}}, lookUp("one")),
 	} {

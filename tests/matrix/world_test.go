@@ -1,6 +1,7 @@
 package matrix
 
 import (
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -8,6 +9,9 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/vishvananda/netlink"
+
+	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
 )
@@ -83,11 +87,12 @@ func newWorld(t *testing.T) *world {
 	prefixes(w.World, "world1", "203.0.113.129/25", "2001:db8:3::2/64")
 	w.box.Route(t, testutil.AppLink, netip.MustParseAddr("203.0.113.129"), netip.MustParseAddr("2001:db8:3::2"))
 	testutil.Join(t, w.App, otherApp, w.World, "world2")
-	prefixes(w.App, otherApp, "203.0.113.65/26", "2001:db8:4::1/64")
+	prefixes(w.App, otherApp, "203.0.113.67/26", "2001:db8:4::1/64")
 	prefixes(w.World, "world2", "203.0.113.66/26", "2001:db8:4::2/64")
 	w.linkLocal(t)
 	w.foreign(t)
 	w.second(t)
+	w.farIsOrdinary(t)
 	w.World.Sysctl(t, "net/ipv4/tcp_fastopen", fastOpenServer)
 	w.App.Sysctl(t, "net/ipv4/tcp_fastopen", fastOpenClient)
 	w.Serve(t, netip.MustParseAddrPort("[::]:"+port), echo)
@@ -148,6 +153,34 @@ func (w *world) second(t *testing.T) {
 	}
 	run(t, w.App, "ip", "-4", "route", "add", behind4, "via", "203.0.113.66")
 	run(t, w.App, "ip", "-6", "route", "add", behind6, "via", "2001:db8:4::2")
+}
+
+// farIsOrdinary makes sure that connects to the far addresses are what most connects are:
+// one to an address that shares its class with one of the application's goes another way
+// through the hook.
+func (w *world) farIsOrdinary(t *testing.T) {
+	t.Helper()
+	w.App.Do(t, func() error {
+		all, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+		if err != nil {
+			return err
+		}
+		for _, own := range all {
+			a, ok := netip.AddrFromSlice(own.IP)
+			if !ok {
+				return fmt.Errorf("%v is no address", own.IP)
+			}
+			if a.IsLoopback() || a.IsLinkLocalUnicast() {
+				continue // no class counts these
+			}
+			for _, far := range []netip.Addr{rig.Far4, rig.Far6} {
+				if bpf.ClassOf(bpf.FromAddr(a)) == bpf.ClassOf(bpf.FromAddr(far)) {
+					return fmt.Errorf("%s and the application's %s are of one class: give it another address", far, a)
+				}
+			}
+		}
+		return nil
+	})
 }
 
 // run runs a program in a namespace. It must succeed.

@@ -1,6 +1,7 @@
 package bpf
 
 import (
+	"net/netip"
 	"testing"
 
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -20,6 +21,24 @@ func TestOwnGroup(t *testing.T) {
 		h.dial(t, to...)
 		if n := h.counts(t, "reasons")[uint32(flow.ReasonSelf)] - before; n != tt.self {
 			t.Errorf("own group %d: %d connects are the handler's own, want %d", tt.group, n, tt.self)
+		}
+	}
+}
+
+// TestBoundDevice: what is bound to a device is left alone.
+func TestBoundDevice(t *testing.T) {
+	h := newHooks(t)
+	h.put(t, "settings", uint32(0), Settings{DefaultPath: uint32(flow.PathPass)})
+	to := []string{"10.96.0.12:80", "[2001:db8::12]:80"}
+	for _, a := range []string{"10.96.0.12/32", "2001:db8::12/128"} {
+		h.ns.AddAddr(t, "lo", netip.MustParsePrefix(a)) // somebody refuses, so nobody waits
+	}
+	for device, want := range map[string]uint64{"": 0, "lo": uint64(len(to))} {
+		t.Setenv(envDevice, device)
+		before := h.counts(t, "reasons")[uint32(flow.ReasonBoundDevice)]
+		h.dial(t, to...)
+		if n := h.counts(t, "reasons")[uint32(flow.ReasonBoundDevice)] - before; n != want {
+			t.Errorf("device %q: %d connects are bound to one, want %d", device, n, want)
 		}
 	}
 }
