@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"math"
 	"slices"
 	"strings"
 
@@ -197,28 +198,54 @@ func pathAims() []pathAim {
 // hookMost is the cost of the connect hook in ns.
 const hookMost = 400
 
+// aimed are the arms that have targets.
+var aimed = []string{armPass, armPathDirect, armDirectMany}
+
+// held holds what was measured against an aim; false: it was not asked for.
+func (r *pathReport) held(a pathAim, arm string) (target, bool) {
+	if len(r.Samples[a.work][arm]) == 0 {
+		return target{}, false
+	}
+	of := a.of
+	if of == nil {
+		of = r.cpu(a.work)
+	}
+	name, ratios := fmt.Sprintf("%s: %s : nothing", arm, a.name), r.ratios(a.work, arm, of)
+	t := newTarget(name, a.most, median(ratios))
+	if a.rate {
+		for i := range ratios {
+			ratios[i] = 1 / ratios[i]
+		}
+		t = newRate(name, a.most, median(ratios))
+	}
+	t.Error = medianError(ratios)
+	return t, true
+}
+
+// isUnclear tells whether a target of a work is as near as chance goes: within twice the
+// error of what was measured.
+func (r *pathReport) isUnclear(w work) bool {
+	for _, arm := range aimed {
+		for _, a := range pathAims() {
+			if a.work != w.Name {
+				continue
+			}
+			if t, ok := r.held(a, arm); ok && math.Abs(t.Measured-a.most) < 2*t.Error {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // judge holds what was measured against the targets.
 func (r *pathReport) judge() []target {
 	var all []target
-	for _, arm := range []string{armPass, armPathDirect, armDirectMany} {
+	for _, arm := range aimed {
 		for _, a := range pathAims() {
-			if len(r.Samples[a.work][arm]) == 0 {
-				continue // not asked for
+			if t, ok := r.held(a, arm); ok {
+				all = append(all, t)
 			}
-			of := a.of
-			if of == nil {
-				of = r.cpu(a.work)
-			}
-			name, ratios := fmt.Sprintf("%s: %s : nothing", arm, a.name), r.ratios(a.work, arm, of)
-			t := newTarget(name, a.most, median(ratios))
-			if a.rate {
-				for i := range ratios {
-					ratios[i] = 1 / ratios[i]
-				}
-				t = newRate(name, a.most, median(ratios))
-			}
-			t.Error = medianError(ratios)
-			all = append(all, t)
 		}
 	}
 	for _, h := range r.Hooks {
@@ -229,9 +256,20 @@ func (r *pathReport) judge() []target {
 	return all
 }
 
+// rounds says how many there were.
+func (r *pathReport) rounds() string {
+	all := fmt.Sprintf("%d rounds", r.Rounds)
+	for _, w := range r.works {
+		if n := len(r.Samples[w.Name][armNone]); n > r.Rounds {
+			all += fmt.Sprintf(", %s %d", w.Name, n)
+		}
+	}
+	return all
+}
+
 // write prints the report.
 func (r *pathReport) write(w io.Writer) error {
-	fmt.Fprintf(w, "part %s: %d endpoints; %s; medians of %d rounds\n", partDirect, len(endpoints), strings.Join(r.Versions, "; "), r.Rounds)
+	fmt.Fprintf(w, "part %s: %d endpoints; %s; medians of %s\n", partDirect, len(endpoints), strings.Join(r.Versions, "; "), r.rounds())
 	if r.Busy > busyMost {
 		fmt.Fprintf(w, "others kept %.0f%% of the processors busy: the figures are rough\n", 100*r.Busy)
 	}

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -107,7 +108,7 @@ func measurePaths(ctx context.Context, o *options) (*pathReport, error) {
 }
 
 // measure starts everything, with scatter somewhere, and does works in the rounds from one
-// before another.
+// before another; then some more of them, see settle.
 func (r *pathReport) measure(ctx context.Context, o *options, works []work, from, to int, scatter bool) (err error) {
 	if len(works) == 0 || from == to {
 		return nil
@@ -135,22 +136,63 @@ func (r *pathReport) measure(ctx context.Context, o *options, works []work, from
 	say := progress(os.Stderr)
 	for round := from; round < to; round++ {
 		for _, work := range works {
-			for _, i := range rand.Perm(len(w.arms)) {
-				a := w.arms[i]
-				if !a.does(work) {
-					continue
-				}
-				say("round %d of %d: %s, %s", round+1, r.Rounds, work.Name, a.name)
-				s, err := w.run(ctx, a, work)
-				if err != nil {
-					return fmt.Errorf("%s, %s: %w", work.Name, a.name, err)
-				}
-				r.add(work.Name, a.name, s)
+			say("round %d of %d: %s", round+1, r.Rounds, work.Name)
+			if err := r.round(ctx, w, work, w.arms); err != nil {
+				return err
 			}
+		}
+	}
+	if !o.quick {
+		if err := r.settle(ctx, w, works, say); err != nil {
+			return err
 		}
 	}
 	say("")
 	return w.carried(ctx)
+}
+
+// round does a work once by each arm that does it.
+func (r *pathReport) round(ctx context.Context, w *pathWorld, work work, arms []*arm) error {
+	for _, i := range rand.Perm(len(arms)) {
+		a := arms[i]
+		if !a.does(work) {
+			continue
+		}
+		s, err := w.run(ctx, a, work)
+		if err != nil {
+			return fmt.Errorf("%s, %s: %w", work.Name, a.name, err)
+		}
+		r.add(work.Name, a.name, s)
+	}
+	return nil
+}
+
+// roundsMost is how many times as many rounds there may be of a work as of all.
+const roundsMost = 10
+
+// settle does more rounds of the works of which it is not clear whether they meet their
+// targets, by the arms that have some, and nothing: until it is, or for long enough.
+func (r *pathReport) settle(ctx context.Context, w *pathWorld, works []work, say func(string, ...any)) error {
+	works = slices.Clone(works)
+	var arms []*arm
+	for _, a := range w.arms {
+		if a.name == armNone || a.name == armControl || slices.Contains(aimed, a.name) {
+			arms = append(arms, a)
+		}
+	}
+	for round := r.Rounds; round < roundsMost*r.Rounds; round++ {
+		works = slices.DeleteFunc(works, func(x work) bool { return !r.isUnclear(x) })
+		if len(works) == 0 {
+			return nil
+		}
+		for _, work := range works {
+			say("round %d, since there is a target that it may meet or not: %s", round+1, work.Name)
+			if err := r.round(ctx, w, work, arms); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // furnish starts the server, and gives each way to it a network namespace of its

@@ -69,6 +69,35 @@ func TestPathVerdict(t *testing.T) {
 	}
 }
 
+// TestUnclear: a work is done on where a target is within what the rounds cannot tell, and
+// not where it is surely met or surely missed.
+func TestUnclear(t *testing.T) {
+	w := work{Name: workDownload}
+	for _, tt := range []struct {
+		walls   []float64 // of pass, where nothing takes 100
+		unclear bool
+	}{
+		{[]float64{98, 106, 100, 102, 101, 103}, true},     // 0.98 is wanted, as a rate
+		{[]float64{90, 91, 92, 91, 90, 91}, false},         // surely met
+		{[]float64{120, 121, 122, 121, 120, 121}, false},   // surely missed
+		{[]float64{60, 140, 80, 120, 91, 110, 100}, true},  // anything
+		{[]float64{100, 103}, false},                       // too few to tell an error
+		{[]float64{101, 101, 101, 101, 101, 101.1}, false}, // near, and sure
+	} {
+		r := &pathReport{Samples: map[string]map[string][]sample{w.Name: {}}}
+		for _, wall := range tt.walls {
+			r.add(w.Name, armNone, sample{Wall: 100})
+			r.add(w.Name, armPass, sample{Wall: wall})
+		}
+		if got := r.isUnclear(w); got != tt.unclear {
+			t.Errorf("%v: unclear %v, want %v", tt.walls, got, tt.unclear)
+		}
+		if r.isUnclear(work{Name: workHook}) {
+			t.Error("no ratio is wanted of the hook's work")
+		}
+	}
+}
+
 // attached has programs of the floor attached to a cgroup, until the test ends.
 func attached(t *testing.T, names ...string) (programs, *testutil.Cgroup) {
 	t.Helper()
