@@ -269,6 +269,7 @@ var goDefines = map[string]string{
 	"PL_MOVES_BACK":       "MovesBack",
 	"PL_MOVES_CELLS":      "MovesCells",
 	"PL_CELLS":            "Cells",
+	"PL_SENT_BUCKETS":     "",
 	"PL_CELL_LEFT":        "CellLeft",
 	"PL_SETS":             "Sets",
 	"PL_ENDPOINTS":        "Endpoints",

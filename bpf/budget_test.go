@@ -14,8 +14,8 @@ import (
 var budget = map[string]uint32{
 	ProgConnect4:     21000,
 	ProgConnect6:     21000,
-	ProgGetpeername4: 850,
-	ProgGetpeername6: 2200, // MPTCP: by the first subflow, or by what is left of it
+	ProgGetpeername4: 1100, // MPTCP: by up to four rows, by the first subflow, or by what is left of it
+	ProgGetpeername6: 4200,
 	ProgGetsockname4: 220,
 	ProgGetsockname6: 280,
 	ProgBind4:        170,

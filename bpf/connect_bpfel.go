@@ -42,7 +42,8 @@ const (
 	connectMapOwnAddrs       = "own_addrs"
 	connectMapReasons        = "reasons"
 	connectMapRoutes         = "routes"
-	connectMapSent           = "sent"
+	connectMapSentBuckets    = "sent_buckets"
+	connectMapSentByCell     = "sent_by_cell"
 	connectMapServices       = "services"
 	connectMapSets           = "sets"
 	connectMapSettings       = "settings"
@@ -145,7 +146,8 @@ type connectMapSpecs struct {
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
 	Routes         *ebpf.MapSpec `ebpf:"routes"`
-	Sent           *ebpf.MapSpec `ebpf:"sent"`
+	SentBuckets    *ebpf.MapSpec `ebpf:"sent_buckets"`
+	SentByCell     *ebpf.MapSpec `ebpf:"sent_by_cell"`
 	Services       *ebpf.MapSpec `ebpf:"services"`
 	Sets           *ebpf.MapSpec `ebpf:"sets"`
 	Settings       *ebpf.MapSpec `ebpf:"settings"`
@@ -216,7 +218,8 @@ type connectMaps struct {
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
 	Routes         *ebpf.Map `ebpf:"routes"`
-	Sent           *ebpf.Map `ebpf:"sent"`
+	SentBuckets    *ebpf.Map `ebpf:"sent_buckets"`
+	SentByCell     *ebpf.Map `ebpf:"sent_by_cell"`
 	Services       *ebpf.Map `ebpf:"services"`
 	Sets           *ebpf.Map `ebpf:"sets"`
 	Settings       *ebpf.Map `ebpf:"settings"`
@@ -256,7 +259,8 @@ func (m *connectMaps) Close() error {
 		m.OwnAddrs,
 		m.Reasons,
 		m.Routes,
-		m.Sent,
+		m.SentBuckets,
+		m.SentByCell,
 		m.Services,
 		m.Sets,
 		m.Settings,

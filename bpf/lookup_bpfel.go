@@ -42,7 +42,8 @@ const (
 	lookupMapOwnAddrs       = "own_addrs"
 	lookupMapReasons        = "reasons"
 	lookupMapRoutes         = "routes"
-	lookupMapSent           = "sent"
+	lookupMapSentBuckets    = "sent_buckets"
+	lookupMapSentByCell     = "sent_by_cell"
 	lookupMapServices       = "services"
 	lookupMapSets           = "sets"
 	lookupMapSettings       = "settings"
@@ -137,7 +138,8 @@ type lookupMapSpecs struct {
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
 	Routes         *ebpf.MapSpec `ebpf:"routes"`
-	Sent           *ebpf.MapSpec `ebpf:"sent"`
+	SentBuckets    *ebpf.MapSpec `ebpf:"sent_buckets"`
+	SentByCell     *ebpf.MapSpec `ebpf:"sent_by_cell"`
 	Services       *ebpf.MapSpec `ebpf:"services"`
 	Sets           *ebpf.MapSpec `ebpf:"sets"`
 	Settings       *ebpf.MapSpec `ebpf:"settings"`
@@ -208,7 +210,8 @@ type lookupMaps struct {
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
 	Routes         *ebpf.Map `ebpf:"routes"`
-	Sent           *ebpf.Map `ebpf:"sent"`
+	SentBuckets    *ebpf.Map `ebpf:"sent_buckets"`
+	SentByCell     *ebpf.Map `ebpf:"sent_by_cell"`
 	Services       *ebpf.Map `ebpf:"services"`
 	Sets           *ebpf.Map `ebpf:"sets"`
 	Settings       *ebpf.Map `ebpf:"settings"`
@@ -248,7 +251,8 @@ func (m *lookupMaps) Close() error {
 		m.OwnAddrs,
 		m.Reasons,
 		m.Routes,
-		m.Sent,
+		m.SentBuckets,
+		m.SentByCell,
 		m.Services,
 		m.Sets,
 		m.Settings,

@@ -42,7 +42,8 @@ const (
 	mirrorMapOwnAddrs       = "own_addrs"
 	mirrorMapReasons        = "reasons"
 	mirrorMapRoutes         = "routes"
-	mirrorMapSent           = "sent"
+	mirrorMapSentBuckets    = "sent_buckets"
+	mirrorMapSentByCell     = "sent_by_cell"
 	mirrorMapServices       = "services"
 	mirrorMapSets           = "sets"
 	mirrorMapSettings       = "settings"
@@ -139,7 +140,8 @@ type mirrorMapSpecs struct {
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
 	Routes         *ebpf.MapSpec `ebpf:"routes"`
-	Sent           *ebpf.MapSpec `ebpf:"sent"`
+	SentBuckets    *ebpf.MapSpec `ebpf:"sent_buckets"`
+	SentByCell     *ebpf.MapSpec `ebpf:"sent_by_cell"`
 	Services       *ebpf.MapSpec `ebpf:"services"`
 	Sets           *ebpf.MapSpec `ebpf:"sets"`
 	Settings       *ebpf.MapSpec `ebpf:"settings"`
@@ -210,7 +212,8 @@ type mirrorMaps struct {
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
 	Routes         *ebpf.Map `ebpf:"routes"`
-	Sent           *ebpf.Map `ebpf:"sent"`
+	SentBuckets    *ebpf.Map `ebpf:"sent_buckets"`
+	SentByCell     *ebpf.Map `ebpf:"sent_by_cell"`
 	Services       *ebpf.Map `ebpf:"services"`
 	Sets           *ebpf.Map `ebpf:"sets"`
 	Settings       *ebpf.Map `ebpf:"settings"`
@@ -250,7 +253,8 @@ func (m *mirrorMaps) Close() error {
 		m.OwnAddrs,
 		m.Reasons,
 		m.Routes,
-		m.Sent,
+		m.SentBuckets,
+		m.SentByCell,
 		m.Services,
 		m.Sets,
 		m.Settings,

@@ -42,7 +42,8 @@ const (
 	moveMapOwnAddrs       = "own_addrs"
 	moveMapReasons        = "reasons"
 	moveMapRoutes         = "routes"
-	moveMapSent           = "sent"
+	moveMapSentBuckets    = "sent_buckets"
+	moveMapSentByCell     = "sent_by_cell"
 	moveMapServices       = "services"
 	moveMapSets           = "sets"
 	moveMapSettings       = "settings"
@@ -143,7 +144,8 @@ type moveMapSpecs struct {
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
 	Routes         *ebpf.MapSpec `ebpf:"routes"`
-	Sent           *ebpf.MapSpec `ebpf:"sent"`
+	SentBuckets    *ebpf.MapSpec `ebpf:"sent_buckets"`
+	SentByCell     *ebpf.MapSpec `ebpf:"sent_by_cell"`
 	Services       *ebpf.MapSpec `ebpf:"services"`
 	Sets           *ebpf.MapSpec `ebpf:"sets"`
 	Settings       *ebpf.MapSpec `ebpf:"settings"`
@@ -214,7 +216,8 @@ type moveMaps struct {
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
 	Routes         *ebpf.Map `ebpf:"routes"`
-	Sent           *ebpf.Map `ebpf:"sent"`
+	SentBuckets    *ebpf.Map `ebpf:"sent_buckets"`
+	SentByCell     *ebpf.Map `ebpf:"sent_by_cell"`
 	Services       *ebpf.Map `ebpf:"services"`
 	Sets           *ebpf.Map `ebpf:"sets"`
 	Settings       *ebpf.Map `ebpf:"settings"`
@@ -254,7 +257,8 @@ func (m *moveMaps) Close() error {
 		m.OwnAddrs,
 		m.Reasons,
 		m.Routes,
-		m.Sent,
+		m.SentBuckets,
+		m.SentByCell,
 		m.Services,
 		m.Sets,
 		m.Settings,

@@ -89,6 +89,30 @@ static __always_inline void recall_outlived(const struct ip_addr *own,
 	what->port = k->port;
 }
 
+/* recall_row tells what row n says, if that is about this connection. */
+static __noinline __u64 recall_row(__u64 n, const struct live_key *k,
+				   struct asked *what)
+{
+	struct sent *s = sent_of(n);
+	__u64 owner;
+
+	if (!s)
+		return 0;
+	/* First: whose it is says whether the key is that of what follows. */
+	owner = *(volatile __u64 *)&s->owner;
+	fence();
+	if (!owner || !same_key(&s->key, k))
+		return 0;
+	what->addr = LOAD_IP6(s->asked.addr.w);
+	what->port = s->asked.port;
+	fence();
+	/* Or it has become another's meanwhile. */
+	if (owner == *(volatile __u64 *)&s->owner)
+		return 1;
+	what->port = 0;
+	return 0;
+}
+
 /* recall_sent tells by the addresses, if the connection is noted by them. */
 static __always_inline bool recall_sent(const struct ip_addr *own,
 					const struct ip_addr *peer,
@@ -96,23 +120,18 @@ static __always_inline bool recall_sent(const struct ip_addr *own,
 					struct asked *what)
 {
 	union key u = KEY_OF(own, peer, own_port, port);
-	struct sent *s = sent_at(&u.k);
-	__u64 owner;
+	__u64 bucket = bucket_of(&u.k);
+	__u64 *b = bpf_map_lookup_elem(&sent_buckets, &bucket);
+	__u64 ways, way;
 
-	if (!s)
+	if (!b)
 		return false;
-	/* First: whose it is says whether the key is that of what follows. */
-	owner = *(volatile __u64 *)&s->owner;
-	fence();
-	if (!owner || !same_key(&s->key, &u.k))
-		return false;
-	what->addr = LOAD_IP6(s->asked.addr.w);
-	what->port = s->asked.port;
-	fence();
-	/* Or it has become another's meanwhile. */
-	if (owner == *(volatile __u64 *)&s->owner)
-		return true;
-	what->port = 0;
+	ways = *(volatile __u64 *)b;
+	for (int i = 0; i < WAYS; i++, ways >>= WAY_BITS) {
+		way = ways & WAY_MASK;
+		if (way && recall_row(way - 1, &u.k, what))
+			return true;
+	}
 	return false;
 }
 

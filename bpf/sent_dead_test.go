@@ -20,16 +20,19 @@ func tuple(source, to string) LiveKey {
 	}
 }
 
-// sentBefore has every row say that somebody who is gone had these addresses, and
-// asked for 192.0.2.9:9.
-func (h *hooks) sentBefore(source, to string) {
+// sentBefore has every row, and the bucket too, say that somebody who is gone had these
+// addresses, and asked for 192.0.2.9:9.
+func (h *hooks) sentBefore(t *testing.T, source, to string) {
+	t.Helper()
+	k := tuple(source, to)
 	for n := range h.sent.all {
 		h.sent.all[n] = Sent{
-			Key: tuple(source, to), Owner: foreign + uint64(n),
+			Key: k, Owner: foreign + uint64(n),
 			Asked: abiEndpointKey{Addr: abiIpAddr(FromAddr(netip.MustParseAddr("192.0.2.9"))), Port: 9},
 		}
 	}
 	copy(h.sent.before, h.sent.all)
+	h.put(t, "sent_buckets", h.bucketOf(k), uint64(0x4000_0003_0002_0001))
 }
 
 // TestSentOfTheDead: whoever had the addresses of an MPTCP socket before, and however
@@ -59,7 +62,7 @@ func TestSentOfTheDead(t *testing.T) {
 			t.Run(tt.name+" "+kind+tt.family, func(t *testing.T) {
 				port++
 				from := fmt.Sprint(tt.from, ":", port)
-				h.sentBefore(from, tt.at)
+				h.sentBefore(t, from, tt.at)
 				if tt.crowded {
 					h.cells = crowd(h.cells.all, h.cells.owner, stale(), func(int) bool { return true }, false)
 				}

@@ -532,7 +532,7 @@ int pl_sockops(struct bpf_sock_ops *ctx)
 			keep_seen(sk, d, cookie);
 			/* Last: it can be asked until the kernel forgets it. */
 			if (d->path == PATH_DIRECT)
-				forget_sent(d, cookie);
+				forget_sent(cookie);
 			d->followed = false; /* release may leave it now */
 		}
 		give_back(cookie);

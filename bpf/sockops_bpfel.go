@@ -42,7 +42,8 @@ const (
 	sockopsMapOwnAddrs       = "own_addrs"
 	sockopsMapReasons        = "reasons"
 	sockopsMapRoutes         = "routes"
-	sockopsMapSent           = "sent"
+	sockopsMapSentBuckets    = "sent_buckets"
+	sockopsMapSentByCell     = "sent_by_cell"
 	sockopsMapServices       = "services"
 	sockopsMapSets           = "sets"
 	sockopsMapSettings       = "settings"
@@ -137,7 +138,8 @@ type sockopsMapSpecs struct {
 	OwnAddrs       *ebpf.MapSpec `ebpf:"own_addrs"`
 	Reasons        *ebpf.MapSpec `ebpf:"reasons"`
 	Routes         *ebpf.MapSpec `ebpf:"routes"`
-	Sent           *ebpf.MapSpec `ebpf:"sent"`
+	SentBuckets    *ebpf.MapSpec `ebpf:"sent_buckets"`
+	SentByCell     *ebpf.MapSpec `ebpf:"sent_by_cell"`
 	Services       *ebpf.MapSpec `ebpf:"services"`
 	Sets           *ebpf.MapSpec `ebpf:"sets"`
 	Settings       *ebpf.MapSpec `ebpf:"settings"`
@@ -208,7 +210,8 @@ type sockopsMaps struct {
 	OwnAddrs       *ebpf.Map `ebpf:"own_addrs"`
 	Reasons        *ebpf.Map `ebpf:"reasons"`
 	Routes         *ebpf.Map `ebpf:"routes"`
-	Sent           *ebpf.Map `ebpf:"sent"`
+	SentBuckets    *ebpf.Map `ebpf:"sent_buckets"`
+	SentByCell     *ebpf.Map `ebpf:"sent_by_cell"`
 	Services       *ebpf.Map `ebpf:"services"`
 	Sets           *ebpf.Map `ebpf:"sets"`
 	Settings       *ebpf.Map `ebpf:"settings"`
@@ -248,7 +251,8 @@ func (m *sockopsMaps) Close() error {
 		m.OwnAddrs,
 		m.Reasons,
 		m.Routes,
-		m.Sent,
+		m.SentBuckets,
+		m.SentByCell,
 		m.Services,
 		m.Sets,
 		m.Settings,

@@ -141,7 +141,7 @@ const (
 
 // Constants of include/abi.h; a test reads the header and compares them.
 const (
-	ABI          = 9
+	ABI          = 10
 	Slots        = 65536
 	SlotFirst    = 1
 	SlotLast     = 0xffef

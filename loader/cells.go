@@ -78,7 +78,7 @@ func (d *Datapath) openCells() (*cells, error) {
 }
 
 func (d *Datapath) openSent() (*cells, error) {
-	return mapCells(d.maps.Sent, uint32(unsafe.Offsetof(bpf.Sent{}.Owner)))
+	return mapCells(d.maps.SentByCell, uint32(unsafe.Offsetof(bpf.Sent{}.Owner)))
 }
 
 // openCells maps those of hooks of the other layout; nil: they have none.

@@ -12,7 +12,7 @@
 /* Changes with every layout or meaning below: a process refuses the pins of
  * another ABI.
  */
-#define PL_ABI 9
+#define PL_ABI 10
 
 /* The slot supernets: no instance captures an address of them, whoever owns
  * it. An instance claims one /16 and one /64.
@@ -56,6 +56,7 @@
  * More connections than that fit too, and cost more.
  */
 #define PL_CELLS 16384
+#define PL_SENT_BUCKETS 4032 /* as many words as fit one block of pages */
 #define PL_CELL_LEFT 0x8000000000000000 /* in owner: others may take it */
 
 /* What is moved from another layout, of what hooks write to. */

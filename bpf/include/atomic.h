@@ -3,6 +3,9 @@
 #pragma once
 #include <linux/types.h>
 
+/* barrier keeps the compiler from moving what is written across it. */
+#define barrier() asm volatile("" ::: "memory")
+
 /* fetch_add adds, and returns what was there. */
 static __always_inline __u32 fetch_add(__u32 *p, __u32 by)
 {

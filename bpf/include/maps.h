@@ -268,8 +268,8 @@ struct {
 } cells SEC(".maps");
 
 /* What was asked for, of the connections on PATH_DIRECT that have a cell, by
- * the last digits of a hash of their addresses: names of an MPTCP socket, which
- * is not the one that was decided on. writer: sockops; reader: names; deleter:
+ * the number of that: names of an MPTCP socket, which is not the one that was
+ * decided on. See sent.h. writer: sockops; reader: sockops, names; deleter:
  * sockops, loader.
  */
 struct {
@@ -278,7 +278,17 @@ struct {
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, __u32);
 	__type(value, struct sent);
-} sent SEC(".maps");
+} sent_by_cell SEC(".maps");
+
+/* Which rows those are, by a hash of their addresses. writer, deleter: sockops;
+ * reader: sockops, names.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PL_SENT_BUCKETS);
+	__type(key, __u32);
+	__type(value, __u64);
+} sent_buckets SEC(".maps");
 
 /* Decisions that have no cell, and the handler's tag. writer: connect, sockops,
  * loader (own); reader: sockops, release, names, loader; deleter: the kernel,

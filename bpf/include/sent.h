@@ -3,19 +3,36 @@
  * MPTCP socket is told by these; but nothing tells a hook that a subflow is
  * one, so all connections that have a cell are there. One that has its decision
  * in socket storage is found by a look-up of its socket: see names.bpf.c.
+ *
+ * A row has the number of the cell, and is written by who has that: rows are
+ * used one after the other, as cells are. Where a row is by its addresses
+ * stands in a bucket, a word that is nearly always 0: a table of rows by a hash
+ * of the addresses would be a page and a line that nobody has looked at for
+ * long, and 0.1 to 0.2 us for each connection, also for those that are only
+ * looked for there.
  */
 #pragma once
 #include "atomic.h"
+#include "config.h"
 #include "hash.h"
 #include "maps.h"
 
-static __always_inline struct sent *sent_at(const struct live_key *k)
-{
-	__u64 n = mix((k->source_port | (__u32)k->slot_port << 16) ^
-		      k->source.w[3] ^ bpf_ntohl(k->slot.w[3])) %
-		  PL_CELLS;
+/* In a bucket: the numbers of up to four rows, plus one; 0: none. */
+#define WAYS 4
+#define WAY_BITS 16
+#define WAY_MASK 0xffff
 
-	return bpf_map_lookup_elem(&sent, &n);
+static __always_inline struct sent *sent_of(__u64 n)
+{
+	return bpf_map_lookup_elem(&sent_by_cell, &n);
+}
+
+static __always_inline __u64 bucket_of(const struct live_key *k)
+{
+	__u64 h = mix((k->source_port | (__u32)k->slot_port << 16) ^
+		      k->source.w[3] ^ bpf_ntohl(k->slot.w[3]));
+
+	return h * PL_SENT_BUCKETS >> 32;
 }
 
 /* differs has no branch until the end: the verifier walks each way. */
@@ -34,25 +51,70 @@ static __always_inline bool same_key(const struct live_key *a,
 		 differs(&a->source, &b->source) | differs(&a->slot, &b->slot));
 }
 
-/* note_sent is false where another connection is noted. Of two with the same
- * addresses, the other one is gone.
+/* is_noted tells whether row n says something about a connection other than k,
+ * that may be alive, and is in its bucket.
+ */
+static __noinline __u64 is_noted(__u64 n, const struct live_key *k,
+				 __u64 bucket)
+{
+	struct sent *s = sent_of(n);
+
+	return s && s->owner && !same_key(&s->key, k) &&
+	       bucket_of(&s->key) == bucket;
+}
+
+/* renew leaves in a bucket only what is noted of others than k, and adds way,
+ * if that is not 0. It gives 0 where there is no room, or where somebody else
+ * has written there.
+ */
+static __noinline __u64 renew(__u64 bucket, const struct live_key *k, __u64 way)
+{
+	__u64 *b = bpf_map_lookup_elem(&sent_buckets, &bucket);
+	__u64 was, rest, next = 0, here;
+
+	if (!b)
+		return 0;
+	was = rest = *(volatile __u64 *)b;
+	for (int i = 0; i < WAYS; i++, rest >>= WAY_BITS) {
+		here = rest & WAY_MASK;
+		if (here && here != way && is_noted(here - 1, k, bucket))
+			next = next << WAY_BITS | here;
+	}
+	if (way) {
+		if (next >> (WAYS - 1) * WAY_BITS)
+			return 0;
+		next = next << WAY_BITS | way;
+	}
+	return swap(b, was, next);
+}
+
+/* note_sent is false where there is no place for it. Of two with the same
+ * addresses, the other one is gone. So is whoever has had the row; but while
+ * hooks of another layout have cells of their own, that may be one of theirs.
  */
 static __always_inline bool note_sent(const struct decision *d, __u64 cookie)
 {
-	struct sent *s = sent_at(&d->key);
-	__u64 owner;
+	__u64 n = cookie % PL_CELLS, bucket = bucket_of(&d->key);
+	struct sent *s = sent_of(n);
+	__u64 *b = bpf_map_lookup_elem(&sent_buckets, &bucket);
 
-	if (!s)
+	if (!s || !b)
 		return false;
-	owner = *(volatile __u64 *)&s->owner;
-	if (owner != cookie && ((owner && !same_key(&s->key, &d->key)) ||
-				!swap(&s->owner, owner, cookie)))
+	if ((cfg_moves & PL_MOVES_CELLS) && s->owner && s->owner != cookie)
 		return false;
+	*(volatile __u64 *)&s->owner = 0;
 	s->asked.addr = d->orig;
 	s->asked.port = d->orig_port;
-	fence(); /* who finds the key must find what was asked */
 	s->key = d->key;
-	return true;
+	barrier();
+	*(volatile __u64 *)&s->owner = cookie;
+	/* A full barrier: who finds the way there finds the row. */
+	if (!*(volatile __u64 *)b && swap(b, 0, n + 1))
+		return true;
+	if (renew(bucket, &d->key, n + 1))
+		return true;
+	s->owner = 0;
+	return false;
 }
 
 /* forget_others is for a connection that is not noted itself: one that had its
@@ -60,18 +122,24 @@ static __always_inline bool note_sent(const struct decision *d, __u64 cookie)
  */
 static __always_inline void forget_others(const struct decision *d)
 {
-	struct sent *s = sent_at(&d->key);
+	__u64 bucket = bucket_of(&d->key);
+	__u64 *b = bpf_map_lookup_elem(&sent_buckets, &bucket);
 
-	if (s && same_key(&s->key, &d->key))
-		s->key.slot_port = 0;
+	if (b && *(volatile __u64 *)b)
+		renew(bucket, &d->key, 0);
 }
 
-static __always_inline void forget_sent(const struct decision *d, __u64 cookie)
+static __always_inline void forget_sent(__u64 cookie)
 {
-	struct sent *s = sent_at(&d->key);
+	__u64 n = cookie % PL_CELLS, bucket;
+	struct sent *s = sent_of(n);
+	__u64 *b;
 
 	if (!s || s->owner != cookie)
 		return;
-	s->key.slot_port = 0; /* no connection has that */
-	swap(&s->owner, cookie, 0);
+	s->owner = 0; /* what a bucket says of it counts no more */
+	bucket = bucket_of(&s->key);
+	b = bpf_map_lookup_elem(&sent_buckets, &bucket);
+	if (b && !swap(b, n + 1, 0))
+		renew(bucket, &s->key, 0);
 }
