@@ -101,7 +101,7 @@ suites: build ## other projects' test suites in full (as root, half an hour)
 	@scripts/setup.sh test
 	PILLION_REQUIRE_ROOT=1 PILLION_SUITES=long PILLION=$(abspath $(PILLION)) $(GO) test -v -count=1 -timeout 120m ./tests/suites
 
-bench: build ## what a hop costs, and what none does, beside peers (as root, ten minutes)
+bench: build ## what a hop costs, and what none does, beside peers (as root, ten minutes to half an hour)
 	@scripts/setup.sh bench
 	PILLION=$(abspath $(PILLION)) $(GO) run ./tests/bench $(BENCHFLAGS)
 
