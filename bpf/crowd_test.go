@@ -122,19 +122,18 @@ func stale() Decision {
 func (h *hooks) crowd(t *testing.T) {
 	t.Helper()
 	how := os.Getenv(envCrowd)
-	taken := func(what string) func(int) bool {
-		return func(n int) bool { return how == what || how == "half" && n%2 == 0 }
-	}
+	half := func(n int) bool { return how == "half" && n%2 == 0 }
+	cell := func(n int) bool { return how == "cells" || half(n) }
 	row := Sent{Asked: abiEndpointKey{Addr: abiIpAddr{W: [4]uint32{1, 2, 3, 4}}, Port: 5}}
 	row.Key.SourcePort, row.Key.SlotPort = 6, 7
-	h.cells = crowd(inMemory[Decision](t, h.maps["cells"]), func(d *Decision) *uint64 { return &d.Owner }, stale(), taken("cells"), how == "dirt")
-	h.sent = crowd(inMemory[Sent](t, h.maps["sent_by_cell"]), func(s *Sent) *uint64 { return &s.Owner }, row, taken("rows"), how == "dirt")
+	h.cells = crowd(inMemory[Decision](t, h.maps["cells"]), func(d *Decision) *uint64 { return &d.Owner }, stale(), cell, how == "dirt")
+	h.sent = crowd(inMemory[Sent](t, h.maps["sent_by_cell"]), func(s *Sent) *uint64 { return &s.Owner }, row, half, how == "dirt")
 	switch how {
 	case "half":
 		h.fillBuckets(t, 2)
 	case "dirt":
 		for b := range h.maps["sent_buckets"].MaxEntries() {
-			h.put(t, "sent_buckets", b, uint64(0x0004_0003_0002_0001))
+			h.put(t, "sent_buckets", b, uint64(1|2<<15|3<<30|4<<45))
 		}
 	}
 	t.Cleanup(func() {
@@ -159,11 +158,11 @@ func (h *hooks) fillBuckets(t *testing.T, step int) {
 	for n := 0; n < len(h.sent.all); ports++ {
 		k := LiveKey{SourcePort: uint16(ports), SlotPort: uint16(ports >> 16)}
 		b := h.bucketOf(k)
-		if b >= full || buckets[b]>>(16*(sentWays-1)) != 0 {
+		if b >= full || buckets[b]>>(sentWayBits*(sentWays-1)) != 0 {
 			continue
 		}
 		h.sent.all[n].Key = k
-		buckets[b] = buckets[b]<<16 | uint64(n+1)
+		buckets[b] = buckets[b]<<sentWayBits | uint64(n+1)
 		n += step
 	}
 	copy(h.sent.before, h.sent.all)
@@ -172,8 +171,11 @@ func (h *hooks) fillBuckets(t *testing.T, step int) {
 	}
 }
 
-// sentWays is WAYS in include/sent.h.
-const sentWays = 4
+// WAYS and WAY_BITS in include/sent.h.
+const (
+	sentWays    = 4
+	sentWayBits = 15
+)
 
 // tallies are those that are not 0, without that of what is in storage since others are in
 // the cells.

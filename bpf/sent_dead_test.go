@@ -32,7 +32,7 @@ func (h *hooks) sentBefore(t *testing.T, source, to string) {
 		}
 	}
 	copy(h.sent.before, h.sent.all)
-	h.put(t, "sent_buckets", h.bucketOf(k), uint64(0x4000_0003_0002_0001))
+	h.put(t, "sent_buckets", h.bucketOf(k), uint64(1|2<<15|3<<30|Cells<<45))
 }
 
 // TestSentOfTheDead: whoever had the addresses of an MPTCP socket before, and however
@@ -70,7 +70,13 @@ func TestSentOfTheDead(t *testing.T) {
 				if diff := cmp.Diff([]string{"from=" + from + " ok", "again=" + tt.to + " " + tt.to, "peer " + tt.to}, a.said(t, 4)[1:]); diff != "" {
 					t.Errorf("(-want +got):\n%s", diff)
 				}
-				// Who has a cell is noted; a row of the dead is left to the process.
+				// What the bucket told of the dead is over, whoever else writes there.
+				for _, n := range []int{0, 1, 2, Cells - 1} {
+					if owner := h.sent.all[n].Owner; owner&foreign != 0 {
+						t.Errorf("row %d is still that of %d", n, owner-foreign)
+					}
+				}
+				// Who has a cell is noted; other rows of the dead are left to the process.
 				if tt.path == flow.PathDirect && !tt.crowded {
 					d, s := h.cells.only(t), h.sent.only(t)
 					to := netip.MustParseAddrPort(tt.to)

@@ -90,7 +90,7 @@ func TestSentBuckets(t *testing.T) {
 				row++
 				ways = append(ways, row)
 			}
-			full := ways[0] | ways[1]<<16 | ways[2]<<32 | ways[3]<<48
+			full := ways[0] | ways[1]<<15 | ways[2]<<30 | ways[3]<<45
 			h.put(t, "sent_buckets", bucket, full)
 			a.write("\n")
 			if diff := cmp.Diff([]string{"wait", "again=" + asked4 + " " + asked4, "peer " + asked4}, a.said(t, 3)); diff != "" {
@@ -136,10 +136,11 @@ func (h *hooks) bucket(t *testing.T, n uint32) (ways uint64) {
 
 // waysOf are those of a bucket, sorted.
 func waysOf(bucket uint64) (all []uint64) {
-	for ; bucket != 0; bucket >>= 16 {
-		if way := bucket & 0xffff; way != 0 {
+	for range sentWays {
+		if way := bucket & (1<<sentWayBits - 1); way != 0 {
 			all = append(all, way)
 		}
+		bucket >>= sentWayBits
 	}
 	slices.Sort(all)
 	return all

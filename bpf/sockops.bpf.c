@@ -174,7 +174,10 @@ static __always_inline void note(struct bpf_sock *sk, struct decision *d,
 		forget_others(d);
 		return;
 	}
-	if (note_sent(d, cookie) || !cell)
+	if (note_sent(d, cookie))
+		return;
+	forget_others(d);
+	if (!cell)
 		return;
 	if (!bpf_sk_storage_get(&decisions, sk, d,
 				BPF_SK_STORAGE_GET_F_CREATE)) {
