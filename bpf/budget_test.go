@@ -21,7 +21,7 @@ var budget = map[string]uint32{
 	ProgBind4:        170,
 	ProgBind6:        190,
 	ProgRelease:      570,
-	ProgSockops:      20000, // the options that the upstream leg is to have; a decision in either place; the ways of a bucket
+	ProgSockops:      24500, // the options that the upstream leg is to have; a decision in either place; the ways of a bucket
 	ProgLookup:       1600,  // twice: a dry run may look too
 	ProgHold:         1500,
 	ProgInject:       20,
