@@ -130,10 +130,10 @@ func (h *hooks) crowd(t *testing.T) {
 	h.sent = crowd(inMemory[Sent](t, h.maps["sent_by_cell"]), func(s *Sent) *uint64 { return &s.Owner }, row, half, how == "dirt")
 	switch how {
 	case "half":
-		h.fillBuckets(t, 2)
+		h.fillBuckets(t)
 	case "dirt":
 		for b := range h.maps["sent_buckets"].MaxEntries() {
-			h.put(t, "sent_buckets", b, uint64(1|2<<15|3<<30|4<<45))
+			h.put(t, "sent_buckets", b, bucketOfWays(1, 2, 3, 4))
 		}
 	}
 	t.Cleanup(func() {
@@ -151,8 +151,9 @@ func (h *hooks) bucketOf(k LiveKey) uint32 {
 
 // fillBuckets has each bucket, as far as they go, be full of others whose rows are those of
 // every second cell.
-func (h *hooks) fillBuckets(t *testing.T, step int) {
+func (h *hooks) fillBuckets(t *testing.T) {
 	t.Helper()
+	const step = 2
 	buckets := map[uint32]uint64{}
 	ports, full := uint32(0), uint32(len(h.sent.all)/step/sentWays)
 	for n := 0; n < len(h.sent.all); ports++ {
@@ -176,6 +177,11 @@ const (
 	sentWays    = 4
 	sentWayBits = 15
 )
+
+// bucketOfWays is a bucket of four.
+func bucketOfWays(a, b, c, d uint64) uint64 {
+	return a | b<<sentWayBits | c<<(2*sentWayBits) | d<<(3*sentWayBits)
+}
 
 // tallies are those that are not 0, without that of what is in storage since others are in
 // the cells.

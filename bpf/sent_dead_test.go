@@ -32,7 +32,7 @@ func (h *hooks) sentBefore(t *testing.T, source, to string) {
 		}
 	}
 	copy(h.sent.before, h.sent.all)
-	h.put(t, "sent_buckets", h.bucketOf(k), uint64(1|2<<15|3<<30|Cells<<45))
+	h.put(t, "sent_buckets", h.bucketOf(k), bucketOfWays(1, 2, 3, Cells))
 }
 
 // TestSentOfTheDead: whoever had the addresses of an MPTCP socket before, and however

@@ -90,7 +90,7 @@ func TestSentBuckets(t *testing.T) {
 				row++
 				ways = append(ways, row)
 			}
-			full := ways[0] | ways[1]<<15 | ways[2]<<30 | ways[3]<<45
+			full := bucketOfWays(ways[0], ways[1], ways[2], ways[3])
 			h.put(t, "sent_buckets", bucket, full)
 			a.write("\n")
 			if diff := cmp.Diff([]string{"wait", "again=" + asked4 + " " + asked4, "peer " + asked4}, a.said(t, 3)); diff != "" {
