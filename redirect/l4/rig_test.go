@@ -413,10 +413,10 @@ func mustWrite(t testing.TB, c net.Conn, b []byte) {
 	}
 }
 
-func wantBytes(t testing.TB, c net.Conn, want []byte) {
+func wantBytes(t testing.TB, c *net.TCPConn, want []byte) {
 	t.Helper()
 	got := make([]byte, len(want))
-	if n, err := io.ReadFull(c, got); err != nil {
+	if n, err := io.ReadFull(testutil.PastMarks(c), got); err != nil {
 		t.Fatalf("read %d of %d bytes: %v", n, len(want), err)
 	}
 	if string(got) != string(want) {
@@ -425,9 +425,9 @@ func wantBytes(t testing.TB, c net.Conn, want []byte) {
 }
 
 // wantEOF wants nothing but the end of file.
-func wantEOF(t testing.TB, c net.Conn) {
+func wantEOF(t testing.TB, c *net.TCPConn) {
 	t.Helper()
-	rest, err := io.ReadAll(c)
+	rest, err := io.ReadAll(testutil.PastMarks(c))
 	if err != nil || len(rest) > 0 {
 		t.Fatalf("read %d bytes and then %v, want the end of file", len(rest), err)
 	}

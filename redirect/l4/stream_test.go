@@ -3,6 +3,7 @@ package l4_test
 import (
 	"bytes"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -208,8 +209,18 @@ func TestFINBeforeDialIsAnswered(t *testing.T) {
 	})
 }
 
+// poll waits for one of these. A signal, as the Go runtime sends them, is none.
+func poll(ready []unix.PollFd) (n int, err error) {
+	for end := time.Now().Add(patience); ; {
+		n, err = unix.Poll(ready, int(patience.Milliseconds()))
+		if !errors.Is(err, unix.EINTR) || time.Now().After(end) {
+			return n, err
+		}
+	}
+}
+
 // acceptSecond makes room in a hanging listener and takes what comes next.
-func acceptSecond(t *testing.T, ln int) net.Conn {
+func acceptSecond(t *testing.T, ln int) *net.TCPConn {
 	t.Helper()
 	filler, _, err := unix.Accept(ln)
 	if err != nil {
@@ -217,7 +228,7 @@ func acceptSecond(t *testing.T, ln int) net.Conn {
 	}
 	unix.Close(filler)
 	ready := []unix.PollFd{{Fd: int32(ln), Events: unix.POLLIN}}
-	if n, err := unix.Poll(ready, int(patience.Milliseconds())); n != 1 {
+	if n, err := poll(ready); n != 1 {
 		t.Fatalf("no second connection: %v", err)
 	}
 	fd, _, err := unix.Accept4(ln, unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
@@ -232,7 +243,7 @@ func acceptSecond(t *testing.T, ln int) net.Conn {
 	}
 	_ = c.SetDeadline(time.Now().Add(patience))
 	t.Cleanup(func() { c.Close() })
-	return c
+	return c.(*net.TCPConn)
 }
 
 func TestResetByServer(t *testing.T) {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
 )
 
@@ -109,7 +110,7 @@ func TestManyUrgentBytes(t *testing.T) {
 		done := make(chan error, 1)
 		go writeManyUrgent(c, n, portion, done)
 		s := accept(t, conns)
-		got, err := io.Copy(io.Discard, struct{ io.Reader }{s})
+		got, err := io.Copy(io.Discard, testutil.PastMarks(s))
 		if err != nil || got < n*portion || got > n*(portion+1) {
 			t.Errorf("got %d bytes and %v", got, err)
 		}
@@ -162,8 +163,8 @@ func readUrgent(t *testing.T, c *net.TCPConn) byte {
 	if err == nil {
 		err = raw.Control(func(fd uintptr) {
 			ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLPRI}}
-			if _, err := unix.Poll(ready, int(patience.Milliseconds())); err != nil {
-				t.Error(err)
+			if n, err := poll(ready); n != 1 {
+				t.Error("no urgent byte:", err)
 			}
 			if _, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_OOB); err != nil {
 				t.Error(err)
@@ -277,17 +278,14 @@ func TestUrgentSignalled(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	for n := range 5000 {
+	for range 5000 {
 		if err := writeUrgent(c, '!'); err != nil {
 			t.Fatal(err)
 		}
 		mustWrite(t, c, []byte("after"))
-		if got := readPatiently(t, s, len("after")); got != "after" {
-			t.Errorf("in round %d: got %q", n, got)
-			break
-		}
+		wantBytes(t, s, []byte("after"))
 		mustWrite(t, s, []byte("y"))
-		readPatiently(t, c, 1)
+		wantBytes(t, c, []byte("y"))
 	}
 	c.Close()
 	s.Close()
@@ -315,24 +313,6 @@ func signalThreads(stop <-chan struct{}) error {
 		default:
 		}
 	}
-}
-
-// readPatiently reads n bytes, and looks again and again: the signals are for the reader
-// too, who is told nothing either.
-func readPatiently(t *testing.T, c *net.TCPConn, n int) string {
-	t.Helper()
-	b := make([]byte, n)
-	got := 0
-	for limit := time.Now().Add(patience); got < n; {
-		c.SetReadDeadline(time.Now().Add(5 * time.Millisecond))
-		m, err := c.Read(b[got:])
-		got += m
-		if err != nil && (!errors.Is(err, os.ErrDeadlineExceeded) || time.Now().After(limit)) {
-			t.Fatalf("got %q and %v", b[:got], err)
-		}
-	}
-	c.SetReadDeadline(time.Time{})
-	return string(b)
 }
 
 // Of two urgent bytes that come together the kernel drops the first one, if it is the next
