@@ -101,11 +101,10 @@ func (d *Datapath) leaveCells() error {
 	return errors.Join(err, all.close())
 }
 
-// leftCells are cells whose sockets no dump shows, by whose they are.
+// leftCells are cells, and rows of what was sent, whose sockets no dump shows.
 type leftCells struct {
 	cells, rows *cells
-	decided     map[uint64]oldCell
-	sent        map[uint64]int
+	gone        map[uint64]oldCell // by whose they are
 }
 
 func (l *leftCells) close() error { return errors.Join(l.cells.close(), l.rows.close()) }
@@ -118,7 +117,7 @@ type oldCell struct {
 // leftCells is for the caller to close, also when it fails.
 func (d *Datapath) leftCells() (*leftCells, error) {
 	now := uint64(d.monotonic())
-	all := &leftCells{decided: map[uint64]oldCell{}, sent: map[uint64]int{}}
+	all := &leftCells{gone: map[uint64]oldCell{}}
 	var err error
 	if all.cells, err = d.openCells(); err != nil {
 		return all, err
@@ -127,23 +126,22 @@ func (d *Datapath) leftCells() (*leftCells, error) {
 		return all, err
 	}
 	for n := range all.cells.count {
-		owner, opened := all.cells.ownerAt(n).Load(), all.cells.openedAt(n).Load()
-		if owner != 0 && owner&bpf.CellLeft == 0 && longAgo(opened, now, cellMinAge) {
-			all.decided[owner] = oldCell{n, opened}
+		opened := all.cells.openedAt(n).Load()
+		if !longAgo(opened, now, cellMinAge) {
+			continue
 		}
-		if owner := all.rows.ownerAt(n).Load(); owner != 0 {
-			all.sent[owner] = n
+		for _, owner := range []uint64{all.cells.ownerAt(n).Load(), all.rows.ownerAt(n).Load()} {
+			if owner != 0 && owner&bpf.CellLeft == 0 {
+				all.gone[owner] = oldCell{n, opened}
+			}
 		}
 	}
 	// Twice, as in reconcile: a dump is no snapshot.
 	for range 2 {
-		if len(all.decided)+len(all.sent) == 0 {
+		if len(all.gone) == 0 {
 			break
 		}
-		err := d.network.sockets(func(s *socket) {
-			delete(all.decided, s.cookie())
-			delete(all.sent, s.cookie())
-		})
+		err := d.network.sockets(func(s *socket) { delete(all.gone, s.cookie()) })
 		if err != nil {
 			return all, err
 		}
@@ -152,15 +150,13 @@ func (d *Datapath) leftCells() (*leftCells, error) {
 }
 
 // mark has others take them. A socket that had been refused is in no dump: it may have
-// connected again meanwhile.
+// connected again meanwhile, which is a new decision.
 func (l *leftCells) mark() {
-	for owner, c := range l.decided {
+	for owner, c := range l.gone {
 		if l.cells.openedAt(c.n).Load() == c.opened {
 			l.cells.ownerAt(c.n).CompareAndSwap(owner, owner|bpf.CellLeft)
+			l.rows.ownerAt(c.n).CompareAndSwap(owner, 0)
 		}
-	}
-	for owner, n := range l.sent {
-		l.rows.ownerAt(n).CompareAndSwap(owner, 0)
 	}
 }
 

@@ -78,18 +78,6 @@ func fdOf(t testing.TB, c net.Conn) (n int) {
 	return n
 }
 
-// sentOf is the number of a socket's row of sent.
-func sentOf(t testing.TB, rows *cells, cookie uint64) int {
-	t.Helper()
-	for n := range rows.count {
-		if rows.ownerAt(n).Load() == cookie {
-			return n
-		}
-	}
-	t.Fatalf("socket %d has no row", cookie)
-	return 0
-}
-
 // TestLeaveCells: others may take the cells of those that are gone for long, and of nobody
 // else; rows follow.
 func TestLeaveCells(t *testing.T) {
@@ -155,64 +143,60 @@ func TestLeaveCells(t *testing.T) {
 	if v := valueAs[bpf.Decision](own.of(living["deferred"])); v.Pending != 1 {
 		t.Errorf("deferred: %+v", v)
 	}
-	noted := map[string]int{"open": sentOf(t, rows, living["open"]), "left": sentOf(t, rows, living["left"])}
-
 	// Those that are gone: of each a cell and a row.
-	next, nextRow := 0, 0
-	gone := func(opened uint64, cell bool) (cookie uint64, n, row int) {
+	next := 0
+	gone := func(opened uint64, cell bool) (cookie uint64, n int) {
 		for next++; busy[next]; next++ {
 		}
-		for nextRow++; rows.ownerAt(nextRow).Load() != 0; nextRow++ {
-		}
 		cookie = 1<<50 + uint64(next)
+		own.openedAt(next).Store(opened)
 		if cell {
-			own.openedAt(next).Store(opened)
 			own.ownerAt(next).Store(cookie)
 		}
-		rows.ownerAt(nextRow).Store(cookie)
-		return cookie, next, nextRow
+		rows.ownerAt(next).Store(cookie)
+		return cookie, next
 	}
-	expect := func(when string, n int, cell uint64, row int, sent uint64) {
+	expect := func(when string, n int, cell, sent uint64) {
 		t.Helper()
 		if owner := own.ownerAt(n).Load(); owner != cell {
 			t.Errorf("%s: the cell is %#x's, want %#x", when, owner, cell)
 		}
-		if owner := rows.ownerAt(row).Load(); owner != sent {
+		if owner := rows.ownerAt(n).Load(); owner != sent {
 			t.Errorf("%s: the row is %#x's, want %#x", when, owner, sent)
 		}
 	}
-	old, oldCell, oldRow := gone(long, true)
-	young, youngCell, youngRow := gone(lately, true)
-	_, noCell, noRow := gone(0, false)
+	old, oldCell := gone(long, true)
+	young, youngCell := gone(lately, true)
+	_, noCell := gone(long, false)
 	for range 2 {
 		leave()
-		for name, row := range noted {
+		for _, name := range []string{"open", "left"} {
 			owner := living[name]
 			if name == "left" {
 				owner |= bpf.CellLeft // until a hook runs for it
 			}
-			expect(name, int(living[name]%bpf.Cells), owner, row, living[name])
+			expect(name, int(living[name]%bpf.Cells), owner, living[name])
 		}
 		if owner := own.ownerAt(int(living["deferred"] % bpf.Cells)).Load(); owner != living["deferred"] {
 			t.Errorf("deferred: the cell is %#x's", owner)
 		}
-		expect("young", youngCell, young, youngRow, 0)
-		expect("without a cell", noCell, 0, noRow, 0)
-		expect("gone", oldCell, old|bpf.CellLeft, oldRow, 0)
+		expect("young", youngCell, young, young)
+		expect("without a cell", noCell, 0, 0)
+		expect("gone", oldCell, old|bpf.CellLeft, 0)
 	}
 
 	// It is looked for as often as counts are.
-	again, againCell, againRow := gone(long, true)
+	again, againCell := gone(long, true)
 	d.counts.last = time.Now()
 	if err := d.tidy(); err != nil {
 		t.Fatal(err)
 	}
-	expect("too early", againCell, again, againRow, again)
+	expect("too early", againCell, again, again)
 	d.counts.last = time.Now().Add(-countEvery)
 	if err := d.tidy(); err != nil {
 		t.Fatal(err)
 	}
-	expect("a minute later", againCell, again|bpf.CellLeft, againRow, 0)
+	expect("a minute later", againCell, again|bpf.CellLeft, 0)
 
 	// The deferred one is sent by the first write, however late.
 	before := stats(t, d)
@@ -225,6 +209,7 @@ func TestLeaveCells(t *testing.T) {
 	}
 	for _, n := range []int{oldCell, youngCell, againCell} {
 		own.ownerAt(n).Store(0)
+		rows.ownerAt(n).Store(0)
 	}
 }
 
