@@ -25,5 +25,9 @@ func TestMain(m *testing.M) {
 		askNames(to[0], to[1], to[2])
 		return
 	}
+	if to := os.Getenv(envRace); to != "" {
+		raceAll(to)
+		return
+	}
 	testutil.Main(m)
 }
