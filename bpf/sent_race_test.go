@@ -23,7 +23,7 @@ const envRace = "PILLION_TEST_RACE"
 
 // raceAll says of each peer that is not what was asked for, and how many were.
 func raceAll(to string) {
-	asked := newAsker(unix.AF_INET, 0).sockaddr(netip.MustParseAddrPort(to))
+	asked := netip.MustParseAddrPort(to)
 	sources := make(chan netip.AddrPort)
 	var racers sync.WaitGroup
 	var mu sync.Mutex
@@ -54,12 +54,12 @@ func raceAll(to string) {
 	fmt.Println("right", right)
 }
 
-func raceOne(from netip.AddrPort, to unix.Sockaddr) error {
+func raceOne(from, asked netip.AddrPort) error {
 	a := newAsker(unix.AF_INET, unix.IPPROTO_MPTCP)
 	defer unix.Close(a.fd)
 	// Gone at once: else the bucket is full for a while, and few write there.
 	unix.SetsockoptLinger(a.fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
-	err := errors.Join(unix.Bind(a.fd, a.sockaddr(from)), unix.Connect(a.fd, to))
+	err := errors.Join(unix.Bind(a.fd, a.sockaddr(from)), unix.Connect(a.fd, a.sockaddr(asked)))
 	if err != nil {
 		return err
 	}
@@ -67,9 +67,9 @@ func raceOne(from netip.AddrPort, to unix.Sockaddr) error {
 	if err != nil {
 		return err
 	}
-	want, got := to.(*unix.SockaddrInet4), peer.(*unix.SockaddrInet4)
-	if got.Addr != want.Addr || got.Port != want.Port {
-		return fmt.Errorf("peer %v:%d", netip.AddrFrom4(got.Addr), got.Port)
+	at := peer.(*unix.SockaddrInet4)
+	if got := netip.AddrPortFrom(netip.AddrFrom4(at.Addr), uint16(at.Port)); got != asked {
+		return fmt.Errorf("peer %v", got)
 	}
 	return nil
 }
@@ -81,12 +81,16 @@ func TestSentRace(t *testing.T) {
 	h.services(t)
 	const n, bucket = 4000, 7
 	var sources bytes.Buffer
-	for found, i := 0, 0; found < n; i++ {
-		from := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 1, byte(1 + i>>16)}), uint16(i))
-		if from.Port() >= 1024 && h.bucketOf(tuple(from.String(), at4)) == bucket {
-			h.put(t, "own_addrs", FromAddr(from.Addr()), uint32(1))
-			fmt.Fprintln(&sources, from)
-			found++
+	found := 0
+	for last := byte(1); found < n; last++ {
+		from := netip.AddrFrom4([4]byte{127, 0, 1, last})
+		h.put(t, "own_addrs", FromAddr(from), uint32(1))
+		k := tuple(from.String()+":1024", at4)
+		for ; found < n && k.SourcePort != 0; k.SourcePort++ {
+			if h.bucketOf(k) == bucket {
+				fmt.Fprintln(&sources, netip.AddrPortFrom(from, k.SourcePort))
+				found++
+			}
 		}
 	}
 	var out bytes.Buffer
