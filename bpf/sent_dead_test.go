@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -88,6 +89,7 @@ func TestSentOfTheDead(t *testing.T) {
 				}
 				a.write("\n")
 				a.cmd.Wait()
+				testutil.Eventually(t, 10*time.Second, func() bool { return len(h.cells.owned()) == 0 }, "the cell is free")
 				if tt.crowded {
 					h.cells.untouched(t, "cells")
 					h.cells = crowd(h.cells.all, h.cells.owner, Decision{}, func(int) bool { return false }, true)

@@ -259,7 +259,7 @@ func TestRanges(t *testing.T) {
 // TestSlotsRetire follows a slot from its first use to its next.
 func TestSlotsRetire(t *testing.T) {
 	p := newPlace(t)
-	d := p.create(t, "one", func(o *Options) { o.SlotIdle, o.SlotGrace = 300*time.Millisecond, 400*time.Millisecond })
+	d := p.create(t, "one", func(o *Options) { o.SlotIdle, o.SlotGrace = 300*time.Millisecond, 3*time.Second })
 	setRules(t, d, plain)
 	p.attach(t, d)
 	p.handler(t, d)

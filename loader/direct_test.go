@@ -106,7 +106,7 @@ func TestConnectionsDirect(t *testing.T) {
 			}
 			ended := 0
 			for _, c := range open {
-				c.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+				c.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
 				if _, err := c.Read(make([]byte, 1)); errors.Is(err, unix.ECONNABORTED) {
 					ended++
 				}

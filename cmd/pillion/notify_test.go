@@ -85,7 +85,7 @@ func TestWatchdog(t *testing.T) {
 	}
 	for b := make([]byte, 64); ; {
 		// What came before it was stuck is still there.
-		systemd.SetReadDeadline(time.Now().Add(5 * time.Millisecond))
+		systemd.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
 		if _, err := systemd.Read(b); err != nil {
 			break
 		}

@@ -307,7 +307,7 @@ func TestMoveDialFailed(t *testing.T) {
 	r := newRig(t, setup{endpoints: []netip.AddrPort{at, server}, options: func(o *l4.Options) { o.DialTimeout = 500 * time.Millisecond }})
 	_ = hanger
 	c := r.dial()
-	r.awaitStats("a dial is under way", func(s l4.Stats) bool { return s.Dials == 1 })
+	r.awaitStats("a dial is under way", func(s l4.Stats) bool { return s.Dials >= 1 })
 	r.successor(nil)
 	mustExchange(t, c, "hello")
 	c.Close()

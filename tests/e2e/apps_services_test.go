@@ -184,6 +184,9 @@ func TestSpread(t *testing.T) {
 			all := backends(t, r)
 			s := play(t, r, threeOf(policy, "", all))
 			counts := answers(t, s.run(t, 600, 3))
+			if n := s.AllRelayed(t, 600); n != 600 {
+				t.Errorf("%d connections, want 600", n)
+			}
 			for _, b := range all {
 				if n := counts[b.name]; n < bounds[0] || n > bounds[1] {
 					t.Errorf("%s answered %d of 600, want %d to %d", b.name, n, bounds[0], bounds[1])
@@ -191,9 +194,6 @@ func TestSpread(t *testing.T) {
 				if e := s.endpoint(t, b); int(e.Connects) != counts[b.name] || e.Failures != 0 || e.Ejected || e.Live != 0 {
 					t.Errorf("%s answered %d: %+v", b.name, counts[b.name], e)
 				}
-			}
-			if n := s.AllRelayed(t, 600); n != 600 {
-				t.Errorf("%d connections, want 600", n)
 			}
 			for _, rec := range s.Ended(t, 600) {
 				if rec.OrigDst != webService || rec.Service != "web" || rec.Reason != flow.ReasonService || rec.Attempts != 1 || rec.End != flow.ReasonClosed {

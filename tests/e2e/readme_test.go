@@ -36,6 +36,8 @@ func TestQuickStart(t *testing.T) {
 	script = "set -e\nmake() { :; }\nsudo() { \"$@\"; }\n" + script
 	// The test's own places, so that several can run at once.
 	script = strings.NewReplacer("/tmp/pillion-site", filepath.Join(dir, "site"),
+		// A busy machine takes longer to start a server.
+		"sleep 1\n", "until curl -s http://127.0.0.1:18081/ >/dev/null; do sleep 0.1; done\n",
 		"build/pillion exec", "build/pillion --runtime-dir "+dir+"/run exec",
 		"build/pillion flows", "build/pillion --runtime-dir "+dir+"/run flows").Replace(script)
 	cmd := exec.Command("sh", "-c", script)

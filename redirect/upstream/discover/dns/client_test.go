@@ -203,7 +203,7 @@ func TestOnlyForeignAnswers(t *testing.T) {
 		m.ID++
 		return [][]byte{must(t, m)}
 	})
-	_, err := (&client{}).ask(t.Context(), conf(short, f), web)
+	_, err := (&client{}).ask(t.Context(), conf(time.Second, f), web)
 	wantText(t, err, "no answer in time")
 	wantText(t, err, errNotOurs.Error())
 }
@@ -313,7 +313,7 @@ func TestServers(t *testing.T) {
 	if m, ok := errors.AsType[*missing](err); !ok || !m.name {
 		t.Errorf("error %v, want NXDOMAIN", err)
 	}
-	_, err = (&client{}).ask(t.Context(), conf(short, absent, broken, mute), web)
+	_, err = (&client{}).ask(t.Context(), conf(time.Second, absent, broken, mute), web)
 	for _, text := range []string{"A of web.example", "connection refused", "SERVFAIL", "no answer in time", absent.addr.String()} {
 		wantText(t, err, text)
 	}
