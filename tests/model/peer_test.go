@@ -245,7 +245,7 @@ func (s *socket) do(o *op, r *result) {
 	case opEnd:
 		_, r.Trouble = wait(s.fd, unix.POLLRDHUP, s.limit)
 	case opHangUp:
-		_, r.Trouble = wait(s.fd, 0, s.limit)
+		r.Trouble = waitHangUp(s.fd, s.limit)
 	case opClosed:
 		s.awaitClosed(r)
 	default:

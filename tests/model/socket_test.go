@@ -92,6 +92,20 @@ func wait(fd int, events int16, limit time.Duration) (int16, string) {
 	}
 }
 
+// waitHangUp polls for the end that a reset is. Its error alone is not yet that: the kernel
+// sets it first, and a poll may come in between.
+func waitHangUp(fd int, limit time.Duration) string {
+	for end := time.Now().Add(limit); ; {
+		events, trouble := wait(fd, 0, limit)
+		if events&unix.POLLHUP != 0 || trouble != "" {
+			return trouble
+		}
+		if time.Now().After(end) {
+			return "there is an error, and no end"
+		}
+	}
+}
+
 // send sends up to n bytes by one call.
 func (s *socket) send(n int) (int, unix.Errno) {
 	m, err := unix.SendmsgN(s.fd, s.out.next(n), nil, nil, unix.MSG_NOSIGNAL)
@@ -246,7 +260,7 @@ func (s *socket) inQueue() (int, unix.Errno) {
 // look tells what can be seen without doing anything.
 func (s *socket) look(r *result) {
 	p := []unix.PollFd{{Fd: int32(s.fd), Events: unix.POLLIN | unix.POLLOUT | unix.POLLRDHUP | unix.POLLPRI}}
-	if _, err := unix.Poll(p, 0); err != nil {
+	if _, err := unix.Poll(p, 0); err != nil && err != unix.EINTR {
 		r.Trouble = "poll: " + err.Error()
 	}
 	r.Events = p[0].Revents
