@@ -29,16 +29,23 @@ var partial = []struct {
 	{"directory only", func(*Datapath) error { return nil }},
 	{"record pinned, and empty", func(d *Datapath) error { return d.pinRecord() }},
 	{"range intended", func(d *Datapath) error {
-		return errors.Join(d.pinRecord(), d.intend(slotRange{number: 5}))
+		return errors.Join(d.pinRecord(), d.intend(another()))
+	}},
+	{"another's range intended", func(d *Datapath) error {
+		return errors.Join(d.pinRecord(), d.intend(slotRange{number: os.Getpid() % ranges}))
 	}},
 	{"range claimed by half", func(d *Datapath) error {
-		r := slotRange{number: 5}
+		r := another()
 		return errors.Join(d.pinRecord(), d.intend(r), d.network.addRoute(r.prefix4()))
 	}},
 	{"range claimed", func(d *Datapath) error { return errors.Join(d.pinRecord(), d.claimRange()) }},
 	{"some maps pinned", func(d *Datapath) error { return errors.Join(d.pinRecord(), d.claimRange(), d.somePins(7)) }},
 	{"all maps pinned", func(d *Datapath) error { return errors.Join(d.pinRecord(), d.claimRange(), d.somePins(1000)) }},
 }
+
+// another is a range that is not that of an instance which has begun with the one that
+// the process number says.
+func another() slotRange { return slotRange{number: (os.Getpid() + 1) % ranges} }
 
 func (d *Datapath) pinRecord() error {
 	specs, err := bpf.Specs()
@@ -55,7 +62,7 @@ func (d *Datapath) pinRecord() error {
 }
 
 func (d *Datapath) claimRange() (err error) {
-	d.slots, err = d.network.claim(5, d.intend)
+	d.slots, err = d.network.claim(another().number, d.intend)
 	return err
 }
 

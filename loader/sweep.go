@@ -136,7 +136,7 @@ func removeAll(held *dir, cgroups string, i *bpf.Instance) error {
 	return held.remove(func() error {
 		var errs []error
 		if cookie, err := netnsCookie(); err == nil && cookie == i.Netns {
-			errs = append(errs, removeRoutes(i))
+			errs = append(errs, removeRoutes(filepath.Dir(held.path), i))
 		}
 		if Kind(i.Kind) == KindExec {
 			path, err := cgroupPath(cgroups, i.Cgroup)
@@ -170,9 +170,12 @@ func removeCgroup(path string) error {
 }
 
 // removeRoutes takes the routes of a dead instance away. A range that was only
-// about to be claimed may have become another's, whose handler then listens
-// there.
-func removeRoutes(i *bpf.Instance) error {
+// about to be claimed may be another's: one in the same directory of pins, whose
+// lock is held, is on record there; of any other the handler listens.
+func removeRoutes(root string, i *bpf.Instance) error {
+	if i.Families == 0 && claimed(root, i) {
+		return nil
+	}
 	n, err := openNetwork()
 	if err != nil {
 		return err
@@ -190,6 +193,23 @@ func removeRoutes(i *bpf.Instance) error {
 		}
 	}
 	return n.removeRoutes(r)
+}
+
+// claimed tells whether an instance that is all there has the range that i was about
+// to claim.
+func claimed(root string, i *bpf.Instance) bool {
+	pins, _ := filepath.Glob(filepath.Join(root, "*", instancePin))
+	for _, pin := range pins {
+		m, other, err := readRecord(pin)
+		if err != nil {
+			continue // of another layout, or not begun
+		}
+		m.Close()
+		if other.Families != 0 && other.Netns == i.Netns && other.Slot6 == i.Slot6 {
+			return true
+		}
+	}
+	return false
 }
 
 // ExecCgroupPrefix begins the names of the cgroups that are made for commands.
