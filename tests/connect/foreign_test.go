@@ -148,7 +148,6 @@ func TestForeignPrograms(t *testing.T) {
 		t.Parallel()
 		g := newGround(t)
 		i := g.Run(t, "connect: mirror")
-		i.Prefer(t)
 		check(t, g, put(t, g))
 		redirected(t, i, 9)
 		// When ours is gone, theirs are still there.

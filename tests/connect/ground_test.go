@@ -120,7 +120,6 @@ func (g *ground) carrier(t testing.TB) {
 func (g *ground) with(t testing.TB, config string) *rig.Instance {
 	t.Helper()
 	i := g.Run(t, config)
-	i.Prefer(t)
 	i.NoLeaks(t)
 	g.instance = i
 	t.Cleanup(func() { g.instance = nil })

@@ -87,7 +87,6 @@ func TestHandlerKilled(t *testing.T) {
 		t.Run(setting, func(t *testing.T) {
 			g := newGround(t)
 			i := g.Run(t, "connect: mirror\non_failure: "+setting)
-			i.Prefer(t)
 			apps := pendingApps(t, g)
 			i.Kill(t)
 			for _, at := range []netip.AddrPort{far4(portEcho), far6(portEcho)} {
@@ -100,7 +99,6 @@ func TestHandlerKilled(t *testing.T) {
 			}
 			ends(t, apps)
 			i.Launch(t)
-			i.Prefer(t)
 			for _, at := range []netip.AddrPort{far4(portEcho), far6(portEcho)} {
 				g.becomes(t, at, talk, alive)
 				g.wants(t, netip.AddrPortFrom(at.Addr(), portClosed), "connect", refused)
@@ -115,7 +113,6 @@ func TestHandlerStopped(t *testing.T) {
 	t.Parallel()
 	g := newGround(t)
 	i := g.Run(t, "connect: mirror")
-	i.Prefer(t)
 	i.NoLeaks(t)
 	apps := pendingApps(t, g)
 	i.Halt(t)
@@ -155,7 +152,6 @@ func TestStopWhilePending(t *testing.T) {
 	t.Parallel()
 	g := newGround(t)
 	i := g.Run(t, "connect: mirror")
-	i.Prefer(t)
 	apps := pendingApps(t, g)
 	// 75: those that waited had to be ended.
 	if err, ok := errors.AsType[*exec.ExitError](i.Stop(t)); !ok || err.ExitCode() != 75 {

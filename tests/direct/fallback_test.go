@@ -187,7 +187,6 @@ func TestHandlerKilled(t *testing.T) {
 	f.serves(t, refused)
 	f.serves(t, refused)
 	f.Launch(t)
-	f.Prefer(t)
 	f.relays(t)
 	l.end(t)
 	f.serves(t, talked)

@@ -79,7 +79,6 @@ func (w *world) command(t testing.TB, ns *testutil.NS, name string, args ...stri
 func (w *world) with(t testing.TB, config string) *rig.Instance {
 	t.Helper()
 	i := w.Run(t, config)
-	i.Prefer(t)
 	return i
 }
 

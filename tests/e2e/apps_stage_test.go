@@ -30,7 +30,6 @@ type stage struct {
 func play(t testing.TB, r *rig.Rig, config string) *stage {
 	t.Helper()
 	i := r.Run(t, config)
-	i.Prefer(t)
 	i.NoLeaks(t)
 	return &stage{Rig: r, Instance: i}
 }

@@ -46,7 +46,6 @@ func newPreyIn(t testing.TB, r *rig.Rig, config string) *prey {
 	s.Serve(t, netip.AddrPortFrom(rig.Far6, sitePort), named("far"))
 	s.i = s.Run(t, fmt.Sprintf("services: [{name: web, address: %s:%d, endpoints: [%s:%d]}]\n%s",
 		serviceAddr, sitePort, rig.Far4, sitePort, config))
-	s.i.Prefer(t)
 	s.app = captive(t, s.Rig, nil)
 	s.relayed(t, 0)
 	s.slots = slotsAt(t, s.i)

@@ -33,7 +33,6 @@ func TestUnnamedDestination(t *testing.T) {
 	at4 := r.Serve(t, netip.AddrPortFrom(rig.Far4, 8080), hello("four"))
 	at6 := r.Serve(t, netip.AddrPortFrom(rig.Far6, 8080), hello("six"))
 	i := r.Run(t, "")
-	i.Prefer(t)
 	if got := r.Output(t, "curl", "-sS", "-m10", "http://"+at4.String()+"/"); got != "four" {
 		t.Errorf("IPv4: %q", got)
 	}

@@ -28,7 +28,6 @@ func TestSendAndForget(t *testing.T) {
 		conns.Add(1)
 	})
 	i := r.Run(t, "connect: early")
-	i.Prefer(t)
 
 	const rounds, each = 10, 10
 	cmd := r.Command("python3", "-c", `

@@ -227,7 +227,6 @@ func sameName(t *testing.T, s *stage) {
 // says nothing.
 func otherName(t *testing.T, s *stage) {
 	s.extra = s.Rig.Run(t, "on_failure: "+s.setting)
-	s.extra.(*rig.Instance).Prefer(t)
 }
 
 func endOther(t *testing.T, s *stage) {
@@ -301,7 +300,6 @@ func renewBereft(t *testing.T, s *stage) {
 		now, err := s.Status(context.Background())
 		return err == nil && now.Pid != before && now.Ready
 	}, "the next one is ready\n", &logged{s})
-	s.Prefer(t)
 }
 
 // renewScope removes the scope's cgroup, when the application has moved

@@ -43,7 +43,6 @@ func launch(t *testing.T, s *stage) {
 	start := time.Now()
 	s.Launch(t)
 	t.Logf("the next one is ready %v after its start", time.Since(start).Round(time.Millisecond))
-	s.Prefer(t)
 }
 
 func stop(t *testing.T, s *stage) { s.Halt(t) }

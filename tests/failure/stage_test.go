@@ -138,7 +138,6 @@ func newStage(t *testing.T, f *fault, setting string) *stage {
 		config = strings.Replace(config, "services:\n", "services:\n"+more, 1)
 	}
 	s.Instance = s.Run(t, config)
-	s.Prefer(t)
 	s.app = newApp(t, s.Rig, 0)
 	return s
 }

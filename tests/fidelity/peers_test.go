@@ -68,7 +68,6 @@ func newWorld(t *testing.T, kind, config string, prepare func(*rig.Rig)) *world 
 	}
 	if kind == "redirected" {
 		w.instance = w.Run(t, config)
-		w.instance.Prefer(t)
 		w.instance.NoLeaks(t)
 	}
 	return w

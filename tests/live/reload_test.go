@@ -101,7 +101,6 @@ func TestRelayAgain(t *testing.T) {
 	serve(t, r, 1)
 	config := func(path string) string { return "default: pass\nservices:\n" + service(1, "path: "+path, 1) }
 	s := newStage(t, r, config("direct"))
-	s.Prefer(t)
 	rested, relayed, later := 0, 0, 0
 	for n := range rounds {
 		time.Sleep(600*time.Millisecond + time.Duration(n)*70*time.Millisecond) // at any time between two signs

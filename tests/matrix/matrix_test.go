@@ -93,7 +93,6 @@ func (w *world) instance(t *testing.T, mode string, found table, ports ...string
 		config = directly(ports...)
 	}
 	s.instance = w.Run(t, config)
-	s.instance.Prefer(t)
 	return s
 }
 

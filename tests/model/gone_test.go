@@ -63,7 +63,6 @@ func TestBrief(t *testing.T) {
 				}
 			})
 			i := r.Run(t, "connect: "+mode)
-			i.Prefer(t)
 			self, err := os.Executable()
 			if err != nil {
 				t.Fatal(err)

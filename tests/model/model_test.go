@@ -95,7 +95,6 @@ func newWorld(t *testing.T, lanes int, connect string) *world {
 		}
 	}
 	w.instance = r.Run(t, "connect: "+connect+"\nservices:\n"+services.String())
-	w.instance.Prefer(t)
 	return w
 }
 

@@ -138,7 +138,6 @@ func TestStress(t *testing.T) {
 	var word string
 	servers.hear(t, &word)
 	i := r.Run(t, "connect: "+*flagMode+"\n"+config)
-	i.Prefer(t)
 	client := startProgram(t, testutil.Place{NS: r.App, Cgroup: r.Scope}, argClient)
 
 	// The first round is what memory is compared with: some of it stays.

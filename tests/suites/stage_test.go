@@ -55,7 +55,6 @@ func ride(t testing.TB, r *rig.Rig) *beside {
 	t.Helper()
 	b := &beside{log: filepath.Join(t.TempDir(), "flows.jsonl")}
 	b.Instance = r.Run(t, "flow_log: "+b.log)
-	b.Prefer(t)
 	b.NoLeaks(t)
 	return b
 }

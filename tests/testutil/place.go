@@ -22,6 +22,9 @@ type Place struct {
 	// and can get, for example unix.CAP_BPF. It stays uid 0.
 	Caps    []uintptr
 	Limited bool
+	// Nice is the process's nice value, where the test may give it: that of
+	// precedence needs CAP_SYS_NICE.
+	Nice int
 }
 
 // With returns a copy of p that limits the process to the given capabilities.
@@ -45,6 +48,12 @@ func (p Place) Start(cmd *exec.Cmd) error {
 			}
 			cmd.SysProcAttr.UseCgroupFD = true
 			cmd.SysProcAttr.CgroupFD = p.Cgroup.FD()
+		}
+		if p.Nice != 0 {
+			// Of this thread.
+			if err := unix.Setpriority(unix.PRIO_PROCESS, 0, p.Nice); err != nil && err != unix.EACCES {
+				return fmt.Errorf("set the nice value: %w", err)
+			}
 		}
 		if p.Limited {
 			if err := limitCaps(p.Caps); err != nil {

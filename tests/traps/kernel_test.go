@@ -119,7 +119,6 @@ func twoAgents(t testing.TB, s *site) {
 	around := *s.Rig
 	around.Scope = s.outer
 	second := around.Run(s.t, "")
-	second.Prefer(s.t)
 	c := s.dial(t, at)
 	echoes(t, c, noise(1<<20))
 	c.Close()

@@ -91,7 +91,6 @@ func (s *site) start() {
 			config += fmt.Sprintf("  - {name: service%d, address: %q, endpoints: [%q]}\n", n, r.Listen, r.Endpoint)
 		}
 		s.Instance = s.Run(s.t, config)
-		s.Prefer(s.t)
 	case naive:
 		s.startNaive()
 	case envoy:
@@ -263,7 +262,6 @@ func (s *site) again() {
 	s.t.Helper()
 	if s.sys == pillion {
 		s.Launch(s.t)
-		s.Prefer(s.t)
 		return
 	}
 	s.startPeer()

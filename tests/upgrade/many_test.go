@@ -73,7 +73,6 @@ func TestMany(t *testing.T) {
 	r.Home = r.Home.With(unix.CAP_BPF, unix.CAP_NET_ADMIN)
 	to := r.Serve(t, ends[0], echo)
 	i := r.Run(t, fmt.Sprintf("limits: {connections_per_container: 20000}\nservices: [{address: %q, endpoints: [%q]}]\n", vip, to))
-	i.Prefer(t)
 	client := r.Command("python3", "-c", asking, vip.Addr().String(), fmt.Sprint(vip.Port()), fmt.Sprint(*manyConns))
 	in, err := client.StdinPipe()
 	if err != nil {

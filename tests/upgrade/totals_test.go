@@ -22,7 +22,6 @@ func TestTotals(t *testing.T) {
 		script := fmt.Sprintf("for n in $(seq %d); do exec 3<>/dev/tcp/%s/%d; echo hello >&3; read line <&3; exec 3>&-; done", each, vip.Addr(), vip.Port())
 		r.Output(t, "bash", "-c", script)
 	}
-	i.Prefer(t)
 	connect()
 	i.AllRelayed(t, each)
 	before := i.Counters(t)
@@ -36,7 +35,6 @@ func TestTotals(t *testing.T) {
 	for name, v := range before {
 		t.Errorf("%s, which was %v, is gone", name, v)
 	}
-	i.Prefer(t)
 	connect()
 	i.AllRelayed(t, 2*each)
 	all := i.Counters(t)
