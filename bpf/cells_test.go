@@ -3,6 +3,7 @@ package bpf
 import (
 	"fmt"
 	"net/netip"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -20,6 +21,8 @@ import (
 //
 //	new=4 new=6 new=mptcp4 new=mptcp6
 //	                             makes a socket, and says its descriptor
+//	cookie                       says the cookie of the last socket
+//	pinned                       stays on one processor: see testutil.Pin
 //	same=N                       makes one whose cell is number N
 //	from=AT                      binds the last socket there, with its port
 //	reuse                        lets others bind where the last socket is
@@ -46,6 +49,15 @@ func (s *stepper) takeMore(what, where string) (said string, ok bool) {
 		a = newAsker(family, protocol)
 		s.open = append(s.open, a)
 		return strconv.Itoa(a.fd), true
+	case "cookie":
+		cookie, err := unix.GetsockoptUint64(a.fd, unix.SOL_SOCKET, unix.SO_COOKIE)
+		if err != nil {
+			return err.Error(), true
+		}
+		return strconv.FormatUint(cookie, 10), true
+	case "pinned":
+		runtime.LockOSThread()
+		return inWords(testutil.Pin()), true
 	case "same":
 		n, err := strconv.ParseUint(where, 10, 64)
 		if err != nil {

@@ -5,6 +5,8 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -72,9 +74,14 @@ func TestSentBuckets(t *testing.T) {
 			from := fmt.Sprint("127.0.0.1:", 4300+i)
 			bucket := h.bucketOf(tuple(from, at4))
 			before := h.counts(t, "tallies")[TallyStored]
-			a := h.start(t, "new=mptcp4", "from="+from, "wait", "again="+asked4, "peer", "wait")
-			// Far from the rows of the test's own sockets.
-			row := (a.cookieOf(t, a.said(t, 2)[0]) + Cells/2) % (Cells - sentWays)
+			a := h.start(t, "pinned", "new=mptcp4", "from="+from, "cookie", "wait", "again="+asked4, "peer", "wait")
+			_, cookie, _ := strings.Cut(a.said(t, 4)[3], " ")
+			own, err := strconv.ParseUint(cookie, 10, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// Far from the row of the application's next sockets.
+			row := (own + Cells/2) % (Cells - sentWays)
 			var ways []uint64
 			for port := uint16(0); len(ways) < sentWays; port++ {
 				k := LiveKey{SourcePort: port, SlotPort: 1}

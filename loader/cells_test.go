@@ -117,14 +117,13 @@ func TestLeaveCells(t *testing.T) {
 	var deferred int
 	p.inScope(t, func() {
 		p.App.Do(t, func() (err error) {
+			if err := testutil.Pin(); err != nil {
+				return err
+			}
 			deferred, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-			return err
+			return errors.Join(err, unix.SetsockoptInt(deferred, unix.SOL_TCP, unix.TCP_FASTOPEN_CONNECT, 1),
+				unix.Connect(deferred, &unix.SockaddrInet4{Addr: shop.Addr().As4(), Port: int(shop.Port())}))
 		})
-		err := errors.Join(unix.SetsockoptInt(deferred, unix.SOL_TCP, unix.TCP_FASTOPEN_CONNECT, 1),
-			unix.Connect(deferred, &unix.SockaddrInet4{Addr: shop.Addr().As4(), Port: int(shop.Port())}))
-		if err != nil {
-			t.Fatal(err)
-		}
 	})
 	defer unix.Close(deferred)
 	living["deferred"] = cookieOf(t, deferred)

@@ -68,7 +68,7 @@ func TestConnectionsDirect(t *testing.T) {
 			defer straight.Close()
 			straightPeer := <-conns[0]
 			defer straightPeer.Close()
-			open := map[netip.AddrPort]net.Conn{}
+			open := map[uint64]net.Conn{} // by cookie
 			for range 100 {
 				c, err := p.open(t, family.service)
 				if err != nil {
@@ -78,7 +78,7 @@ func TestConnectionsDirect(t *testing.T) {
 				if c.RemoteAddr().(*net.TCPAddr).AddrPort() != family.service {
 					t.Errorf("the application sees %s", c.RemoteAddr())
 				}
-				open[c.LocalAddr().(*net.TCPAddr).AddrPort()] = c
+				open[cookieOf(t, fdOf(t, c))] = c
 				if len(conns[0]) > 0 && len(conns[1]) > 0 {
 					break
 				}
@@ -88,7 +88,7 @@ func TestConnectionsDirect(t *testing.T) {
 				if r.Path != flow.PathDirect {
 					continue
 				}
-				if open[r.Source] == nil || r.OrigDst != family.service || r.Reason != flow.ReasonService {
+				if c := open[r.Cookie]; c == nil || r.Source != c.LocalAddr().(*net.TCPAddr).AddrPort() || r.OrigDst != family.service || r.Reason != flow.ReasonService {
 					t.Errorf("%+v", r)
 				}
 				to[r.Endpoint]++

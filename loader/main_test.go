@@ -209,6 +209,9 @@ func (p *place) open(t testing.TB, to netip.AddrPort, change ...func(*net.Dialer
 	var err error
 	p.inScope(t, func() {
 		err = p.App.Run(func() (err error) {
+			if err := testutil.Pin(); err != nil {
+				return err
+			}
 			d := net.Dialer{Timeout: patience}
 			d.SetMultipathTCP(false)
 			for _, f := range change {

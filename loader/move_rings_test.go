@@ -329,9 +329,19 @@ func TestMoveHeld(t *testing.T) {
 	}
 	check := func(what string, q *Queue, gone bool) {
 		t.Helper()
-		poll := []unix.PollFd{{Fd: int32(q.FD()), Events: unix.POLLIN}}
-		if n, err := unix.Poll(poll, 0); n != 1 || err != nil {
-			t.Errorf("%s: nothing is readable: %d, %v", what, n, err)
+		readable := func() bool {
+			for {
+				n, err := unix.Poll([]unix.PollFd{{Fd: int32(q.FD()), Events: unix.POLLIN}}, 0)
+				if err == nil {
+					return n > 0
+				}
+				if err != unix.EINTR {
+					t.Fatalf("%s: poll: %v", what, err)
+				}
+			}
+		}
+		if !readable() {
+			t.Errorf("%s: nothing is readable", what)
 		}
 		want := want
 		want.Gone = gone
@@ -342,9 +352,8 @@ func TestMoveHeld(t *testing.T) {
 		if q.Next(&got) {
 			t.Errorf("%s: once more: %+v", what, got)
 		}
-		poll[0].Revents = 0
-		if n, err := unix.Poll(poll, 0); n != 0 || err != nil {
-			t.Errorf("%s: readable still: %d, %v", what, n, err)
+		if readable() {
+			t.Errorf("%s: readable still", what)
 		}
 	}
 	hold := func(ring *ebpf.Map) { putRecord(t, ring, rawOf(t, to, "held", news)) }

@@ -28,12 +28,6 @@ func fault(point int) {
 	if n == 0 || only != "" && only != strconv.Itoa(point) {
 		return
 	}
-	var st unix.Stat_t
-	if most := os.Getenv("PILLION_FAULT_MOST"); most != "" && unix.Stat(os.Getenv("PILLION_FAULT_COUNT"), &st) == nil {
-		if n, _ := strconv.ParseInt(most, 10, 64); st.Size >= n {
-			return
-		}
-	}
 	if time.Since(start) < time.Second && only == "" {
 		n *= 8
 	}
@@ -42,6 +36,12 @@ func fault(point int) {
 	}
 	if rand.Uint64N(n) != 0 {
 		return
+	}
+	var st unix.Stat_t
+	if most := os.Getenv("PILLION_FAULT_MOST"); most != "" && unix.Stat(os.Getenv("PILLION_FAULT_COUNT"), &st) == nil {
+		if n, _ := strconv.ParseInt(most, 10, 64); st.Size >= n {
+			return
+		}
 	}
 	if f, err := unix.Open(os.Getenv("PILLION_FAULT_COUNT"), unix.O_WRONLY|unix.O_APPEND|unix.O_CLOEXEC, 0); err == nil {
 		_, _ = unix.Write(f, []byte{byte(point)})

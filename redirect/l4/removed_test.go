@@ -46,9 +46,10 @@ func TestRemovedEndpoint(t *testing.T) {
 		for _, s := range servers {
 			wantBytes(t, s, []byte("hello"))
 		}
-		to := make(map[netip.AddrPort]netip.AddrPort) // the endpoints, by application
+		// The endpoints. Two may have one port, at different listeners.
+		to := make(map[[2]netip.AddrPort]netip.AddrPort)
 		for _, rec := range r.live() {
-			to[rec.Source] = rec.Endpoint
+			to[[2]netip.AddrPort{rec.Source, rec.OrigDst}] = rec.Endpoint
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
@@ -69,7 +70,7 @@ func TestRemovedEndpoint(t *testing.T) {
 			}
 		}
 		for _, c := range conns {
-			if to[c.LocalAddr().(*net.TCPAddr).AddrPort()] == gone {
+			if to[[2]netip.AddrPort{c.LocalAddr().(*net.TCPAddr).AddrPort(), c.RemoteAddr().(*net.TCPAddr).AddrPort()}] == gone {
 				wantReset(t, c, nil)
 				continue
 			}

@@ -327,16 +327,17 @@ func TestDown(t *testing.T) {
 			}
 			return true
 		}, "the endpoints are down")
-		before := endpoints(t, i)[vip]
 		for _, steps := range []string{"connect soerror peer", "nonblock connect soerror peer"} {
+			before := endpoints(t, i)[vip]
 			// A verdict lasts a second.
 			testutil.Eventually(t, rig.Limit, func() bool {
+				before = endpoints(t, i)[vip]
 				return g.do(t, vip, steps).String() == "connect=-1 ENETUNREACH, soerror=0, peer=-1 ENOTCONN"
 			}, steps)
-		}
-		for at, e := range endpoints(t, i)[vip] {
-			if e.Connects != before[at].Connects || e.Failures != 0 || e.Ejected {
-				t.Errorf("%s: %+v, before %+v", at, e, before[at])
+			for at, e := range endpoints(t, i)[vip] {
+				if e.Connects != before[at].Connects || e.Failures != 0 || e.Ejected {
+					t.Errorf("%s: %+v, before %+v", at, e, before[at])
+				}
 			}
 		}
 	}

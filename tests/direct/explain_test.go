@@ -167,13 +167,14 @@ func steady(reasons map[string]uint64) map[string]uint64 {
 // endpointOf is where a kept connection of an application went.
 func endpointOf(t testing.TB, i *rig.Instance, a *app, name any) netip.AddrPort {
 	t.Helper()
-	port := a.do("source(%v)", name)
+	// By its port it could be another one, to another endpoint.
+	cookie := a.do("cookie(%v)", name)
 	flows, err := i.Flows(context.Background(), admin.FlowQuery{Live: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, f := range flows {
-		if fmt.Sprint(f.Source.Port()) == port {
+		if fmt.Sprint(f.Cookie) == cookie {
 			return f.Endpoint
 		}
 	}
@@ -203,7 +204,7 @@ func TestExplainPick(t *testing.T) {
 	for n, policy := range policies {
 		vip := at(uint16(80 + n))
 		dry, real := map[netip.AddrPort]int{}, map[netip.AddrPort]int{}
-		for k := range 30 {
+		for k := range 60 {
 			dry[explained(t, i, vip.String()).Pick]++
 			a.wants("ok", "dial(%q, %d, %d)", vip.Addr(), vip.Port(), k)
 			real[endpointOf(t, i, a, k)]++

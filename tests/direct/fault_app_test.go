@@ -49,6 +49,7 @@ def ask(name):
 
 def peer(name): return "%s %d" % kept[name].getpeername()[:2]
 def source(name): return kept[name].getsockname()[1]
+def cookie(name): return int.from_bytes(kept[name].getsockopt(SOL_SOCKET, 57, 8), sys.byteorder)
 def drop(name): kept.pop(name).close()
 
 print("here", flush=True)

@@ -41,6 +41,8 @@ func TestAttackForgedLive(t *testing.T) {
 		source := []string{testutil.AppV4.Addr().String(), testutil.AppV6.Addr().String()}[n]
 		slot := s.slots.forms(s.known[n])[n]
 		s.app.do("c = new(%q)", to)
+		// Nobody else is given it by the kernel, when it is free again.
+		s.app.wants("None", "c.bind((%q, %d))", source, 20010+n)
 		s.app.wants("None", "c.connect((%q, %d))", to, sitePort)
 		s.app.wants(`b'far\n'`, "c.recv(100)")
 		s.app.wants("ping", "ask(c)")

@@ -299,7 +299,7 @@ func testDemand(t *testing.T, c *cluster) {
 	before := d.Stats()
 	// The API server says where services are; nothing else is looked up.
 	d.Asked(netip.MustParseAddrPort("192.0.2.1:443"))
-	d.Asked(netip.MustParseAddrPort("10.96.255.254:80")) // nobody's
+	d.Asked(netip.MustParseAddrPort("10.96.0.254:80")) // nobody's
 	c.eventually("one that is none", func() bool { return d.Stats().NotFound == before.NotFound+1 })
 	if got := d.Stats().Lookups; got != before.Lookups+1 {
 		t.Errorf("%d look-ups, want %d", got, before.Lookups+1)

@@ -75,8 +75,10 @@ func startClusterIn(t *testing.T, ns *testutil.NS, host string) *cluster {
 	if bin == "" {
 		t.Skip(envBin + " is not set: make test-kubernetes builds an API server and runs this")
 	}
-	c := &cluster{t: t, ns: ns, host: host, bin: bin, dir: t.TempDir(), port: freePort(t)}
-	c.etcd, c.url = "http://127.0.0.1:"+freePort(t), "https://"+host+":"+c.port
+	c := &cluster{t: t, ns: ns, host: host, bin: bin, dir: t.TempDir()}
+	ports := freePorts(t, 3)
+	c.port, c.etcd = ports[0], "http://127.0.0.1:"+ports[1]
+	c.url = "https://" + host + ":" + c.port
 	c.admin = &http.Client{Transport: &http.Transport{DialContext: c.dial, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}}
 	c.writeCertificate("first")
 	c.write("tokens.csv", []byte(adminToken+",admin,admin,system:masters\n"))
@@ -89,7 +91,7 @@ func startClusterIn(t *testing.T, ns *testutil.NS, host string) *cluster {
 		t.Fatal(err)
 	}
 	c.write("sa.key", pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}))
-	etcd := c.start("etcd", "--data-dir", c.path("etcd"), "--client", c.etcd, "--peer", "http://127.0.0.1:"+freePort(t))
+	etcd := c.start("etcd", "--data-dir", c.path("etcd"), "--client", c.etcd, "--peer", "http://127.0.0.1:"+ports[2])
 	t.Cleanup(func() { etcd.kill() })
 	c.startServer()
 	t.Cleanup(func() { c.server.kill() })
@@ -110,19 +112,22 @@ func (c *cluster) dial(ctx context.Context, network, addr string) (conn net.Conn
 	return conn, err
 }
 
-// freePort returns a port that was free a moment ago.
-func freePort(t *testing.T) string {
+// freePorts returns ports that were free a moment ago, of which no two are the same.
+func freePorts(t *testing.T, n int) (ports []string) {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range n {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close() // when all are there
+		_, port, err := net.SplitHostPort(ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ports = append(ports, port)
 	}
-	defer ln.Close()
-	_, port, err := net.SplitHostPort(ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return port
+	return ports
 }
 
 func (c *cluster) path(name string) string { return filepath.Join(c.dir, name) }

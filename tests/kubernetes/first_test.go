@@ -90,7 +90,8 @@ func testPassed(t *testing.T, s *stage) {
 	// The address is the pod's own, so that there is somebody without us.
 	for n, keep := range []bool{false, true} {
 		name := fmt.Sprintf("passed-%d", n)
-		ip := netip.AddrFrom4([4]byte{10, 96, 200, byte(n)})
+		// Of those that the API server gives away last.
+		ip := netip.AddrFrom4([4]byte{10, 96, 0, 200 + byte(n)})
 		s.cluster.service(name, fmt.Sprintf(`{"clusterIP":%q,"ports":[{"name":"http","port":8080}]}`, ip))
 		s.slice(name+"-1", name, "IPv4", httpPort, pods(5)...)
 		to := netip.AddrPortFrom(ip, 8080)

@@ -222,7 +222,7 @@ func TestKills(t *testing.T) {
 // often enough or the time is over.
 func faults(t *testing.T, program string, oneIn int, more string, q task) {
 	t.Helper()
-	const enough, limit = 8, 6 * time.Second
+	const enough, limit = 8, 6 * time.Second // after ten in a row the keeper gives up
 	if testutil.InVM() {
 		oneIn /= 10 // it comes to less in the time
 	}
@@ -231,7 +231,10 @@ func faults(t *testing.T, program string, oneIn int, more string, q task) {
 	if err := os.WriteFile(count, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	r.Program, r.Env = program, []string{"PILLION_FAULT=" + strconv.Itoa(oneIn), "PILLION_FAULT_COUNT=" + count}
+	r.Program = program
+	r.Env = []string{
+		"PILLION_FAULT=" + strconv.Itoa(oneIn), "PILLION_FAULT_MOST=" + strconv.Itoa(enough), "PILLION_FAULT_COUNT=" + count,
+	}
 	s := newStage(t, r, more, q)
 	var hits []byte
 	var err error
@@ -409,7 +412,7 @@ func (s *stage) file(t *testing.T) string {
 }
 
 // contests is how often TestGiverKilled has a handler taken over.
-var contests = flag.Int("contests", 5, "how often a handler is taken over that kills itself meanwhile")
+var contests = flag.Int("contests", 8, "how often a handler is taken over that kills itself meanwhile")
 
 // giving is the fault point of what a giver tells a taker: faultGiving.
 const giving = 28

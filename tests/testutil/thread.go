@@ -1,6 +1,10 @@
 package testutil
 
-import "runtime"
+import (
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
 
 // onThread runs f on an operating-system thread of its own, which is ended
 // afterwards: whatever f did to the thread (namespace, capabilities) ends with
@@ -19,4 +23,21 @@ func runLocked(f func() error, done chan<- error) {
 	// Deferred, so that a t.FailNow in f does not leave onThread waiting.
 	defer func() { done <- err }()
 	err = f()
+}
+
+// Pin keeps the calling thread on one processor, the same for all who call it. The
+// cookies of sockets follow each other there (each processor has 4096 at a time: the
+// kernel's COOKIE_LOCAL_BATCH), so that no two have one cell. The goroutine is locked to
+// its thread.
+func Pin() error {
+	var all, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &all); err != nil {
+		return err
+	}
+	for cpu := 0; one.Count() == 0; cpu++ {
+		if all.IsSet(cpu) {
+			one.Set(cpu)
+		}
+	}
+	return unix.SchedSetaffinity(0, &one)
 }

@@ -317,10 +317,10 @@ func onePort(t testing.TB, s *site) {
 		to = append(to, s.server(at, says(fmt.Sprint("server ", n))))
 	}
 	s.start()
-	own := netip.AddrPortFrom(testutil.AppV4.Addr(), 40000)
+	own := netip.AddrPortFrom(testutil.AppV4.Addr(), 20000)
 	if s.sys == haproxy || s.sys == nginx {
 		// Its own address is its side of the connection already.
-		own = netip.AddrPortFrom(own.Addr(), 40001)
+		own = netip.AddrPortFrom(own.Addr(), 20001)
 	}
 	var fds []int
 	defer func() {

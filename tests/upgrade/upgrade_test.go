@@ -256,8 +256,13 @@ func testUpgradesOfHandshakes(t *testing.T, versions [2]string) {
 func (s *stage) serveSlowly(t *testing.T, at netip.AddrPort) {
 	t.Helper()
 	ln := s.Listen(t, at)
-	const random = 0xfffff000 + 56 // SKF_AD_OFF + SKF_AD_RANDOM
+	const (
+		random     = 0xfffff000 + 56 // SKF_AD_OFF + SKF_AD_RANDOM
+		flags, syn = 13, 2           // of the TCP header, which is where a packet begins here
+	)
 	lossy := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: flags},
+		{Code: unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K, K: syn, Jf: 3},
 		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: random},
 		{Code: unix.BPF_JMP | unix.BPF_JGT | unix.BPF_K, K: 1 << 32 / 3, Jt: 1},
 		{Code: unix.BPF_RET | unix.BPF_K, K: 0},

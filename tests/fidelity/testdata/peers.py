@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import select
@@ -32,6 +33,8 @@ SECOND = {4: "192.0.2.9", 6: "2001:db8:1::9"}
 libc = ctypes.CDLL(None, use_errno=True)
 HOME = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 WORLD = 3
+# Of servers: what is filtered or looked up by a port is one case's, of one family.
+PORTS = itertools.count(10000)
 
 SIOCINQ, SIOCOUTQ, SIOCATMARK = termios.FIONREAD, termios.TIOCOUTQ, 0x8905
 SO_MARK, SO_PRIORITY, SO_ZEROCOPY = 36, 12, 60
@@ -65,11 +68,11 @@ def command(*args, world=False):
         raise RuntimeError(f"{args}: {e.stderr}") from e
 
 
-def listen(family, port=0):
+def listen(family, port=None):
     kind = socket.AF_INET if family == 4 else socket.AF_INET6
     s = in_world(socket.socket, kind, socket.SOCK_STREAM)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    s.bind((HOSTS[family], port))
+    s.bind((HOSTS[family], next(PORTS) if port is None else port))
     s.listen(128)
     s.settimeout(LIMIT)
     return s

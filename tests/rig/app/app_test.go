@@ -64,7 +64,7 @@ func TestKinds(t *testing.T) {
 		for n, took := range turn.Slowest {
 			answered[n] = answered[n] || took > 0
 		}
-		return turn.Opened > 2*len(lasting)+50 && len(answered) == 4 && !slices.Contains(slices.Collect(maps.Values(answered)), false)
+		return turn.Opened > 2*len(lasting)+200 && len(answered) == 4 && !slices.Contains(slices.Collect(maps.Values(answered)), false)
 	}, "connections come, and are answered")
 	server.Finish()
 	r := l.unload()
