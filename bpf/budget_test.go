@@ -20,7 +20,7 @@ var budget = map[string]uint32{
 	ProgGetsockname6: 280,
 	ProgBind4:        170,
 	ProgBind6:        190,
-	ProgRelease:      570,
+	ProgRelease:      660,
 	ProgSockops:      24500, // the options that the upstream leg is to have; a decision in either place; the ways of a bucket
 	ProgLookup:       1600,  // twice: a dry run may look too
 	ProgHold:         1500,

@@ -84,11 +84,13 @@ static __noinline void unsent(struct decision *d)
 	d->pending = false;
 	tally(TALLY_UNSENT);
 	count(REASON_UNSENT);
-	if (d->path != PATH_DIRECT)
+	if (d->path != PATH_DIRECT || !is_picked(d))
 		return;
 	way = bpf_map_lookup_elem(&routes, &u.k);
 	if (!way || way->kind != ROUTE_UNICAST)
 		failed(d, ENDING_UNREACHABLE);
+	else
+		untold(d);
 }
 
 /* claim makes a free cell the socket's. A cookie that was made while another

@@ -55,6 +55,9 @@ func (h *hooks) publish(t *testing.T, id uint32, config SetConfig, local int, fi
 			Addr: abiIpAddr(FromAddr(at.Addr())), Port: at.Port(), Weight: m.weight,
 			Id: firstID + uint32(i), Cut: 1<<32 - 1, Alias: index,
 		}))
+		h.put(t, "endpoint_names", firstID+uint32(i), EndpointName{
+			Addr: abiIpAddr(FromAddr(at.Addr())), Set: id, Port: at.Port(), Weight: m.weight,
+		})
 	}
 	var tiers SetTiers
 	tiers.Tier[0].Count = uint32(local)

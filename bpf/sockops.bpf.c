@@ -166,6 +166,7 @@ static __always_inline void note(struct bpf_sock *sk, struct decision *d,
 				 __u64 cookie)
 {
 	bool cell = d->owner == cookie;
+	struct decision *kept;
 
 	/* Names hooks of the former layout may have it in a cell, and look
 	 * there.
@@ -179,11 +180,13 @@ static __always_inline void note(struct bpf_sock *sk, struct decision *d,
 	forget_others(d);
 	if (!cell)
 		return;
-	if (!bpf_sk_storage_get(&decisions, sk, d,
-				BPF_SK_STORAGE_GET_F_CREATE)) {
+	kept = bpf_sk_storage_get(&decisions, sk, d,
+				  BPF_SK_STORAGE_GET_F_CREATE);
+	if (!kept) {
 		count(REASON_NO_MEMORY);
 		return;
 	}
+	kept->owner = 0;
 	tally(TALLY_STORED);
 	swap(&d->owner, cookie, 0);
 }
@@ -202,6 +205,11 @@ static __always_inline void on_open(struct bpf_sock_ops *ctx,
 	}
 	d->pending = false;
 	d->followed = true;
+	/* Before what was picked is taken for what it became: somebody who
+	 * comes after us may have rewritten it.
+	 */
+	if (d->path == PATH_DIRECT && !is_picked(d))
+		d->endpoint = PL_ENDPOINTS; /* nobody's */
 	d->key.source = local_addr(ctx, v4);
 	d->key.slot = remote_addr(ctx, v4);
 	d->key.source_port = ctx->local_port;
@@ -440,8 +448,10 @@ static __always_inline void keep_seen(struct bpf_sock *sk, struct decision *d,
 		return;
 	kept = bpf_sk_storage_get(&decisions, sk, d,
 				  BPF_SK_STORAGE_GET_F_CREATE);
-	if (kept)
-		kept->followed = false;
+	if (!kept)
+		return;
+	kept->owner = 0;
+	kept->followed = false;
 }
 
 #define CACHE_LINE 64 /* bytes, of x86-64 and of nearly all arm64 */

@@ -87,6 +87,10 @@ func (d *Datapath) syncNetwork() error {
 	for p, w := range routes {
 		ways[prefixKey(p)] = bpf.Route{Kind: w.kind, Source: bpf.FromAddr(w.source)}
 	}
+	for _, p := range Supernets() { // for whom a source is picked by
+		source := d.network.source(p.Addr().Is6())
+		ways[prefixKey(p)] = bpf.Route{Kind: bpf.RouteUnicast, Source: bpf.FromAddr(source)}
+	}
 	return errors.Join(d.replaceOwn(own, classes), replace(d.maps.Routes, ways, nil))
 }
 

@@ -326,7 +326,8 @@ enum route_kind {
 /* The value of a prefix in routes. */
 struct route {
 	__u32 kind; /* enum route_kind */
-	struct ip_addr source; /* zero: that of the slot routes */
+	/* Zero: that of the slot routes, which stands at the supernets. */
+	struct ip_addr source;
 };
 
 enum slot_state {

@@ -96,15 +96,32 @@ static __noinline void dialing(__u64 service, __u64 endpoint, __u64 now)
 	changed(set);
 }
 
-/* hash_on gives what POLICY_MAGLEV goes by. */
+/* hash_on gives what POLICY_MAGLEV goes by: of a source the one that the
+ * handler would see. g->source stays as it is, for what the socket is shown.
+ */
 static __noinline __u32 hash_on(struct gathered *g, __u64 on)
 {
+	union {
+		__u64 d[3];
+		struct prefix_key k;
+	} slots = { .d = { PAIR(128, 0), PAIR(0, bpf_htonl(0xffff)),
+			   bpf_htonl(PL_SLOT4_SUPER) } };
+	struct route *way;
+
 	if (on == HASH_DESTINATION)
 		return hash_of(&g->dst, g->port);
 	if (is_bound(&g->bound))
 		return hash_of(&g->bound, 0);
 	has_route(g);
-	return hash_of(&g->source, 0);
+	if (!is_zero(&g->source))
+		return hash_of(&g->source, 0);
+	if (!is_mapped(&g->dst)) {
+		slots.d[0] = PAIR(128, bpf_htonl(PL_SLOT6_SUPER_W0));
+		slots.d[1] = PAIR(bpf_htonl(PL_SLOT6_SUPER_H2 << 16), 0);
+		slots.d[2] = 0;
+	}
+	way = bpf_map_lookup_elem(&routes, &slots.k);
+	return hash_of(way ? &way->source : &g->source, 0);
 }
 
 /* cares_of is 0 for an endpoint that is neither down nor has been ejected. */

@@ -93,6 +93,45 @@ static __always_inline void failed(const struct decision *d, enum ending why)
 	changed(set);
 }
 
+/* is_picked tells whether an index is still the endpoint's that was picked, at
+ * d->key.slot. Only who is counted there keeps it from being another's: a
+ * connect that is put off, or that never left, is not (loader/sets.go).
+ */
+static __always_inline bool is_picked(const struct decision *d)
+{
+	__u64 id = d->endpoint;
+	struct endpoint_name *n = bpf_map_lookup_elem(&endpoint_names, &id);
+
+	return n && n->set == d->set && n->port == d->key.slot_port &&
+	       n->addr.w[0] == d->key.slot.w[0] &&
+	       n->addr.w[1] == d->key.slot.w[1] &&
+	       n->addr.w[2] == d->key.slot.w[2] &&
+	       n->addr.w[3] == d->key.slot.w[3];
+}
+
+/* untold gives back the trial of an ejected endpoint: a connect that told
+ * nothing of it must not keep it out for another and longer wait. Whose trial
+ * it was is not known; at worst there is one more.
+ */
+static __always_inline void untold(const struct decision *d)
+{
+	struct endpoint *e = health_of(d->endpoint);
+	__u64 until, now = bpf_ktime_get_ns();
+	__u16 round;
+	void *set;
+
+	if (!e)
+		return;
+	until = e->until;
+	round = e->round;
+	if (until <= now || round < 2 || !swap(&e->until, until, now))
+		return;
+	e->round = round - 1;
+	set = set_of(d->set);
+	if (set)
+		changed(set);
+}
+
 /* count_live counts a connection of its endpoint up or down, once. */
 static __always_inline void count_live(struct decision *d, bool up)
 {

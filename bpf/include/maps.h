@@ -88,8 +88,9 @@ struct {
 	__type(value, struct endpoint);
 } endpoints SEC(".maps");
 
-/* Whose each entry of endpoints is, for a process that takes over. An array,
- * since many are written at once. writer, reader, deleter: loader.
+/* Whose each entry of endpoints is, for a process that takes over, and for what
+ * an index was put off with. An array, since many are written at once. writer,
+ * deleter: loader; reader: connect, sockops, loader.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

@@ -149,7 +149,7 @@ func (p *pod) sidecar(t testing.TB, through []string, flags ...string) *sidecar 
 	s.cmd = exec.Command(words[0], words[1:]...)
 	s.cmd.Env = append(os.Environ(), "POD_UID="+p.uid)
 	s.cmd.Stdout, s.cmd.Stderr = s.log, s.log
-	if err := (testutil.Place{NS: p.ns, Cgroup: s.container}).Start(s.cmd); err != nil {
+	if err := (testutil.Place{NS: p.ns, Cgroup: s.container, Nice: rig.Preferred}).Start(s.cmd); err != nil {
 		t.Fatal(err)
 	}
 	go s.wait()

@@ -228,14 +228,14 @@ func (i *Instance) Launch(t testing.TB) {
 	}, "pillion is ready\n", i.log)
 }
 
-// preferred is the nice value of every pillion run and exec. On a busy machine a handler
+// Preferred is the nice value of every pillion run and exec. On a busy machine a handler
 // beats late otherwise, and connections are passed by: rightly, but not what a test of
 // what it does with them wants to see.
-const preferred = -15
+const Preferred = -15
 
 func (r *Rig) home() testutil.Place {
 	place := r.Home
-	place.NS, place.Nice = r.App, preferred
+	place.NS, place.Nice = r.App, Preferred
 	return place
 }
 

@@ -81,7 +81,7 @@ func boot(t *testing.T) *machine {
 	cmd := exec.Command("unshare", append([]string{"--mount", "--propagation=slave", "bash", "-c", script, bpffs, strconv.Itoa(int(lifeLimit.Seconds()))}, args...)...)
 	cmd.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1", "SYSTEMD_NSPAWN_API_VFS_WRITABLE=1")
 	cmd.Stdout, cmd.Stderr = m.log, m.log
-	if err := (testutil.Place{Cgroup: m.Scope}).Start(cmd); err != nil {
+	if err := (testutil.Place{Cgroup: m.Scope, Nice: rig.Preferred}).Start(cmd); err != nil {
 		t.Fatal(err)
 	}
 	done := make(chan error, 1)
