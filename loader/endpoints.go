@@ -196,11 +196,15 @@ func (e *endpoint) load() bpf.Endpoint {
 	return v
 }
 
+// openAt is how many connections are counted there: below zero, for a moment while
+// layouts move, is none.
+func openAt(v *bpf.Endpoint) int { return max(0, int(int32(v.Live))) }
+
 // state says the same in Go.
 func (e *endpoint) state(addr netip.AddrPort, inSet bool, now int64) EndpointState {
 	v := e.load()
 	s := EndpointState{
-		Addr: addr, InSet: inSet, Live: int(v.Live), Connects: v.Connects, Failed: v.Failed,
+		Addr: addr, InSet: inSet, Live: openAt(&v), Connects: v.Connects, Failed: v.Failed,
 		Failures: int(v.Failures), Ejections: int(v.Ejections), Down: v.Down != 0,
 	}
 	if v.Until != 0 {
@@ -268,7 +272,7 @@ func (d *Datapath) Used(service netip.AddrPort) (connects uint64, live int, err 
 	for _, e := range own.endpoints {
 		v := s.table.at(e.index).load()
 		connects += v.Connects + v.Failed
-		live += int(v.Live)
+		live += openAt(&v)
 	}
 	return connects, live, nil
 }

@@ -260,7 +260,7 @@ func (d *Datapath) SetEndpoints(sets map[netip.AddrPort]*flow.Set) error {
 	if err != nil {
 		return err
 	}
-	var unused []*serviceSet
+	var back, unused []*serviceSet
 	point := make(map[bpf.EndpointKey]uint32, len(all))
 	for _, v := range all {
 		own := s.byAddr[v.service]
@@ -269,7 +269,7 @@ func (d *Datapath) SetEndpoints(sets map[netip.AddrPort]*flow.Set) error {
 			// It points to its set, or to none, already.
 		case v.set != nil:
 			point[serviceKey(v.service)] = own.id
-			own.gone = time.Time{}
+			back = append(back, own)
 		default:
 			point[serviceKey(v.service)] = noSet
 			unused = append(unused, own)
@@ -277,6 +277,9 @@ func (d *Datapath) SetEndpoints(sets map[netip.AddrPort]*flow.Set) error {
 	}
 	if err := d.pointTo(point); err != nil {
 		return err
+	}
+	for _, own := range back {
+		own.gone = time.Time{}
 	}
 	if err := s.drop(unused); err != nil {
 		return err

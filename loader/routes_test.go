@@ -69,6 +69,7 @@ func TestRouteSources(t *testing.T) {
 	wanted := map[string]string{
 		testutil.WorldV4.Addr().String(): slots, testutil.WorldV6.Addr().String(): slots, // on the link
 		"8.8.8.8": slots, "2600::1": slots, // by the default route
+		"240.1.2.3": testutil.AppV4.Addr().String(), "fd70:696c:6c69:1::7": testutil.AppV6.Addr().String(), // that itself
 		"fd12::1":           unique.Addr().String(), // by the default route, too
 		"203.0.113.70":      other4.Addr().String(),
 		"2001:db8:4::70":    other6.Addr().String(),
@@ -142,6 +143,7 @@ func TestRouteSources(t *testing.T) {
 		}
 	}
 	wanted["8.8.8.8"] = other4.Addr().String()
+	wanted["fd70:696c:6c69:1::7"] = other6.Addr().String()
 	wanted["198.51.100.60"] = other4.Addr().String()
 	wanted[testutil.WorldV6.Addr().String()] = testutil.AppV6.Addr().String()
 	// The unique local address is the first interface's.

@@ -63,9 +63,12 @@ func tableRows(entries int) uint32 {
 	return uint32((entries + bpf.SetTableRow - 1) / bpf.SetTableRow)
 }
 
+// inMillis rounds up: a wait of nothing, doubled, is none either.
+func inMillis(d time.Duration) uint32 { return uint32((d + time.Millisecond - 1) / time.Millisecond) }
+
 func setConfig(set *flow.Set, spill uint32) bpf.SetConfig {
 	return bpf.SetConfig{
-		Spill: spill, Base: uint32(set.Base.Milliseconds()), Max: uint32(set.Max.Milliseconds()),
+		Spill: spill, Base: inMillis(set.Base), Max: inMillis(set.Max),
 		Failures: uint16(set.Failures), Policy: uint8(set.Policy), Hash: uint8(set.Hash), Panic: uint8(set.Panic),
 	}
 }

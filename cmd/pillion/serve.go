@@ -8,6 +8,7 @@ import (
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/loader"
+	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/telemetry/admin"
 )
 
@@ -149,17 +150,43 @@ func (i *instance) settle(old []loader.Existing) error {
 		return nil
 	}
 	if i.plan.config.Existing == config.ExistingReset {
-		if err := i.datapath.Reset(old); err != nil {
+		var captured, alone []loader.Existing
+		for _, e := range old {
+			if i.leavesAlone(e) {
+				alone = append(alone, e)
+			} else {
+				captured = append(captured, e)
+			}
+		}
+		if err := i.datapath.Reset(captured); err != nil {
 			return fmt.Errorf("reset older connections: %w", err)
 		}
-		i.log.Info("reset older connections, so that they come back captured", "connections", len(old))
-		return nil
+		if len(captured) > 0 {
+			i.log.Info("reset older connections, so that they come back captured", "connections", len(captured))
+		}
+		old = alone
 	}
 	i.existing.Store(int64(len(old)))
 	for _, e := range old {
 		i.log.Warn("connection is older than the capture", "source", e.Source, "destination", e.Destination, "reason", "existing")
 	}
 	return nil
+}
+
+// leavesAlone tells whether a connection that is older would pass if it came back, and
+// not only because of on_failure: to reset it is of no use to anybody.
+func (i *instance) leavesAlone(e loader.Existing) bool {
+	v, err := i.datapath.DryRun(e.Source.Addr(), e.Destination)
+	if err != nil || v.Path != flow.PathPass {
+		return false
+	}
+	switch v.Reason {
+	case flow.ReasonExcluded, flow.ReasonDefaultPass, flow.ReasonService, flow.ReasonOwnAddress, flow.ReasonMetadata,
+		flow.ReasonForeignSlot, flow.ReasonNoRoute, flow.ReasonForeignSource:
+		return true
+	default:
+		return false
+	}
 }
 
 // abandon undoes open. An instance that was taken over is left as it was.

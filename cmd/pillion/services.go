@@ -294,7 +294,9 @@ func (c *control) hand(next *config.Config, services []service, table *route.Tab
 			return nil, err // what an earlier process left stays, and is not known here
 		}
 		// Some of it may be in force: the comparison of setRules would not see it.
-		return nil, errors.Join(err, c.i.datapath.SetRules(c.i.lastRules))
+		again := c.i.datapath.SetRules(c.i.lastRules)
+		c.i.lacking = c.i.lacking || again != nil
+		return nil, errors.Join(err, again)
 	}
 	c.inCharge = true
 	var refused []admin.Refusal

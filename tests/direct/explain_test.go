@@ -264,6 +264,37 @@ func TestExplainPick(t *testing.T) {
 	}
 }
 
+// TestSourceHash: who is bound to nothing goes by its address to the same endpoint on
+// either path, and where that is explain knows.
+func TestSourceHash(t *testing.T) {
+	t.Parallel()
+	r, program := rig.New(t), ends(t)
+	r.Give(t, rig.Far4)
+	r.Give(t, rig.Far6)
+	config, ports := "services:\n", []uint16{}
+	for n := range uint16(20) {
+		ports = append(ports, 8001+n)
+		serveEnds(t, r, program, fmt.Sprint(":", 8001+n))
+	}
+	vips := map[netip.Addr]netip.Addr{vip4: rig.Far4, vip6: rig.Far6}
+	for vip, far := range vips {
+		for port, path := range map[uint16]string{80: "relay", 81: "direct"} {
+			config += service(netip.AddrPortFrom(vip, port), ", policy: maglev, path: "+path, addrs(far, ports...)...)
+		}
+	}
+	i := r.Run(t, config)
+	a := captive(t, r)
+	for vip := range vips {
+		for port := uint16(80); port < 82; port++ {
+			a.wants("ok", "dial(%q, %d, '%s %d')", vip, port, vip, port)
+		}
+		relay, direct := endpointOf(t, i, a, fmt.Sprintf("'%s 80'", vip)), endpointOf(t, i, a, fmt.Sprintf("'%s 81'", vip))
+		if dry := explained(t, i, netip.AddrPortFrom(vip, 81).String()).Pick; relay != direct || dry != direct {
+			t.Errorf("%s: relay goes to %s, direct to %s, which explain says is %s", vip, relay, direct, dry)
+		}
+	}
+}
+
 // TestExplainExits holds explain to its exit codes.
 func TestExplainExits(t *testing.T) {
 	t.Parallel()
