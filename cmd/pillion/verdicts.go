@@ -117,6 +117,26 @@ func (c *control) close(in *config.Config, services []service) {
 	c.closed = closed
 }
 
+// spillOf is how much of a set's connections is to leave the local zone while its
+// endpoints are so. In panic ejections do not count, as in the hook's pick.
+func spillOf(set *flow.Set, states []loader.EndpointState) uint32 {
+	up, well := make(map[netip.AddrPort]bool, len(states)), 0
+	for _, e := range states {
+		if !e.InSet || e.Down {
+			continue
+		}
+		up[e.Addr] = e.Ejected == 0 || set.Failures == 0
+		if up[e.Addr] {
+			well++
+		}
+	}
+	panics := well*100 < set.Panic*len(up)
+	return set.Overflow(func(n int) bool {
+		is, known := up[set.Endpoints[n].Addr]
+		return known && (is || panics)
+	})
+}
+
 // overflow tells the connect hook how much is to leave the local zone.
 func (c *control) overflow() {
 	for _, s := range c.list() {
@@ -127,11 +147,7 @@ func (c *control) overflow() {
 		if err != nil {
 			continue // it is gone, and that was told
 		}
-		up := make(map[netip.AddrPort]bool, len(states))
-		for _, e := range states {
-			up[e.Addr] = !e.Down && e.Ejected == 0
-		}
-		spill := s.set.Overflow(func(n int) bool { return up[s.set.Endpoints[n].Addr] })
+		spill := spillOf(s.set, states)
 		if err := c.i.datapath.SetSpill(s.Addr, spill); err != nil && !errors.Is(err, loader.ErrNoService) {
 			c.i.log.Error("cannot tell the connect hook how much leaves the zone", "service", s.Name, "error", err)
 		}
