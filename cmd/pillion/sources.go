@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"reflect"
 	"sync"
+	"time"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/redirect/upstream/discover"
@@ -38,6 +39,7 @@ type source struct {
 	kind, name string // as in admin.SourceStatus
 	of         any    // what it was made of: to tell whether it is still wanted
 	keeper     *discover.Keeper
+	made       time.Time
 	stop       context.CancelFunc // nil: not started yet
 }
 
@@ -54,7 +56,11 @@ func (s *sources) open(c *config.Config) error {
 	for _, v := range c.Services {
 		needed = needed || v.Discover != nil && v.Discover.Kubernetes != nil
 	}
-	if !needed || s.client() != nil {
+	if client := s.client(); client != nil {
+		client.SetZone(c.Zone)
+		return nil
+	}
+	if !needed {
 		return nil
 	}
 	client, err := s.reach(c)
@@ -154,7 +160,7 @@ func (s *sources) set(wanted map[string]want) error {
 			continue
 		}
 		keeper := discover.NewKeeper(src, s.teller(name, w))
-		next[name] = &source{kind: w.kind, name: w.name, of: w.of, keeper: keeper}
+		next[name] = &source{kind: w.kind, name: w.name, of: w.of, keeper: keeper, made: time.Now()}
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err

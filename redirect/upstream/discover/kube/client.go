@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pillion-project/pillion/redirect/upstream/discover"
@@ -16,12 +19,15 @@ import (
 
 // Client reads from one API server. It is safe for concurrent use.
 type Client struct {
-	node, zone, namespace, domain string
+	node, namespace, domain string
+	zone                    atomic.Pointer[string] // see SetZone
 
 	http *http.Client
 	base string // the server's URL, without a slash at the end
 	auth auth
-	gate *gate
+	// rotates: there is a client certificate in a file.
+	rotates bool
+	gate    *gate
 	// primary is the family of the API server's own ClusterIP, and so the first
 	// one of dual-stack services; FamilyAny if that is not known.
 	primary Family
@@ -60,11 +66,12 @@ func New(o Options) (*Client, error) {
 		return nil, err
 	}
 	c := &Client{
-		node: o.Node, zone: o.Zone, namespace: o.Namespace,
+		node: o.Node, namespace: o.Namespace,
 		domain:   "." + strings.Trim(o.ClusterDomain, "."),
 		base:     strings.TrimRight(o.Server, "/"),
 		http:     newHTTP(creds, o),
 		auth:     auth{token: creds.token, file: o.TokenFile},
+		rotates:  creds.certFile != "",
 		gate:     newGate(retryMin, retryMax),
 		lists:    make(chan struct{}, listsMax),
 		eventMax: eventMax,
@@ -72,10 +79,26 @@ func New(o Options) (*Client, error) {
 		watchers: make(map[key]*watcher),
 		spaces:   make(map[string]*space),
 	}
+	c.zone.Store(&o.Zone)
 	if own, err := netip.ParseAddr(o.ownHost); err == nil {
 		c.primary = familyOf(own.Unmap())
 	}
 	return c, nil
+}
+
+// SetZone says which zone's hints hold from now on; sources tell what that changes.
+func (c *Client) SetZone(zone string) {
+	if *c.zone.Swap(&zone) == zone {
+		return
+	}
+	c.mu.Lock()
+	all := slices.Collect(maps.Values(c.watchers))
+	c.mu.Unlock()
+	for _, w := range all {
+		w.mu.Lock()
+		w.wake(false)
+		w.mu.Unlock()
+	}
 }
 
 // Close closes the connections. All that runs on the client must have ended.

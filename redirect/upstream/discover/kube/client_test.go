@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -183,6 +184,55 @@ func TestCARotation(t *testing.T) {
 	h.waitFor("10.0.0.2")
 	if _, empty := h.counts(); empty > 0 {
 		t.Errorf("%d empty sets", empty)
+	}
+}
+
+// TestCertificateRotation: a certificate that is refused on a connection is read again,
+// before anybody hears of it.
+func TestCertificateRotation(t *testing.T) {
+	server, clients := newAuthority(t, "server"), newAuthority(t, "clients")
+	cert, key := server.issue(t)
+	pair, err := tls.X509KeyPair(cert, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k := startKubeTLS(t, &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: tls.RequireAnyClientCert})
+	dir := t.TempDir()
+	ca := writeFile(t, dir, "ca.crt", server.pem)
+	renew := func() {
+		t.Helper()
+		cert, key := clients.issue(t)
+		writeFile(t, dir, "client.key", key)
+		writeFile(t, dir, "client.crt", cert)
+		block, _ := pem.Decode(cert)
+		k.setIntercept(func(w http.ResponseWriter, r *http.Request) bool {
+			if bytes.Equal(r.TLS.PeerCertificates[0].Raw, block.Bytes) {
+				return false
+			}
+			status(w, http.StatusUnauthorized, "expired")
+			return true
+		})
+	}
+	renew()
+	c := k.client(t, func(o *Options) {
+		o.CAFile, o.CertFile, o.KeyFile = ca, filepath.Join(dir, "client.crt"), filepath.Join(dir, "client.key")
+	})
+	k.web("10.0.0.1")
+	for n := range 3 {
+		h := listen(t, c.Source(Ref{Name: "web", Namespace: "default", Port: "80"}))
+		h.waitFor("10.0.0.1")
+		renew()
+		// Another one's requests go over the connection of the first.
+		name := fmt.Sprint("other", n)
+		k.put("services", "default", name, "", webSpec)
+		k.put("endpointslices", "default", name+"-1", name, sliceOf("IPv4", httpPort, ep("10.0.0.2")))
+		other := listen(t, c.Source(Ref{Name: name, Port: "80"}))
+		other.waitFor("10.0.0.2")
+		for _, h := range []*heard{h, other} {
+			if errs, _ := h.counts(); errs > 0 {
+				t.Errorf("%d errors: %+v", errs, h.all)
+			}
+		}
 	}
 }
 

@@ -181,8 +181,18 @@ func isStatus(err error, code int) bool {
 
 // get asks for path. The caller closes the body; the answer is 200.
 func (c *Client) get(ctx context.Context, path string, query url.Values) (*http.Response, error) {
-	for again := false; ; again = true {
-		token, err := c.auth.current(again)
+	// How often a refusal is not believed: a token may have been renewed since its file
+	// was read, and a client certificate since the connection was made. That one is
+	// not used again once a request has asked for its end.
+	most := 0
+	switch {
+	case c.rotates:
+		most = 2
+	case c.auth.file != "":
+		most = 1
+	}
+	for try := 0; ; try++ {
+		token, err := c.auth.current(try > 0)
 		if err != nil {
 			return nil, err
 		}
@@ -194,6 +204,7 @@ func (c *Client) get(ctx context.Context, path string, query url.Values) (*http.
 		if err != nil {
 			return nil, err
 		}
+		req.Close = c.rotates && try == 1
 		req.Header.Set("Accept", "application/json")
 		req.Header.Set("User-Agent", "pillion")
 		if token != "" {
@@ -208,8 +219,7 @@ func (c *Client) get(ctx context.Context, path string, query url.Values) (*http.
 		}
 		err = refusal(resp)
 		resp.Body.Close()
-		// The token may have been renewed since its file was read.
-		if resp.StatusCode != http.StatusUnauthorized || again || c.auth.file == "" {
+		if resp.StatusCode != http.StatusUnauthorized || try == most {
 			return nil, err
 		}
 	}

@@ -62,9 +62,21 @@ type slice struct {
 
 // member is an endpoint without its port.
 type member struct {
-	addr netip.Addr
-	zone string // interned
-	is   state
+	addr  netip.Addr
+	zone  string // interned
+	zones string // it is hinted to, each with hintEnd behind it; interned
+	is    state
+}
+
+// hintEnd is in no zone's name.
+const hintEnd = "\n"
+
+// sees is what the member is to an application in a zone.
+func (m *member) sees(zone string) state {
+	if zone != "" && strings.Contains(hintEnd+m.zones, hintEnd+zone+hintEnd) {
+		return m.is | forZone
+	}
+	return m.is
 }
 
 // state is what is known of a member, as bits.
@@ -78,7 +90,7 @@ const (
 	hasNodes // hinted to some nodes
 	forNode  // to the application's
 	hasZones // hinted to some zones
-	forZone  // to the application's
+	forZone  // to the application's, which a reload may change: see sees
 )
 
 const proxyLabel = "service.kubernetes.io/service-proxy-name"
@@ -186,9 +198,8 @@ type named struct {
 	Name string `json:"name"`
 }
 
-// decodeSlice reads one EndpointSlice, as an application on that node and in
-// that zone sees it.
-func decodeSlice(read func(any) error, node, zone string) (object[*slice], error) {
+// decodeSlice reads one EndpointSlice, as an application on that node sees it.
+func decodeSlice(read func(any) error, node string) (object[*slice], error) {
 	var w wireSlice
 	if err := read(&w); err != nil {
 		return object[*slice]{}, err
@@ -211,7 +222,7 @@ func decodeSlice(read func(any) error, node, zone string) (object[*slice], error
 		// One that is no address is left out, as kube-proxy does it.
 		addr, ok := e.addr()
 		if ok && addr.Is4() == (w.AddressType == "IPv4") {
-			s.members = append(s.members, member{addr, intern(e.Zone), e.state(node, zone)})
+			s.members = append(s.members, member{addr, intern(e.Zone), intern(e.zones()), e.state(node)})
 		}
 	}
 	if len(s.members) == 0 && len(w.Endpoints) > 0 {
@@ -228,9 +239,17 @@ func (e *wireEndpoint) addr() (netip.Addr, bool) {
 	return addr.Unmap(), err == nil && addr.Zone() == ""
 }
 
+func (e *wireEndpoint) zones() string {
+	var b strings.Builder
+	for _, z := range e.Hints.Zones {
+		b.WriteString(z.Name + hintEnd)
+	}
+	return b.String()
+}
+
 // state reads the conditions as kube-proxy does: what is not said is ready,
 // serves, and does not terminate.
-func (e *wireEndpoint) state(node, zone string) state {
+func (e *wireEndpoint) state(node string) state {
 	var s state
 	set := func(bit state, on bool) {
 		if on {
@@ -248,6 +267,5 @@ func (e *wireEndpoint) state(node, zone string) state {
 	set(hasNodes, len(e.Hints.Nodes) > 0)
 	set(forNode, has(e.Hints.Nodes, node))
 	set(hasZones, len(e.Hints.Zones) > 0)
-	set(forZone, has(e.Hints.Zones, zone))
 	return s
 }

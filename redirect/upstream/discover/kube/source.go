@@ -124,13 +124,15 @@ func (c *Client) endpoints(ref Ref, v view) ([]discover.Endpoint, error) {
 		return nil, err
 	}
 	var all []candidate
+	zone := *c.zone.Load()
 	for _, s := range v.slices {
-		for _, m := range s.members {
+		for i := range s.members {
+			m := &s.members[i]
 			n := number(s)
 			if n == 0 || ref.Family != FamilyAny && familyOf(m.addr) != ref.Family {
 				continue
 			}
-			all = append(all, candidate{netip.AddrPortFrom(m.addr, n), m.zone, m.is})
+			all = append(all, candidate{netip.AddrPortFrom(m.addr, n), m.zone, m.sees(zone)})
 		}
 	}
 	// An endpoint may be in two slices while it moves from one to the other. The

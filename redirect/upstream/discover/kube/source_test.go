@@ -90,7 +90,8 @@ func TestEndpoints(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			c := &Client{node: tt.node, zone: tt.zone}
+			c := &Client{node: tt.node}
+			c.zone.Store(&tt.zone)
 			var v view
 			object := func(text string) func(any) error {
 				text = `{"metadata":{"name":"web","namespace":"default","resourceVersion":"1"},` + text[1:]
@@ -107,7 +108,7 @@ func TestEndpoints(t *testing.T) {
 				v.service = o.value
 			}
 			for _, text := range tt.slices {
-				o, err := decodeSlice(object(text), tt.node, tt.zone)
+				o, err := decodeSlice(object(text), tt.node)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -152,7 +153,8 @@ func TestEndpoints(t *testing.T) {
 func TestFollow(t *testing.T) {
 	k := startKube(t)
 	k.web("10.0.0.1")
-	h := listen(t, k.client(t).Source(Ref{Name: "web", Port: "80"}))
+	c := k.client(t)
+	h := listen(t, c.Source(Ref{Name: "web", Port: "80"}))
 	h.waitFor("10.0.0.1")
 	k.webSlice("10.0.0.1", "10.0.0.2")
 	h.waitFor("10.0.0.1", "10.0.0.2")
@@ -170,6 +172,27 @@ func TestFollow(t *testing.T) {
 	h.waitFor("10.0.0.4")
 	k.delete("endpointslices", "default", "web-2")
 	h.waitFor()
+
+	// Of those that are hinted to zones, those of the zone, also when that is another.
+	hinted := func(addr, zone string) string {
+		return ep(addr, fmt.Sprintf(`"zone":%q,"hints":{"forZones":[{"name":%q},{"name":"both"}]}`, zone, zone))
+	}
+	k.put("endpointslices", "default", "web-2", "web", sliceOf("IPv4", httpPort, hinted("10.0.0.4", "a"), hinted("10.0.0.5", "ab")))
+	h.waitFor("10.0.0.4", "10.0.0.5")
+	for _, tt := range []struct {
+		zone string
+		want []string
+	}{
+		{"a", []string{"10.0.0.4"}}, {"ab", []string{"10.0.0.5"}}, {"both", []string{"10.0.0.4", "10.0.0.5"}},
+		{"b", []string{"10.0.0.4", "10.0.0.5"}}, {"a", []string{"10.0.0.4"}},
+	} {
+		c.SetZone(tt.zone)
+		h.waitFor(tt.want...)
+	}
+	c.SetZone("")
+	h.waitFor("10.0.0.4", "10.0.0.5")
+	k.put("endpointslices", "default", "web-2", "web", sliceOf("IPv4", httpPort, ep("10.0.0.4")))
+	h.waitFor("10.0.0.4")
 
 	// The Service says which of the endpoints' ports it is.
 	k.put("endpointslices", "default", "web-2", "web", sliceOf("IPv4", httpPort+`,{"name":"admin","port":9090}`, ep("10.0.0.4")))

@@ -54,7 +54,7 @@ func (w *watcher) run(ctx context.Context) {
 		path:     "/apis/discovery.k8s.io/v1/namespaces/" + w.key.namespace + "/endpointslices",
 		selector: "kubernetes.io/service-name=" + w.key.name,
 		decode: func(read func(any) error) (object[*slice], error) {
-			return decodeSlice(read, w.client.node, w.client.zone)
+			return decodeSlice(read, w.client.node)
 		},
 		replace: w.replaceSlices,
 		change:  func(name string, s *slice) { w.setSlice(name, s) },
@@ -68,15 +68,19 @@ func (w *watcher) run(ctx context.Context) {
 // replaceService is setService for what a list says.
 func (w *watcher) replaceService(s *service) {
 	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.serviceFeed = feedState{listed: true}
-	w.mu.Unlock()
-	w.setService(s)
+	w.putService(s)
 }
 
 // setService takes nil for a service that is not there.
 func (w *watcher) setService(s *service) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.putService(s)
+}
+
+func (w *watcher) putService(s *service) {
 	if s != nil {
 		w.service = s
 	}
