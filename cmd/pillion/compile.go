@@ -89,7 +89,7 @@ func specs(next *config.Config, services []service) []upstream.ClusterSpec {
 		s := &services[i]
 		h := next.HealthOf(&s.Service)
 		spec := upstream.ClusterSpec{
-			Name: s.Name, Policy: s.Policy, Hash: s.Hash, Zone: next.Zone, Health: &h,
+			Name: s.Name, Former: s.former, Policy: s.Policy, Hash: s.Hash, Zone: next.Zone, Health: &h,
 			NoEndpoint: errnoOf(cmp.Or(s.NoEndpoint, next.NoEndpoint)),
 		}
 		spec.Endpoints = s.endpoints

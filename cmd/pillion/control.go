@@ -156,12 +156,15 @@ func (c *control) run(ctx context.Context) error {
 		case done := <-c.settled:
 			last := c.left()
 			c.unsettled = false
+			t := c.i.taking
+			t.tells(t.lastServices())
 			c.update()
-			if t := c.i.taking; t != nil {
+			if t != nil {
 				c.inherit(&t.state)
 			} else {
 				c.removedBefore(last)
 			}
+			t.tells(nil) // from here on what is in force is newer
 			close(done)
 		case <-c.i.hangups:
 			c.i.reopenLog()

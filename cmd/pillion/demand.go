@@ -108,13 +108,12 @@ func wantOfFound(f *kube.Service) want {
 }
 
 // found are the services that were found, and that the configuration does not list.
-func (c *control) found(next *config.Config) []service {
+func (c *control) found(said *said) []service {
 	dynamic := c.sources.found()
 	if len(dynamic) == 0 {
 		return nil
 	}
 	var all []service
-	said := saidBy(next)
 	for _, f := range dynamic {
 		if !f.Addr.IsValid() || said.lists(f.Name, f.Addr) {
 			continue
@@ -124,7 +123,7 @@ func (c *control) found(next *config.Config) []service {
 		if f.Affinity {
 			v.Policy, v.Hash = flow.PolicyMaglev, flow.HashSource
 		}
-		s := c.serviceOf(next, &v)
+		s := c.serviceOf(said, &v)
 		s.found = true
 		all = append(all, s)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 	"time"
@@ -248,11 +249,30 @@ func (c *control) removedBefore(left []service) {
 	c.former = former
 }
 
-// departed are the endpoints that were removed and that the handler has connections to.
-func departed(last map[string][]*upstream.Endpoint, gone []upstream.Removal) map[string][]*upstream.Endpoint {
+// departedFrom is how many connections the handler has to endpoints that a service has
+// no more.
+func (c *control) departedFrom(service string) (live int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.departed[service] {
+		live += int(e.Live())
+	}
+	return live
+}
+
+// departed are the endpoints that were removed and that the handler has connections to,
+// by the names that services have now.
+func departed(last map[string][]*upstream.Endpoint, gone []upstream.Removal, services []service) map[string][]*upstream.Endpoint {
 	next := make(map[string][]*upstream.Endpoint)
+	renamed := make(map[string]string)
+	for i := range services {
+		if s := &services[i]; s.former != "" {
+			renamed[s.former] = s.Name
+		}
+	}
 	add := func(service string, e *upstream.Endpoint) {
 		if e.Live() > 0 {
+			service = cmp.Or(renamed[service], service)
 			next[service] = append(next[service], e)
 		}
 	}

@@ -23,6 +23,7 @@ import (
 type service struct {
 	config.Service // with all that it takes from the configuration
 	path           flow.Path
+	former         string // its name before the last change; empty: the same
 	// found is true for one that nobody lists.
 	found bool
 	// known is false while its source has never told anything: its connections
@@ -102,18 +103,25 @@ func textOf(err error) string {
 
 // gather puts together what is known of every service.
 func (c *control) gather(next *config.Config) []service {
+	said := saidBy(next)
 	all := make([]service, 0, len(next.Services))
 	for i := range next.Services {
-		all = append(all, c.serviceOf(next, &next.Services[i]))
+		all = append(all, c.serviceOf(said, &next.Services[i]))
 	}
-	return append(all, c.found(next)...)
+	return append(all, c.found(said)...)
 }
 
-func (c *control) serviceOf(next *config.Config, v *config.Service) service {
-	s := service{Service: next.Effective(v), known: true}
-	s.path, _ = next.PathOf(v)
-	if one, state := c.sources.of(v.Name); one != nil {
-		s.endpoints, s.known = state.Endpoints, state.Generation > 0
+func (c *control) serviceOf(said *said, v *config.Service) service {
+	s := service{Service: said.config.Effective(v), known: true}
+	s.path, _ = said.config.PathOf(v)
+	was := c.before(said, &s)
+	if was != nil && was.Name != s.Name {
+		s.former = was.Name
+	}
+	if v.Discover != nil {
+		// No source: it was found since these were set, and the next update has it.
+		one, state := c.sources.of(v.Name)
+		s.endpoints, s.known = state.Endpoints, one != nil && state.Generation > 0
 		if s.known {
 			return s
 		}
@@ -126,7 +134,7 @@ func (c *control) serviceOf(next *config.Config, v *config.Service) service {
 			return s
 		}
 		// A source that is new has not told yet: what the service had holds.
-		if was := c.listing().same(&s); was != nil && was.known && len(was.endpoints) > 0 {
+		if was != nil && was.known && (len(was.endpoints) > 0 || was.Discover != nil) {
 			s.endpoints, s.known = was.endpoints, true
 		}
 		return s
@@ -135,6 +143,18 @@ func (c *control) serviceOf(next *config.Config, v *config.Service) service {
 		s.endpoints = append(s.endpoints, discover.Endpoint{Addr: e.Addr, Weight: e.Weight, Zone: e.Zone})
 	}
 	return s
+}
+
+// before returns what a service was, also under another name; nil: it was not there.
+func (c *control) before(said *said, s *service) *service {
+	was := c.listing().same(s)
+	if was == nil || was.Name == s.Name {
+		return was
+	}
+	if _, goesOn := said.byName[was.Name]; goesOn {
+		return nil // at another address
+	}
+	return was
 }
 
 // kept returns what an earlier process published for a service, if nobody has
@@ -161,6 +181,7 @@ func (c *control) publish(next *config.Config) error {
 		c.litter.add(len(services[i].endpoints), time.Now())
 	}
 	var lacking []admin.Refusal
+	all := c.i.lacking || !c.inCharge
 	old := c.i.snapshot.Load()
 	snapshot, err := upstream.Build(old, specs(next, services), upstream.Options{Health: next.Health})
 	if err != nil {
@@ -188,13 +209,14 @@ func (c *control) publish(next *config.Config) error {
 		byAddr[services[i].Addr] = services[i].Name
 	}
 	c.i.byAddr.Store(&byAddr)
+	last := c.listing()
 	before := c.list()
 	c.mu.Lock()
 	c.services, c.tooMany, c.lacking = listingOf(services), refused, lacking
 	if c.short = c.i.lacking; c.short {
 		c.again = time.Now().Add(againAfter)
 	}
-	c.departed = departed(c.departed, upstream.Removed(old, snapshot))
+	c.departed = departed(c.departed, upstream.Removed(old, snapshot), services)
 	c.mu.Unlock()
 	c.removed(before, services)
 	if err := c.checker.Set(targets(services)); err != nil {
@@ -202,6 +224,7 @@ func (c *control) publish(next *config.Config) error {
 	}
 	c.unchecked(services)
 	if old != nil {
+		c.tellDown(services, last, all)
 		c.close(next, services)
 	}
 	return nil
@@ -392,6 +415,7 @@ func (i *instance) used(addr netip.AddrPort) (connects uint64, live int) {
 		connects += state.Connects + state.Failures
 		live += int(state.Live)
 	}
+	live += i.control.departedFrom(s.Name)
 	ended, open, err := i.datapath.Used(addr)
 	if err != nil {
 		return connects, live // it has no set

@@ -125,7 +125,7 @@ func (c *control) Discovery() []metrics.DiscoveryStats {
 		if d.Stale {
 			since := state.Since
 			if since.IsZero() {
-				since = c.i.started
+				since = one.made
 			}
 			d.Age = time.Since(since)
 		}

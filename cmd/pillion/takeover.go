@@ -397,6 +397,21 @@ func (i *instance) hearFarewell(ctx context.Context) error {
 	return nil
 }
 
+// lastServices are what the other process said last.
+func (t *taking) lastServices() []handover.Service {
+	if t == nil {
+		return nil
+	}
+	return t.state.Services
+}
+
+// tells replaces what told goes by.
+func (t *taking) tells(all []handover.Service) {
+	if t != nil {
+		t.welcome.Services, t.byName = all, nil
+	}
+}
+
 // told returns what the other process said of a service whose source has not told this
 // one anything yet.
 func (t *taking) told(v *config.Service) ([]discover.Endpoint, bool) {

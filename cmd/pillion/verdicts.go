@@ -24,7 +24,7 @@ func targets(services []service) []check.Target {
 		}
 		spec := checkSpec(s.Check)
 		for _, e := range s.endpoints {
-			all = append(all, check.Target{Cluster: s.Name, Addr: e.Addr, Spec: spec})
+			all = append(all, check.Target{Cluster: s.Name, Former: s.former, Addr: e.Addr, Spec: spec})
 		}
 	}
 	return all
@@ -63,12 +63,34 @@ func (c *control) setDown(change check.Change) {
 		e.SetDown(down)
 		// The checker has told people.
 		c.i.log.Debug("health check", "service", s.Name, "endpoint", e.Addr, "state", change.State, "error", change.Err)
-		if s.set == nil && !s.kept {
+		if s.set != nil || s.kept {
+			c.writeDown(s, e.Addr, down)
+		}
+	}
+}
+
+func (c *control) writeDown(s *service, endpoint netip.AddrPort, down bool) {
+	err := c.i.datapath.SetDown(s.Addr, endpoint, down)
+	if err != nil && !errors.Is(err, loader.ErrNoService) && !errors.Is(err, loader.ErrNoSuchEndpoint) {
+		c.i.log.Error("cannot tell the connect hook what a health check found", "service", s.Name, "error", err)
+	}
+}
+
+// tellDown has the connect hook know what checks have found of endpoints whose sets it
+// was just given, or of all. What a set says is of when it was made; and where another
+// service has the address now, what a check of the one before found stands there still.
+func (c *control) tellDown(services []service, last *listing, all bool) {
+	if c.unsettled {
+		return
+	}
+	for i := range services {
+		s := &services[i]
+		was := last.at(s.Addr)
+		if s.set == nil || !all && was != nil && was.set == s.set || s.Check == nil && (was == nil || was.Check == nil) {
 			continue
 		}
-		err := c.i.datapath.SetDown(s.Addr, e.Addr, down)
-		if err != nil && !errors.Is(err, loader.ErrNoService) && !errors.Is(err, loader.ErrNoSuchEndpoint) {
-			c.i.log.Error("cannot tell the connect hook what a health check found", "service", s.Name, "error", err)
+		for _, e := range s.cluster.Endpoints {
+			c.writeDown(s, e.Addr, e.Down())
 		}
 	}
 }

@@ -13,16 +13,18 @@ type Removal struct {
 // caller's choice; an endpoint that comes back later is a new one.
 func Removed(old, new *Snapshot) []Removal {
 	var gone []Removal
-	for _, before := range old.Clusters() {
-		after := new.Cluster(before.Name)
-		if after == before {
+	stay := make(map[*record]bool)
+	for _, after := range new.Clusters() {
+		if old.Cluster(after.Name) == after {
 			continue
 		}
-		stay := make(map[*record]bool)
-		if after != nil {
-			for _, e := range after.Endpoints {
-				stay[e.record] = true
-			}
+		for _, e := range after.Endpoints {
+			stay[e.record] = true
+		}
+	}
+	for _, before := range old.Clusters() {
+		if new.Cluster(before.Name) == before {
+			continue
 		}
 		for _, e := range before.Endpoints {
 			if !stay[e.record] {

@@ -401,6 +401,35 @@ func TestRemoved(t *testing.T) {
 	}
 }
 
+// A cluster of another name goes on with what it was.
+func TestFormer(t *testing.T) {
+	o := options(anHour)
+	first := build(t, nil, o, spec("a", inOrder, 3), spec("b", inOrder, 1))
+	before := first.Cluster("a").Endpoints
+	before[0].SetDown(true)
+	fail(before[1], flow.ReasonDialRefused)
+	before[2].Begin()
+	renamed := spec("c", inOrder, 3)
+	renamed.Former = "a"
+	second := build(t, first, o, renamed, spec("b", inOrder, 1))
+	after := second.Cluster("c").Endpoints
+	if !after[0].Down() || after[1].Available() || after[2].Live() != 1 || second.Cluster("c").Name != "c" {
+		t.Errorf("%v, %v, %v", after[0].State(), after[1].State(), after[2].State())
+	}
+	if gone := Removed(first, second); len(gone) > 0 {
+		t.Errorf("gone are %v", gone)
+	}
+	if second.Cluster("b") != first.Cluster("b") || second.Cluster("a") != nil {
+		t.Error("the other one is another one, or the old name is there still")
+	}
+	renamed = spec("d", inOrder, 2)
+	renamed.Former = "c"
+	third := build(t, second, o, renamed)
+	if gone := Removed(second, third); len(gone) != 2 || gone[0].Endpoint != second.Cluster("b").Endpoints[0] || gone[1].Endpoint != after[2] {
+		t.Errorf("gone are %v", gone)
+	}
+}
+
 // What a reload costs: 1,000 services of 100 endpoints of which nothing has
 // changed, or one endpoint of one, or everything.
 func BenchmarkBuild(b *testing.B) {

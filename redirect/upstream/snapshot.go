@@ -18,6 +18,8 @@ import (
 // allowed: it picks nothing.
 type ClusterSpec struct {
 	Name string
+	// Former is the name that it had in the snapshot before; empty: the same.
+	Former string
 	// Endpoints are kept as they are, and must not be changed any more.
 	Endpoints []EndpointSpec
 	// Policy is how an endpoint is picked, Hash what PolicyMaglev goes by.
@@ -54,7 +56,7 @@ type Snapshot struct {
 	clusters []*Cluster // sorted by name
 }
 
-// Build makes the snapshot that specs describe. An endpoint whose cluster name
+// Build makes the snapshot that specs describe. An endpoint whose cluster
 // and address were in old keeps its load and its health, and a cluster of which
 // nothing has changed is the same; old may be nil and stays usable. All problems
 // are in one error, and then there is no snapshot.
@@ -71,7 +73,7 @@ func Build(old *Snapshot, specs []ClusterSpec, o Options) (*Snapshot, error) {
 		if specs[i].Health != nil {
 			h = *specs[i].Health
 		}
-		s.clusters = append(s.clusters, s.build(old.Cluster(specs[i].Name), &specs[i], h))
+		s.clusters = append(s.clusters, s.build(old.Cluster(cmp.Or(specs[i].Former, specs[i].Name)), &specs[i], h))
 	}
 	slices.SortFunc(s.clusters, func(a, b *Cluster) int { return cmp.Compare(a.Name, b.Name) })
 	return s, nil
@@ -108,7 +110,7 @@ func (s *Snapshot) build(old *Cluster, spec *ClusterSpec, h health.Config) *Clus
 	case !old.layout.same(spec):
 		c.shared = old.shared
 		c.layout = newLayout(spec)
-	case old.NoEndpoint == spec.NoEndpoint && old.hash == spec.Hash && old.group.Config == h:
+	case old.Name == spec.Name && old.NoEndpoint == spec.NoEndpoint && old.hash == spec.Hash && old.group.Config == h:
 		return old
 	default:
 		c.shared, c.layout = old.shared, old.layout

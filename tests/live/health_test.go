@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 
@@ -192,4 +193,42 @@ func TestCheckFlaps(t *testing.T) {
 	}
 	s.reload(t, without)
 	s.has(t, "s1", "1")
+}
+
+// TestHealthKept renames services, and has them change places: what checks have found goes
+// with the service, and nothing of it stays where the service was.
+func TestHealthKept(t *testing.T) {
+	t.Parallel()
+	onPaths(t, func(t *testing.T, path string) {
+		r := rig.New(t)
+		p := checks["command"](t, r)
+		p.set(t, 2, false)
+		of := func(name string, at int, more string) string {
+			return fmt.Sprintf("  - {name: %s, address: %q, path: %s, policy: random, endpoints: %s%s}\n", name, vip(at), path, list(1, 2), more)
+		}
+		checked := ", health_check: " + p.check
+		// Nobody looks again.
+		seldom := strings.ReplaceAll(checked, "interval: 100ms", "interval: 1h")
+		s := newStage(t, r, "services:\n"+of("a", 1, checked)+of("b", 2, ""))
+		s.has(t, "a", "1", "2 down")
+		for _, tt := range []struct {
+			services string
+			to       map[int][]int
+		}{
+			{of("a", 1, seldom) + of("b", 2, ""), map[int][]int{1: {1}, 2: {1, 2}}},
+			{of("c", 1, seldom) + of("b", 2, ""), map[int][]int{1: {1}, 2: {1, 2}}},    // another name
+			{of("c", 2, seldom) + of("b", 1, ""), map[int][]int{1: {1, 2}, 2: {1}}},    // in each other's place
+			{of("b", 2, seldom) + of("c", 1, ""), map[int][]int{1: {1, 2}, 2: {1, 2}}}, // and name
+			{of("b", 1, "") + of("c", 2, checked), map[int][]int{1: {1, 2}}},
+		} {
+			s.reload(t, "services:\n"+tt.services)
+			for n, want := range tt.to {
+				s.goes(t, n, want...)
+			}
+		}
+		s.has(t, "c", "1", "2 down")
+		s.goes(t, 2, 1)
+		s.reload(t, "services:\n"+of("d", 2, ""))
+		s.goes(t, 2, 1, 2)
+	})
 }

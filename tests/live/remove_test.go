@@ -3,6 +3,7 @@ package live
 import (
 	"fmt"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -217,6 +218,85 @@ func TestRenameKeepsConnections(t *testing.T) {
 			t.Errorf("the endpoint is gone, and the connection ended by %s", got)
 		}
 		s.goes(t, 1, 2)
+	})
+}
+
+// TestNobodyStays has a source tell that there are no endpoints, and another one take
+// its place that cannot tell: there are none still.
+func TestNobodyStays(t *testing.T) {
+	t.Parallel()
+	onPaths(t, func(t *testing.T, path string) {
+		r := rig.New(t)
+		serve(t, r, 1)
+		dir := t.TempDir()
+		file, never := filepath.Join(dir, "file.json"), filepath.Join(dir, "never.json")
+		put(t, file, list(1))
+		of := func(f string) string {
+			return "services:\n" + service(1, fmt.Sprintf("path: %s, no_endpoint: EHOSTUNREACH, discover: {file: %q}", path, f))
+		}
+		s := newStage(t, r, of(file))
+		s.goes(t, 1, 1)
+		put(t, file, list())
+		nobody := func() bool { return strings.Contains(s.Dial(t, vip(1)), "EHOSTUNREACH") }
+		testutil.Eventually(t, rig.Limit, nobody, "nobody is there")
+		s.reload(t, of(never))
+		for range 20 {
+			if !nobody() {
+				t.Fatalf("connected: %s", s.Dial(t, vip(1)))
+			}
+		}
+	})
+}
+
+// TestNotTheNext moves a service, and has a new one at its address, whose source cannot
+// tell yet: that one does not have the endpoints of the other.
+func TestNotTheNext(t *testing.T) {
+	t.Parallel()
+	onPaths(t, func(t *testing.T, path string) {
+		r := rig.New(t)
+		serve(t, r, 1)
+		s := newStage(t, r, "services:\n"+service(1, "path: "+path, 1))
+		s.goes(t, 1, 1)
+		moved := fmt.Sprintf("  - {name: s1, address: %q, path: %s, endpoints: %s}\n", vip(2), path, list(1))
+		next := fmt.Sprintf("  - {name: next, address: %q, path: %s, on_failure: closed, discover: {file: %q}}\n", vip(1), path, filepath.Join(t.TempDir(), "never.json"))
+		s.reload(t, "services:\n"+moved+next)
+		s.goes(t, 2, 1)
+		for range 20 {
+			if got := s.Dial(t, vip(1)); got == far(1).String() {
+				t.Fatal("the next one has the endpoints of the one before")
+			}
+		}
+	})
+}
+
+// TestTakenOverLongAgo has another process take over, and a source change its mind since:
+// what the process before knew is of no use any more when that source is replaced by one
+// that cannot tell.
+func TestTakenOverLongAgo(t *testing.T) {
+	t.Parallel()
+	onPaths(t, func(t *testing.T, path string) {
+		r := rig.New(t)
+		serve(t, r, 1, 2)
+		dir := t.TempDir()
+		file, never := filepath.Join(dir, "file.json"), filepath.Join(dir, "never.json")
+		put(t, file, list(1))
+		of := func(f string) string {
+			return "services:\n" + service(1, fmt.Sprintf("path: %s, on_remove: reset, discover: {file: %q}", path, f))
+		}
+		s := newStage(t, r, of(file))
+		s.goes(t, 1, 1)
+		s.Replace(t, rig.Binary(t))
+		s.goes(t, 1, 1)
+		put(t, file, list(2))
+		s.has(t, "s1", "2")
+		if got := s.Open(t, "c", vip(1)); got != far(2).String() {
+			t.Fatal(got)
+		}
+		s.reload(t, of(never))
+		s.goes(t, 1, 2)
+		if got := s.Talk(t, "c"); got != "" {
+			t.Errorf("its endpoint is there, and the connection ended: %s", got)
+		}
 	})
 }
 

@@ -108,7 +108,12 @@ func (c *Checker) Set(targets []Target) error {
 		e := c.entries[k]
 		switch {
 		case e == nil:
-			entries[k] = c.add(t, Status{Cluster: k.cluster, Addr: k.addr}, now)
+			status := Status{Cluster: k.cluster, Addr: k.addr}
+			if before := c.entries[id{t.Former, k.addr}]; before != nil {
+				status = before.status
+				status.Cluster, status.Against = k.cluster, 0
+			}
+			entries[k] = c.add(t, status, now)
 		case e.removed:
 			status := e.status
 			status.Against = 0 // what the old check found counts for nothing in the new one

@@ -102,8 +102,8 @@ func TestStatus(t *testing.T) {
 		s := spec(time.Second)
 		start := time.Now()
 		set(t, c,
-			Target{"b", addr(1), s}, Target{"a", addr(2), s}, Target{"a", addr(1), s},
-			Target{"a", netip.MustParseAddrPort("[::ffff:192.0.0.3]:80"), s})
+			Target{Cluster: "b", Addr: addr(1), Spec: s}, Target{Cluster: "a", Addr: addr(2), Spec: s}, Target{Cluster: "a", Addr: addr(1), Spec: s},
+			Target{Cluster: "a", Addr: netip.MustParseAddrPort("[::ffff:192.0.0.3]:80"), Spec: s})
 		if s := status(t, c, addr(1)); s.State != StateUnknown || !s.Checked.IsZero() {
 			t.Errorf("before the first check: %+v", s)
 		}

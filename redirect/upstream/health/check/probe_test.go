@@ -184,7 +184,7 @@ func TestFlapping(t *testing.T) {
 	to := addrOf(ln)
 	s := spec(minInterval)
 	s.Timeout = limit // a busy machine is no failure
-	set(t, c, Target{"shop", to, s})
+	set(t, c, Target{Cluster: "shop", Addr: to, Spec: s})
 	run(t, c)
 	want := []State{StateUp}
 	r.want(t, to, want...)
@@ -231,7 +231,7 @@ func TestMany(t *testing.T) {
 	s.Timeout = limit
 	var all []Target
 	for i := range n {
-		all = append(all, Target{"shop", netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 92, byte(i >> 8), byte(i)}), addrOf(ln).Port()), s})
+		all = append(all, Target{Cluster: "shop", Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 92, byte(i >> 8), byte(i)}), addrOf(ln).Port()), Spec: s})
 	}
 	set(t, c, all...)
 	stop := run(t, c)

@@ -2,6 +2,7 @@ package check
 
 import (
 	"context"
+	"errors"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
 func TestSetRefuses(t *testing.T) {
@@ -21,12 +23,12 @@ func TestSetRefuses(t *testing.T) {
 	bad := spec(time.Second)
 	bad.Healthy = 0
 	err := c.Set([]Target{
-		{"shop", addr(1), Default()},
-		{"shop", netip.MustParseAddrPort("[::ffff:192.0.0.1]:80"), Default()},
-		{"other", addr(1), Default()},
-		{"shop", netip.AddrPort{}, Default()},
-		{"shop", netip.AddrPortFrom(addr(2).Addr(), 0), Default()},
-		{"shop", addr(3), bad},
+		{Cluster: "shop", Addr: addr(1), Spec: Default()},
+		{Cluster: "shop", Addr: netip.MustParseAddrPort("[::ffff:192.0.0.1]:80"), Spec: Default()},
+		{Cluster: "other", Addr: addr(1), Spec: Default()},
+		{Cluster: "shop", Addr: netip.AddrPort{}, Spec: Default()},
+		{Cluster: "shop", Addr: netip.AddrPortFrom(addr(2).Addr(), 0), Spec: Default()},
+		{Cluster: "shop", Addr: addr(3), Spec: bad},
 	})
 	want := []string{
 		`check cluster "shop", endpoint 192.0.0.1:80: listed twice`,
@@ -43,6 +45,30 @@ func TestSetRefuses(t *testing.T) {
 	if got := c.States(); len(got) != 1 || got[0].Addr != addr(0) {
 		t.Errorf("the set is now %+v", got)
 	}
+}
+
+// TestFormer: what stays under another name of its cluster keeps its state.
+func TestFormer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, r := fake(func(context.Context, Target) error { return errors.New("ill") })
+		set(t, c, targets(1, spec(time.Second))...)
+		stop := run(t, c)
+		time.Sleep(time.Minute)
+		before := c.States()[0]
+		if before.State != StateDown || r.count() != 1 {
+			t.Fatalf("%+v, told: %v", before, r.of(addr(0)))
+		}
+		set(t, c, Target{Cluster: "store", Former: "shop", Addr: addr(0), Spec: spec(time.Hour)})
+		before.Cluster, before.Against = "store", 0
+		if diff := cmp.Diff([]Status{before}, c.States(), cmpopts.EquateErrors(), cmpopts.EquateComparable(netip.AddrPort{})); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+		time.Sleep(2 * time.Hour)
+		if told := r.of(addr(0)); len(told) != 1 {
+			t.Errorf("told: %v", told)
+		}
+		stop()
+	})
 }
 
 // TestStay: what stays in the set keeps state and timing over any number of Sets,
@@ -291,9 +317,9 @@ func TestSetWhileRunning(t *testing.T) {
 			case 0:
 				continue
 			case 1:
-				next = append(next, Target{"shop", addr(i), other})
+				next = append(next, Target{Cluster: "shop", Addr: addr(i), Spec: other})
 			default:
-				next = append(next, Target{"shop", addr(i), s})
+				next = append(next, Target{Cluster: "shop", Addr: addr(i), Spec: s})
 			}
 			is[addr(i)] = true
 		}

@@ -30,8 +30,11 @@ func (s State) String() string {
 // Target is one endpoint of one cluster, and how it is checked.
 type Target struct {
 	Cluster string
-	Addr    netip.AddrPort
-	Spec    Spec
+	// Former is the name that the cluster had in the set before, whose state the
+	// target takes over where it has none of its own; empty: the same.
+	Former string
+	Addr   netip.AddrPort
+	Spec   Spec
 }
 
 // Change says that a target has another state than before.
