@@ -117,8 +117,8 @@ type abiDryRun struct {
 	Rule         uint32
 	Ruled        uint8
 	Tier         uint8
-	Panics       uint8
 	Hold         uint8
+	Zero         uint8
 }
 
 type abiEnding uint32

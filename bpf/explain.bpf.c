@@ -90,7 +90,6 @@ int pl_explain(struct __sk_buff *ctx)
 	r->rule = more.rule;
 	r->ruled = !!(more.flags & DETAIL_RULED);
 	r->hold = g.hold;
-	r->panics = !!(more.flags & DETAIL_PANICS);
 	r->tier = !!(more.flags & DETAIL_FAR);
 	r->index = more.rule >> 32;
 	if (more.flags & DETAIL_PICKED) {

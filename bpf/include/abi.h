@@ -542,8 +542,8 @@ struct dry_run {
 	__u32 rule; /* the value of the rule that decided, */
 	__u8 ruled; /* 1: one did; reason says of which kind */
 	__u8 tier; /* of the endpoint */
-	__u8 panics; /* 1: ejections do not count */
 	__u8 hold; /* 1: the handshake would wait for the dial */
+	__u8 zero;
 };
 
 /* The question to pl_move and pl_move_live, which socket, and to pl_add and

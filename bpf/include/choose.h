@@ -42,7 +42,6 @@ struct details {
 #define DETAIL_NAMED 2 /* a service has the address */
 #define DETAIL_PICKED 4 /* there is an endpoint */
 #define DETAIL_FAR 8 /* it is of the second tier */
-#define DETAIL_PANICS 16 /* ejections do not count */
 
 /* has_route also notes the route's source, which is what a socket without an
  * address of its own would get.
