@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -242,7 +243,7 @@ func bound(services, before []service, most int) []admin.Refusal {
 			continue
 		}
 		kept := 0
-		if had[i] = listed.same(s); had[i] != nil {
+		if had[i] = listed.named(cmp.Or(s.former, s.Name)); had[i] != nil {
 			kept = len(had[i].endpoints)
 		}
 		room -= min(len(s.endpoints), kept)

@@ -24,6 +24,10 @@ func sized(name string, n int) service {
 // has, and the others are not held up.
 func TestBound(t *testing.T) {
 	type sizes map[string]int
+	moved, renamed := sized("a", 4), sized("b", 9)
+	moved.Addr, renamed.former = sized("z", 0).Addr, "a"
+	next := sized("b", 7)
+	next.Addr = sized("a", 0).Addr
 	for name, tt := range map[string]struct {
 		before, now []service
 		want        sizes
@@ -32,6 +36,8 @@ func TestBound(t *testing.T) {
 		"room for all":      {nil, []service{sized("a", 4), sized("b", 6)}, sizes{"a": 4, "b": 6}, ""},
 		"one grows":         {[]service{sized("a", 4), sized("b", 4)}, []service{sized("a", 9), sized("b", 5)}, sizes{"a": 4, "b": 5}, ""},
 		"shrinks and grows": {[]service{sized("a", 8), sized("b", 2)}, []service{sized("a", 1), sized("b", 9)}, sizes{"a": 1, "b": 9}, ""},
+		"renamed":           {[]service{sized("a", 4), sized("c", 2)}, []service{renamed, sized("c", 2)}, sizes{"b": 4, "c": 2}, ""},
+		"another's place":   {[]service{sized("a", 4)}, []service{moved, next}, sizes{"a": 4, "b": 0}, "b"},
 		"new":               {[]service{sized("a", 8)}, []service{sized("a", 8), sized("b", 3), sized("c", 2)}, sizes{"a": 8, "b": 0, "c": 2}, "b"},
 	} {
 		refused := bound(tt.now, tt.before, 10)
