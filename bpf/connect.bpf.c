@@ -187,6 +187,7 @@ static __always_inline void remember(struct bpf_sock_addr *ctx,
 		d->key.slot_port = g->to_port;
 		d->set = g->set;
 		d->endpoint = g->endpoint;
+		d->half = g->trial;
 	}
 }
 

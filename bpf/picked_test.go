@@ -113,10 +113,11 @@ func TestTrialGivenBack(t *testing.T) {
 	config := healthy
 	config.Failures, config.Base, config.Max, config.Panic = 1, 60_000, 600_000, 0
 	h.publish(t, 1, config, 0, 100, []endpointOf{{"192.0.2.66:80", 1}}, []uint32{0})
+	const bad = "bound=127.0.0.1," + asked
 	for round, want := range map[uint16]uint16{1: 1, 5: 5} {
 		h.put(t, "endpoints", uint32(100), Endpoint{Until: 1, Round: round})
 		for range 3 {
-			if said := h.steps(t, "bound=127.0.0.1,"+asked); said[0] != "bound=127.0.0.1,"+asked+" EINVAL" {
+			if said := h.steps(t, bad); said[0] != bad+" EINVAL" {
 				t.Errorf("the application: %q", said)
 			}
 			var ts unix.Timespec
@@ -128,5 +129,19 @@ func TestTrialGivenBack(t *testing.T) {
 				t.Errorf("round %d: %+v at %d", round, e, now)
 			}
 		}
+	}
+	// Another's trial is not its to give back.
+	h.put(t, "endpoints", uint32(100), Endpoint{})
+	a := h.start(t, bad, "wait")
+	a.said(t, 1)
+	others := Endpoint{Until: 1 << 62, Round: 3}
+	h.put(t, "endpoints", uint32(100), others)
+	a.write("\n")
+	if err := a.cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	h.allFree(t)
+	if e := h.endpoint(t, 100); e != others {
+		t.Errorf("another's trial: %+v, want %+v", e, others)
 	}
 }

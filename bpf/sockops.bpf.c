@@ -205,6 +205,7 @@ static __always_inline void on_open(struct bpf_sock_ops *ctx,
 	}
 	d->pending = false;
 	d->followed = true;
+	d->half = 0;
 	/* Before what was picked is taken for what it became: somebody who
 	 * comes after us may have rewritten it.
 	 */

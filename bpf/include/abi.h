@@ -459,8 +459,11 @@ struct decision {
 	__u32 set; /* PATH_DIRECT: the service's id, */
 	__u32 endpoint; /* and the endpoint's index */
 	__u64 established; /* 0: not yet */
-	__u64 half; /* bytes received when its own end was acknowledged, */
-	__u64 closed_first; /* 1: after the application had closed it */
+	/* Bytes received when its own end was acknowledged; while pending on
+	 * PATH_DIRECT, the until of the trial that it is, or 0.
+	 */
+	__u64 half;
+	__u64 closed_first; /* 1: that was after the application closed it */
 	__u64 owner; /* of a cell: the socket's cookie; 0: nobody */
 };
 

@@ -25,6 +25,7 @@ struct gathered {
 	__u64 err; /* what a refused connect returns */
 	__u64 set; /* service.id */
 	__u64 endpoint; /* PATH_DIRECT: index in endpoints */
+	__u64 trial; /* the until of the trial that this is; 0: it is none */
 	/* In and out: of the pick; above it, 1: a turn is used up. */
 	__u64 seed;
 };
@@ -68,31 +69,34 @@ static __always_inline bool is_bound(const struct ip_addr *a)
 }
 
 /* dialing begins the trial of an endpoint whose wait is over: others wait for
- * its outcome, or for the next and longer wait to end.
+ * its outcome, or for the next and longer wait to end. It gives when that is,
+ * or 0 where it began none.
  */
-static __noinline void dialing(__u64 service, __u64 endpoint, __u64 now)
+static __noinline __u64 dialing(__u64 service, __u64 endpoint, __u64 now)
 {
 	struct endpoint *e = health_of(endpoint);
+	__u64 until, next, round;
 	struct set_config *c;
-	__u64 until, round;
 	void *set;
 
 	if (!e)
-		return;
+		return 0;
 	until = e->until;
 	if (!until || now < until)
-		return;
+		return 0;
 	set = set_of(service);
 	c = set ? row(set, ROW_CONFIG) : NULL;
 	if (!c || !c->failures)
-		return;
+		return 0;
 	round = e->round;
 	if (round < 0xffff)
 		round++;
-	if (!swap(&e->until, until, end_of_wait(c, now, round)))
-		return;
+	next = end_of_wait(c, now, round);
+	if (!swap(&e->until, until, next))
+		return 0;
 	e->round = round;
 	changed(set);
+	return next;
 }
 
 /* hash_on gives what POLICY_MAGLEV goes by: of a source the one that the
@@ -233,7 +237,7 @@ static __always_inline int choose_first(struct gathered *g,
 		if (!(g->seed & TURN_USED) || !may_pick(g->set, m->id, g->now))
 			return 0;
 		if (!dry)
-			dialing(g->set, m->id, g->now);
+			g->trial = dialing(g->set, m->id, g->now);
 	}
 	g->to = LOAD_IP6(m->addr.w);
 	g->to_port = m->port;
@@ -286,7 +290,7 @@ static __always_inline int choose_one(struct gathered *g, struct details *more,
 		more->rule = PAIR(more->rule, p.at);
 		return 1;
 	}
-	dialing(p.id, p.endpoint, p.now);
+	g->trial = dialing(p.id, p.endpoint, p.now);
 	return 1;
 }
 

@@ -109,24 +109,22 @@ static __always_inline bool is_picked(const struct decision *d)
 	       n->addr.w[3] == d->key.slot.w[3];
 }
 
-/* untold gives back the trial of an ejected endpoint: a connect that told
- * nothing of it must not keep it out for another and longer wait. Whose trial
- * it was is not known; at worst there is one more.
+/* untold gives back the trial that a connect was which told nothing of the
+ * endpoint: it must not keep that out for another and longer wait.
  */
 static __always_inline void untold(const struct decision *d)
 {
 	struct endpoint *e = health_of(d->endpoint);
-	__u64 until, now = bpf_ktime_get_ns();
 	__u16 round;
 	void *set;
 
-	if (!e)
+	if (!e || !d->half)
 		return;
-	until = e->until;
 	round = e->round;
-	if (until <= now || round < 2 || !swap(&e->until, until, now))
+	if (!swap(&e->until, d->half, d->opened))
 		return;
-	e->round = round - 1;
+	if (round > 1)
+		e->round = round - 1;
 	set = set_of(d->set);
 	if (set)
 		changed(set);
