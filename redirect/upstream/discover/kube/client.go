@@ -22,12 +22,11 @@ type Client struct {
 	node, namespace, domain string
 	zone                    atomic.Pointer[string] // see SetZone
 
-	http *http.Client
-	base string // the server's URL, without a slash at the end
-	auth auth
-	// rotates: there is a client certificate in a file.
-	rotates bool
-	gate    *gate
+	http  *http.Client
+	base  string // the server's URL, without a slash at the end
+	auth  auth
+	gate  *gate
+	creds *credentials
 	// primary is the family of the API server's own ClusterIP, and so the first
 	// one of dual-stack services; FamilyAny if that is not known.
 	primary Family
@@ -71,7 +70,7 @@ func New(o Options) (*Client, error) {
 		base:     strings.TrimRight(o.Server, "/"),
 		http:     newHTTP(creds, o),
 		auth:     auth{token: creds.token, file: o.TokenFile},
-		rotates:  creds.certFile != "",
+		creds:    creds,
 		gate:     newGate(retryMin, retryMax),
 		lists:    make(chan struct{}, listsMax),
 		eventMax: eventMax,

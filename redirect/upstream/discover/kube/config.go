@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 
 	"github.com/goccy/go-yaml"
 )
@@ -24,6 +25,7 @@ type credentials struct {
 	ca, cert, key             []byte
 	caFile, certFile, keyFile string
 	insecure                  bool
+	used                      atomic.Value // the client certificate that was read last, a string
 }
 
 // kubeconfig is what is read of a file in kubectl's format.
@@ -69,13 +71,13 @@ type user struct {
 }
 
 // resolve fills in what the options leave open, and collects the credentials.
-func resolve(o Options) (Options, credentials, error) {
-	var creds credentials
+func resolve(o Options) (Options, *credentials, error) {
+	creds := &credentials{}
 	switch {
 	case o.Kubeconfig != "":
 		k, err := readKubeconfig(o.Kubeconfig)
 		if err == nil {
-			err = k.apply(&o, &creds)
+			err = k.apply(&o, creds)
 		}
 		if err != nil {
 			return o, creds, fmt.Errorf("kubeconfig %s: %w", o.Kubeconfig, err)

@@ -34,7 +34,7 @@ const (
 
 // newHTTP returns the HTTP client. It knows no proxy and follows no redirect: a
 // token is for the server alone.
-func newHTTP(creds credentials, o Options) *http.Client {
+func newHTTP(creds *credentials, o Options) *http.Client {
 	d := &net.Dialer{Timeout: dialTimeout}
 	d.SetMultipathTCP(false) // an exempt socket has to be the one that connects
 	if exempt := o.Exempt; exempt != nil {
@@ -70,7 +70,7 @@ func newHTTP(creds credentials, o Options) *http.Client {
 
 // dialTLS reads CA and certificate anew: connections are rare, and files that
 // were rotated are noticed by the first that needs them.
-func dialTLS(ctx context.Context, d *net.Dialer, creds credentials, network, addr string) (net.Conn, error) {
+func dialTLS(ctx context.Context, d *net.Dialer, creds *credentials, network, addr string) (net.Conn, error) {
 	host, _, err := net.SplitHostPort(addr)
 	if err != nil {
 		return nil, err
@@ -123,8 +123,19 @@ func (c *credentials) load(config *tls.Config) error {
 			return fmt.Errorf("read client certificate: %w", err)
 		}
 		config.Certificates = []tls.Certificate{pair}
+		c.used.Store(string(cert))
 	}
 	return nil
+}
+
+// renewed tells whether the client certificate is another one than that of the youngest
+// connection.
+func (c *credentials) renewed() bool {
+	if c.certFile == "" {
+		return false
+	}
+	cert, err := os.ReadFile(c.certFile)
+	return err == nil && string(cert) != c.used.Load()
 }
 
 func fileOr(name string, value []byte) ([]byte, error) {
@@ -181,16 +192,7 @@ func isStatus(err error, code int) bool {
 
 // get asks for path. The caller closes the body; the answer is 200.
 func (c *Client) get(ctx context.Context, path string, query url.Values) (*http.Response, error) {
-	// How often a refusal is not believed: a token may have been renewed since its file
-	// was read, and a client certificate since the connection was made. That one is
-	// not used again once a request has asked for its end.
-	most := 0
-	switch {
-	case c.rotates:
-		most = 2
-	case c.auth.file != "":
-		most = 1
-	}
+	closing := false
 	for try := 0; ; try++ {
 		token, err := c.auth.current(try > 0)
 		if err != nil {
@@ -204,7 +206,7 @@ func (c *Client) get(ctx context.Context, path string, query url.Values) (*http.
 		if err != nil {
 			return nil, err
 		}
-		req.Close = c.rotates && try == 1
+		req.Close = closing
 		req.Header.Set("Accept", "application/json")
 		req.Header.Set("User-Agent", "pillion")
 		if token != "" {
@@ -219,11 +221,25 @@ func (c *Client) get(ctx context.Context, path string, query url.Values) (*http.
 		}
 		err = refusal(resp)
 		resp.Body.Close()
-		if resp.StatusCode != http.StatusUnauthorized || try == most {
+		switch {
+		case resp.StatusCode != http.StatusUnauthorized:
+			return nil, err
+		case closing:
+			closing = false // the next one may be over another connection
+		case try < triesMost && c.creds.renewed():
+			// A connection is not used again once a request has asked for its end.
+			closing = true
+		case try == 0 && c.auth.file != "":
+			// The token may have been renewed since its file was read.
+		default:
 			return nil, err
 		}
 	}
 }
+
+// triesMost bounds how many connections of a client certificate that was renewed are
+// given up by one request.
+const triesMost = 8
 
 // refusal reads why there is no answer.
 func refusal(resp *http.Response) error {

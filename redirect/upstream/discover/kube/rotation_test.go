@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"math/big"
 	"net"
 	"net/http"
@@ -232,5 +233,25 @@ func TestCertificateRotation(t *testing.T) {
 			}
 			h.mu.Unlock()
 		}
+	}
+	// One that stays refused is not tried on connection after connection.
+	k.setIntercept(func(w http.ResponseWriter, _ *http.Request) bool {
+		status(w, http.StatusUnauthorized, "never")
+		return true
+	})
+	const path = "/never"
+	for range 10 {
+		if _, err := c.get(t.Context(), path, nil); !isStatus(err, http.StatusUnauthorized) {
+			t.Fatal(err)
+		}
+	}
+	over := map[string]bool{}
+	n := k.count(func(r *http.Request) bool {
+		over[r.RemoteAddr] = over[r.RemoteAddr] || r.URL.Path == path
+		return r.URL.Path == path
+	})
+	maps.DeleteFunc(over, func(_ string, is bool) bool { return !is })
+	if n > 24 || len(over) > 2 {
+		t.Errorf("%d requests over %d connections, want two for each: the token is read again", n, len(over))
 	}
 }
