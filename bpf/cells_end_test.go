@@ -162,7 +162,8 @@ func TestEndings(t *testing.T) {
 	}
 	a = h.start(t, append(open, "wait")...)
 	a.said(t, len(open))
-	if n := len(h.cells.owned()); n != 120 && os.Getenv(envCrowd) == "" {
+	// One whose cookie was made while another was being made has none.
+	if n := len(h.cells.owned()); n < 118 && os.Getenv(envCrowd) == "" {
 		t.Errorf("%d cells of 120 sockets", n)
 	}
 	if err := a.cmd.Process.Kill(); err != nil {

@@ -32,7 +32,8 @@ func (d *Datapath) existing() ([]Existing, error) {
 	var all []Existing
 	err = d.network.sockets(func(s *socket) {
 		to := s.remote.Addr()
-		if !cgroups[s.cgroup] || ports[s.local.Port()] || to.IsLoopback() || to.IsLinkLocalUnicast() || inSupernet(to) {
+		own := s.cgroup != 0 && s.cgroup == d.options.Own // of the process itself, in a pod
+		if !cgroups[s.cgroup] || own || ports[s.local.Port()] || to.IsLoopback() || to.IsLinkLocalUnicast() || inSupernet(to) {
 			return
 		}
 		all = append(all, Existing{Source: s.local, Destination: s.remote, Cgroup: s.cgroup, socket: s})

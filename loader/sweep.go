@@ -201,8 +201,11 @@ func claimed(root string, i *bpf.Instance) bool {
 	pins, _ := filepath.Glob(filepath.Join(root, "*", instancePin))
 	for _, pin := range pins {
 		m, other, err := readRecord(pin)
+		if errors.Is(err, ErrABI) {
+			return true // or it is; what is left then, the next start removes
+		}
 		if err != nil {
-			continue // of another layout, or not begun
+			continue // not begun
 		}
 		m.Close()
 		if other.Families != 0 && other.Netns == i.Netns && other.Slot6 == i.Slot6 {

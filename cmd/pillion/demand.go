@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -96,6 +97,11 @@ func (s *sources) found() []kube.Service {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.dynamic
+}
+
+// finds tells whether a service of that name was found.
+func (s *sources) finds(name string) bool {
+	return slices.ContainsFunc(s.found(), func(f kube.Service) bool { return f.Name == name })
 }
 
 // wantOfFound is wantOf for a service that was found.

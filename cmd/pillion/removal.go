@@ -264,12 +264,7 @@ func (c *control) departedFrom(service string) (live int) {
 // by the names that services have now.
 func departed(last map[string][]*upstream.Endpoint, gone []upstream.Removal, services []service) map[string][]*upstream.Endpoint {
 	next := make(map[string][]*upstream.Endpoint)
-	renamed := make(map[string]string)
-	for i := range services {
-		if s := &services[i]; s.former != "" {
-			renamed[s.former] = s.Name
-		}
-	}
+	renamed := renamed(services)
 	add := func(service string, e *upstream.Endpoint) {
 		if e.Live() > 0 {
 			service = cmp.Or(renamed[service], service)
@@ -285,6 +280,17 @@ func departed(last map[string][]*upstream.Endpoint, gone []upstream.Removal, ser
 		add(g.Cluster, g.Endpoint)
 	}
 	return next
+}
+
+// renamed are the names of services that have another one now, by the former.
+func renamed(services []service) map[string]string {
+	all := make(map[string]string)
+	for i := range services {
+		if s := &services[i]; s.former != "" {
+			all[s.former] = s.Name
+		}
+	}
+	return all
 }
 
 func addrsOf(s *service) map[netip.AddrPort]bool {

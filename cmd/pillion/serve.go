@@ -181,9 +181,13 @@ func (i *instance) leavesAlone(e loader.Existing) bool {
 		return false
 	}
 	switch v.Reason {
-	case flow.ReasonExcluded, flow.ReasonDefaultPass, flow.ReasonService, flow.ReasonOwnAddress, flow.ReasonMetadata,
-		flow.ReasonForeignSlot, flow.ReasonNoRoute, flow.ReasonForeignSource:
+	case flow.ReasonExcluded, flow.ReasonOwnAddress, flow.ReasonMetadata, flow.ReasonForeignSlot, flow.ReasonNoRoute, flow.ReasonForeignSource:
 		return true
+	case flow.ReasonDefaultPass:
+		return !i.plan.config.Kubernetes.OnDemand // else it may be a service's
+	case flow.ReasonService:
+		s := i.control.listing().at(e.Destination)
+		return s != nil && s.path == flow.PathPass // else its source has not told yet
 	default:
 		return false
 	}

@@ -130,7 +130,7 @@ func (c *control) serviceOf(said *said, v *config.Service) service {
 			s.endpoints, s.known = last, true
 			return s
 		}
-		if kept, ok := c.kept(s.Addr); ok {
+		if kept, ok := c.kept(s.Addr); ok && !c.i.taking.moved(said, &s) {
 			s.endpoints, s.known, s.kept = kept, true, true
 			return s
 		}
@@ -152,7 +152,7 @@ func (c *control) before(said *said, s *service) *service {
 	if was == nil || was.Name == s.Name {
 		return was
 	}
-	if _, goesOn := said.byName[was.Name]; goesOn {
+	if _, goesOn := said.byName[was.Name]; goesOn || c.sources.finds(was.Name) {
 		return nil // at another address
 	}
 	return was
@@ -223,6 +223,7 @@ func (c *control) publish(next *config.Config) error {
 	if err := c.checker.Set(targets(services)); err != nil {
 		return fmt.Errorf("check endpoints: %w", err)
 	}
+	c.renameNews(services)
 	c.unchecked(services)
 	if old != nil {
 		c.tellDown(services, last, all)
@@ -318,9 +319,9 @@ func (c *control) hand(next *config.Config, services []service, table *route.Tab
 			return nil, err // what an earlier process left stays, and is not known here
 		}
 		// Some of it may be in force: the comparison of setRules would not see it.
-		again := c.i.datapath.SetRules(c.i.lastRules)
-		c.i.lacking = c.i.lacking || again != nil
-		return nil, errors.Join(err, again)
+		// What sets that are older say of health is no news either.
+		c.i.lacking = true
+		return nil, errors.Join(err, c.i.datapath.SetRules(c.i.lastRules))
 	}
 	c.inCharge = true
 	var refused []admin.Refusal

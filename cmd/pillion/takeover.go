@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"time"
 
@@ -397,12 +398,25 @@ func (i *instance) hearFarewell(ctx context.Context) error {
 	return nil
 }
 
-// lastServices are what the other process said last.
+// lastServices are what the other process said last, also if it died then.
 func (t *taking) lastServices() []handover.Service {
-	if t == nil {
+	switch {
+	case t == nil:
 		return nil
+	case t.state.At == 0:
+		return t.welcome.Services
+	default:
+		return t.state.Services
 	}
-	return t.state.Services
+}
+
+// moved tells whether the other process had, at the address of a service, one that has
+// another address now.
+func (t *taking) moved(said *said, v *service) bool {
+	return t != nil && slices.ContainsFunc(t.welcome.Services, func(s handover.Service) bool {
+		_, goesOn := said.byName[s.Name]
+		return s.Addr == v.Addr && s.Name != v.Name && goesOn
+	})
 }
 
 // tells replaces what told goes by.

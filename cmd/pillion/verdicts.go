@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"net/netip"
 	"slices"
@@ -66,6 +67,20 @@ func (c *control) setDown(change check.Change) {
 		if s.set != nil || s.kept {
 			c.writeDown(s, e.Addr, down)
 		}
+	}
+}
+
+// renameNews has what a check found just before its service had another name be known of
+// that: nobody finds it again.
+func (c *control) renameNews(services []service) {
+	c.newsMu.Lock()
+	defer c.newsMu.Unlock()
+	if len(c.news) == 0 {
+		return
+	}
+	renamed := renamed(services)
+	for n := range c.news {
+		c.news[n].Cluster = cmp.Or(renamed[c.news[n].Cluster], c.news[n].Cluster)
 	}
 }
 

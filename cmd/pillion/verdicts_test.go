@@ -6,9 +6,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/redirect/upstream/balance"
+	"github.com/pillion-project/pillion/redirect/upstream/health/check"
 )
 
 // TestSpillOf: how much leaves the zone goes by what a hook would pick, in panic too.
@@ -50,5 +52,15 @@ func TestSpillOf(t *testing.T) {
 		if got := spillOf(&set, states); got != tt.want {
 			t.Errorf("%s: %#x, want %#x", name, got, tt.want)
 		}
+	}
+}
+
+// TestRenameNews: what a check found just before a reload that renames its service is of
+// the service that it is now.
+func TestRenameNews(t *testing.T) {
+	c := &control{news: []check.Change{{Cluster: "a", State: check.StateUp}, {Cluster: "b", State: check.StateDown}}}
+	c.renameNews([]service{{Service: config.Service{Name: "c"}, former: "a"}, {Service: config.Service{Name: "b"}}})
+	if c.news[0].Cluster != "c" || c.news[1].Cluster != "b" {
+		t.Errorf("%+v", c.news)
 	}
 }

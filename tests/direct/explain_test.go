@@ -289,6 +289,15 @@ func TestSourceHash(t *testing.T) {
 			a.wants("ok", "dial(%q, %d, '%s %d')", vip, port, vip, port)
 		}
 		relay, direct := endpointOf(t, i, a, fmt.Sprintf("'%s 80'", vip)), endpointOf(t, i, a, fmt.Sprintf("'%s 81'", vip))
+		flows, err := i.Flows(context.Background(), admin.FlowQuery{Live: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range flows {
+			if want := map[uint16]flow.Path{80: flow.PathRelay, 81: flow.PathDirect}[f.OrigDst.Port()]; f.Path != want {
+				t.Errorf("%s goes by %s", f.OrigDst, f.Path)
+			}
+		}
 		if dry := explained(t, i, netip.AddrPortFrom(vip, 81).String()).Pick; relay != direct || dry != direct {
 			t.Errorf("%s: relay goes to %s, direct to %s, which explain says is %s", vip, relay, direct, dry)
 		}

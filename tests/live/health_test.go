@@ -208,7 +208,7 @@ func TestHealthKept(t *testing.T) {
 		}
 		checked := ", health_check: " + p.check
 		// Nobody looks again.
-		seldom := strings.ReplaceAll(checked, "interval: 100ms", "interval: 1h")
+		seldom := strings.ReplaceAll(checked, "interval: 100ms", "interval: 1000h")
 		s := newStage(t, r, "services:\n"+of("a", 1, checked)+of("b", 2, ""))
 		s.has(t, "a", "1", "2 down")
 		for _, tt := range []struct {

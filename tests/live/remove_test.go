@@ -261,11 +261,22 @@ func TestNotTheNext(t *testing.T) {
 		next := fmt.Sprintf("  - {name: next, address: %q, path: %s, on_failure: closed, discover: {file: %q}}\n", vip(1), path, filepath.Join(t.TempDir(), "never.json"))
 		s.reload(t, "services:\n"+moved+next)
 		s.goes(t, 2, 1)
-		for range 20 {
-			if got := s.Dial(t, vip(1)); got == far(1).String() {
-				t.Fatal("the next one has the endpoints of the one before")
+		nobody := func(when string) {
+			t.Helper()
+			for range 20 {
+				if got := s.Dial(t, vip(1)); !strings.Contains(got, "ECONNREFUSED") {
+					t.Fatalf("%s: a connection to the next one: %s", when, got)
+				}
 			}
 		}
+		nobody("after a reload")
+		s.reload(t, "services:\n"+service(1, "path: "+path, 1))
+		s.goes(t, 1, 1)
+		other := filepath.Join(t.TempDir(), "other.yaml")
+		put(t, other, "services:\n"+moved+next)
+		s.Succeeded(t, s.Successor(t, rig.Binary(t), "--config", other))
+		s.goes(t, 2, 1)
+		nobody("after another process took over")
 	})
 }
 
