@@ -87,7 +87,7 @@ func (d *Datapath) syncNetwork() error {
 	for p, w := range routes {
 		ways[prefixKey(p)] = bpf.Route{Kind: w.kind, Source: bpf.FromAddr(w.source)}
 	}
-	for _, p := range Supernets() { // for whom a source is picked by
+	for _, p := range Supernets() { // maglev by source goes by these: hash_on
 		source := d.network.source(p.Addr().Is6())
 		ways[prefixKey(p)] = bpf.Route{Kind: bpf.RouteUnicast, Source: bpf.FromAddr(source)}
 	}
