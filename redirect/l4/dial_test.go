@@ -155,6 +155,7 @@ func TestDialTimeout(t *testing.T) {
 
 // The budget ends the last dial early.
 func TestDialBudget(t *testing.T) {
+	const budget = 3500 * time.Millisecond
 	families(t, func(t *testing.T, loopback netip.Addr) {
 		var endpoints []netip.AddrPort
 		for range 4 {
@@ -165,7 +166,7 @@ func TestDialBudget(t *testing.T) {
 			loopback: loopback, endpoints: endpoints,
 			options: func(o *l4.Options) {
 				// Far apart: a busy machine is late for either.
-				o.DialTimeout, o.DialBudget, o.Attempts = 800*time.Millisecond, 1500*time.Millisecond, 8
+				o.DialTimeout, o.DialBudget, o.Attempts = budget*4/7, budget, 8
 			},
 		})
 		r.wantRefused(r.listeners[0])
@@ -173,8 +174,8 @@ func TestDialBudget(t *testing.T) {
 		if rec.End != flow.ReasonDialTimeout || rec.Attempts != 2 {
 			t.Errorf("record: %+v", rec)
 		}
-		if rec.Duration < 1500*time.Millisecond || rec.Duration > patience {
-			t.Errorf("a budget of 1500ms took %v", rec.Duration)
+		if rec.Duration < budget || rec.Duration > patience {
+			t.Errorf("a budget of %v took %v", budget, rec.Duration)
 		}
 	})
 }

@@ -307,7 +307,7 @@ func TestDrainWhileHeld(t *testing.T) {
 	_, silent := hanging(t, loopback4)
 	r, q := newHeldRig(t, setup{
 		perWorker: 2, endpoints: []netip.AddrPort{slow}, others: []netip.AddrPort{silent}, direct: twoClusters,
-		options: func(o *l4.Options) { o.DialTimeout, o.Attempts = 2*time.Second, 1 },
+		options: func(o *l4.Options) { o.DialTimeout, o.Attempts = 4*time.Second, 1 },
 	})
 	waits := q.connect(r.listeners[1])
 	r.awaitStats("nobody answers", func(s l4.Stats) bool { return s.DialFailures == 1 })
@@ -350,7 +350,7 @@ func TestHeldAtTheLimit(t *testing.T) {
 func TestHeldInSilenceAndLetThrough(t *testing.T) {
 	listener, silent := hanging(t, loopback4)
 	r, q := newHeldRig(t, setup{endpoints: []netip.AddrPort{silent}, options: func(o *l4.Options) {
-		o.DialTimeout, o.DialBudget, o.Attempts = 2*time.Second, 2*time.Second, 1
+		o.DialTimeout, o.DialBudget, o.Attempts = 4*time.Second, 4*time.Second, 1
 	}})
 	a := q.connect(r.listeners[0])
 	r.awaitStats("the dial has failed", func(s l4.Stats) bool { return s.DialFailures == 1 })

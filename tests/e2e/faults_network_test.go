@@ -245,6 +245,13 @@ func twoRuns(t *testing.T) (g *ground, a, b *rig.Rig, ia, ib *rig.Instance, vip 
 	return g, a, b, a.Run(t, config(atA)), b.Run(t, config(atB)), vip
 }
 
+// unhurried is a job whose connections have as long as a busy machine may take: it
+// is about who answers, not when.
+func unhurried(j job) job {
+	j.Limit, j.Patience = rig.Limit/2, rig.Limit/2
+	return j
+}
+
 // TestTwoRuns has ten thousand connections to one address from two scopes of one
 // namespace: none of them comes to the other's server.
 func TestTwoRuns(t *testing.T) {
@@ -261,7 +268,7 @@ func TestTwoRuns(t *testing.T) {
 	if sa.Slots4 == sb.Slots4 || sa.Slots6 == sb.Slots6 || sa.Slots4 == "" || sb.Slots6 == "" {
 		t.Errorf("ranges %s %s and %s %s", sa.Slots4, sa.Slots6, sb.Slots4, sb.Slots6)
 	}
-	j := job{Targets: []netip.AddrPort{vip}, Workers: 3, Count: 5000, Pause: time.Millisecond}
+	j := unhurried(job{Targets: []netip.AddrPort{vip}, Workers: 3, Count: 5000, Pause: time.Millisecond})
 	loads := map[string]*load{"a": startLoad(t, a, j), "b": startLoad(t, b, j)}
 	for name, l := range loads {
 		counts := map[string]int{}
@@ -288,7 +295,7 @@ func TestNestedExec(t *testing.T) {
 	// The exec sends the address to one that the run knows as a service, too.
 	other := netip.MustParseAddrPort("10.96.0.13:80")
 	before := ia.Reasons(t)["service"]
-	j := job{Targets: []netip.AddrPort{other}, Workers: 2, Count: 200, Pause: time.Millisecond, Patience: 5 * time.Second}
+	j := unhurried(job{Targets: []netip.AddrPort{other}, Workers: 2, Count: 200, Pause: time.Millisecond})
 	l := startLoadAt(t, testutil.Place{NS: a.App, Cgroup: a.Scope}, j,
 		rig.Binary(t), "exec", "--runtime-dir", t.TempDir(), "--service", fmt.Sprintf("%s=%s", other, vip), "--")
 	counts := map[string]int{}

@@ -27,7 +27,7 @@ type NS struct {
 // finTimeout is tcp_fin_timeout in a test's namespaces, in seconds: less than what a
 // test waits for. The kernel leaves a closed connection in FIN_WAIT2 for that long,
 // which is 60 s by default, if the answer to its FIN comes in the last microseconds of
-// close(), and the peer does not end it: one in 800 on an emulated machine.
+// close(), and the peer does not end it: one in a thousand on an emulated machine.
 const finTimeout = "5"
 
 // NewNS makes an anonymous network namespace. It ends with the test.

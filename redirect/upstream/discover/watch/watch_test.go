@@ -423,7 +423,11 @@ func TestNoise(t *testing.T) {
 	for i := range 50 {
 		write(t, fmt.Sprintf("%s/other%d", dir, i), "x")
 	}
-	write(t, path, "b")
+	// At once: between being emptied and written it could be read.
+	write(t, path+".new", "b")
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
 	// The first call is about b: the others' files are none.
 	if got := <-s.calls; got != "b" {
 		t.Errorf("called with %q", got)
