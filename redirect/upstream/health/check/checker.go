@@ -293,7 +293,7 @@ func (c *Checker) settle(run context.Context, e *entry, err error) (Change, bool
 	e.cancel()
 	e.cancel = nil
 	c.nudge()
-	if e.removed || run.Err() != nil {
+	if e.removed {
 		return Change{}, false // it was cancelled, which is no result
 	}
 	now := time.Now()
@@ -301,7 +301,11 @@ func (c *Checker) settle(run context.Context, e *entry, err error) (Change, bool
 	if due.Before(now) {
 		due = now
 	}
+	// Also when Run ends: Set may take it out after that.
 	e.lane.push(e, due)
+	if run.Err() != nil {
+		return Change{}, false
+	}
 	return e.judge(now, err)
 }
 
