@@ -12,9 +12,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TCP states in which the peer's FIN has come in (include/net/tcp_states.h).
+// States of TCP (include/net/tcp_states.h): since the SYN, with the own FIN
+// acknowledged, and those in which the peer's has come in.
 const (
 	tcpSynSent   = 2
+	tcpFinWait2  = 5
 	tcpCloseWait = 8
 	tcpLastAck   = 9
 	tcpClosing   = 11
@@ -99,6 +101,8 @@ func openRecord(s *socket, v *bpf.Decision, now int64, wall time.Time) flow.Reco
 		r.Sent -= min(r.Sent, 1)
 	}
 	switch s.state {
+	case tcpFinWait2:
+		r.Sent -= min(r.Sent, 1)
 	case tcpCloseWait, tcpLastAck, tcpClosing:
 		r.Received -= min(r.Received, 1)
 	}

@@ -131,6 +131,26 @@ func TestConnectionsPass(t *testing.T) {
 		}
 		c.Close()
 		peer.Close()
+
+		// Nor is the application's own, once it is acknowledged.
+		half, err := p.open(t, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer half.Close()
+		peer = <-conns
+		exchange(t, half, peer, 1000, 300)
+		half.(*net.TCPConn).CloseWrite()
+		fd := fdOf(t, half)
+		testutil.Eventually(t, patience, func() bool {
+			info, err := unix.GetsockoptTCPInfo(fd, unix.SOL_TCP, unix.TCP_INFO)
+			return err == nil && info.State == tcpFinWait2
+		}, "its FIN is acknowledged")
+		if all := connections(t, d); len(all) != 1 || all[0].Sent != 1000 || all[0].Received != 300 {
+			t.Errorf("of one that is half closed: %+v", all)
+		}
+		half.Close()
+		peer.Close()
 	}
 }
 
