@@ -387,6 +387,17 @@ func (w *worker) attemptFailed(c *conn, why flow.Reason) bool {
 	return false
 }
 
+// answerOf names why a dial failed that had begun. What connect(2) gives at once for
+// this machine's sake (EACCES: a firewall, a route) comes here from an ICMP error.
+func answerOf(e syscall.Errno) flow.Reason {
+	switch e {
+	case unix.EACCES, unix.EPROTO, unix.ENOPROTOOPT, unix.EOPNOTSUPP, unix.ENONET: // icmp(7): net/ipv4/icmp.c, net/ipv6/icmp.c
+		return flow.ReasonDialUnreachable
+	default:
+		return reasonOf(e)
+	}
+}
+
 // reasonOf names why a dial failed.
 func reasonOf(e syscall.Errno) flow.Reason {
 	switch e {

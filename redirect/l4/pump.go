@@ -77,7 +77,7 @@ func (w *worker) answered(c *conn, events uint32) bool {
 			return false
 		default:
 			c.errno = uint16(e)
-			w.dialFailed(c, reasonOf(e))
+			w.dialFailed(c, answerOf(e))
 			return false
 		}
 	}

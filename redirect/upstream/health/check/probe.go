@@ -48,11 +48,29 @@ func (c *Checker) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error)
 	if err == nil {
 		return conn, nil
 	}
-	err, whose := fmt.Errorf("connect: %w", shorten(err)), isEndpoints(err)
-	if !whose {
+	whose := isEndpoints(err) || isICMP(err) && c.leaves(to)
+	if err = fmt.Errorf("connect: %w", shorten(err)); !whose {
 		err = own(err)
 	}
 	return nil, err
+}
+
+// leaves tells whether a SYN leaves for there: package net does not tell whether
+// connect(2) refused at once, or what became of the connection did.
+func (c *Checker) leaves(to netip.AddrPort) bool {
+	family, sa := unix.AF_INET6, unix.Sockaddr(&unix.SockaddrInet6{Port: int(to.Port()), Addr: to.Addr().As16()})
+	if to.Addr().Is4() {
+		family, sa = unix.AF_INET, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}
+	}
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	if c.o.Exempt != nil && c.o.Exempt(fd) != nil {
+		return false
+	}
+	return errors.Is(unix.Connect(fd, sa), unix.EINPROGRESS)
 }
 
 // exempt runs on every socket before it connects.
@@ -104,6 +122,16 @@ func isEndpoints(err error) bool {
 	default:
 		return false
 	}
+}
+
+// isICMP is true for what a machine itself forbids, too: see leaves.
+func isICMP(err error) bool {
+	for _, e := range []syscall.Errno{unix.EACCES, unix.EPROTO, unix.ENOPROTOOPT, unix.EOPNOTSUPP, unix.ENONET} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // ownError is a failure of this side, which says nothing about the endpoint.
