@@ -284,12 +284,18 @@ func (c *control) arrange(services []service, snapshot *upstream.Snapshot) {
 		addr    netip.AddrPort
 	}
 	had := make(map[at]*flow.Set)
-	for _, s := range c.list() {
-		had[at{s.cluster, s.Addr}] = s.set
+	adopts := !c.inCharge && c.i.datapath != nil
+	if !adopts { // there, what is down was not known
+		for _, s := range c.list() {
+			had[at{s.cluster, s.Addr}] = s.set
+		}
 	}
 	for i := range services {
 		s := &services[i]
 		s.cluster = snapshot.Cluster(s.Name)
+		if adopts {
+			c.takeDown(s)
+		}
 		if s.path == flow.PathPass || !s.known || s.kept {
 			continue
 		}

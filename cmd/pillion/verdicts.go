@@ -57,8 +57,8 @@ func (c *control) setDown(change check.Change) {
 		return // it, or its check, is gone meanwhile
 	}
 	for _, e := range s.cluster.Endpoints {
-		// Of a set that is kept, the kernel side has what an earlier process found.
-		if e.Addr != change.Addr || e.Down() == down && !s.kept {
+		// An earlier process may have told the kernel side otherwise.
+		if e.Addr != change.Addr || e.Down() == down && !s.kept && c.inCharge {
 			continue
 		}
 		e.SetDown(down)
@@ -66,6 +66,27 @@ func (c *control) setDown(change check.Change) {
 		c.i.log.Debug("health check", "service", s.Name, "endpoint", e.Addr, "state", change.State, "error", change.Err)
 		if s.set != nil || s.kept {
 			c.writeDown(s, e.Addr, down)
+		}
+	}
+}
+
+// takeDown has a cluster begin with what an earlier process's checks found, as the kernel
+// side has it: who is down is not picked until the first check of this one.
+func (c *control) takeDown(s *service) {
+	if s.Check == nil {
+		return
+	}
+	states, err := c.i.datapath.EndpointStates(s.Addr)
+	if err != nil {
+		return // there was no such service
+	}
+	down := make(map[netip.AddrPort]bool)
+	for _, e := range states {
+		down[e.Addr] = e.Down
+	}
+	for _, e := range s.cluster.Endpoints {
+		if is, known := down[e.Addr]; known {
+			e.SetDown(is)
 		}
 	}
 }

@@ -227,3 +227,24 @@ func TestHealthKept(t *testing.T) {
 		s.goes(t, 2, 1, 2)
 	})
 }
+
+// TestHealthAdopted: what checks have found outlives the process that did, in the hook
+// and in the handler.
+func TestHealthAdopted(t *testing.T) {
+	t.Parallel()
+	onPaths(t, func(t *testing.T, path string) {
+		r := rig.New(t)
+		p := checks["command"](t, r)
+		p.set(t, 2, false)
+		config := "services:\n" + service(1, "path: "+path+", policy: random, health_check: "+p.check, 1, 2)
+		s := newStage(t, r, config)
+		s.has(t, "s1", "1", "2 down")
+		s.Kill(t)
+		// Nobody looks again.
+		put(t, s.file, strings.ReplaceAll(config, "interval: 100ms", "interval: 1000h"))
+		s.Launch(t)
+		s.goes(t, 1, 1)
+		s.has(t, "s1", "1", "2 down")
+		s.goes(t, 1, 1)
+	})
+}
