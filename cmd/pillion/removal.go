@@ -8,6 +8,7 @@ import (
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/redirect/upstream"
+	"github.com/pillion-project/pillion/redirect/upstream/discover"
 )
 
 // removals has connections to endpoints that are gone ended, at once or after a time.
@@ -222,11 +223,23 @@ func (p *present) in(s *service, endpoint netip.AddrPort) bool {
 	return p.sets[s][endpoint]
 }
 
-// left are the services in force, with the endpoints that an earlier process left.
+// left are the services in force, with the endpoints that an earlier process left, and
+// those that it had removed and that still have connections: it may not have come to
+// end them.
 func (c *control) left() []service {
 	var all []service
 	for _, s := range c.list() {
-		if kept, ok := c.kept(s.Addr); ok && len(kept) > 0 {
+		kept, ok := c.kept(s.Addr)
+		if !ok {
+			continue
+		}
+		states, _ := c.i.datapath.EndpointStates(s.Addr) // there is such a service
+		for _, e := range states {
+			if !e.InSet && e.Live > 0 {
+				kept = append(kept, discover.Endpoint{Addr: e.Addr})
+			}
+		}
+		if len(kept) > 0 {
 			s.endpoints = kept
 			all = append(all, s)
 		}

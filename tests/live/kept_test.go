@@ -185,3 +185,29 @@ func TestRemovedMeanwhile(t *testing.T) {
 		})
 	}
 }
+
+// TestRemovedBefore: connections to an endpoint that was removed, and whose time was not
+// up when the process was killed, have their time from the next one's start.
+func TestRemovedBefore(t *testing.T) {
+	t.Parallel()
+	r := rig.New(t)
+	serve(t, r, 1, 2)
+	const until = "path: direct, on_remove: close, remove_after: 3s"
+	of := func(n int) string { return "services:\n" + service(1, until, n) + service(2, "path: direct", n) }
+	s := newStage(t, r, of(1))
+	for n := 1; n < 3; n++ {
+		if got := s.Open(t, fmt.Sprint(n), vip(n)); got != far(1).String() {
+			t.Fatal(got)
+		}
+	}
+	s.reload(t, of(2))
+	s.Kill(t)
+	s.Launch(t)
+	if got := s.EndOf(t, "1"); got != resets["direct"] {
+		t.Errorf("the connection ended by %s, want %s", got, resets["direct"])
+	}
+	if got := s.Talk(t, "2"); got != "" {
+		t.Errorf("one that is kept ended: %s", got)
+	}
+	s.goes(t, 1, 2)
+}
