@@ -73,10 +73,17 @@ func (d *Datapath) SetRules(r Rules) error {
 		return err
 	}
 	// First what there may be no room for: what fails then is all that has changed.
-	if err := replace(d.maps.Deny, ruleKeys(r.Deny), nil); err != nil {
+	// The old ones stay until all else is in force: a destination may go from one
+	// list to the other, or become a service.
+	deny, err := extend(d.maps.Deny, ruleKeys(r.Deny), nil)
+	if err != nil {
 		return err
 	}
-	if err := replace(d.maps.Exclude, ruleKeys(r.Exclude), nil); err != nil {
+	exclude, err := extend(d.maps.Exclude, ruleKeys(r.Exclude), nil)
+	if err != nil {
+		return err
+	}
+	if err := d.lookAtRules(r); err != nil {
 		return err
 	}
 	d.sets.mu.Lock()
@@ -93,6 +100,9 @@ func (d *Datapath) SetRules(r Rules) error {
 		return err
 	}
 	if err := d.applySettings(r); err != nil {
+		return err
+	}
+	if err := errors.Join(remove(d.maps.Deny, deny), remove(d.maps.Exclude, exclude)); err != nil {
 		return err
 	}
 	d.setRelays(r.relay())
@@ -180,6 +190,17 @@ func (d *Datapath) replaceServices(services map[bpf.EndpointKey]bpf.Service) err
 	defer d.servicesMu.Unlock()
 	// That a service has no endpoint for a while is not the rules' to say.
 	return replace(d.maps.Services, services, func(old bpf.Service, v *bpf.Service) { v.Unavailable = old.Unavailable })
+}
+
+// lookAtRules has hooks look at lists of rules that were empty before.
+func (d *Datapath) lookAtRules(r Rules) error {
+	before := d.settings
+	d.settings.DenyRules = max(before.DenyRules, uint32(len(r.Deny)))
+	d.settings.ExcludeRules = max(before.ExcludeRules, uint32(len(r.Exclude)))
+	if d.settings == before {
+		return nil
+	}
+	return d.putSettings()
 }
 
 func (d *Datapath) applySettings(r Rules) error {
@@ -278,6 +299,15 @@ func ruleKeys(rules []Rule) map[bpf.RuleKey]uint32 {
 // replace makes a map hold what want has, and nothing else. keep, unless it is nil, has
 // a value take over what it has of the old one.
 func replace[K comparable, V comparable](m *ebpf.Map, want map[K]V, keep func(old V, v *V)) error {
+	rest, err := extend(m, want, keep)
+	if err != nil {
+		return err
+	}
+	return remove(m, rest)
+}
+
+// extend is replace without the end: it returns what else the map holds.
+func extend[K comparable, V comparable](m *ebpf.Map, want map[K]V, keep func(old V, v *V)) (rest []K, err error) {
 	have := map[K]V{}
 	var k K
 	var v V
@@ -297,12 +327,18 @@ func replace[K comparable, V comparable](m *ebpf.Map, want map[K]V, keep func(ol
 		keys, values = append(keys, k), append(values, v)
 	}
 	if err := putAll(m, keys, values); err != nil {
-		return err
+		return nil, err
 	}
 	for k := range have {
-		if _, ok := want[k]; ok {
-			continue
+		if _, ok := want[k]; !ok {
+			rest = append(rest, k)
 		}
+	}
+	return rest, nil
+}
+
+func remove[K any](m *ebpf.Map, keys []K) error {
+	for _, k := range keys {
 		if err := m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("delete from map %s: %w", m, err)
 		}

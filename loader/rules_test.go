@@ -12,6 +12,7 @@ import (
 
 	"github.com/pillion-project/pillion/bpf"
 	"github.com/pillion-project/pillion/redirect/flow"
+	"github.com/pillion-project/pillion/tests/testutil"
 )
 
 // TestUnavailable writes while what takes long is under way: a worker waits for
@@ -173,6 +174,61 @@ func TestAllRulesReplaced(t *testing.T) {
 	}
 	if err := replace(small, ruleKeys(list(60, 100)), nil); !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "100") {
 		t.Errorf("too many: %v", err)
+	}
+}
+
+// TestRulesMove: a destination that goes from one list to the other, or becomes a
+// service, is at no time one that nothing names.
+func TestRulesMove(t *testing.T) {
+	p := newPlace(t)
+	d := p.create(t, "one")
+	defer p.unload(t, d)
+	dst := netip.MustParseAddrPort("10.96.0.1:80")
+	rule := []Rule{{Prefix: netip.MustParsePrefix("10.96.0.0/16")}}
+	endpoints := func(n int) *flow.Set {
+		return setOf(netip.AddrPortFrom(testutil.WorldV4.Addr(), uint16(8000+n)))
+	}
+	named := func(r Rules, n int) Rules {
+		r.Services = []Service{{Addr: netip.MustParseAddrPort("10.97.0.1:80"), Path: flow.PathDirect, Set: endpoints(n)}}
+		return r
+	}
+	denied, excluded, service := plain, plain, plain
+	denied.Deny, excluded.Exclude = rule, rule
+	setRules(t, d, named(denied, 0))
+	done, met := make(chan struct{}), make(chan map[flow.Reason]int)
+	go func() {
+		all := map[flow.Reason]int{}
+		for {
+			select {
+			case <-done:
+				met <- all
+				return
+			default:
+			}
+			var v Verdict
+			if err := p.App.Run(func() (err error) { v, err = d.DryRun(netip.Addr{}, dst); return err }); err != nil {
+				t.Error(err)
+			}
+			all[v.Reason]++
+		}
+	}()
+	for n := range 30 {
+		setRules(t, d, named(excluded, n))
+		service = named(service, n)
+		service.Services = append(service.Services, Service{Addr: dst, Path: flow.PathDirect, Set: endpoints(n)})
+		setRules(t, d, service)
+		setRules(t, d, named(denied, n))
+	}
+	close(done)
+	all := <-met
+	for _, want := range []flow.Reason{flow.ReasonDenied, flow.ReasonExcluded, flow.ReasonService} {
+		if all[want] == 0 {
+			t.Errorf("never %s", want)
+		}
+		delete(all, want)
+	}
+	if len(all) > 0 {
+		t.Errorf("also %v", all)
 	}
 }
 
