@@ -290,10 +290,13 @@ func usable(a *answer) error {
 	return nil
 }
 
-// target is a name that SRV records lead to.
-type target struct {
-	name string
-	host *host // nil if it has no addresses
+// outcome is what came of the targets of one priority.
+type outcome struct {
+	hosts map[string]*host // those that have addresses, by name
+	// none are those that have none, and of which no address is remembered: that is
+	// an answer, which holds as others do.
+	none   []*missing
+	failed []error // why others are left out, or old
 }
 
 // services looks up SRV records and the addresses of their targets: of those of
@@ -316,36 +319,44 @@ func (l *lookup) services(ctx context.Context, r *resolver, name string) (*found
 		return nil, fmt.Errorf("%s: no record with a target and a port", q)
 	}
 	slices.SortStableFunc(srvs, func(a, b dnsmessage.SRVResource) int { return cmp.Compare(a.Priority, b.Priority) })
-	var failed []error
+	var none, failed []error
 	for len(srvs) > 0 {
 		n := slices.IndexFunc(srvs, func(s dnsmessage.SRVResource) bool { return s.Priority != srvs[0].Priority })
 		if n < 0 {
 			n = len(srvs)
 		}
-		group := srvs[:n]
+		records := srvs[:n]
 		srvs = srvs[n:]
-		hosts, errs, err := l.targets(ctx, r, group)
+		o, err := l.targets(ctx, r, records)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", q, err)
 		}
-		failed = append(failed, errs...)
-		for _, h := range hosts {
+		failed = append(failed, o.failed...)
+		for _, h := range o.hosts {
 			f.ttl = min(f.ttl, h.ttl)
 		}
-		if f.endpoints = weigh(group, hosts); len(f.endpoints) > 0 {
+		for _, m := range o.none {
+			none = append(none, m)
+			if m.ttl >= 0 {
+				f.ttl = min(f.ttl, m.ttl) // it may be there then
+			}
+		}
+		if f.endpoints = weigh(records, o.hosts); len(f.endpoints) > 0 {
 			f.failed = join(failed)
 			return f, nil
 		}
 	}
-	return nil, join(failed)
+	// Not a *missing: the records are there, and no other name is meant.
+	return nil, join(append(failed, none...))
 }
 
-// targets looks up the targets of records, several at once. Those without
-// addresses are left out, and errs says why. An error is that they have too many.
-func (l *lookup) targets(ctx context.Context, r *resolver, group []dnsmessage.SRVResource) (hosts map[string]*host, errs []error, err error) {
+// targets looks up the targets of records, several at once. An error is that they
+// have too many addresses.
+func (l *lookup) targets(ctx context.Context, r *resolver, records []dnsmessage.SRVResource) (*outcome, error) {
+	o := &outcome{hosts: make(map[string]*host)}
 	var names []string
 	seen := make(map[string]bool)
-	for _, s := range group {
+	for _, s := range records {
 		name := fold(s.Target.String())
 		if !seen[name] {
 			seen[name] = true
@@ -353,11 +364,11 @@ func (l *lookup) targets(ctx context.Context, r *resolver, group []dnsmessage.SR
 		}
 	}
 	if len(names) > maxTargets {
-		errs = append(errs, fmt.Errorf("%d targets: only %d are used", len(names), maxTargets))
+		o.failed = append(o.failed, fmt.Errorf("%d targets: only %d are used", len(names), maxTargets))
 		names = names[:maxTargets]
 	}
-	outcome := make([]target, len(names))
-	failed := make([]error, len(names))
+	hosts := make([]*host, len(names))
+	errs := make([]error, len(names))
 	free := make(chan struct{}, maxAtOnce)
 	var all sync.WaitGroup
 	var addrs atomic.Int64
@@ -367,8 +378,8 @@ func (l *lookup) targets(ctx context.Context, r *resolver, group []dnsmessage.SR
 			break
 		}
 		all.Go(func() {
-			outcome[i], failed[i] = l.target(ctx, r, name)
-			if h := outcome[i].host; h != nil {
+			hosts[i], errs[i] = l.target(ctx, r, name)
+			if h := hosts[i]; h != nil {
 				addrs.Add(int64(len(h.addrs)))
 			}
 			<-free
@@ -378,26 +389,30 @@ func (l *lookup) targets(ctx context.Context, r *resolver, group []dnsmessage.SR
 	if addrs.Load() > addrsMax {
 		// Else a server that always has others would be remembered for ever.
 		maps.DeleteFunc(l.known, func(_ question, m *memory) bool { return m.round == l.round })
-		return nil, nil, fmt.Errorf("the targets have more than %d addresses", addrsMax)
+		return nil, fmt.Errorf("the targets have more than %d addresses", addrsMax)
 	}
-	hosts = make(map[string]*host)
-	for i, t := range outcome {
-		if t.host != nil {
-			hosts[t.name] = t.host
+	for i, name := range names {
+		if hosts[i] != nil {
+			o.hosts[name] = hosts[i]
 		}
-		if failed[i] != nil {
-			errs = append(errs, failed[i])
+		m, isNone := errors.AsType[*missing](errs[i])
+		switch {
+		case errs[i] == nil:
+		case isNone && hosts[i] == nil:
+			o.none = append(o.none, m)
+		default:
+			o.failed = append(o.failed, errs[i])
 		}
 	}
-	return hosts, errs, nil
+	return o, nil
 }
 
 // target looks up one target. Where that fails, or the name is gone although the
-// record still leads there, its last addresses stand in.
-func (l *lookup) target(ctx context.Context, r *resolver, name string) (target, error) {
+// record still leads there, its last addresses stand in; it is nil if there are none.
+func (l *lookup) target(ctx context.Context, r *resolver, name string) (*host, error) {
 	h, err := l.host(ctx, r, name)
 	if err == nil {
-		return target{name, h}, h.failed
+		return h, h.failed
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -406,9 +421,9 @@ func (l *lookup) target(ctx context.Context, r *resolver, name string) (target, 
 		h.addrs = append(h.addrs, l.recall(question{name, k})...)
 	}
 	if len(h.addrs) == 0 {
-		return target{name: name}, err
+		return nil, err
 	}
-	return target{name, h}, err
+	return h, err
 }
 
 // maxScale is how much weights are multiplied by at most to be divided: it is a
