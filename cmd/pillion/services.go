@@ -122,20 +122,13 @@ func (c *control) serviceOf(said *said, v *config.Service) service {
 	if v.Discover != nil {
 		// No source: it was found since these were set, and the next update has it.
 		one, state := c.sources.of(v.Name)
-		s.endpoints, s.known = state.Endpoints, one != nil && state.Generation > 0
-		if s.known {
+		if one != nil && state.Generation > 0 {
+			s.endpoints, s.known = c.filled(said, &s, was, one, &state), true
 			return s
 		}
-		if last, ok := c.i.taking.told(&s.Service); ok {
-			s.endpoints, s.known = last, true
-			return s
-		}
-		if kept, ok := c.kept(s.Addr); ok && !c.i.taking.moved(said, &s) {
-			s.endpoints, s.known, s.kept = kept, true, true
-			return s
-		}
+		s.endpoints, s.known, s.kept = c.inherited(said, &s)
 		// A source that is new has not told yet: what the service had holds.
-		if was != nil && was.known && (len(was.endpoints) > 0 || was.Discover != nil) {
+		if !s.known && was != nil && was.known && (len(was.endpoints) > 0 || was.Discover != nil) {
 			s.endpoints, s.known = was.endpoints, true
 		}
 		return s
@@ -144,6 +137,37 @@ func (c *control) serviceOf(said *said, v *config.Service) service {
 		s.endpoints = append(s.endpoints, discover.Endpoint{Addr: e.Addr, Weight: e.Weight, Zone: e.Zone})
 	}
 	return s
+}
+
+// filled returns the endpoints of a service whose source has told: with those that it
+// had, while that has never told all.
+func (c *control) filled(said *said, s, was *service, one *source, state *discover.State) []discover.Endpoint {
+	if state.Lacks == 0 {
+		one.before = nil
+		return state.Endpoints
+	}
+	if last, known, _ := c.inherited(said, s); known {
+		one.before = last
+	} else if one.before == nil {
+		// Once: later it has what this source told, which may have gone since.
+		one.before = []discover.Endpoint{}
+		if was != nil {
+			one.before = append(one.before, was.endpoints...)
+		}
+	}
+	return state.With(one.before)
+}
+
+// inherited returns what an earlier process said of a service, or what it published
+// and the kernel side goes by still, which is kept.
+func (c *control) inherited(said *said, s *service) (endpoints []discover.Endpoint, known, kept bool) {
+	if last, ok := c.i.taking.told(&s.Service); ok {
+		return last, true, false
+	}
+	if last, ok := c.kept(s.Addr); ok && !c.i.taking.moved(said, s) {
+		return last, true, true
+	}
+	return nil, false, false
 }
 
 // before returns what a service was, also under another name; nil: it was not there.

@@ -1,12 +1,15 @@
 package main
 
 import (
+	"context"
 	"net/netip"
 	"testing"
+	"testing/synctest"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/cmd/pillion/handover"
 	"github.com/pillion-project/pillion/redirect/flow"
 	"github.com/pillion-project/pillion/redirect/upstream/discover"
 )
@@ -61,5 +64,110 @@ func TestBound(t *testing.T) {
 		if (name != "room for all" && name != "shrinks and grows") != (len(refused) == 1) {
 			t.Errorf("%s: refused: %v", name, refused)
 		}
+	}
+}
+
+// prompted is a source that tells what it is sent.
+type prompted chan discover.Snapshot
+
+func (p prompted) Run(ctx context.Context, out chan<- discover.Snapshot) error {
+	for {
+		select {
+		case s := <-p:
+			out <- s
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// TestLackingSet: until a source has told all once, what it cannot tell leaves what the
+// service had, whoever said so.
+func TestLackingSet(t *testing.T) {
+	addr := netip.MustParseAddrPort("10.96.0.1:80")
+	at := func(weight uint32, last ...byte) []discover.Endpoint {
+		all := []discover.Endpoint{}
+		for _, n := range last {
+			all = append(all, discover.Endpoint{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, n}), 80), Weight: weight})
+		}
+		return all
+	}
+	given := func(endpoints []discover.Endpoint) []handover.Service {
+		s := handover.Service{Name: "shop", Addr: addr}
+		for _, e := range endpoints {
+			s.Endpoints = append(s.Endpoints, handover.Endpoint{Addr: e.Addr, Weight: e.Weight})
+		}
+		return []handover.Service{s}
+	}
+	type step struct {
+		name string
+		do   func(c *control) // first, if there is anything
+		told *discover.Snapshot
+		want []discover.Endpoint
+	}
+	lacking := func(all []discover.Endpoint) *discover.Snapshot {
+		return &discover.Snapshot{Endpoints: all, Lacks: discover.LackIPv4}
+	}
+	whole := func(all []discover.Endpoint) *discover.Snapshot { return &discover.Snapshot{Endpoints: all} }
+	for name, steps := range map[string][]step{
+		"nothing was": {
+			{"a part", nil, lacking(at(1, 1)), at(1, 1)},
+			{"another part", nil, lacking(at(1, 2)), at(1, 2)},
+		},
+		"an earlier source": {
+			{"it has not told", func(c *control) {
+				s := sized("shop", 0)
+				s.Addr, s.endpoints = addr, at(1, 1, 2)
+				c.services = listingOf([]service{s})
+			}, nil, at(1, 1, 2)},
+			{"a part", nil, lacking(at(5, 1, 3)), append(append(at(5, 1), at(1, 2)...), at(5, 3)...)},
+			{"what it told is gone", nil, lacking(at(5, 1)), append(at(5, 1), at(1, 2)...)},
+			{"all", nil, whole(at(5, 1)), at(5, 1)},
+		},
+		"nobody": {
+			{"it has not told", func(c *control) {
+				s := sized("shop", 0)
+				s.Addr, s.endpoints = addr, at(1, 1, 2)
+				c.services = listingOf([]service{s})
+			}, nil, at(1, 1, 2)},
+			{"explicitly", nil, whole(at(1)), at(1)},
+		},
+		"a take-over": {
+			{"what was said", func(c *control) { c.i.taking = &taking{}; c.i.taking.tells(given(at(1, 1, 2))) }, nil, at(1, 1, 2)},
+			{"a part", nil, lacking(at(1, 1)), at(1, 1, 2)},
+			{"what was said last", func(c *control) { c.i.taking.tells(given(at(1, 2, 3))) }, nil, at(1, 1, 2, 3)},
+			{"it is settled", func(c *control) { c.i.taking.tells(nil) }, nil, at(1, 1, 2, 3)},
+			{"another part", nil, lacking(at(1, 4)), at(1, 2, 3, 4)},
+		},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			conf := config.Default()
+			conf.Services = []config.Service{config.NewService("shop", addr)}
+			conf.Services[0].Discover = &config.Discover{DNS: &config.DNS{}}
+			c := newControl(&instance{plan: plan{config: &conf}})
+			from := make(prompted)
+			keeper := discover.NewKeeper(from, nil)
+			c.sources.byName["shop"] = &source{keeper: keeper}
+			ctx, stop := context.WithCancel(t.Context())
+			ended := make(chan error)
+			go func() { ended <- keeper.Run(ctx) }()
+			for _, s := range steps {
+				if s.do != nil {
+					s.do(c)
+				}
+				if s.told != nil {
+					from <- *s.told
+					synctest.Wait()
+				}
+				services := c.gather(&conf)
+				c.services = listingOf(services)
+				equal := cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })
+				if diff := cmp.Diff(s.want, services[0].endpoints, equal); diff != "" || !services[0].known {
+					t.Errorf("%s, %s: known: %v (-want +got)\n%s", name, s.name, services[0].known, diff)
+				}
+			}
+			stop()
+			<-ended
+		})
 	}
 }

@@ -41,6 +41,8 @@ type source struct {
 	keeper     *discover.Keeper
 	made       time.Time
 	stop       context.CancelFunc // nil: not started yet
+	// before is what its service had, once it has told a set that lacks some; control's own.
+	before []discover.Endpoint
 }
 
 // askAtOnce is how many names are looked up at once: each takes a socket or two.

@@ -4,6 +4,7 @@ package discover
 
 import (
 	"context"
+	"net/netip"
 
 	"github.com/pillion-project/pillion/redirect/flow"
 )
@@ -16,9 +17,29 @@ type Snapshot struct {
 	// Endpoints are all that there are. None without an Err is an answer too:
 	// the source says that there is nobody. They are the receiver's.
 	Endpoints []Endpoint
+	// Lacks says of which families Endpoints may not be all: a part of the whole could
+	// not be found, and the source, which has not told all yet, remembers none of it.
+	Lacks Lack
 	// Err is why the source could not tell. The last good set then stays, and is
 	// stale.
 	Err error
+}
+
+// Lack is families of which a set may lack addresses.
+type Lack uint8
+
+// The families.
+const (
+	LackIPv4 Lack = 1 << iota
+	LackIPv6
+)
+
+// Of tells whether a set may lack an address.
+func (l Lack) Of(a netip.Addr) bool {
+	if a.Unmap().Is4() {
+		return l&LackIPv4 != 0
+	}
+	return l&LackIPv6 != 0
 }
 
 // Source tells the endpoints of one service for as long as it runs. A bad or

@@ -28,6 +28,8 @@ type State struct {
 	// that there was none yet: Endpoints is then empty because nothing is known,
 	// and later because the source says so.
 	Generation uint64
+	// Lacks is as in [Snapshot]; see [State.With].
+	Lacks Lack
 	// Changed is when Endpoints last changed.
 	Changed time.Time
 	// Since is when the source last stood by Endpoints: now for as long as there
@@ -39,6 +41,21 @@ type State struct {
 	// Failures counts the errors that the source told, Restarts how often it had
 	// to be run again.
 	Failures, Restarts uint64
+}
+
+// With returns Endpoints and those of before, which was in force when there were
+// none, that are not in it only because nobody knows. What Endpoints say of an
+// address counts. It is sorted, and the caller's.
+func (s *State) With(before []Endpoint) []Endpoint {
+	all := slices.Clone(s.Endpoints)
+	for _, e := range before {
+		_, told := slices.BinarySearchFunc(s.Endpoints, e.Addr, func(e Endpoint, a netip.AddrPort) int { return e.Addr.Compare(a) })
+		if !told && s.Lacks.Of(e.Addr.Addr()) && len(all) < MaxEndpoints {
+			all = append(all, e)
+		}
+	}
+	Sort(all)
+	return all
 }
 
 // Keeper runs one source and keeps its last good set, whatever comes after it.
@@ -135,6 +152,9 @@ func (k *Keeper) take(s Snapshot) {
 	k.mu.Lock()
 	st := &k.state
 	tell := (s.Err == nil) != (st.Err == nil)
+	if s.Err == nil && s.Lacks != st.Lacks {
+		st.Lacks, tell = s.Lacks, true
+	}
 	now := time.Now()
 	switch {
 	case s.Err != nil:

@@ -152,6 +152,54 @@ func TestKeeperKeepsTheLastGoodSet(t *testing.T) {
 	})
 }
 
+// TestKeeperLacks: that a set lacks nothing any more is told, also if it is the same one,
+// and an error leaves what it lacks.
+func TestKeeperLacks(t *testing.T) {
+	one, broken := set("192.0.2.1:80"), errors.New("broken")
+	s := &scripted{runs: []func(context.Context, chan<- Snapshot) error{sends(
+		Snapshot{Endpoints: one, Lacks: LackIPv4}, Snapshot{Err: broken}, Snapshot{Endpoints: one}, Snapshot{Endpoints: one},
+	)}}
+	keep(t, s, func(_ *Keeper, told func() []State) {
+		after(4 * time.Second)
+		var lacks []Lack
+		for _, s := range told() {
+			lacks = append(lacks, s.Lacks)
+			if s.Generation != 1 {
+				t.Errorf("generation %d of the same set", s.Generation)
+			}
+		}
+		if diff := cmp.Diff([]Lack{LackIPv4, LackIPv4, 0}, lacks); diff != "" {
+			t.Errorf("told (-want +got)\n%s", diff)
+		}
+	})
+}
+
+func TestStateWith(t *testing.T) {
+	told := []Endpoint{{Addr: set("192.0.2.1:80")[0].Addr, Weight: 5, Zone: "a"}}
+	before := set("192.0.2.1:80", "192.0.2.2:80", "[2001:db8::1]:80")
+	many := make([]Endpoint, flow.SetEndpoints)
+	for i := range many {
+		many[i] = Endpoint{Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 80), Weight: 1}
+	}
+	for name, tt := range map[string]struct {
+		lacks  Lack
+		before []Endpoint
+		want   []Endpoint
+	}{
+		"nothing":          {0, before, told},
+		"one family":       {LackIPv4, before, []Endpoint{told[0], before[1]}},
+		"the other":        {LackIPv6, before, []Endpoint{told[0], before[2]}},
+		"both":             {LackIPv4 | LackIPv6, before, []Endpoint{told[0], before[1], before[2]}},
+		"nothing was":      {LackIPv4, nil, told},
+		"more than it may": {LackIPv4, many, append(slices.Clone(many[:flow.SetEndpoints-1]), told[0])},
+	} {
+		s := State{Endpoints: told, Lacks: tt.lacks}
+		if diff := cmp.Diff(tt.want, s.With(tt.before), equal); diff != "" {
+			t.Errorf("%s: (-want +got)\n%s", name, diff)
+		}
+	}
+}
+
 func TestKeeperFirstError(t *testing.T) {
 	s := &scripted{runs: []func(context.Context, chan<- Snapshot) error{sends(Snapshot{Err: errors.New("broken")}, Snapshot{})}}
 	keep(t, s, func(k *Keeper, told func() []State) {

@@ -50,16 +50,28 @@ func TestTeller(t *testing.T) {
 			t.Set(ctx, set(one))
 		}, []Snapshot{{Err: broken}, {Endpoints: set(one)}, {Err: broken}, {Err: broken}, {Endpoints: set(one)}}},
 		{"a part", func(ctx context.Context, t *Teller) {
-			t.Part(ctx, set(one), broken)
-			t.Part(ctx, set(one), broken)
-			t.Part(ctx, set(two), broken)
+			t.Part(ctx, set(one), 0, broken)
+			t.Part(ctx, set(one), 0, broken)
+			t.Part(ctx, set(two), 0, broken)
 			t.Set(ctx, set(two))
 		}, []Snapshot{
 			{Endpoints: set(one)}, {Err: broken}, {Err: broken},
 			{Endpoints: set(two)}, {Err: broken}, {Endpoints: set(two)},
 		}},
+		{"what a set lacks, until it lacks nothing", func(ctx context.Context, t *Teller) {
+			t.Part(ctx, set(one), LackIPv4|LackIPv6, broken)
+			t.Part(ctx, set(one), LackIPv4|LackIPv6, broken)
+			t.Part(ctx, set(one), LackIPv6, broken)
+			t.Set(ctx, set(one))
+			t.Part(ctx, set(one), LackIPv4, broken)
+			t.Part(ctx, set(two), LackIPv4, broken)
+		}, []Snapshot{
+			{Endpoints: set(one), Lacks: LackIPv4 | LackIPv6}, {Err: broken}, {Err: broken},
+			{Endpoints: set(one), Lacks: LackIPv6}, {Err: broken}, {Endpoints: set(one)},
+			{Err: broken}, {Endpoints: set(two)}, {Err: broken},
+		}},
 		{"a part of nothing", func(ctx context.Context, t *Teller) {
-			t.Part(ctx, nil, broken)
+			t.Part(ctx, nil, 0, broken)
 		}, []Snapshot{{}, {Err: broken}}},
 	} {
 		out := make(chan Snapshot, 10)

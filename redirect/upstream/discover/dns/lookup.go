@@ -51,8 +51,9 @@ type lookup struct {
 	search []string
 
 	mu sync.Mutex // guards what follows, while targets are asked for
-	// known is the last addresses of each question that had any. They stand in
-	// where a server fails for a part of the whole.
+	// known is what each question of a name with addresses was last answered with,
+	// also that there are none. It stands in where a server fails for a part of the
+	// whole.
 	known map[question]*memory
 	round uint64
 }
@@ -68,8 +69,10 @@ type found struct {
 	endpoints []discover.Endpoint
 	// ttl is how long it holds.
 	ttl time.Duration
-	// failed is why a part of it is not from this round, or nil.
+	// failed is why a part of it is not from this round, or nil, and lacks what of
+	// it is not known from an earlier one either.
 	failed error
+	lacks  discover.Lack
 }
 
 func newLookup(o Options, ask func(context.Context, *resolver, question) (*answer, error)) *lookup {
@@ -137,7 +140,7 @@ func (l *lookup) name(ctx context.Context, r *resolver, name string) (*found, er
 	if err != nil {
 		return nil, err
 	}
-	f := &found{ttl: h.ttl, failed: h.failed}
+	f := &found{ttl: h.ttl, failed: h.failed, lacks: h.lacks}
 	for _, a := range h.addrs {
 		f.endpoints = append(f.endpoints, discover.Endpoint{
 			Addr: netip.AddrPortFrom(a, l.options.Port), Weight: 1,
@@ -150,7 +153,8 @@ func (l *lookup) name(ctx context.Context, r *resolver, name string) (*found, er
 type host struct {
 	addrs  []netip.Addr // sorted
 	ttl    time.Duration
-	failed error // why some of addrs are old
+	failed error // why some of addrs are old, or missing
+	lacks  discover.Lack
 }
 
 // kinds returns the records that are asked for.
@@ -212,9 +216,9 @@ func (l *lookup) host(ctx context.Context, r *resolver, name string) (*host, err
 			l.known[p.question] = &memory{p.answer.addrs, l.round}
 			h.addrs = append(h.addrs, p.answer.addrs...)
 		case isNone:
-			delete(l.known, p.question)
+			l.known[p.question] = &memory{nil, l.round}
 		default:
-			h.addrs = append(h.addrs, l.recall(p.question)...)
+			l.recall(h, p.question)
 		}
 	}
 	if none != nil && none.ttl >= 0 {
@@ -227,14 +231,18 @@ func (l *lookup) host(ctx context.Context, r *resolver, name string) (*host, err
 	return h, nil
 }
 
-// recall returns the last addresses of a question. The caller holds mu.
-func (l *lookup) recall(q question) []netip.Addr {
+// recall has what a question was last answered with stand in. The caller holds mu.
+func (l *lookup) recall(h *host, q question) {
 	m := l.known[q]
-	if m == nil {
-		return nil
+	switch {
+	case m != nil:
+		m.round = l.round
+		h.addrs = append(h.addrs, m.addrs...)
+	case q.kind == dnsmessage.TypeA:
+		h.lacks |= discover.LackIPv4
+	default:
+		h.lacks |= discover.LackIPv6
 	}
-	m.round = l.round
-	return m.addrs
 }
 
 // askAll asks for every family. When one has addresses, the other must not take
@@ -297,6 +305,7 @@ type outcome struct {
 	// an answer, which holds as others do.
 	none   []*missing
 	failed []error // why others are left out, or old
+	lacks  discover.Lack
 }
 
 // services looks up SRV records and the addresses of their targets: of those of
@@ -332,6 +341,7 @@ func (l *lookup) services(ctx context.Context, r *resolver, name string) (*found
 			return nil, fmt.Errorf("%s: %w", q, err)
 		}
 		failed = append(failed, o.failed...)
+		f.lacks |= o.lacks
 		for _, h := range o.hosts {
 			f.ttl = min(f.ttl, h.ttl)
 		}
@@ -379,9 +389,7 @@ func (l *lookup) targets(ctx context.Context, r *resolver, records []dnsmessage.
 		}
 		all.Go(func() {
 			hosts[i], errs[i] = l.target(ctx, r, name)
-			if h := hosts[i]; h != nil {
-				addrs.Add(int64(len(h.addrs)))
-			}
+			addrs.Add(int64(len(hosts[i].addrs)))
 			<-free
 		})
 	}
@@ -392,23 +400,25 @@ func (l *lookup) targets(ctx context.Context, r *resolver, records []dnsmessage.
 		return nil, fmt.Errorf("the targets have more than %d addresses", addrsMax)
 	}
 	for i, name := range names {
-		if hosts[i] != nil {
-			o.hosts[name] = hosts[i]
+		h := hosts[i]
+		if len(h.addrs) > 0 {
+			o.hosts[name] = h
 		}
 		m, isNone := errors.AsType[*missing](errs[i])
 		switch {
 		case errs[i] == nil:
-		case isNone && hosts[i] == nil:
+		case isNone && len(h.addrs) == 0:
 			o.none = append(o.none, m)
 		default:
 			o.failed = append(o.failed, errs[i])
+			o.lacks |= h.lacks
 		}
 	}
 	return o, nil
 }
 
 // target looks up one target. Where that fails, or the name is gone although the
-// record still leads there, its last addresses stand in; it is nil if there are none.
+// record still leads there, its last addresses stand in, if there are any.
 func (l *lookup) target(ctx context.Context, r *resolver, name string) (*host, error) {
 	h, err := l.host(ctx, r, name)
 	if err == nil {
@@ -418,10 +428,7 @@ func (l *lookup) target(ctx context.Context, r *resolver, name string) (*host, e
 	defer l.mu.Unlock()
 	h = &host{ttl: l.options.MinTTL}
 	for _, k := range l.kinds(r) {
-		h.addrs = append(h.addrs, l.recall(question{name, k})...)
-	}
-	if len(h.addrs) == 0 {
-		return nil, err
+		l.recall(h, question{name, k})
 	}
 	return h, err
 }

@@ -71,7 +71,7 @@ func (s *Source) tell(ctx context.Context, t *discover.Teller) time.Duration {
 		return s.backOff()
 	}
 	if f.failed != nil {
-		t.Part(ctx, f.endpoints, fmt.Errorf("look up %s: %w", s.options.Name, f.failed))
+		t.Part(ctx, f.endpoints, f.lacks, fmt.Errorf("look up %s: %w", s.options.Name, f.failed))
 		return min(s.backOff(), s.hold(f.ttl))
 	}
 	t.Set(ctx, f.endpoints)

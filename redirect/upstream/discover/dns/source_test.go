@@ -176,7 +176,14 @@ func words(s discover.Snapshot) string {
 		}
 		parts = append(parts, text)
 	}
-	return "[" + strings.Join(parts, " ") + "]"
+	text := "[" + strings.Join(parts, " ") + "]"
+	if s.Lacks&discover.LackIPv4 != 0 {
+		text += " lacks IPv4"
+	}
+	if s.Lacks&discover.LackIPv6 != 0 {
+		text += " lacks IPv6"
+	}
+	return text
 }
 
 // want compares what was told with patterns: an error by a part of its text.
@@ -306,7 +313,7 @@ func TestOneFamilyFails(t *testing.T) {
 		return z
 	}
 	resolve(t, webOptions, "", z, func(b *bench) {
-		b.want(b.after(0), "[192.0.2.1:80]", "error: AAAA of web.example: SERVFAIL")
+		b.want(b.after(0), "[192.0.2.1:80] lacks IPv6", "error: AAAA of web.example: SERVFAIL")
 		b.zone.set("AAAA web.example", addrs(10*time.Second, "2001:db8::1"))
 		b.want(b.after(time.Second), "[192.0.2.1:80 [2001:db8::1]:80]")
 		b.zone.set("AAAA web.example", fails("SERVFAIL"))
@@ -333,7 +340,7 @@ func TestOneFamilyIsSilent(t *testing.T) {
 	}
 	resolve(t, webOptions, "", z, func(b *bench) {
 		b.want(b.after(patience - 1))
-		b.want(b.after(1), "[192.0.2.1:80]", "error: no answer 2s after that for the other family")
+		b.want(b.after(1), "[192.0.2.1:80] lacks IPv6", "error: no answer 2s after that for the other family")
 	})
 }
 

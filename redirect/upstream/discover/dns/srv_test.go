@@ -76,6 +76,33 @@ func TestSRVTargetMissing(t *testing.T) {
 	})
 }
 
+// TestSRVLacks: what the first answers cannot tell is said to be lacking, and once all has
+// been told, or was remembered, nothing is any more.
+func TestSRVLacks(t *testing.T) {
+	z := func() *zone {
+		z := newZone()
+		z.set(srvKey, srvs(time.Minute, srv(1, 1, 80, "a.example."), srv(1, 1, 80, "b.example.")))
+		z.set("A a.example", addrs(10*time.Second, "192.0.2.1"))
+		z.set("A b.example", fails("SERVFAIL"))
+		z.set("AAAA b.example", fails("SERVFAIL"))
+		return z
+	}
+	resolve(t, srvOptions, "", z, func(b *bench) {
+		b.want(b.after(0), "[192.0.2.1:80] lacks IPv4 lacks IPv6", "error: SERVFAIL")
+		b.zone.set("A b.example", addrs(10*time.Second, "192.0.2.2"))
+		b.want(b.after(time.Second), "[192.0.2.1:80 192.0.2.2:80] lacks IPv6", "error: AAAA of b.example: SERVFAIL")
+		// a.example is remembered, also that it has no other addresses.
+		b.zone.set("A a.example", fails("SERVFAIL"))
+		b.zone.set("AAAA a.example", fails("SERVFAIL"))
+		b.zone.set("AAAA b.example", none(10*time.Second))
+		b.want(b.after(2*time.Second), "[192.0.2.1:80 192.0.2.2:80]", "error: of a.example: SERVFAIL")
+		// A target that comes later takes nobody's place.
+		b.zone.set(srvKey, srvs(time.Minute, srv(1, 1, 80, "b.example."), srv(1, 1, 80, "c.example.")))
+		b.zone.set("A c.example", fails("SERVFAIL"))
+		b.want(b.after(4*time.Second), "[192.0.2.2:80]", "error: A of c.example: SERVFAIL")
+	})
+}
+
 // The TTL is the least of all that was asked for.
 func TestSRVTTL(t *testing.T) {
 	z := func() *zone {
