@@ -41,6 +41,8 @@ type Checker struct {
 	probe func(ctx context.Context, t Target) error
 	wake  chan struct{}
 
+	commands commands
+
 	// reports orders reports, and is what Set waits for, so that a target that
 	// it removed is not reported afterwards. It is taken before mu.
 	reports sync.Mutex
@@ -190,8 +192,9 @@ func (c *Checker) nudge() {
 }
 
 // Run checks until ctx is done, and then returns nil. Every goroutine and every
-// process that it started has ended then, and nothing is reported any more. It
-// is called once.
+// process that it started has ended then, but for commands that the kernel does not
+// let go of and the goroutines that wait for these, and nothing is reported any more.
+// It is called once.
 func (c *Checker) Run(ctx context.Context) error {
 	var probes sync.WaitGroup
 	defer probes.Wait()

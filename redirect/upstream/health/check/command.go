@@ -23,23 +23,116 @@ const (
 	// drain is how long a command's output may stay open when its process group
 	// is gone: who left the group and holds it is not waited for.
 	drain = time.Second
+	// killLimit is how long what was killed may take to end. A busy machine needs a
+	// moment for a large process; what takes longer waits for a disk or a file server
+	// that does not answer, and may do so for ever.
+	killLimit = 3 * time.Second
+	// heldMax is how many commands may be held before none is started any more: each
+	// is a process and a thread that waits for it.
+	heldMax = 16
 
 	defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 )
 
-// askCommand runs a command in a process group of its own. When ctx is done, and
-// also when the command itself has ended, the whole group is killed.
-func askCommand(ctx context.Context, to netip.AddrPort, cluster string, command []string) error {
-	var out output
-	cmd := exec.Command(command[0], command[1:]...)
-	cmd.Env = environment(to, cluster)
-	cmd.Dir = "/" // not ours, which may be on what is to be unmounted
-	cmd.Stdout, cmd.Stderr = &out, &out
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.WaitDelay = drain
+// commands runs commands. Its zero value is ready.
+type commands struct {
+	// finish waits for a command that was started; nil is the function of that name.
+	// A test replaces it.
+	finish func(ctx context.Context, cmd *exec.Cmd, out *output) error
+
+	mu sync.Mutex
+	// held is how many commands of a target were killed, and the kernel does not let
+	// go of them: they are in a call that nothing interrupts.
+	held map[id]int
+}
+
+// ask runs the command of a target, of which to is the address that is checked. When
+// ctx is done it returns within killLimit: the goroutine that waits for a command
+// that is held outlives it, and ends when the kernel lets go of that.
+func (c *commands) ask(ctx context.Context, to netip.AddrPort, t Target) error {
+	k := id{t.Cluster, t.Addr}
+	if err := c.mayStart(k); err != nil {
+		return err
+	}
+	out := &output{}
+	cmd := newCommand(to, t, out)
 	if err := cmd.Start(); err != nil {
 		return own(fmt.Errorf("start command: %w", err))
 	}
+	ended, left := make(chan error), make(chan struct{})
+	go func() {
+		err := c.finishFunc()(ctx, cmd, out)
+		select {
+		case ended <- err:
+		case <-left:
+			c.count(k, -1)
+		}
+	}()
+	select {
+	case err := <-ended:
+		return err
+	case <-ctx.Done():
+	}
+	timer := time.NewTimer(killLimit)
+	defer timer.Stop()
+	select {
+	case err := <-ended:
+		return err
+	case <-timer.C:
+		c.count(k, 1)
+		close(left)
+		return fmt.Errorf("command: %w, and it cannot be killed", errTimeout)
+	}
+}
+
+func (c *commands) finishFunc() func(context.Context, *exec.Cmd, *output) error {
+	if c.finish != nil {
+		return c.finish
+	}
+	return finish
+}
+
+// mayStart says why no command of a target is started: its next one would be held as
+// the last one is, and so processes would pile up, one with each interval.
+func (c *commands) mayStart(k id) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.held[k] > 0:
+		return fmt.Errorf("command: %w: the last one cannot be killed", errTimeout)
+	case len(c.held) >= heldMax:
+		return own(fmt.Errorf("start command: those of %d endpoints cannot be killed", len(c.held)))
+	default:
+		return nil
+	}
+}
+
+// count counts what is held of a target.
+func (c *commands) count(k id, more int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.held == nil {
+		c.held = make(map[id]int)
+	}
+	if c.held[k] += more; c.held[k] == 0 {
+		delete(c.held, k)
+	}
+}
+
+// newCommand makes a command that is in a process group of its own.
+func newCommand(to netip.AddrPort, t Target, out *output) *exec.Cmd {
+	cmd := exec.Command(t.Spec.Command[0], t.Spec.Command[1:]...)
+	cmd.Env = environment(to, t.Cluster)
+	cmd.Dir = "/" // not ours, which may be on what is to be unmounted
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.WaitDelay = drain
+	return cmd
+}
+
+// finish waits for a command that was started, and says what came of it. When ctx is
+// done, and also when the command itself has ended, its whole group is killed.
+func finish(ctx context.Context, cmd *exec.Cmd, out *output) error {
 	g := group{pid: cmd.Process.Pid}
 	killed := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {

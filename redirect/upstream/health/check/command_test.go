@@ -5,11 +5,14 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -202,4 +205,93 @@ func TestCommandsEndWithSet(t *testing.T) {
 	if n := r.count(); n != 0 {
 		t.Errorf("%d reports", n)
 	}
+}
+
+// holding returns a checker whose commands the kernel lets go of only once free is
+// closed, and how many it has started.
+func holding(free <-chan struct{}) (c *Checker, r *reports, started *atomic.Int32) {
+	c, r = fake(nil)
+	c.probe, started = c.ask, &atomic.Int32{}
+	c.commands.finish = func(ctx context.Context, cmd *exec.Cmd, out *output) error {
+		started.Add(1)
+		defer func() { <-free }()
+		return finish(ctx, cmd, out)
+	}
+	return c, r, started
+}
+
+// TestCommandHeld: a command that cannot be killed is a time-out, and so are the checks
+// after it, which start nothing until it has ended.
+func TestCommandHeld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		free := make(chan struct{})
+		c, r, started := holding(free)
+		target := command("true")
+		set(t, c, target)
+		stop := run(t, c)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if n, got := started.Load(), r.of(target.Addr); n != 1 || len(got) != 1 || got[0] != StateDown {
+			t.Errorf("%d were started, and reports are %v", n, got)
+		}
+		if s := status(t, c, target.Addr); s.Failed < 5 || s.Err != "command: no answer in time: the last one cannot be killed" {
+			t.Errorf("%d failures, error %q", s.Failed, s.Err)
+		}
+		close(free)
+		time.Sleep(time.Minute)
+		r.want(t, target.Addr, StateDown, StateUp)
+		stop()
+	})
+}
+
+// TestCommandHeldAtTheEnd: nobody waits for ever for a command that cannot be killed.
+func TestCommandHeldAtTheEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		free := make(chan struct{})
+		c, _, started := holding(free)
+		target := command("true")
+		target.Spec.Timeout = time.Hour
+		set(t, c, target)
+		stop := run(t, c)
+		time.Sleep(time.Minute)
+		before := time.Now()
+		stop()
+		if took := time.Since(before); took != killLimit || started.Load() != 1 {
+			t.Errorf("the end took %s with %d commands, want %s with one", took, started.Load(), killLimit)
+		}
+		close(free)
+		synctest.Wait()
+		if n := len(c.commands.held); n != 0 {
+			t.Errorf("%d are held", n)
+		}
+	})
+}
+
+// TestCommandsHeld: with many commands that cannot be killed no more are started, and
+// that is nobody's failure.
+func TestCommandsHeld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		free := make(chan struct{})
+		c, r, started := holding(free)
+		c.lanes[1].most = 1 // one after the other
+		all := targets(heldMax+3, command("true").Spec)
+		set(t, c, all...)
+		stop := run(t, c)
+		time.Sleep(5 * time.Minute)
+		synctest.Wait()
+		if n := started.Load(); n != heldMax || r.count() != heldMax {
+			t.Errorf("%d were started, %d reported, want %d", n, r.count(), heldMax)
+		}
+		untold := 0
+		for _, s := range c.States() {
+			if s.State == StateUnknown && strings.HasPrefix(s.Err, "start command: ") {
+				untold++
+			}
+		}
+		if untold != 3 {
+			t.Errorf("of %d endpoints nothing is known, want 3: %+v", untold, c.States())
+		}
+		stop()
+		close(free)
+	})
 }

@@ -22,7 +22,7 @@ func (c *Checker) ask(ctx context.Context, t Target) error {
 	case KindHTTP:
 		return c.askHTTP(ctx, to, t.Spec.HTTP)
 	case KindCommand:
-		return askCommand(ctx, to, t.Cluster, t.Spec.Command)
+		return c.commands.ask(ctx, to, t)
 	default:
 		return c.askTCP(ctx, to)
 	}
