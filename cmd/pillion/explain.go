@@ -32,8 +32,8 @@ which path they take and why not a cheaper one, and which endpoints there are.
 The kernel's own code is asked, by a connect that is only tried out, so the
 answer is what would happen now.
 
-Of an address without a port, every port is told that a service names, and, as
-port 0, all others.`,
+Of an address without a port, every port is told that a rule or a service names,
+and, as port 0, all others.`,
 		Example: `  pillion explain 10.96.0.12:80
   pillion explain web --source 10.1.0.7
   pillion explain shop.example:443 -o json`,

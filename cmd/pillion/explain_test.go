@@ -202,6 +202,42 @@ func TestExplain(t *testing.T) {
 	}
 }
 
+// Of an address without a port, those are told too that only rules name, each once, and
+// as what the rule says.
+func TestExplainPortsOfRules(t *testing.T) {
+	e, k, c := newExplainer(t)
+	for rules, texts := range map[*[]config.Rule][]string{
+		&c.Deny:    {"10.96.0.0/16:25", "10.96.0.12:25", "10.96.0.0/24:80", "10.97.0.0/16:26", "[2001:db8::/32]:27"},
+		&c.Exclude: {"10.0.0.0/8:22", "0.0.0.0/0:25"},
+	} {
+		*rules = nil
+		for _, text := range texts {
+			r, err := config.ParseRule(text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			*rules = append(*rules, r)
+		}
+	}
+	for dst, want := range map[string][]string{
+		"10.96.0.12":   {"10.96.0.12:22", "10.96.0.12:25", "10.96.0.12:80", "10.96.0.12:443", "10.96.0.12:0"},
+		"2001:db8::1":  {"[2001:db8::1]:27", "[2001:db8::1]:0"},
+		"both.example": {"10.96.0.12:22", "10.96.0.12:25", "10.96.0.12:80", "10.96.0.12:443", "10.96.0.12:0", "[2001:db8:1::9]:27", "[2001:db8:1::9]:0"},
+		"web":          {"10.96.0.12:80"},
+	} {
+		k.asked = nil
+		if _, err := e.explain(t.Context(), admin.ExplainQuery{Destination: dst}); err != nil {
+			t.Fatal(err)
+		}
+		for i := range want {
+			want[i] = fmt.Sprint(netip.Addr{}, " ", want[i])
+		}
+		if diff := cmp.Diff(want, k.asked); diff != "" {
+			t.Errorf("%s: want -, got +:\n%s", dst, diff)
+		}
+	}
+}
+
 // A service in force is told as the user said it: what it takes from elsewhere is no
 // reason for its path.
 func TestWhyAsSaid(t *testing.T) {

@@ -50,8 +50,8 @@ func (i *instance) explainer() *explainer {
 
 // explain implements the function of [admin.API].
 func (e *explainer) explain(ctx context.Context, q admin.ExplainQuery) ([]admin.Explanation, error) {
-	services := e.services()
-	targets, err := e.targets(ctx, q.Destination, services)
+	c, services := e.config(), e.services()
+	targets, err := e.targets(ctx, q.Destination, c, services)
 	if err != nil {
 		return nil, err
 	}
@@ -61,7 +61,6 @@ func (e *explainer) explain(ctx context.Context, q admin.ExplainQuery) ([]admin.
 			return nil, &admin.Error{Code: http.StatusBadRequest, Message: fmt.Sprintf("source %s: %s is not of its family", q.Source, q.Destination)}
 		}
 	}
-	c := e.config()
 	all := make([]admin.Explanation, 0, len(targets))
 	for _, dst := range targets {
 		v, err := e.tryOut(q.Source, dst)
@@ -77,7 +76,7 @@ func (e *explainer) explain(ctx context.Context, q admin.ExplainQuery) ([]admin.
 
 // targets are the addresses that dst stands for, unmapped. An address is that,
 // whatever is called by it; a service's name goes before a host's.
-func (e *explainer) targets(ctx context.Context, dst string, services []admin.ServiceStatus) ([]netip.AddrPort, error) {
+func (e *explainer) targets(ctx context.Context, dst string, c *config.Config, services []admin.ServiceStatus) ([]netip.AddrPort, error) {
 	if a, err := netip.ParseAddrPort(dst); err == nil {
 		return []netip.AddrPort{netip.AddrPortFrom(a.Addr().Unmap(), a.Port())}, nil
 	}
@@ -87,7 +86,7 @@ func (e *explainer) targets(ctx context.Context, dst string, services []admin.Se
 		}
 	}
 	if a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(dst, "["), "]")); err == nil {
-		return portsOf(a.Unmap(), services), nil
+		return portsOf(a.Unmap(), c, services), nil
 	}
 	host, port, err := splitHost(dst)
 	if err != nil {
@@ -100,7 +99,7 @@ func (e *explainer) targets(ctx context.Context, dst string, services []admin.Se
 	var all []netip.AddrPort
 	for _, a := range addrs {
 		if port == 0 {
-			all = append(all, portsOf(a, services)...)
+			all = append(all, portsOf(a, c, services)...)
 		} else {
 			all = append(all, netip.AddrPortFrom(a, port))
 		}
@@ -140,17 +139,22 @@ func (e *explainer) resolve(ctx context.Context, host string) ([]netip.Addr, err
 	return slices.Compact(addrs), nil
 }
 
-// portsOf are the ports of an address that services name, and one, 0, for all
+// portsOf are the ports of an address that rules and services name, and one, 0, for all
 // others.
-func portsOf(addr netip.Addr, services []admin.ServiceStatus) []netip.AddrPort {
+func portsOf(addr netip.Addr, c *config.Config, services []admin.ServiceStatus) []netip.AddrPort {
 	var all []netip.AddrPort
+	for _, r := range slices.Concat(c.Deny, c.Exclude) {
+		if r.Port != 0 && r.Prefix.Contains(addr) {
+			all = append(all, netip.AddrPortFrom(addr, r.Port))
+		}
+	}
 	for _, s := range services {
 		if a, ok := serviceAddr(&s); ok && a.Addr() == addr {
 			all = append(all, a)
 		}
 	}
 	slices.SortFunc(all, netip.AddrPort.Compare)
-	return append(all, netip.AddrPortFrom(addr, 0))
+	return append(slices.Compact(all), netip.AddrPortFrom(addr, 0))
 }
 
 // serviceAddr is the address of a service; ok is false if it has none.
