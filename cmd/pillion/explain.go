@@ -167,8 +167,14 @@ func clusterText(s *admin.ServiceStatus, now time.Time) string {
 	if name == "" {
 		name = s.Name
 	}
-	text := fmt.Sprintf("%s, %d endpoints by %s", name, len(s.Endpoints), s.Policy)
-	if len(s.Endpoints) == 1 {
+	n := 0
+	for _, e := range s.Endpoints {
+		if e.State != admin.EndpointRemoved {
+			n++
+		}
+	}
+	text := fmt.Sprintf("%s, %d endpoints by %s", name, n, s.Policy)
+	if n == 1 {
 		text = fmt.Sprintf("%s, 1 endpoint", name)
 	}
 	if source := sourceText(&s.Source, now); source != "" {
@@ -182,15 +188,17 @@ func clusterText(s *admin.ServiceStatus, now time.Time) string {
 
 // pickText is what a dry pick gave.
 func pickText(x *admin.Explanation) string {
-	if !x.Pick.IsValid() || x.Path == flow.PathDeny {
-		return "" // what nobody gets says nothing
+	// An instance of an earlier version tells also what nobody gets.
+	if !x.Pick.IsValid() || !picks(x) {
+		return ""
 	}
 	text := x.Pick.String() + ", this time"
 	if x.Path != flow.PathDirect {
 		text = x.Pick.String() + ", if the connect hook picked"
 	}
 	for _, e := range x.Service.Endpoints {
-		if e.Address == x.Pick.String() && e.Ejected {
+		// On relay it is the handler that has ejected it, and not the one that picked.
+		if x.Service.Path == flow.PathDirect && e.Address == x.Pick.String() && e.Ejected {
 			text += "; it is ejected, but too few others are left"
 		}
 	}

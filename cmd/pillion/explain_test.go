@@ -202,6 +202,32 @@ func TestExplain(t *testing.T) {
 	}
 }
 
+// Of a service that a connection does not get to, or is refused by, nothing is picked.
+func TestExplainPick(t *testing.T) {
+	e, k, _ := newExplainer(t)
+	for _, tt := range []struct {
+		v      loader.Verdict
+		picked bool
+	}{
+		{loader.Verdict{Path: flow.PathRelay, Reason: flow.ReasonService, Rule: -1}, true},
+		{loader.Verdict{Path: flow.PathDirect, Reason: flow.ReasonHandlerAbsent, Rule: -1}, true},
+		{loader.Verdict{Path: flow.PathDeny, Reason: flow.ReasonHandlerAbsent, Rule: -1, Errno: unix.ECONNREFUSED}, false},
+		{loader.Verdict{Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 0, Errno: unix.ECONNREFUSED}, false},
+		{loader.Verdict{Path: flow.PathPass, Reason: flow.ReasonExcluded, Rule: 0}, false},
+		{loader.Verdict{Path: flow.PathPass, Reason: flow.ReasonBoundDevice, Rule: -1}, false},
+	} {
+		tt.v.Service, tt.v.Endpoint, tt.v.Tier = netip.MustParseAddrPort("10.96.0.12:80"), endpoint1, 1
+		k.verdicts["10.96.0.12:80"] = tt.v
+		all, err := e.explain(t.Context(), admin.ExplainQuery{Destination: "web"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if x := all[0]; x.Pick.IsValid() != tt.picked || (x.Tier == 1) != tt.picked || x.Service == nil {
+			t.Errorf("%s: %s in tier %d is picked, want one: %v", tt.v.Reason, x.Pick, x.Tier, tt.picked)
+		}
+	}
+}
+
 // Of an address without a port, those are told too that only rules name, each once, and
 // as what the rule says.
 func TestExplainPortsOfRules(t *testing.T) {
@@ -395,6 +421,27 @@ func TestPrintExplanation(t *testing.T) {
 		}},
 		{"panic", admin.Explanation{
 			Asked: "10.96.0.12:80", Destination: netip.MustParseAddrPort("10.96.0.12:80"),
+			Path: flow.PathDirect, Reason: flow.ReasonService, Meaning: meaning(flow.ReasonService), OnFailure: "closed",
+			Rule: admin.Rule{Kind: admin.RuleService, Text: "service web"}, Pick: endpoint1,
+			Service: &admin.ServiceStatus{
+				Name: "web", Cluster: "web-v1", Policy: "random", Path: flow.PathDirect, PathAsked: "direct",
+				Endpoints: []admin.EndpointStatus{{Address: "10.1.0.1:80", Weight: 1, Ejected: true, State: admin.EndpointEjected}, {Address: "10.1.0.9:80", Live: 1, State: admin.EndpointRemoved}},
+			},
+		}, []string{
+			"10.96.0.12:80",
+			"  path        direct: a service names the destination (service)",
+			"  rule        service web",
+			"  configured  path: direct",
+			"  on failure  closed",
+			"  cluster     web-v1, 1 endpoint",
+			"  pick        10.1.0.1:80, this time; it is ejected, but too few others are left",
+			"",
+			"ENDPOINT     PICK  WEIGHT  STATE    OPEN  CONNECTS  FAILURES  LAST FAILURE",
+			"10.1.0.1:80  *          1  ejected     0         0         0  none",
+			"10.1.0.9:80             0  removed     1         0         0  none",
+		}},
+		{"ejected by the handler", admin.Explanation{
+			Asked: "10.96.0.12:80", Destination: netip.MustParseAddrPort("10.96.0.12:80"),
 			Path: flow.PathRelay, Reason: flow.ReasonService, Meaning: meaning(flow.ReasonService), OnFailure: "closed",
 			Rule: admin.Rule{Kind: admin.RuleService, Text: "service web"}, Pick: endpoint1,
 			Service: &admin.ServiceStatus{
@@ -408,10 +455,30 @@ func TestPrintExplanation(t *testing.T) {
 			"  configured  path: relay",
 			"  on failure  closed",
 			"  cluster     web-v1, 1 endpoint",
-			"  pick        10.1.0.1:80, if the connect hook picked; it is ejected, but too few others are left",
+			"  pick        10.1.0.1:80, if the connect hook picked",
 			"",
 			"ENDPOINT     PICK  WEIGHT  STATE    OPEN  CONNECTS  FAILURES  LAST FAILURE",
 			"10.1.0.1:80  *          1  ejected     0         0         0  none",
+		}},
+		{"excluded, of an earlier version", admin.Explanation{
+			Asked: "10.96.0.12:80", Destination: netip.MustParseAddrPort("10.96.0.12:80"),
+			Path: flow.PathPass, Reason: flow.ReasonExcluded, Meaning: meaning(flow.ReasonExcluded), OnFailure: "open",
+			Rule: admin.Rule{Kind: admin.RuleExclude, Text: "exclude 10.96.0.0/16"}, Pick: endpoint1,
+			Service: &admin.ServiceStatus{
+				Name: "web", Policy: "random", Path: flow.PathRelay, PathAsked: "relay",
+				Endpoints: []admin.EndpointStatus{{Address: "10.1.0.1:80", Weight: 1, State: admin.EndpointAvailable}},
+			},
+		}, []string{
+			"10.96.0.12:80",
+			"  path        pass: an exclusion names the destination (excluded)",
+			"  rule        exclude 10.96.0.0/16",
+			"  service     web, which the rule goes before",
+			"  configured  path: relay",
+			"  on failure  open",
+			"  cluster     web, 1 endpoint",
+			"",
+			"ENDPOINT     WEIGHT  STATE      OPEN  CONNECTS  FAILURES  LAST FAILURE",
+			"10.1.0.1:80       1  available     0         0         0  none",
 		}},
 		{"default", admin.Explanation{
 			Asked: "192.0.2.1", Destination: netip.MustParseAddrPort("192.0.2.1:0"),

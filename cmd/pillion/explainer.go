@@ -171,8 +171,6 @@ func explanation(c *config.Config, v *loader.Verdict, dst netip.AddrPort, servic
 		Reason:      v.Reason,
 		Meaning:     meaning(v.Reason),
 		OnFailure:   string(c.OnFailure),
-		Pick:        v.Endpoint,
-		Tier:        v.Tier,
 	}
 	for _, s := range services {
 		if a, ok := serviceAddr(&s); ok && a == dst {
@@ -189,6 +187,9 @@ func explanation(c *config.Config, v *loader.Verdict, dst netip.AddrPort, servic
 		x.Why = []string{place(fmt.Sprintf("%s: default: %s is what is left for destinations that nothing names", flow.PathPass, c.Default), c.Where("default"))}
 	}
 	x.Rule = ruleOf(c, v, x.Service)
+	if picks(&x) {
+		x.Pick, x.Tier = v.Endpoint, v.Tier
+	}
 	if x.Service != nil {
 		x.Why = cheaperThan(v.Path, x.Rule.Kind, x.Why)
 	}
@@ -196,6 +197,12 @@ func explanation(c *config.Config, v *loader.Verdict, dst netip.AddrPort, servic
 		x.Errno = unix.ErrnoName(v.Errno)
 	}
 	return x
+}
+
+// picks tells whether a connection gets an endpoint of the service at all: not where a
+// rule goes before it, and not where it is refused. A dry pick is made all the same.
+func picks(x *admin.Explanation) bool {
+	return x.Rule.Kind == admin.RuleService && x.Path != flow.PathDeny
 }
 
 // cheaperThan keeps, of why a service is not on cheaper paths, what is about paths that
