@@ -106,6 +106,7 @@ func newExplainer(t *testing.T) (*explainer, *kernelSide, *config.Config) {
 			}
 			return all
 		},
+		noRoom: func(name string) bool { return name == "shop" },
 		lookUp: func(_ context.Context, _, host string) ([]netip.Addr, error) {
 			switch host {
 			case "both.example":
@@ -199,6 +200,51 @@ func TestExplain(t *testing.T) {
 		if err != nil || !slices.EqualFunc(all[0].Why, want, strings.HasPrefix) {
 			t.Errorf("%s: why: %v, %q, want %q", dst, err, all[0].Why, want)
 		}
+	}
+}
+
+// Where a service is on a cheaper path than the configuration means, the passing cause of
+// that is told.
+func TestExplainPassing(t *testing.T) {
+	dns := admin.SourceStatus{Kind: admin.SourceDNS}
+	told := admin.SourceStatus{Kind: admin.SourceDNS, Updated: testNow, Stale: true}
+	direct, pass := flow.PathDirect, flow.PathPass
+	for _, tt := range []struct {
+		name   string
+		asked  flow.Path
+		v      loader.Verdict
+		source admin.SourceStatus
+		want   string
+	}{
+		{"web", direct, loader.Verdict{Path: direct, Reason: flow.ReasonService}, dns, ""},
+		{"web", pass, loader.Verdict{Path: pass, Reason: flow.ReasonService}, dns, ""},
+		{"web", direct, loader.Verdict{Path: pass, Reason: flow.ReasonService}, dns, ", but its source has not told any endpoints yet: on_failure decides"},
+		{"web", flow.PathRelay, loader.Verdict{Path: pass, Reason: flow.ReasonService}, dns, ", but its source has not told any endpoints yet: on_failure decides"},
+		{"web", direct, loader.Verdict{Path: pass, Reason: flow.ReasonService}, told, ", and the kernel still goes by an earlier state of it"},
+		{"shop", direct, loader.Verdict{Path: pass, Reason: flow.ReasonService}, told, ", but the kernel has no room for its endpoints: on_failure decides"},
+		{"shop", direct, loader.Verdict{Path: pass, Reason: flow.ReasonService}, admin.SourceStatus{Kind: admin.SourceStatic}, ", but the kernel has no room for its endpoints: on_failure decides"},
+		{"web", flow.PathRelay, loader.Verdict{Path: direct, Reason: flow.ReasonService}, admin.SourceStatus{Kind: admin.SourceStatic}, ", and the kernel still goes by an earlier state of it"},
+		{"shop", flow.PathRelay, loader.Verdict{Path: direct, Reason: flow.ReasonHandlerAbsent}, dns, ""},
+		{"shop", direct, loader.Verdict{Path: pass, Reason: flow.ReasonExcluded, Rule: 0}, dns, ""},
+	} {
+		e, k, c := newExplainer(t)
+		i := slices.IndexFunc(c.Services, func(s config.Service) bool { return s.Name == tt.name })
+		services := e.services()
+		services[i].Path, services[i].Source = tt.asked, tt.source
+		e.services = func() []admin.ServiceStatus { return services }
+		tt.v.Service = c.Services[i].Addr
+		k.verdicts[tt.v.Service.String()] = tt.v
+		all, err := e.explain(t.Context(), admin.ExplainQuery{Destination: tt.name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := meaning(tt.v.Reason) + tt.want; all[0].Meaning != want {
+			t.Errorf("%s on %s by %s, asked %s: %q, want %q", tt.name, tt.v.Path, tt.v.Reason, tt.asked, all[0].Meaning, want)
+		}
+	}
+	c := &control{tooMany: []admin.Refusal{{Name: "a"}}, lacking: []admin.Refusal{{Name: "b"}}}
+	if !c.noRoom("a") || !c.noRoom("b") || c.noRoom("c") {
+		t.Error("there is no room for a and b, and some for c")
 	}
 }
 

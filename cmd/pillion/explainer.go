@@ -33,6 +33,8 @@ type explainer struct {
 	config func() *config.Config
 	// services are those of status.
 	services func() []admin.ServiceStatus
+	// noRoom tells whether there is no room for the endpoints of a service.
+	noRoom func(name string) bool
 	// lookUp resolves a host name as the application would: [net.Resolver]'s
 	// LookupNetIP.
 	lookUp func(ctx context.Context, network, host string) ([]netip.Addr, error)
@@ -44,8 +46,17 @@ func (i *instance) explainer() *explainer {
 		tryOut:   i.datapath.DryRun,
 		config:   i.control.inForce,
 		services: i.control.serviceStatus,
+		noRoom:   i.control.noRoom,
 		lookUp:   net.DefaultResolver.LookupNetIP,
 	}
+}
+
+// noRoom tells whether there is no room for the endpoints of a service.
+func (c *control) noRoom(name string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	is := func(r admin.Refusal) bool { return r.Name == name }
+	return slices.ContainsFunc(c.tooMany, is) || slices.ContainsFunc(c.lacking, is)
 }
 
 // explain implements the function of [admin.API].
@@ -67,7 +78,7 @@ func (e *explainer) explain(ctx context.Context, q admin.ExplainQuery) ([]admin.
 		if err != nil {
 			return nil, fmt.Errorf("try out %s: %w", dst, err)
 		}
-		x := explanation(c, &v, dst, services)
+		x := e.explanation(c, &v, dst, services)
 		x.Asked, x.Source = q.Destination, q.Source
 		all = append(all, x)
 	}
@@ -164,7 +175,7 @@ func serviceAddr(s *admin.ServiceStatus) (a netip.AddrPort, ok bool) {
 }
 
 // explanation says in words of the configuration what the kernel side decided.
-func explanation(c *config.Config, v *loader.Verdict, dst netip.AddrPort, services []admin.ServiceStatus) admin.Explanation {
+func (e *explainer) explanation(c *config.Config, v *loader.Verdict, dst netip.AddrPort, services []admin.ServiceStatus) admin.Explanation {
 	x := admin.Explanation{
 		Destination: dst,
 		Path:        v.Path,
@@ -192,11 +203,29 @@ func explanation(c *config.Config, v *loader.Verdict, dst netip.AddrPort, servic
 	}
 	if x.Service != nil {
 		x.Why = cheaperThan(v.Path, x.Rule.Kind, x.Why)
+		x.Meaning += e.passing(v, x.Service)
 	}
 	if v.Path == flow.PathDeny {
 		x.Errno = unix.ErrnoName(v.Errno)
 	}
 	return x
+}
+
+// passing says, of a service, why it is for now on a cheaper path than the configuration
+// means; the kernel side, which was told so, calls that the service's own. Empty: it is not.
+func (e *explainer) passing(v *loader.Verdict, s *admin.ServiceStatus) string {
+	source := s.Source.Kind != "" && s.Source.Kind != admin.SourceStatic
+	switch {
+	case v.Reason != flow.ReasonService || v.Path >= s.Path:
+		return ""
+	case e.noRoom(s.Name):
+		return ", but the kernel has no room for its endpoints: on_failure decides"
+	case source && s.Source.Updated.IsZero():
+		return ", but its source has not told any endpoints yet: on_failure decides"
+	default:
+		// A process that has just begun, or a change that is under way.
+		return ", and the kernel still goes by an earlier state of it"
+	}
 }
 
 // picks tells whether a connection gets an endpoint of the service at all: not where a
