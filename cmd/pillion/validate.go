@@ -16,9 +16,11 @@ func newValidate() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "validate FILE",
 		Short: "Tell whether a configuration is right, and everything that is wrong with it",
-		Long: `Reads a configuration as run and exec do, and touches nothing. Every problem is
-told at once, with its line and column and what was meant; the exit code is
-then 64. Files that it names, such as those of discover, are not looked at.`,
+		Long: `Reads a configuration as run and exec do, and touches nothing. Its problems are
+told at once, each with its line and column and what was meant: all of them
+with -o json, else the first 50 and how many more there are. What is wrong with
+the YAML is told alone. The exit code is then 64. Files that the configuration
+names, such as those of discover, are not looked at.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
 				return usage(errors.New("validate: want one configuration file"))

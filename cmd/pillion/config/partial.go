@@ -52,7 +52,7 @@ func LoadPartial(path string, last *Config) (*Config, []Refused, error) {
 func ParsePartial(name string, data []byte, last *Config, able func(*Discover) error) (*Config, []Refused, error) {
 	d, err := parseDraft(name, data, maxSize)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, cutShort(err)
 	}
 	if able != nil {
 		d.refuseSources(able)
@@ -65,7 +65,7 @@ func ParsePartial(name string, data []byte, last *Config, able func(*Discover) e
 	}
 	m := &merge{draft: d, last: last, problems: make([][]problem, len(d.config.Services))}
 	if !m.assign() {
-		return nil, nil, d.join(d.problems)
+		return nil, nil, cutShort(d.join(d.problems))
 	}
 	m.match()
 	m.sources()

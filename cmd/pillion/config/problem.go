@@ -63,25 +63,61 @@ type problem struct {
 // position is a place in a file. Both count from 1; columns count characters.
 type position struct{ line, column int }
 
-// maxProblems is how many problems one error tells. Whoever has more has one
-// mistake that is repeated, or the wrong file.
+// maxProblems is how many problems the text of an error tells. Whoever has more has
+// one mistake that is repeated, or the wrong file.
 const maxProblems = 50
+
+// joined is the error of several problems. Its text is cut short; [Problems] has all.
+type joined []error
+
+// Error implements error.
+func (j joined) Error() string {
+	told := []error(j)
+	if n := len(j) - maxProblems; n > 0 {
+		told = append(told[:maxProblems:maxProblems], more(n))
+	}
+	return errors.Join(told...).Error()
+}
+
+// Unwrap is for errors.Is and errors.As.
+func (j joined) Unwrap() []error { return j }
+
+// err is nil if there is no problem.
+func (j joined) err() error {
+	if len(j) == 0 {
+		return nil
+	}
+	return j
+}
+
+// cutShort returns err with as many problems as its text tells, of which the last says
+// how many more there were: a process keeps what it was told of a file.
+func cutShort(err error) error {
+	j, ok := err.(joined)
+	n := len(j) - maxProblems
+	if !ok || n <= 0 {
+		return err
+	}
+	kept := slices.Clone(j[:maxProblems])
+	if last, ok := errors.AsType[*Problem](kept[maxProblems-1]); ok {
+		cut := *last
+		cut.Text += fmt.Sprintf(" (%v)", more(n))
+		kept[maxProblems-1] = &cut
+	}
+	return kept
+}
 
 // joinPaths makes one error of problems that have no file.
 func joinPaths(problems []problem) error {
-	var errs []error
-	for i, p := range problems {
-		if i == maxProblems {
-			errs = append(errs, more(len(problems)-i))
-			break
-		}
+	var all joined
+	for _, p := range problems {
 		text := p.text
 		if p.see != "" {
 			text += " (" + p.see + ")"
 		}
-		errs = append(errs, &Problem{Path: p.path, Text: text})
+		all = append(all, &Problem{Path: p.path, Text: text})
 	}
-	return errors.Join(errs...)
+	return all.err()
 }
 
 // places knows where in a file the values of a configuration stand.
@@ -96,15 +132,11 @@ func (w *places) join(problems []problem) error {
 		x, y := w.locate(a), w.locate(b)
 		return cmp.Or(cmp.Compare(x.line, y.line), cmp.Compare(x.column, y.column))
 	})
-	var errs []error
-	for i, p := range problems {
-		if i == maxProblems {
-			errs = append(errs, more(len(problems)-i))
-			break
-		}
-		errs = append(errs, w.problem(p))
+	var all joined
+	for _, p := range problems {
+		all = append(all, w.problem(p))
 	}
-	return errors.Join(errs...)
+	return all.err()
 }
 
 // problem tells one problem, with its place in the file.

@@ -323,10 +323,15 @@ func unmap(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr()
 
 func index(path string, i int) string { return fmt.Sprintf("%s[%d]", path, i) }
 
-// split undoes errors.Join.
+// split undoes errors.Join, also of what was joined before.
 func split(err error) []error {
-	if joined, ok := err.(interface{ Unwrap() []error }); ok {
-		return joined.Unwrap()
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return []error{err}
 	}
-	return []error{err}
+	var all []error
+	for _, err := range joined.Unwrap() {
+		all = append(all, split(err)...)
+	}
+	return all
 }

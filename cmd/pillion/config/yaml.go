@@ -104,18 +104,18 @@ func checkText(w *places, data []byte) error {
 // checkTokens refuses the parts of YAML that are not taken and what is too deep
 // or too wide for the parser.
 func checkTokens(w *places, tokens token.Tokens) error {
-	var errs []error
+	var all joined
 	var n nesting
 	for _, t := range tokens {
-		if text, ok := refused[t.Type]; ok && len(errs) < maxProblems {
-			errs = append(errs, w.error(tokenPosition(t), text))
+		if text, ok := refused[t.Type]; ok {
+			all = append(all, w.error(tokenPosition(t), text))
 		}
 		if text := n.next(t); text != "" {
-			errs = append(errs, w.error(tokenPosition(t), text))
+			all = append(all, w.error(tokenPosition(t), text))
 			break
 		}
 	}
-	return errors.Join(errs...)
+	return all.err()
 }
 
 // nesting follows how deep a token is. In block style a key or a dash that is
