@@ -26,7 +26,7 @@ func newDiff(g *global) *cobra.Command {
 another file, and tells what a reload would change: services, endpoints, what
 becomes of connections, what takes a restart, and what would be refused. It
 changes nothing. The exit code is 0 whether or not anything differs, and 64 if
-a file is not right.`,
+a file is not right; -o json then has what is wrong as refused.`,
 		Example: `  pillion diff /etc/pillion.yaml
   pillion diff /etc/pillion.yaml /tmp/new.yaml -o json`,
 		Args: func(c *cobra.Command, args []string) error {
@@ -63,7 +63,12 @@ type changes struct {
 	Open map[string]int64 `json:"open_connections,omitempty"`
 	// Refused is what a reload would not take.
 	Refused []admin.Refusal `json:"refused,omitempty"`
+
+	whole error // why nothing of the file would be taken
 }
+
+// refusedWhole is of a file of which a reload would take nothing.
+func refusedWhole(err error) *changes { return &changes{Refused: refusalsOf(err), whole: err} }
 
 func diff(ctx context.Context, w io.Writer, g *global, o *output, instance string, files []string) error {
 	if len(files) == 2 {
@@ -71,19 +76,22 @@ func diff(ctx context.Context, w io.Writer, g *global, o *output, instance strin
 	}
 	text, err := config.Read(files[0])
 	if err != nil {
-		return usage(err)
+		return printChanges(w, o, refusedWhole(err))
 	}
 	client, err := g.client(instance)
 	if err != nil {
 		// What is wrong with the file can be told all the same.
 		if _, wrong := config.Parse(files[0], text); wrong != nil {
-			return usage(wrong)
+			return printChanges(w, o, refusedWhole(wrong))
 		}
 		return err
 	}
 	c, err := diffRunning(ctx, client, files[0], text)
 	if err != nil {
 		return err
+	}
+	if c.whole != nil {
+		return printChanges(w, o, c)
 	}
 	status, err := client.Status(ctx)
 	if err != nil {
@@ -98,7 +106,7 @@ func diffFiles(w io.Writer, o *output, old, new string) error {
 	from, err := config.Load(old)
 	to, err2 := config.Load(new)
 	if err := errors.Join(err, err2); err != nil {
-		return usage(err)
+		return printChanges(w, o, refusedWhole(err))
 	}
 	d := to.Diff(from)
 	return printChanges(w, o, &changes{Changes: d, Restart: d.Restart()})
@@ -113,7 +121,7 @@ func diffRunning(ctx context.Context, client *admin.Client, file string, text []
 	case err != nil:
 		return nil, fmt.Errorf("ask what would change: %w", err)
 	case r.Changes == nil:
-		return nil, usage(refusedWhole(r.Refused))
+		return &changes{Refused: r.Refused, whole: joinRefusals(r.Refused)}, nil
 	default:
 	}
 	c := &changes{Refused: r.Refused}
@@ -124,8 +132,8 @@ func diffRunning(ctx context.Context, client *admin.Client, file string, text []
 	return c, nil
 }
 
-// refusedWhole is the error of a text of which a reload would take nothing.
-func refusedWhole(refused []admin.Refusal) error {
+// joinRefusals makes an error of what an instance says of a whole file.
+func joinRefusals(refused []admin.Refusal) error {
 	var errs []error
 	for _, r := range refused {
 		text := r.Text
@@ -142,7 +150,7 @@ func refusedWhole(refused []admin.Refusal) error {
 func diffHere(ctx context.Context, client *admin.Client, file string, text []byte) (*changes, error) {
 	to, err := config.Parse(file, text)
 	if err != nil {
-		return nil, usage(err)
+		return refusedWhole(err), nil
 	}
 	data, err := client.Config(ctx)
 	if err != nil {
@@ -191,6 +199,8 @@ func printChanges(w io.Writer, o *output, c *changes) error {
 	switch {
 	case o.json():
 		err = printJSON(w, c)
+	case c.whole != nil:
+		return usage(c.whole)
 	case c.Empty():
 		_, err = fmt.Fprintln(w, "no change")
 	default:

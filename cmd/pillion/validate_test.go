@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -125,8 +126,29 @@ func TestDiff(t *testing.T) {
 	if _, err := call(t, "diff", bad, bad); !isUsage(err) || strings.Count(err.Error(), bad) != 2 {
 		t.Errorf("%v, want the problems of both", err)
 	}
+	checkWhole(t, bad, 2, "diff", "-o", "json", bad, bad)
+	checkWhole(t, bad, 1, "diff", "-o", "json", new, bad)
+	checkWhole(t, bad, 1, "--runtime-dir", dir, "diff", "-o", "json", bad)
 	if _, err := call(t, "--runtime-dir", dir, "diff", new); !errors.Is(err, errNoInstance) {
 		t.Errorf("%v, want that there is none", err)
+	}
+}
+
+// checkWhole wants problems of a file that is refused as a whole, with their places, also
+// where JSON is asked for.
+func checkWhole(t *testing.T, file string, problems int, args ...string) {
+	t.Helper()
+	out, err := call(t, args...)
+	var got changes
+	if jsonErr := json.Unmarshal([]byte(out), &got); !isUsage(err) || jsonErr != nil {
+		t.Fatalf("%v, %v\n%s", err, jsonErr, out)
+	}
+	want := slices.Repeat([]admin.Refusal{{Where: file + ":1:1", Text: "a: unknown key"}}, problems)
+	for i := range got.Refused {
+		got.Refused[i].Text, _, _ = strings.Cut(got.Refused[i].Text, ",")
+	}
+	if diff := cmp.Diff(want, got.Refused); diff != "" || !got.Empty() {
+		t.Errorf("-want +got:\n%s\n%s", diff, out)
 	}
 }
 
@@ -212,6 +234,11 @@ func diffRunningWith(t *testing.T, c *config.Config, byInstance http.Handler) {
 	// Where no endpoint goes, nothing is said of connections to them.
 	more := write(t, dir, "more.yaml", oldConfig+"zone: elsewhere\n")
 	if out, err := call(t, "--runtime-dir", dir, "diff", more); err != nil || !strings.Contains(out, "elsewhere") || strings.Contains(out, "open connections") {
+		t.Errorf("%q, %v", out, err)
+	}
+	bad := write(t, dir, "bad.yaml", "a: 1\n")
+	checkWhole(t, bad, 1, "--runtime-dir", dir, "diff", "-o", "json", bad)
+	if out, err := call(t, "--runtime-dir", dir, "diff", bad); !isUsage(err) || out != "" || !strings.HasPrefix(err.Error(), bad+":1:1: a: unknown key") {
 		t.Errorf("%q, %v", out, err)
 	}
 	same := write(t, dir, "same.yaml", oldConfig)
