@@ -338,6 +338,11 @@ func TestParseManyServices(t *testing.T) {
 	if p := all[0]; p.Line != maxRelayAddrs+3 || p.Column != 28 || p.Path != "services[4096].address" || p.File != "x" {
 		t.Errorf("the first is %+v", p)
 	}
+	// Where the path was not understood, nobody knows.
+	_, err = Parse("x", []byte(strings.Replace(text, "path: relay", "path: drect", 1)))
+	if all := Problems(err); len(all) != 1 || all[0].Path != "path" {
+		t.Errorf("a misspelt path: %v", err)
+	}
 	// A running instance takes those for which there is room.
 	last := Default()
 	got, refused, err := ParsePartial("x", []byte(text), &last, nil)

@@ -114,7 +114,9 @@ func parseDraft(name string, data []byte, most int) (*draft, error) {
 	}
 	// What was not understood has its default or nothing, which says nothing
 	// about what the user wants.
-	problems := slices.DeleteFunc(d.config.problems(), func(p problem) bool { return d.spoiled(p.path) })
+	problems := slices.DeleteFunc(d.config.problems(), func(p problem) bool {
+		return d.spoiled(p.path) || slices.ContainsFunc(p.on, d.spoiled)
+	})
 	d.problems = append(d.found, problems...)
 	w.remember(&d.config)
 	return d, nil

@@ -143,6 +143,14 @@ func (s *Service) needs() []Need {
 	return all
 }
 
+// pathSaid are the places that say the path of the service at path.
+func (s *Service) pathSaid(path string) []string {
+	if s.Path != "" {
+		return []string{path + ".path"}
+	}
+	return []string{path + ".path", "path"}
+}
+
 // path refuses what the service at path asks for and its path cannot do.
 func (k *check) path(path string, c *Config, s *Service) {
 	own, needs := c.PathOf(s)
@@ -152,7 +160,7 @@ func (k *check) path(path string, c *Config, s *Service) {
 	}
 	for _, n := range needs {
 		if !can(own, n.Capability) {
-			k.add(path+"."+n.Option, "%s path: %s, %s", n.What, cheapest(n.Capability), whose)
+			k.addOn(s.pathSaid(path), path+"."+n.Option, "%s path: %s, %s", n.What, cheapest(n.Capability), whose)
 		}
 	}
 }

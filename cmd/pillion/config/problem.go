@@ -56,6 +56,9 @@ type problem struct {
 	text string
 	// see is the path of what the value clashes with, or empty.
 	see string
+	// on are the paths of other values that it goes by: what was not understood there
+	// may have meant that there is none.
+	on []string
 	// at is where the problem stands, if not where the value at path does.
 	at position
 }

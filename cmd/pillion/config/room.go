@@ -28,7 +28,7 @@ func (k *check) room(c *Config) {
 		}
 		if a := s.Addr.Addr().Unmap(); own == flow.PathRelay && !slots[a] {
 			if len(slots) == maxRelayAddrs {
-				k.add(path+".address", "%s: services on relay have %d addresses before this one, and there is room for no more: want path: direct, or another instance", a, maxRelayAddrs)
+				k.addOn(s.pathSaid(path), path+".address", "%s: services on relay have %d addresses before this one, and there is room for no more: want path: direct, or another instance", a, maxRelayAddrs)
 				continue
 			}
 			slots[a] = true

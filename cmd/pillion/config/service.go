@@ -233,7 +233,7 @@ func (k *check) service(path string, c *Config, s *Service) {
 		k.add(path+".policy", "%s: there is no such policy", s.Policy)
 	}
 	if s.Hash != flow.HashOns()[0] && s.Policy != flow.PolicyMaglev {
-		k.add(path+".hash", hashWithout)
+		k.addOn([]string{path + ".policy"}, path+".hash", hashWithout)
 	}
 	oneWord(k, path+".path", s.Path, paths, "")
 	if s.Attempts != 0 {
@@ -272,7 +272,7 @@ func (k *check) sources(path string, c *Config, s *Service) {
 	}
 	// On auto, too: who forgot the endpoints does not mean that nothing be done.
 	if s.Discover == nil && len(s.Endpoints) == 0 && c.Asked(s) != PathPass {
-		k.add(path+".endpoints", "no endpoints: want one ADDR:PORT at least, or discover, or path: pass")
+		k.addOn(s.pathSaid(path), path+".endpoints", "no endpoints: want one ADDR:PORT at least, or discover, or path: pass")
 	}
 	k.endpoints(path+".endpoints", s.Endpoints)
 }
@@ -283,7 +283,7 @@ func (k *check) onRemove(path string, s *Service) {
 	case s.OnRemove == OnRemoveClose && s.RemoveAfter <= 0:
 		k.add(path+".remove_after", "%s: want more than 0, or on_remove: reset", s.RemoveAfter)
 	case s.OnRemove != OnRemoveClose && s.RemoveAfter != 0:
-		k.add(path+".remove_after", "only on_remove: close waits: leave it out, or ask for that")
+		k.addOn([]string{path + ".on_remove"}, path+".remove_after", "only on_remove: close waits: leave it out, or ask for that")
 	default:
 	}
 }

@@ -64,6 +64,11 @@ func (k *check) add(path, format string, args ...any) {
 	k.found = append(k.found, problem{path: path, text: fmt.Sprintf(format, args...)})
 }
 
+// addOn is add for what goes by the values at other paths, too.
+func (k *check) addOn(on []string, path, format string, args ...any) {
+	k.found = append(k.found, problem{path: path, on: on, text: fmt.Sprintf(format, args...)})
+}
+
 // clash says that the value at path is at another path already.
 func (k *check) clash(path, other, format string, args ...any) {
 	k.found = append(k.found, problem{path: path, see: other, text: fmt.Sprintf(format, args...)})
