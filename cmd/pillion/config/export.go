@@ -15,7 +15,12 @@ func NewService(name string, addr netip.AddrPort) Service {
 }
 
 // Asked returns the path that a service asks for, which may be PathAuto.
-func (c *Config) Asked(s *Service) PathChoice { return cmp.Or(s.Path, c.Path) }
+func (c *Config) Asked(s *Service) PathChoice {
+	if s.kept != nil {
+		c, s = &s.kept.config, &s.kept.service
+	}
+	return c.takes(s)
+}
 
 // Lines tells the changes, one a line.
 func (c Changes) Lines() []string {

@@ -251,6 +251,18 @@ func (m *merge) clash() {
 	}
 }
 
+// keep returns a service for another configuration, in which it stays as it is: also what
+// it took from the sections, whatever they say there.
+func (c *Config) keep(was *Service) Service {
+	s := c.Effective(was)
+	s.at.earlier = true
+	if s.kept == nil {
+		s.kept = &kept{service: *was, config: Config{Path: c.Path, at: c.at.earlierOnly("path")}}
+		s.kept.service.at.earlier = true
+	}
+	return s
+}
+
 // result returns the configuration, in the order of the file, and what is not in
 // it.
 func (m *merge) result() (*Config, []Refused) {
@@ -258,10 +270,7 @@ func (m *merge) result() (*Config, []Refused) {
 	c.Services = nil
 	kept := make(map[int][]Service)
 	m.stays(func(was, i int) {
-		// Also what it took from the sections stays, whatever they say now.
-		s := m.last.Effective(&m.last.Services[was])
-		s.at.earlier = true
-		kept[i] = append(kept[i], s)
+		kept[i] = append(kept[i], m.last.keep(&m.last.Services[was]))
 	})
 	var refused []Refused
 	if len(m.kubernetes) > 0 {

@@ -290,6 +290,61 @@ func TestKeptIsAsItWas(t *testing.T) {
 	}
 }
 
+// What is said of a service that stays, and why it is on its path, is what the user said
+// of it, and not what it came to.
+func TestKeptIsAsSaid(t *testing.T) {
+	const services = "services:\n  - {name: a, address: 10.96.0.1:80, endpoints: [10.0.0.1:80]}\n" +
+		"  - {name: b, address: 10.96.0.2:80, path: auto, endpoints: [10.0.0.1:80]}\n" +
+		"  - {name: c, address: 10.96.0.3:80, path: pass}\n"
+	refused := strings.ReplaceAll(services, "{name", "{polcy: x, name")
+	for _, first := range []string{services, "path: relay\n" + services, "path: auto\n" + services, "path: direct\n" + services} {
+		last := parsed(t, first)
+		want := told(last)
+		for i := range want {
+			want[i] = strings.ReplaceAll(want[i], ")", " (as it was))")
+		}
+		now := last
+		for _, path := range []string{"direct", "relay", "auto"} {
+			var err error
+			if now, _, err = ParsePartial("r.yaml", []byte("path: "+path+"\n"+refused), now, nil); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(want, told(now)); diff != "" {
+				t.Errorf("%s\nrefused, on path: %s (-want +got):\n%s", first, path, diff)
+			}
+			if again, _, err := ParsePartial("r.yaml", []byte("path: "+path+"\n"+refused), now, nil); err != nil || !again.Diff(now).Empty() {
+				t.Errorf("the same again: %v, %+v", err, again.Diff(now))
+			}
+		}
+		// Once they are right, nothing is left of it.
+		now, _, err := ParsePartial("p.yaml", []byte(first), now, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(told(last), told(now)); diff != "" {
+			t.Errorf("%s\ntaken again (-want +got):\n%s", first, diff)
+		}
+	}
+}
+
+// told are lines of what is said of the paths of services.
+func told(c *Config) []string {
+	var all []string
+	for i := range c.Services {
+		s := &c.Services[i]
+		path, _ := c.PathOf(s)
+		all = append(all, fmt.Sprintf("%s: %s, asked %s", s.Name, path, c.Asked(s)))
+		for _, o := range c.Why(i, s) {
+			line := fmt.Sprintf("%s: not %s: %s", o.Option, o.Path, o.Text)
+			if o.Where != "" {
+				line += " (" + o.Where + ")"
+			}
+			all = append(all, line)
+		}
+	}
+	return all
+}
+
 // FuzzLoadPartial holds that whatever comes, what is made of it is valid, what is
 // right and in nobody's way is taken, and nobody is lost who is not told of.
 func FuzzLoadPartial(f *testing.F) {

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 
@@ -88,11 +89,15 @@ type Obstacle struct {
 	Text string `json:"text"`
 }
 
+// takes is the path that a service has, or asks for: unlike [Config.Asked], of one that
+// stays as it was it is that which it had.
+func (c *Config) takes(s *Service) PathChoice { return cmp.Or(s.Path, c.Path) }
+
 // PathOf returns the path that the connections of a service take, which is
 // PathPass, PathDirect or PathRelay, and all that it asks of one.
 func (c *Config) PathOf(s *Service) (flow.Path, []Need) {
 	needs := s.needs()
-	switch c.Asked(s) {
+	switch c.takes(s) {
 	case PathPass:
 		return flow.PathPass, needs
 	case PathDirect:
@@ -169,6 +174,9 @@ func (k *check) path(path string, c *Config, s *Service) {
 // not on that, cheapest first. The service is number n of the configuration's, or
 // like one of them if that is negative.
 func (c *Config) Why(n int, s *Service) []Obstacle {
+	if s.kept != nil {
+		c, s = &s.kept.config, &s.kept.service
+	}
 	own, needs := c.PathOf(s)
 	at := "services[?]"
 	if n >= 0 {

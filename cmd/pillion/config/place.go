@@ -99,6 +99,17 @@ func (p *positions) find(key string) (keyPosition, bool) {
 	return p.keys[i], true
 }
 
+// earlierOnly are the places of some keys, as places of what was.
+func (p *positions) earlierOnly(keys ...string) positions {
+	only := positions{file: p.file, earlier: true}
+	for _, key := range keys {
+		if at, ok := p.find(key); ok {
+			only.keys = append(only.keys, at)
+		}
+	}
+	return only
+}
+
 func (p *positions) add(key string, at position) {
 	p.keys = append(p.keys, keyPosition{key: key, position: at})
 }

@@ -50,6 +50,17 @@ type Service struct {
 	NoEndpoint string
 
 	at positions // of the service's keys
+
+	// kept is what was said of a service that stays as it was; nil: it is as it is said.
+	// It is no part of what the service is: only words come from it.
+	kept *kept
+}
+
+// kept is a service as the user said it, which is in a configuration as it was in force.
+type kept struct {
+	service Service
+	// config has what applied to it of the path of services that say nothing.
+	config Config
 }
 
 // Endpoint is one of the addresses that serve a service.
@@ -271,7 +282,7 @@ func (k *check) sources(path string, c *Config, s *Service) {
 		k.discover(path+".discover", s.Discover)
 	}
 	// On auto, too: who forgot the endpoints does not mean that nothing be done.
-	if s.Discover == nil && len(s.Endpoints) == 0 && c.Asked(s) != PathPass {
+	if s.Discover == nil && len(s.Endpoints) == 0 && c.takes(s) != PathPass {
 		k.addOn(s.pathSaid(path), path+".endpoints", "no endpoints: want one ADDR:PORT at least, or discover, or path: pass")
 	}
 	k.endpoints(path+".endpoints", s.Endpoints)
