@@ -128,9 +128,13 @@ func FuzzParseRule(f *testing.F) {
 			t.Errorf("%q is printed as %q, which is read as %v, %v", in, r, again, err)
 		}
 		c := Default()
-		c.Deny = []Rule{r}
+		c.Exclude = []Rule{r}
 		if err := c.Validate(); err != nil {
 			t.Errorf("%q: %v", in, err)
+		}
+		c.Deny = []Rule{r}
+		if err := c.Validate(); (err != nil) != (rangeLeftAlone(r.Prefix) != "") {
+			t.Errorf("%q, denied: %v", in, err)
 		}
 	})
 }

@@ -39,6 +39,15 @@ var slotRanges = []netip.Prefix{
 	netip.MustParsePrefix("fd70:696c:6c69::/48"),
 }
 
+// What the kernel side leaves alone, as in bpf/include/decide.h.
+var (
+	loopback  = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")}
+	linkLocal = []netip.Prefix{netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("fe80::/10")}
+	multicast = []netip.Prefix{
+		netip.MustParsePrefix("224.0.0.0/4"), netip.MustParsePrefix("255.255.255.255/32"), netip.MustParsePrefix("ff00::/8"),
+	}
+)
+
 // metadata are the addresses of is_metadata in bpf/include/decide.h.
 var metadata = []netip.Addr{
 	netip.MustParseAddr("169.254.169.254"),
@@ -191,20 +200,28 @@ func (k *check) serviceAddr(path string, a netip.AddrPort) {
 
 // leftAlone says what a is if the kernel side never captures it, else "".
 func leftAlone(a netip.Addr) string {
-	switch {
-	case isSlot(a):
-		return "a slot address of Pillion's own"
-	case a.Zone() != "":
+	if a.Zone() != "" && !isSlot(a) {
 		return "an address with a zone"
-	case slices.Contains(metadata, a):
+	}
+	a = a.WithZone("")
+	return rangeLeftAlone(netip.PrefixFrom(a, a.BitLen()))
+}
+
+// rangeLeftAlone says what every address in p is, as leftAlone does.
+func rangeLeftAlone(p netip.Prefix) string {
+	within := func(q netip.Prefix) bool { return q.Bits() <= p.Bits() && q.Contains(p.Addr()) }
+	switch {
+	case slices.ContainsFunc(slotRanges, within):
+		return "a slot address of Pillion's own"
+	case p.IsSingleIP() && slices.Contains(metadata, p.Addr()):
 		return "a cloud provider's metadata service"
-	case a.IsLoopback():
+	case slices.ContainsFunc(loopback, within):
 		return "a loopback address"
-	case a.IsUnspecified():
+	case p.IsSingleIP() && p.Addr().IsUnspecified():
 		return "the unspecified address"
-	case a.IsLinkLocalUnicast():
+	case slices.ContainsFunc(linkLocal, within):
 		return "a link-local address"
-	case isMulticast(a):
+	case slices.ContainsFunc(multicast, within):
 		return "a multicast or broadcast address"
 	default:
 		return ""
@@ -264,6 +281,11 @@ func (k *check) rules(path string, rules []Rule) {
 			k.add(index(path, i), "%s: host bits are set: want %s", r.Prefix, r.Prefix.Masked())
 		case r.Prefix.Addr().Is4In6() && r.Prefix.Bits() >= 96:
 			k.add(index(path, i), "%s: want the IPv4 range", r.Prefix)
+		case path == "deny":
+			// Who denies relies on it; to exclude what is left alone anyway does no harm.
+			if kind := rangeLeftAlone(r.Prefix); kind != "" {
+				k.add(index(path, i), "%s: connections to %s are never captured, whatever the rules say: leave it out", r.Prefix, kind)
+			}
 		default:
 		}
 	}
@@ -321,7 +343,8 @@ func isSlot(a netip.Addr) bool {
 }
 
 func isMulticast(a netip.Addr) bool {
-	return a.IsMulticast() || a == netip.AddrFrom4([4]byte{255, 255, 255, 255})
+	a = a.WithZone("")
+	return slices.ContainsFunc(multicast, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 func unmap(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }
