@@ -97,6 +97,7 @@ func diff(ctx context.Context, w io.Writer, g *global, o *output, instance strin
 	if err != nil {
 		return fmt.Errorf("ask for the connections: %w", err)
 	}
+	findRemoved(&c.Changes, &status)
 	c.Open = openTo(c.Changes, &status)
 	return printChanges(w, o, c)
 }
@@ -162,6 +163,30 @@ func diffHere(ctx context.Context, client *admin.Client, file string, text []byt
 	}
 	d := to.Diff(from)
 	return &changes{Changes: d, Restart: d.Restart()}, nil
+}
+
+// findRemoved has what a source found be told like what was listed, since it is known of an
+// instance.
+func findRemoved(d *config.Changes, s *admin.Status) {
+	for i := range d.Services {
+		change := &d.Services[i]
+		n := slices.IndexFunc(s.Services, func(s admin.ServiceStatus) bool { return s.Name == formerName(change) })
+		if !change.SourceRemoved || n < 0 {
+			continue
+		}
+		change.SourceRemoved = false
+		for _, e := range s.Services[n].Endpoints {
+			a, err := netip.ParseAddrPort(e.Address)
+			if err != nil || e.State == admin.EndpointRemoved {
+				continue // what was to become of that was decided before
+			}
+			if at := slices.Index(change.Added, a); at >= 0 {
+				change.Added = slices.Delete(change.Added, at, at+1) // it goes on
+			} else {
+				change.Removed = append(change.Removed, a)
+			}
+		}
+	}
 }
 
 // openTo counts the connections to the endpoints that go.
@@ -245,11 +270,22 @@ func printChanged(w io.Writer, c *changes) error {
 		}
 		endpoints("endpoint added", s.Added, "")
 		endpoints("endpoint removed", s.Removed, "connections "+s.Fate())
+		if s.SourceRemoved {
+			row(s.Name, "endpoint removed", sourceRemovedText(&s), "", "", "connections "+s.Fate())
+		}
 	}
 	if err := printTable(w, t); err != nil {
 		return err
 	}
 	return printOpen(w, c)
+}
+
+// sourceRemovedText stands for endpoints that only the source knew.
+func sourceRemovedText(s *config.ServiceChange) string {
+	if len(s.Added) > 0 {
+		return "those of its source, but for those added"
+	}
+	return "those of its source"
 }
 
 // printOpen says how many connections the change would end.

@@ -152,6 +152,81 @@ func checkWhole(t *testing.T, file string, problems int, args ...string) {
 	}
 }
 
+// foundConfig has sources, and listedConfig none of them.
+const (
+	foundConfig = `
+services:
+  - {name: gone, address: 10.96.0.1:80, discover: {file: /a.json}, on_remove: reset}
+  - {name: listed, address: 10.96.0.2:80, discover: {file: /b.json}, on_remove: close}
+  - {name: bare, address: 10.96.0.3:80, discover: {file: /c.json}}
+`
+	listedConfig = `
+services:
+  - {name: listed, address: 10.96.0.2:80, endpoints: [10.0.0.2:80, 10.0.0.9:80], on_remove: close}
+  - {name: bare, address: 10.96.0.3:80, path: pass}
+`
+)
+
+// TestDiffOfSource: what a source found goes with it.
+func TestDiffOfSource(t *testing.T) {
+	dir := t.TempDir()
+	out, err := call(t, "diff", write(t, dir, "old.yaml", foundConfig), write(t, dir, "new.yaml", listedConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkLines(t, out, []string{
+		"listed endpoint added 10.0.0.2:80 - - -",
+		"listed endpoint added 10.0.0.9:80 - - -",
+		"listed endpoint removed those of its source, but for those added - - connections are closed after 30s",
+		"bare endpoint removed those of its source - - connections live on",
+		"gone removed - - - -",
+		"gone endpoint removed those of its source - - connections are reset",
+	})
+
+	from, err := config.Parse("old.yaml", []byte(foundConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	to, err := config.Parse("new.yaml", []byte(listedConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &changes{Changes: to.Diff(from)}
+	status := admin.Status{Services: []admin.ServiceStatus{
+		{Name: "gone", Endpoints: []admin.EndpointStatus{{Address: "10.0.0.1:80", Live: 2}, {Address: "10.0.0.8:80", Live: 9, State: admin.EndpointRemoved}}},
+		{Name: "listed", Endpoints: []admin.EndpointStatus{{Address: "10.0.0.2:80", Live: 5}, {Address: "10.0.0.3:80", Live: 1}}},
+		{Name: "bare"},
+	}}
+	findRemoved(&c.Changes, &status)
+	c.Open = openTo(c.Changes, &status)
+	var b bytes.Buffer
+	if err := printChanges(&b, &output{}, c); err != nil {
+		t.Fatal(err)
+	}
+	checkLines(t, b.String(), []string{
+		"listed endpoint added 10.0.0.9:80 - - -",
+		"listed endpoint removed 10.0.0.3:80 - - connections are closed after 30s",
+		"gone removed - - - -",
+		"gone endpoint removed 10.0.0.1:80 - - connections are reset",
+		"open connections to endpoints that go: 3, of which 3 would be ended",
+	})
+}
+
+// checkLines wants lines of a listing, without those of fields that have changed.
+func checkLines(t *testing.T, out string, want []string) {
+	t.Helper()
+	var got []string
+	for line := range strings.Lines(out) {
+		words := strings.Fields(line)
+		if len(words) > 0 && words[0] != "SERVICE" && !slices.Contains(words, "changed") {
+			got = append(got, strings.Join(words, " "))
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("-want +got:\n%s\n%s", diff, out)
+	}
+}
+
 // TestDiffRunning compares with what an instance goes by, and counts the
 // connections that it has.
 func TestDiffRunning(t *testing.T) {

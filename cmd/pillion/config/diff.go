@@ -37,6 +37,9 @@ type ServiceChange struct {
 	// lists. Those that a source finds are in neither.
 	Added   []netip.AddrPort `json:"endpoints_added,omitempty"`
 	Removed []netip.AddrPort `json:"endpoints_removed,omitempty"`
+	// SourceRemoved is true if the service has no source any more, or is gone: then
+	// all that it found goes, but for what is in Added.
+	SourceRemoved bool `json:"source_removed,omitempty"`
 	// OnRemove is what becomes of connections to the endpoints removed, and
 	// After when, for OnRemoveClose. Empty if none was removed.
 	OnRemove OnRemove `json:"on_remove,omitempty"`
@@ -127,7 +130,8 @@ func diffService(old, s *Service) ServiceChange {
 		d.Removed = without(before, after)
 	}
 	d.Added = without(after, before)
-	if len(d.Removed) > 0 {
+	d.SourceRemoved = old.Discover != nil && s.Discover == nil
+	if len(d.Removed) > 0 || d.SourceRemoved {
 		// A service that is gone cannot say what is to become of its connections.
 		by := s
 		if s.Name == "" {

@@ -69,7 +69,7 @@ services:
 			{Name: "after", Kind: ServiceChanged, Fields: []Change{{Key: "name", Old: "before", New: "after"}}},
 			{Name: "moved", Kind: ServiceChanged, Fields: []Change{{Key: "address", Old: "10.96.0.5:80", New: "10.96.0.9:80"}}},
 			{Name: "found", Kind: ServiceChanged, Fields: []Change{{Key: "discover.file", New: "/a.json"}}},
-			{Name: "listed", Kind: ServiceChanged, Fields: []Change{{Key: "discover.file", Old: "/a.json"}}, Added: []netip.AddrPort{addr("10.0.0.1:80")}},
+			{Name: "listed", Kind: ServiceChanged, Fields: []Change{{Key: "discover.file", Old: "/a.json"}}, Added: []netip.AddrPort{addr("10.0.0.1:80")}, SourceRemoved: true, OnRemove: OnRemoveKeep},
 			{Name: "gone", Kind: ServiceRemoved, Removed: []netip.AddrPort{addr("10.0.0.1:80")}, OnRemove: OnRemoveClose, After: "10s"},
 		},
 	}
