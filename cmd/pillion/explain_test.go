@@ -85,6 +85,7 @@ func newExplainer(t *testing.T) (*explainer, *kernelSide, *config.Config) {
 		"10.96.0.14:80":     {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 1, Errno: unix.ECONNREFUSED},
 		"10.9.1.1:22":       {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 0, Errno: unix.ECONNREFUSED},
 		"10.9.1.2:22":       {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 7, Errno: unix.ECONNREFUSED},
+		"10.9.1.3:22":       {Path: flow.PathDeny, Reason: flow.ReasonDenied, Rule: 1, Errno: unix.ECONNREFUSED},
 		"127.0.0.1:80":      {Path: flow.PathPass, Reason: flow.ReasonLoopback, Rule: -1},
 		"240.0.0.9:80":      {Path: flow.PathDeny, Reason: flow.ReasonSlotAddress, Rule: -1, Errno: unix.ECONNREFUSED},
 		"[2001:db8:1::9]:0": {Path: flow.PathPass, Reason: flow.ReasonExcluded, Rule: 0},
@@ -152,6 +153,7 @@ func TestExplain(t *testing.T) {
 		{"10.96.0.15:80", []answer{{"10.96.0.15:80", "direct", "handler_absent", "", "service", "service 10.9.1.1:22", "p.yaml:21:5", "10.9.1.1:22", "open"}}},
 		// The rules have changed meanwhile.
 		{"10.9.1.2:22", []answer{{"10.9.1.2:22", "deny", "denied", "ECONNREFUSED", "deny", "a rule that is being replaced", "", "", "open"}}},
+		{"10.9.1.3:22", []answer{{"10.9.1.3:22", "deny", "denied", "ECONNREFUSED", "deny", "a rule that is being replaced", "", "", "open"}}},
 		{"127.0.0.1:80", []answer{{"127.0.0.1:80", "pass", "loopback", "", "builtin", "built in: never redirected", "", "", "open"}}},
 		{"240.0.0.9:80", []answer{{"240.0.0.9:80", "deny", "slot_address", "ECONNREFUSED", "builtin", "built in: nobody dials slots", "", "", "open"}}},
 		{"both.example:80", []answer{

@@ -197,7 +197,7 @@ func (e *explainer) explanation(c *config.Config, v *loader.Verdict, dst netip.A
 	if x.Service == nil && v.Reason == flow.ReasonDefault {
 		x.Why = []string{place(fmt.Sprintf("%s: default: %s is what is left for destinations that nothing names", flow.PathPass, c.Default), c.Where("default"))}
 	}
-	x.Rule = ruleOf(c, v, x.Service)
+	x.Rule = ruleOf(c, v, dst, x.Service)
 	if picks(&x) {
 		x.Pick, x.Tier = v.Endpoint, v.Tier
 	}
@@ -260,12 +260,12 @@ func place(text, where string) string {
 }
 
 // ruleOf names the rule that decided.
-func ruleOf(c *config.Config, v *loader.Verdict, s *admin.ServiceStatus) admin.Rule {
+func ruleOf(c *config.Config, v *loader.Verdict, dst netip.AddrPort, s *admin.ServiceStatus) admin.Rule {
 	switch {
 	case v.Reason == flow.ReasonDenied:
-		return listed(c, admin.RuleDeny, c.Deny, v.Rule)
+		return listed(c, admin.RuleDeny, c.Deny, v.Rule, dst)
 	case v.Reason == flow.ReasonExcluded:
-		return listed(c, admin.RuleExclude, c.Exclude, v.Rule)
+		return listed(c, admin.RuleExclude, c.Exclude, v.Rule, dst)
 	case builtin(v.Reason):
 		return admin.Rule{Kind: admin.RuleBuiltin, Text: "built in: never redirected"}
 	case v.Reason == flow.ReasonSlotAddress:
@@ -280,10 +280,11 @@ func ruleOf(c *config.Config, v *loader.Verdict, s *admin.ServiceStatus) admin.R
 	}
 }
 
-// listed is the rule of that index in a list of the configuration. There is none
-// when the kernel side is being given another list at this moment.
-func listed(c *config.Config, kind string, rules []config.Rule, index int) admin.Rule {
-	if index < 0 || index >= len(rules) {
+// listed is the rule of that index in a list of the configuration, which names dst. There
+// is none while the kernel side goes by an earlier list: it is being given another one, or
+// the sources of a process that has taken over have not told yet.
+func listed(c *config.Config, kind string, rules []config.Rule, index int, dst netip.AddrPort) admin.Rule {
+	if index < 0 || index >= len(rules) || !rules[index].Prefix.Contains(dst.Addr()) || rules[index].Port != 0 && rules[index].Port != dst.Port() {
 		return admin.Rule{Kind: kind, Text: "a rule that is being replaced"}
 	}
 	return admin.Rule{
