@@ -43,14 +43,20 @@ type commands struct {
 	mu sync.Mutex
 	// held is how many commands of a target were killed, and the kernel does not let
 	// go of them: they are in a call that nothing interrupts.
-	held map[id]int
+	held map[held]int
+}
+
+// held is a command of a target: another one may be what mends it.
+type held struct {
+	id
+	command string
 }
 
 // ask runs the command of a target, of which to is the address that is checked. When
 // ctx is done it returns within killLimit: the goroutine that waits for a command
 // that is held outlives it, and ends when the kernel lets go of that.
 func (c *commands) ask(ctx context.Context, to netip.AddrPort, t Target) error {
-	k := id{t.Cluster, t.Addr}
+	k := held{id{t.Cluster, t.Addr}, strings.Join(t.Spec.Command, "\x00")}
 	if err := c.mayStart(k); err != nil {
 		return err
 	}
@@ -94,7 +100,7 @@ func (c *commands) finishFunc() func(context.Context, *exec.Cmd, *output) error 
 
 // mayStart says why no command of a target is started: its next one would be held as
 // the last one is, and so processes would pile up, one with each interval.
-func (c *commands) mayStart(k id) error {
+func (c *commands) mayStart(k held) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
@@ -108,11 +114,11 @@ func (c *commands) mayStart(k id) error {
 }
 
 // count counts what is held of a target.
-func (c *commands) count(k id, more int) {
+func (c *commands) count(k held, more int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.held == nil {
-		c.held = make(map[id]int)
+		c.held = make(map[held]int)
 	}
 	if c.held[k] += more; c.held[k] == 0 {
 		delete(c.held, k)

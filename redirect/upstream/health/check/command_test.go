@@ -237,6 +237,15 @@ func TestCommandHeld(t *testing.T) {
 		if s := status(t, c, target.Addr); s.Failed < 5 || s.Err != "command: no answer in time: the last one cannot be killed" {
 			t.Errorf("%d failures, error %q", s.Failed, s.Err)
 		}
+		other := target
+		other.Spec.Command = []string{"sh", "-c", "true"}
+		set(t, c, other)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if n := started.Load(); n != 2 {
+			t.Errorf("%d were started, want another command's too", n)
+		}
+		set(t, c, target)
 		close(free)
 		time.Sleep(time.Minute)
 		r.want(t, target.Addr, StateDown, StateUp)
