@@ -239,6 +239,8 @@ func TestHealthAdopted(t *testing.T) {
 		config := "services:\n" + service(1, "path: "+path+", policy: random, health_check: "+p.check, 1, 2)
 		s := newStage(t, r, config)
 		s.has(t, "s1", "1", "2 down")
+		s.goes(t, 1, 1)     // what is known is being told,
+		s.reload(t, config) // and it is
 		s.Kill(t)
 		// Nobody looks again.
 		put(t, s.file, strings.ReplaceAll(config, "interval: 100ms", "interval: 1000h"))
