@@ -32,6 +32,7 @@ type control struct {
 	closed   map[netip.AddrPort]bool // what close said of services; run's own
 	litter   litter                  // run's own
 	zones    zones                   // that an earlier process noted; run's own
+	owed     []notedRemoval          // the same; run's own
 	noted    []byte                  // what is left for the next one, and for which services; run's own
 	notedFor *listing
 	told     told  // run's own
@@ -159,11 +160,12 @@ func (c *control) run(ctx context.Context) error {
 			t := c.i.taking
 			t.tells(t.lastServices())
 			c.update()
-			if t != nil {
+			if t != nil && t.state.At > 0 {
 				c.inherit(&t.state)
 			} else {
 				c.removedBefore(last)
 			}
+			c.owed = nil
 			t.tells(nil) // from here on what is in force is newer
 			close(done)
 		case <-c.i.hangups:

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"net/netip"
+	"time"
 
 	"github.com/pillion-project/pillion/loader"
 	"github.com/pillion-project/pillion/redirect/flow"
@@ -20,6 +21,8 @@ type note struct {
 	Found []noted `json:"found,omitempty"`
 	// Zones are those of the endpoints of services whose endpoints a source tells.
 	Zones []notedZones `json:"zones,omitempty"`
+	// Removals are what is to be ended still.
+	Removals []notedRemoval `json:"removals,omitempty"`
 }
 
 type noted struct {
@@ -33,12 +36,31 @@ type notedZones struct {
 	Zones map[string][]netip.AddrPort `json:"zones"`
 }
 
+// notedRemoval is an endpoint whose connections are to be ended at a time of
+// CLOCK_MONOTONIC, which was so far off when it was noted.
+type notedRemoval struct {
+	Service  string         `json:"service"`
+	Addr     netip.AddrPort `json:"addr"`
+	Endpoint netip.AddrPort `json:"endpoint"`
+	At       int64          `json:"at_ns"`
+	After    time.Duration  `json:"after_ns"`
+}
+
+// left is how long it takes still. The clock may be another one, in another namespace.
+func (r *notedRemoval) left() time.Duration {
+	return min(max(time.Duration(r.At-monotonicNow()), 0), r.After)
+}
+
 // zones are those of the endpoints of services, by the addresses of both.
 type zones map[netip.AddrPort]map[netip.AddrPort]string
 
-// noteOf is what services in force leave.
-func noteOf(services []service) *note {
+// noteOf is what services in force, and endpoints that are gone, leave.
+func noteOf(services []service, removals []removal) *note {
 	n := &note{}
+	for _, r := range removals {
+		after := max(time.Until(r.at), 0)
+		n.Removals = append(n.Removals, notedRemoval{r.service, r.addr, r.endpoint, monotonicNow() + int64(after), after})
+	}
 	for i := range services {
 		s := &services[i]
 		if s.found && s.known && s.Addr.IsValid() {
@@ -62,13 +84,13 @@ func noteOf(services []service) *note {
 
 // text is the note as it is left: nil if it says nothing.
 func (n *note) text() ([]byte, error) {
-	if len(n.Found)+len(n.Zones) == 0 {
+	if len(n.Found)+len(n.Zones)+len(n.Removals) == 0 {
 		return nil, nil
 	}
 	text, err := json.Marshal(n)
 	if err == nil && len(text) > loader.NoteMax && n.Zones != nil {
 		// The zones are what is long, and what can be done without.
-		return (&note{Found: n.Found}).text()
+		return (&note{Found: n.Found, Removals: n.Removals}).text()
 	}
 	return text, err
 }
@@ -78,16 +100,16 @@ func (n *note) text() ([]byte, error) {
 // next process then waits for its sources.
 func (c *control) noteChanges() {
 	now := c.listing()
-	if c.unsettled || !c.inCharge || now == c.notedFor {
+	if c.unsettled || !c.inCharge || now == c.notedFor && !c.removals.changed {
 		return
 	}
-	c.notedFor = now
-	text, err := noteOf(c.list()).text()
+	c.notedFor, c.removals.changed = now, false
+	text, err := noteOf(c.list(), c.removals.pending).text()
 	if err == nil && !bytes.Equal(text, c.noted) {
 		err = c.i.datapath.Note(text)
 	}
 	if err != nil {
-		c.i.log.Warn("cannot note for a restart which services were found, and zones", "error", err)
+		c.i.log.Warn("cannot note for a restart which services were found, zones, and connections to end", "error", err)
 		return
 	}
 	c.noted = text
@@ -104,13 +126,13 @@ func (c *control) recall() error {
 		err = json.Unmarshal(text, &n)
 	}
 	if err != nil {
-		c.i.log.Warn("cannot read which services an earlier process had found, and zones", "error", err)
+		c.i.log.Warn("cannot read which services an earlier process had found, zones, and connections to end", "error", err)
 		return nil
 	}
 	if len(text) == 0 {
 		return nil
 	}
-	c.noted, c.zones = text, n.zones()
+	c.noted, c.zones, c.owed = text, n.zones(), n.Removals
 	c.sources.recall(n.Found)
 	// From the beginning, as if they had been there before.
 	c.i.snapshot.Store(nil)

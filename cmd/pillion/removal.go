@@ -8,7 +8,6 @@ import (
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/redirect/upstream"
-	"github.com/pillion-project/pillion/redirect/upstream/discover"
 )
 
 // removals has connections to endpoints that are gone ended, at once or after a time.
@@ -16,6 +15,7 @@ import (
 type removals struct {
 	ends    *ends
 	pending []removal // by time
+	changed bool      // since it was last noted
 	timer   *time.Timer
 }
 
@@ -110,6 +110,7 @@ func (r *removals) endDue() {
 }
 
 func (r *removals) arm() {
+	r.changed = true
 	if r.timer != nil {
 		r.timer.Stop()
 		r.timer = nil
@@ -223,23 +224,11 @@ func (p *present) in(s *service, endpoint netip.AddrPort) bool {
 	return p.sets[s][endpoint]
 }
 
-// left are the services in force, with the endpoints that an earlier process left, and
-// those that it had removed and that still have connections: it may not have come to
-// end them.
+// left are the services in force, with the endpoints that an earlier process left.
 func (c *control) left() []service {
 	var all []service
 	for _, s := range c.list() {
-		kept, ok := c.kept(s.Addr)
-		if !ok {
-			continue
-		}
-		states, _ := c.i.datapath.EndpointStates(s.Addr) // there is such a service
-		for _, e := range states {
-			if !e.InSet && e.Live > 0 {
-				kept = append(kept, discover.Endpoint{Addr: e.Addr})
-			}
-		}
-		if len(kept) > 0 {
+		if kept, ok := c.kept(s.Addr); ok && len(kept) > 0 {
 			s.endpoints = kept
 			all = append(all, s)
 		}
@@ -248,7 +237,7 @@ func (c *control) left() []service {
 }
 
 // removedBefore does what services want to become of connections to endpoints that
-// were removed while no process was there. Of a service that is gone nobody knows what
+// were removed while no process was there, and what was still to be ended before. Of a service that is gone nobody knows what
 // it wanted, and one whose endpoints are not known has lost none.
 func (c *control) removedBefore(left []service) {
 	now := c.list()
@@ -257,8 +246,11 @@ func (c *control) removedBefore(left []service) {
 		is := listed.same(&s)
 		return is == nil || !is.known
 	})
+	for _, r := range c.owed {
+		c.removals.later(gone{r.Service, r.Addr, r.Endpoint}, r.left())
+	}
 	former := c.former
-	c.removed(left, now)
+	c.removed(left, now) // and spares who is there
 	c.former = former
 }
 

@@ -140,22 +140,36 @@ func (c *control) serviceOf(said *said, v *config.Service) service {
 }
 
 // filled returns the endpoints of a service whose source has told: with those that it
-// had, while that has never told all.
+// had, while that has never told all. What it has told and tells no more is gone.
 func (c *control) filled(said *said, s, was *service, one *source, state *discover.State) []discover.Endpoint {
 	if state.Lacks == 0 {
-		one.before = nil
+		one.before, one.told = nil, nil
 		return state.Endpoints
 	}
-	if last, known, _ := c.inherited(said, s); known {
-		one.before = last
-	} else if one.before == nil {
-		// Once: later it has what this source told, which may have gone since.
-		one.before = []discover.Endpoint{}
-		if was != nil {
-			one.before = append(one.before, was.endpoints...)
+	before, known, _ := c.inherited(said, s)
+	if !known {
+		if one.before == nil {
+			// Once: later it has what this source told.
+			one.before = []discover.Endpoint{}
+			if was != nil {
+				one.before = append(one.before, was.endpoints...)
+			}
+		}
+		before = one.before
+	}
+	if one.told == nil {
+		one.told = map[netip.AddrPort]bool{}
+	}
+	had := make(map[netip.AddrPort]bool, len(before))
+	for _, e := range before {
+		had[e.Addr] = true
+	}
+	for _, e := range state.Endpoints {
+		if had[e.Addr] {
+			one.told[e.Addr] = true
 		}
 	}
-	return state.With(one.before)
+	return state.With(slices.DeleteFunc(slices.Clone(before), func(e discover.Endpoint) bool { return one.told[e.Addr] }))
 }
 
 // inherited returns what an earlier process said of a service, or what it published
@@ -308,18 +322,18 @@ func (c *control) arrange(services []service, snapshot *upstream.Snapshot) {
 		addr    netip.AddrPort
 	}
 	had := make(map[at]*flow.Set)
-	adopts := !c.inCharge && c.i.datapath != nil
-	if !adopts { // there, what is down was not known
+	for i := range services {
+		services[i].cluster = snapshot.Cluster(services[i].Name)
+	}
+	if !c.inCharge && c.i.datapath != nil {
+		c.takeDown(services)
+	} else { // sets of before do not know that
 		for _, s := range c.list() {
 			had[at{s.cluster, s.Addr}] = s.set
 		}
 	}
 	for i := range services {
 		s := &services[i]
-		s.cluster = snapshot.Cluster(s.Name)
-		if adopts {
-			c.takeDown(s)
-		}
 		if s.path == flow.PathPass || !s.known || s.kept {
 			continue
 		}

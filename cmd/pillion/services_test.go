@@ -122,6 +122,7 @@ func TestLackingSet(t *testing.T) {
 			}, nil, at(1, 1, 2)},
 			{"a part", nil, lacking(at(5, 1, 3)), append(append(at(5, 1), at(1, 2)...), at(5, 3)...)},
 			{"what it told is gone", nil, lacking(at(5, 1)), append(at(5, 1), at(1, 2)...)},
+			{"also what was there before it told it", nil, lacking(at(5, 3)), append(at(1, 2), at(5, 3)...)},
 			{"all", nil, whole(at(5, 1)), at(5, 1)},
 		},
 		"nobody": {

@@ -41,8 +41,10 @@ type source struct {
 	keeper     *discover.Keeper
 	made       time.Time
 	stop       context.CancelFunc // nil: not started yet
-	// before is what its service had, once it has told a set that lacks some; control's own.
+	// before is what its service had, once it has told a set that lacks some, and told
+	// which of that it has told; control's own.
 	before []discover.Endpoint
+	told   map[netip.AddrPort]bool
 }
 
 // askAtOnce is how many names are looked up at once: each takes a socket or two.

@@ -57,8 +57,8 @@ func (c *control) setDown(change check.Change) {
 		return // it, or its check, is gone meanwhile
 	}
 	for _, e := range s.cluster.Endpoints {
-		// An earlier process may have told the kernel side otherwise.
-		if e.Addr != change.Addr || e.Down() == down && !s.kept && c.inCharge {
+		// Of a set that is kept, the kernel side has what an earlier process found.
+		if e.Addr != change.Addr || e.Down() == down && !s.kept {
 			continue
 		}
 		e.SetDown(down)
@@ -70,23 +70,39 @@ func (c *control) setDown(change check.Change) {
 	}
 }
 
-// takeDown has a cluster begin with what an earlier process's checks found, as the kernel
-// side has it: who is down is not picked until the first check of this one.
-func (c *control) takeDown(s *service) {
-	if s.Check == nil {
-		return
+// takeDown has the clusters of services begin with what an earlier process's checks found,
+// as the kernel side has it, unless a check of this one has ended: who is down is not picked
+// until then.
+func (c *control) takeDown(services []service) {
+	type at struct {
+		cluster string
+		addr    netip.AddrPort
 	}
-	states, err := c.i.datapath.EndpointStates(s.Addr)
-	if err != nil {
-		return // there was no such service
+	down := make(map[at]bool)
+	for i := range services {
+		s := &services[i]
+		if s.Check == nil {
+			continue
+		}
+		states, err := c.i.datapath.EndpointStates(s.Addr)
+		if err != nil {
+			continue // there was no such service
+		}
+		for _, e := range states {
+			down[at{s.Name, e.Addr}] = e.Down
+		}
 	}
-	down := make(map[netip.AddrPort]bool)
-	for _, e := range states {
-		down[e.Addr] = e.Down
+	for _, s := range c.checker.States() {
+		if s.State != check.StateUnknown {
+			down[at{s.Cluster, s.Addr}] = s.State == check.StateDown
+		}
 	}
-	for _, e := range s.cluster.Endpoints {
-		if is, known := down[e.Addr]; known {
-			e.SetDown(is)
+	for i := range services {
+		s := &services[i]
+		for _, e := range s.cluster.Endpoints {
+			if is, known := down[at{s.Name, e.Addr}]; known {
+				e.SetDown(is)
+			}
 		}
 	}
 }

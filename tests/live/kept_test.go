@@ -1,10 +1,13 @@
 package live
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/pillion-project/pillion/tests/rig"
 	"github.com/pillion-project/pillion/tests/testutil"
@@ -187,27 +190,41 @@ func TestRemovedMeanwhile(t *testing.T) {
 }
 
 // TestRemovedBefore: connections to an endpoint that was removed, and whose time was not
-// up when the process was killed, have their time from the next one's start.
+// up when the process was killed, are ended by the next one in time. Others are not,
+// whatever their service wants by then.
 func TestRemovedBefore(t *testing.T) {
 	t.Parallel()
-	r := rig.New(t)
-	serve(t, r, 1, 2)
-	const until = "path: direct, on_remove: close, remove_after: 3s"
-	of := func(n int) string { return "services:\n" + service(1, until, n) + service(2, "path: direct", n) }
-	s := newStage(t, r, of(1))
-	for n := 1; n < 3; n++ {
-		if got := s.Open(t, fmt.Sprint(n), vip(n)); got != far(1).String() {
-			t.Fatal(got)
+	onPaths(t, func(t *testing.T, path string) {
+		r := rig.New(t)
+		serve(t, r, 1, 2, 3)
+		of := func(n int, fate string) string {
+			text := "survive: crash\nservices:\n" + service(1, fmt.Sprintf("path: %s, on_remove: close, remove_after: 10s", path), n)
+			return text + service(2, fmt.Sprintf("path: %s, on_remove: %s", path, fate), n)
 		}
-	}
-	s.reload(t, of(2))
-	s.Kill(t)
-	s.Launch(t)
-	if got := s.EndOf(t, "1"); got != resets["direct"] {
-		t.Errorf("the connection ended by %s, want %s", got, resets["direct"])
-	}
-	if got := s.Talk(t, "2"); got != "" {
-		t.Errorf("one that is kept ended: %s", got)
-	}
-	s.goes(t, 1, 2)
+		s := newStage(t, r, of(1, "keep"))
+		for n := 1; n < 3; n++ {
+			if got := s.Open(t, fmt.Sprint(n), vip(n)); got != far(1).String() {
+				t.Fatal(got)
+			}
+		}
+		s.reload(t, of(2, "keep"))
+		s.reload(t, of(2, "reset"))
+		note := "/sys/fs/bpf/pillion/" + s.Name + "/note"
+		testutil.Eventually(t, rig.Limit, func() bool { _, err := os.Stat(note); return err == nil }, "it is noted")
+		before := s.status(t).Pid
+		if err := unix.Kill(before, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		testutil.Eventually(t, rig.Limit, func() bool {
+			st, err := s.Status(context.Background())
+			return err == nil && st.Ready && st.Pid != before
+		}, "another one goes on")
+		if got := s.EndOf(t, "1"); got != resets[path] {
+			t.Errorf("the connection ended by %s, want %s", got, resets[path])
+		}
+		if got := s.Talk(t, "2"); got != "" {
+			t.Errorf("one that is kept ended: %s", got)
+		}
+		s.goes(t, 1, 2)
+	})
 }
