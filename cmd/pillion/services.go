@@ -257,7 +257,7 @@ func (c *control) publish(next *config.Config) error {
 	}
 	c.departed = departed(c.departed, upstream.Removed(old, snapshot), services)
 	c.mu.Unlock()
-	c.removed(before, services)
+	c.removed(c.reached(before, lacking), services)
 	if err := c.checker.Set(targets(services)); err != nil {
 		return fmt.Errorf("check endpoints: %w", err)
 	}
