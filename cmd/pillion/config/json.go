@@ -18,7 +18,7 @@ func (c Config) MarshalJSON() ([]byte, error) { return json.Marshal(c.object()) 
 
 // UnmarshalJSON reads what MarshalJSON returned. The values then have no place.
 func (c *Config) UnmarshalJSON(data []byte) error {
-	d, err := parseDraft("json", data, maxJSON)
+	d, err := parseDraft("json", data, maxJSON, nil)
 	if err != nil {
 		return err
 	}

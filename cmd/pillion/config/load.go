@@ -79,10 +79,19 @@ func readWithin(path string, limit time.Duration) ([]byte, error) {
 // pipePoll is how often a pipe without a writer is looked at.
 const pipePoll = 10 * time.Millisecond
 
+// Flags puts what a command line says on top of what a file says, before that is
+// judged: it appends services and rules, sets settings, and notes all that by
+// [Config.Said]. nil says nothing.
+type Flags func(*Config)
+
 // Parse reads a configuration from data, as [Load] does from a file. name is
 // what errors call it.
-func Parse(name string, data []byte) (*Config, error) {
-	d, err := parseDraft(name, data, maxSize)
+func Parse(name string, data []byte) (*Config, error) { return Flags(nil).Parse(name, data) }
+
+// Parse is the function [Parse], with the flags on top. An empty name means that there
+// is no file.
+func (f Flags) Parse(name string, data []byte) (*Config, error) {
+	d, err := parseDraft(name, data, maxSize, f)
 	if err != nil {
 		return nil, err
 	}
@@ -98,11 +107,12 @@ type draft struct {
 	config   Config
 	problems []problem
 	empty    bool // the file has nothing in it
+	own      int  // how many of the services are the file's; those of flags follow
 }
 
 // parseDraft reads what it can. An error means that data is not YAML, or more
 // than most bytes.
-func parseDraft(name string, data []byte, most int) (*draft, error) {
+func parseDraft(name string, data []byte, most int, flags Flags) (*draft, error) {
 	w := &places{file: name, byPath: make(map[string]position)}
 	body, err := parseYAML(w, data, most)
 	if err != nil {
@@ -112,12 +122,17 @@ func parseDraft(name string, data []byte, most int) (*draft, error) {
 	if d.empty = body == nil; !d.empty {
 		d.decoder.config(&d.config, body)
 	}
+	w.remember(&d.config)
+	d.own = len(d.config.Services)
+	if flags != nil {
+		flags(&d.config)
+		w.flags = d.config.flags()
+	}
 	// What was not understood has its default or nothing, which says nothing
 	// about what the user wants.
 	problems := slices.DeleteFunc(d.config.problems(), func(p problem) bool {
 		return d.spoiled(p.path) || slices.ContainsFunc(p.on, d.spoiled)
 	})
 	d.problems = append(d.found, problems...)
-	w.remember(&d.config)
 	return d, nil
 }

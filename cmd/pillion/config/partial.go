@@ -34,10 +34,10 @@ type Refused struct {
 // the services and the section kubernetes, or it is empty and last is not.
 //
 // A service is the one of the same name in last, or else the one of the same
-// address; those of flags are nobody's here, and the caller adds them again. What
-// the file no longer has is gone, unless the file has a service
-// whose name or address cannot be read: that might be any of those. A service
-// that is right but claims the name or address of one that stays is refused too.
+// address; those that flags said are nobody's. What the file no longer has is gone,
+// unless the file has a service whose name or address cannot be read: that might be
+// any of those. A service that is right but claims the name or address of one that
+// stays is refused too.
 func LoadPartial(path string, last *Config) (*Config, []Refused, error) {
 	data, err := Read(path)
 	if err != nil {
@@ -50,7 +50,13 @@ func LoadPartial(path string, last *Config) (*Config, []Refused, error) {
 // name is what errors call it. able, if not nil, says what the process cannot do that a
 // source of a service needs; that is then refused like one that is wrong.
 func ParsePartial(name string, data []byte, last *Config, able func(*Discover) error) (*Config, []Refused, error) {
-	d, err := parseDraft(name, data, maxSize)
+	return Flags(nil).ParsePartial(name, data, last, able)
+}
+
+// ParsePartial is the function [ParsePartial], with the flags on top. last has what they
+// said of the file before.
+func (f Flags) ParsePartial(name string, data []byte, last *Config, able func(*Discover) error) (*Config, []Refused, error) {
+	d, err := parseDraft(name, data, maxSize, f)
 	if err != nil {
 		return nil, nil, cutShort(err)
 	}
@@ -63,7 +69,8 @@ func ParsePartial(name string, data []byte, last *Config, able func(*Discover) e
 		return nil, nil, d.error(position{line: 1, column: 1},
 			"the file is empty: want services: [] if everything is to go")
 	}
-	m := &merge{draft: d, last: last, problems: make([][]problem, len(d.config.Services))}
+	m := &merge{draft: d, last: last, problems: make([][]problem, d.own)}
+	d.config.Services, m.flagged = d.config.Services[:d.own], d.config.Services[d.own:]
 	if !m.assign() {
 		return nil, nil, cutShort(d.join(d.problems))
 	}
@@ -99,6 +106,8 @@ type merge struct {
 	// taken. Those of its source are noted in source once the old one is in it.
 	problems [][]problem
 	source   map[int][]problem
+	// flagged are the services that flags said. They are in force whatever the file has.
+	flagged []Service
 	// kubernetes are the problems of that section.
 	kubernetes []problem
 	// was is where each service of the file is in last, or -1, and gone those of
@@ -295,6 +304,7 @@ func (m *merge) result() (*Config, []Refused) {
 		}
 		refused = append(refused, r)
 	}
+	c.Services = append(c.Services, m.flagged...)
 	return &c, refused
 }
 

@@ -192,7 +192,7 @@ func TestLoadPartial(t *testing.T) {
 	}
 }
 
-// What flags said is put on top again by whoever did so, whatever the file has.
+// What flags said is no service of the file that stays.
 func TestLoadPartialWithFlags(t *testing.T) {
 	last := parsed(t, before)
 	last.Services = append(last.Services, service("10.96.0.9:80", "127.0.0.1:8081", 1))
@@ -361,6 +361,13 @@ func FuzzLoadPartial(f *testing.F) {
 // TestLoadPartialRandom is the same for files that are nearly right, of services
 // that get in each other's way.
 func TestLoadPartialRandom(t *testing.T) {
+	t.Run("without flags", func(t *testing.T) { checkRandom(t, nil) })
+	for _, path := range []PathChoice{"", PathDirect, PathAuto} {
+		t.Run("with flags, path "+string(path), func(t *testing.T) { checkRandom(t, flagsOf(path, "10.96.0.4:80")) })
+	}
+}
+
+func checkRandom(t *testing.T, flags Flags) {
 	r := rand.New(rand.NewPCG(1, 2))
 	one := func(all ...string) string { return all[r.IntN(len(all))] }
 	file := func() []byte {
@@ -385,25 +392,27 @@ func TestLoadPartialRandom(t *testing.T) {
 	first := []byte(before)
 	for range 400 {
 		second := file()
-		checkPartial(t, first, second)
+		checkPartialWith(t, flags, first, second)
 		if t.Failed() {
 			t.Fatalf("first:\n%s\nsecond:\n%s", first, second)
 		}
-		if _, err := Parse("", second); err == nil {
+		if _, err := flags.Parse("", second); err == nil {
 			first = second
 		}
 	}
 }
 
-func checkPartial(t *testing.T, first, second []byte) {
-	last, err := Parse("first.yaml", first)
+func checkPartial(t *testing.T, first, second []byte) { checkPartialWith(t, nil, first, second) }
+
+func checkPartialWith(t *testing.T, flags Flags, first, second []byte) {
+	last, err := flags.Parse("first.yaml", first)
 	if err != nil {
 		return
 	}
-	c, refused, err := ParsePartial("second.yaml", second, last, nil)
-	whole, wholeErr := Parse("second.yaml", second)
+	c, refused, err := flags.ParsePartial("second.yaml", second, last, nil)
+	whole, wholeErr := flags.Parse("second.yaml", second)
 	if err != nil {
-		if d, _ := parseDraft("", second, maxSize); d != nil && d.empty {
+		if d, _ := parseDraft("", second, maxSize, nil); d != nil && d.empty {
 			return
 		}
 		if wholeErr == nil || strings.Contains(err.Error(), "does not go with") {
@@ -435,7 +444,7 @@ func checkPartial(t *testing.T, first, second []byte) {
 	}
 	checkJSON(t, c)
 	// The same again changes nothing.
-	again, _, err := ParsePartial("second.yaml", second, c, nil)
+	again, _, err := flags.ParsePartial("second.yaml", second, c, nil)
 	if err != nil {
 		t.Errorf("the second time: %v", err)
 		return

@@ -162,6 +162,9 @@ func (k *check) path(path string, c *Config, s *Service) {
 	whose := "this service is on " + own.String()
 	if s.Path == "" {
 		whose = own.String() + " is the path of all services"
+		if flag := c.at.flag("path"); flag != "" {
+			whose += " (" + flag + ")" // the file may have another one
+		}
 	}
 	for _, n := range needs {
 		if !can(own, n.Capability) {

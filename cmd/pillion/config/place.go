@@ -3,6 +3,7 @@ package config
 import (
 	"cmp"
 	"fmt"
+	"iter"
 	"slices"
 	"strconv"
 	"strings"
@@ -57,10 +58,7 @@ func (c *Config) Said(path, flag string) {
 // ofFile returns the configuration without the services and rules that flags said.
 func (c *Config) ofFile() *Config {
 	file := *c
-	file.Services = slices.DeleteFunc(slices.Clone(c.Services), func(s Service) bool {
-		at, ok := s.at.find("")
-		return ok && at.flag != ""
-	})
+	file.Services = slices.DeleteFunc(slices.Clone(c.Services), func(s Service) bool { return s.at.flag("") != "" })
 	file.Deny, file.Exclude = c.rulesOfFile("deny", c.Deny), c.rulesOfFile("exclude", c.Exclude)
 	return &file
 }
@@ -68,11 +66,48 @@ func (c *Config) ofFile() *Config {
 func (c *Config) rulesOfFile(key string, rules []Rule) []Rule {
 	var all []Rule
 	for i, r := range rules {
-		if at, ok := c.at.find(index(key, i)); !ok || at.flag == "" {
+		if c.at.flag(index(key, i)) == "" {
 			all = append(all, r)
 		}
 	}
 	return all
+}
+
+// flags returns which flag said what, by path.
+func (c *Config) flags() map[string]string {
+	all := make(map[string]string)
+	for _, k := range c.at.keys {
+		if k.flag != "" {
+			all[k.key] = k.flag
+		}
+	}
+	for i := range c.Services {
+		if s := &c.Services[i]; s.at.flag("") != "" {
+			all[index("services", i)] = s.at.flag("") + " " + s.Name
+		}
+	}
+	return all
+}
+
+// flagsFirst ranges over the services, and those of the file come last: of two that
+// cannot both be there, it is the file's that is wrong.
+func (c *Config) flagsFirst() iter.Seq2[int, *Service] {
+	return func(yield func(int, *Service) bool) {
+		for _, flagged := range []bool{true, false} {
+			for i := range c.Services {
+				s := &c.Services[i]
+				if (s.at.flag("") != "") == flagged && !yield(i, s) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// flag returns the flag that said the value of a key; empty: none did.
+func (p *positions) flag(key string) string {
+	at, _ := p.find(key)
+	return at.flag
 }
 
 func (p *positions) where(key string) string {

@@ -16,7 +16,8 @@ type Problem struct {
 	File   string `json:"file,omitempty"`
 	Line   int    `json:"line,omitempty"`
 	Column int    `json:"column,omitempty"`
-	// Path is that of the value, such as services[0].address, or empty.
+	// Path is that of the value, such as services[0].address, or the flag that said it,
+	// or empty.
 	Path string `json:"path,omitempty"`
 	Text string `json:"text"`
 }
@@ -127,6 +128,8 @@ func joinPaths(problems []problem) error {
 type places struct {
 	file   string
 	byPath map[string]position
+	// flags has, by path, what flags said in place of the file.
+	flags map[string]string
 }
 
 // join makes one error of problems, in the order of the file.
@@ -145,10 +148,19 @@ func (w *places) join(problems []problem) error {
 // problem tells one problem, with its place in the file.
 func (w *places) problem(p problem) *Problem {
 	at, text := w.locate(p), p.text
-	if p.see != "" {
+	if flag := w.flag(p.see); flag != "" {
+		text += " (" + flag + ")"
+	} else if p.see != "" {
 		text += fmt.Sprintf(" (line %d)", w.find(p.see).line)
 	}
-	return &Problem{File: w.file, Line: at.line, Column: at.column, Path: p.path, Text: text}
+	told := &Problem{Path: p.path, Text: text}
+	if p.at == (position{}) { // else it is with what the file says there, all the same
+		told.Path = cmp.Or(w.flag(p.path), p.path)
+	}
+	if at != (position{}) {
+		told.File, told.Line, told.Column = w.file, at.line, at.column
+	}
+	return told
 }
 
 // error tells one problem of the file, at a position.
@@ -156,11 +168,31 @@ func (w *places) error(at position, text string) error {
 	return &Problem{File: w.file, Line: at.line, Column: at.column, Text: text}
 }
 
+// locate returns where a problem stands; nowhere, if it is with what flags say alone.
 func (w *places) locate(p problem) position {
-	if p.at != (position{}) {
+	switch {
+	case p.at != (position{}):
 		return p.at
+	case w.flag(p.path) == "":
+		return w.find(p.path)
+	default:
 	}
-	return w.find(p.path)
+	for _, path := range p.on {
+		if at, ok := w.byPath[path]; ok && w.flag(path) == "" {
+			return at
+		}
+	}
+	return position{}
+}
+
+// flag returns the flag that said the value at path, or what that is in; empty: none did.
+func (w *places) flag(path string) string {
+	for ; path != ""; path = parent(path) {
+		if flag := w.flags[path]; flag != "" {
+			return flag
+		}
+	}
+	return ""
 }
 
 // find returns where the value at path stands, or the nearest value around it:
@@ -169,6 +201,9 @@ func (w *places) find(path string) position {
 	for {
 		if at, ok := w.byPath[path]; ok {
 			return at
+		}
+		if path == "" && w.file == "" {
+			return position{}
 		}
 		if path == "" {
 			return position{line: 1, column: 1}

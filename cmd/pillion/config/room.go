@@ -20,8 +20,8 @@ const (
 func (k *check) room(c *Config) {
 	slots := make(map[netip.Addr]bool)
 	sets, endpoints := 0, 0
-	for i := range c.Services {
-		s, path := &c.Services[i], index("services", i)
+	for i, s := range c.flagsFirst() {
+		path := index("services", i)
 		own, _ := c.PathOf(s)
 		if own == flow.PathPass || !s.Addr.IsValid() {
 			continue

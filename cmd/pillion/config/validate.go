@@ -144,7 +144,7 @@ func (k *check) services(c *Config) {
 	}
 	addrs := make(map[netip.AddrPort]int, len(services))
 	names := make(map[string]int, len(services))
-	for i, s := range services {
+	for i, s := range c.flagsFirst() {
 		path := index("services", i)
 		addr := unmap(s.Addr)
 		first, taken := addrs[addr]
@@ -164,7 +164,7 @@ func (k *check) services(c *Config) {
 		default:
 			names[s.Name] = i
 		}
-		k.service(path, c, &c.Services[i])
+		k.service(path, c, s)
 	}
 }
 
