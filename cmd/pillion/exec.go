@@ -68,31 +68,56 @@ command, 126 if it cannot be run.`,
 	return c
 }
 
-// configuration puts the flags on top of the file.
-func (f *execFlags) configuration() (*config.Config, error) {
-	c := new(config.Config)
-	*c = config.Default()
-	if f.file != "" {
-		var err error
-		if c, err = config.Load(f.file); err != nil {
-			return nil, err
-		}
+// configuration reads the file, if there is one, with the flags on top.
+func (f *execFlags) configuration(flags config.Flags) (*config.Config, error) {
+	if f.file == "" {
+		return flags.Parse("", nil)
 	}
-	return f.overlay(c)
-}
-
-// merge reads the text of a file for a process that has a configuration, last.
-func (f *execFlags) merge(file string, text []byte, last *config.Config, able func(*config.Discover) error) (*config.Config, []config.Refused, error) {
-	c, refused, err := config.ParsePartial(file, text, last, able)
+	text, err := config.Read(f.file)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	c, err = f.overlay(c)
-	return c, refused, err
+	return flags.Parse(f.file, text)
 }
 
-// overlay puts the flags on top of c, which it changes.
-func (f *execFlags) overlay(c *config.Config) (*config.Config, error) {
+// overlay is what the flags say, on top of any file.
+func (f *execFlags) overlay() (config.Flags, error) {
+	services, err := f.servicesSaid()
+	deny, err2 := rulesSaid("--deny", f.deny)
+	exclude, err3 := rulesSaid("--exclude", f.exclude)
+	if err := errors.Join(err, err2, err3); err != nil {
+		return nil, err
+	}
+	return func(c *config.Config) {
+		for _, s := range services {
+			c.Services = append(c.Services, s)
+			c.Said(fmt.Sprintf("services[%d]", len(c.Services)-1), "--service")
+		}
+		for _, r := range deny {
+			c.Deny = append(c.Deny, r)
+			c.Said(fmt.Sprintf("deny[%d]", len(c.Deny)-1), "--deny")
+		}
+		for _, r := range exclude {
+			c.Exclude = append(c.Exclude, r)
+			c.Said(fmt.Sprintf("exclude[%d]", len(c.Exclude)-1), "--exclude")
+		}
+		say(c, &c.Path, f.path, "path", "--path")
+		say(c, &c.OnFailure, f.onFailure, "on_failure", "--on-failure")
+		say(c, &c.Connect, f.connect, "connect", "--connect")
+		say(c, &c.Existing, f.existing, "existing", "--existing")
+	}, nil
+}
+
+// say sets a setting to what a flag says, if that says anything.
+func say[T ~string](c *config.Config, setting *T, said, path, flag string) {
+	if said != "" {
+		*setting = T(said)
+		c.Said(path, flag)
+	}
+}
+
+func (f *execFlags) servicesSaid() ([]config.Service, error) {
+	var all []config.Service
 	var errs []error
 	for _, s := range f.services {
 		service, err := config.ParseService(s)
@@ -101,42 +126,22 @@ func (f *execFlags) overlay(c *config.Config) (*config.Config, error) {
 				errs = append(errs, fmt.Errorf("--service %q: %s", s, strings.TrimSpace(line)))
 			}
 		}
-		c.Services = append(c.Services, service)
-		c.Said(fmt.Sprintf("services[%d]", len(c.Services)-1), "--service")
+		all = append(all, service)
 	}
-	for _, flag := range []string{"--deny", "--exclude"} {
-		for _, s := range map[string][]string{"--deny": f.deny, "--exclude": f.exclude}[flag] {
-			rule, err := config.ParseRule(s)
-			if err != nil {
-				errs = append(errs, fmt.Errorf("%s: %w", flag, err))
-				continue
-			}
-			if flag == "--deny" {
-				c.Deny = append(c.Deny, rule)
-				c.Said(fmt.Sprintf("deny[%d]", len(c.Deny)-1), flag)
-			} else {
-				c.Exclude = append(c.Exclude, rule)
-				c.Said(fmt.Sprintf("exclude[%d]", len(c.Exclude)-1), flag)
-			}
+	return all, errors.Join(errs...)
+}
+
+func rulesSaid(flag string, said []string) ([]config.Rule, error) {
+	var all []config.Rule
+	var errs []error
+	for _, s := range said {
+		rule, err := config.ParseRule(s)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", flag, err))
 		}
+		all = append(all, rule)
 	}
-	if f.path != "" {
-		c.Path = config.PathChoice(f.path)
-		c.Said("path", "--path")
-	}
-	if f.onFailure != "" {
-		c.OnFailure = config.OnFailure(f.onFailure)
-	}
-	if f.connect != "" {
-		c.Connect = config.Connect(f.connect)
-	}
-	if f.existing != "" {
-		c.Existing = config.Existing(f.existing)
-	}
-	if err := errors.Join(errs...); err != nil {
-		return nil, err
-	}
-	return c, c.Validate()
+	return all, errors.Join(errs...)
 }
 
 // execute returns an exitError with the command's code.
@@ -146,7 +151,11 @@ func execute(ctx context.Context, g *global, f *execFlags, args []string) error 
 		return err
 	}
 	defer outliveLog()()
-	c, err := f.configuration()
+	flags, err := f.overlay()
+	if err != nil {
+		return usage(err)
+	}
+	c, err := f.configuration(flags)
 	if err != nil {
 		return usage(err)
 	}
@@ -172,7 +181,7 @@ func execute(ctx context.Context, g *global, f *execFlags, args []string) error 
 	if err != nil {
 		return err
 	}
-	p := plan{name: name, kind: loader.KindExec, cgroups: root, config: c, global: g, log: log, file: f.file, merge: f.merge}
+	p := plan{name: name, kind: loader.KindExec, cgroups: root, config: c, global: g, log: log, file: f.file, merge: flags.ParsePartial}
 	if p.scope, err = loader.FindScope(root, cgroup.path); err != nil {
 		return errors.Join(err, cgroup.remove())
 	}

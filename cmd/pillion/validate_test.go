@@ -327,18 +327,22 @@ func diffRunningWith(t *testing.T, c *config.Config, byInstance http.Handler) {
 func TestDiffAsReload(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "") // nobody is in a pod
 	file := filepath.Join(t.TempDir(), "p.yaml")
-	flags := &execFlags{
+	f := &execFlags{
 		file: file, path: "auto", onFailure: "closed", connect: "early", existing: "reset",
 		services: []string{"10.96.0.9:80=10.0.0.9:80"}, deny: []string{"10.9.0.0/16"}, exclude: []string{"10.8.0.0/16"},
 	}
 	if err := os.WriteFile(file, []byte(oldConfig), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	before, err := flags.configuration()
+	flags, err := f.overlay()
 	if err != nil {
 		t.Fatal(err)
 	}
-	i := &instance{plan: plan{file: file, merge: flags.merge}}
+	before, err := f.configuration(flags)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := &instance{plan: plan{file: file, merge: flags.ParsePartial}}
 	c := &control{i: i, config: before, sources: newSources(i, nil)}
 	i.control = c
 	for name, tt := range map[string]struct {
@@ -354,7 +358,7 @@ func TestDiffAsReload(t *testing.T) {
 		"empty":            {text: "", wanted: 1, whole: true},
 		"nothing, said":    {text: "services: []", services: 2},
 		"no YAML":          {text: "a: [", wanted: 1, whole: true},
-		"a flag's service": {text: "services: [{name: x, address: 10.96.0.9:80, endpoints: [10.0.0.1:80]}]", wanted: 1, whole: true},
+		"a flag's service": {text: "services: [{name: x, address: 10.96.0.9:80, endpoints: [10.0.0.1:80]}]", services: 2, wanted: 1},
 	} {
 		got, err := c.diff(t.Context(), file, []byte(tt.text))
 		if err != nil {
