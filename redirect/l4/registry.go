@@ -21,8 +21,9 @@ const (
 	registryForeign = 64
 	// chunksKept is how many free chunks keep their memory.
 	chunksKept = 64
-	// nameMost is what is kept of the names of a service and of a cluster.
-	nameMost = 80
+	// nameMost is what is kept of the names of a service and of a cluster: as long as one
+	// may be (maxName of cmd/pillion/config).
+	nameMost = 253
 )
 
 // Registry is what a relay writes down, in memory that outlives its process, so that
