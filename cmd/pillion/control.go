@@ -33,7 +33,6 @@ type control struct {
 	closed   map[netip.AddrPort]bool // what close said of services; run's own
 	litter   litter                  // run's own
 	zones    zones                   // that an earlier process noted; run's own
-	owed     []notedRemoval          // the same; run's own
 	// owing are the endpoints that the kernel side goes by of services for whose present
 	// ones it has no room; run's own.
 	owing    map[string][]discover.Endpoint
@@ -164,12 +163,12 @@ func (c *control) run(ctx context.Context) error {
 			t := c.i.taking
 			t.tells(t.lastServices())
 			c.update()
+			n := c.noteOfBefore() // the other process may have written it since the start
 			if t != nil && t.state.At > 0 {
 				c.inherit(&t.state)
 			} else {
-				c.removedBefore(last)
+				c.removedBefore(last, n)
 			}
-			c.owed = nil
 			t.tells(nil) // from here on what is in force is newer
 			close(done)
 		case <-c.i.hangups:

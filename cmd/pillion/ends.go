@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/pillion-project/pillion/loader"
 )
@@ -26,6 +27,8 @@ type ends struct {
 	// none that began later, and returns soon.
 	end  func(ctx context.Context, g gone)
 	news chan struct{}
+	// changed: what is ordered, or will be, is not what was last noted.
+	changed atomic.Bool
 
 	mu     sync.Mutex // guards the rest
 	queue  []gone
@@ -75,8 +78,20 @@ func (e *ends) next(ctx context.Context) bool {
 	e.now = nil
 	e.tell()
 	e.mu.Unlock()
+	e.changed.Store(true)
 	close(u.over)
 	return true
+}
+
+// all is what is ordered, and what is under way, the first first.
+func (e *ends) all() []gone {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var all []gone
+	if e.now != nil {
+		all = append(all, e.now.gone)
+	}
+	return append(all, e.queue...)
 }
 
 // tell has those go on who wait until all is done, if it is. mu is held.

@@ -61,6 +61,7 @@ type handed struct {
 	Halves      []events.Half
 	Services    []handover.Service
 	Removals    []handedRemoval
+	Former      map[string][]formerly // as in note
 	Totals      handedTotals
 }
 
@@ -394,7 +395,7 @@ func (i *instance) giveState(conn *handover.Conn, s *standstill) (connections in
 	if err != nil {
 		return 0, err
 	}
-	state := handed{Connections: data, Services: i.control.tell(), Halves: s.halve, At: monotonicNow() - int64(time.Since(s.since))}
+	state := handed{Connections: data, Services: i.control.tell(), Former: i.control.former, Halves: s.halve, At: monotonicNow() - int64(time.Since(s.since))}
 	for _, r := range i.control.removals.all() {
 		state.Removals = append(state.Removals, handedRemoval{
 			Service: r.service, Addr: r.addr, Endpoint: r.endpoint, After: max(time.Until(r.at), 0),

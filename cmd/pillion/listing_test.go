@@ -97,7 +97,7 @@ func TestManyServices(t *testing.T) {
 				t.Fatal(err)
 			}
 			c.removed(c.list(), services)
-			c.removedBefore(c.list())
+			c.removedBefore(c.list(), &note{})
 		},
 		"status": func(c *control, next *config.Config) {
 			if n := len(c.serviceStatus()); n != len(next.Services) {

@@ -21,8 +21,10 @@ type note struct {
 	Found []noted `json:"found,omitempty"`
 	// Zones are those of the endpoints of services whose endpoints a source tells.
 	Zones []notedZones `json:"zones,omitempty"`
-	// Removals are what is to be ended still.
+	// Removals are what is to be ended still, the first first.
 	Removals []notedRemoval `json:"removals,omitempty"`
+	// Former are where services were before, which connections are known by; by name.
+	Former map[string][]formerly `json:"former,omitempty"`
 }
 
 type noted struct {
@@ -55,11 +57,10 @@ func (r *notedRemoval) left() time.Duration {
 type zones map[netip.AddrPort]map[netip.AddrPort]string
 
 // noteOf is what services in force, and endpoints that are gone, leave.
-func noteOf(services []service, removals []removal) *note {
-	n := &note{}
+func noteOf(services []service, removals []removal, former map[string][]formerly) *note {
+	n := &note{Former: former}
 	for _, r := range removals {
-		after := max(time.Until(r.at), 0)
-		n.Removals = append(n.Removals, notedRemoval{r.service, r.addr, r.endpoint, monotonicNow() + int64(after), after})
+		n.Removals = append(n.Removals, notedRemoval{r.service, r.addr, r.endpoint, r.due, r.after})
 	}
 	for i := range services {
 		s := &services[i]
@@ -84,15 +85,27 @@ func noteOf(services []service, removals []removal) *note {
 
 // text is the note as it is left: nil if it says nothing.
 func (n *note) text() ([]byte, error) {
-	if len(n.Found)+len(n.Zones)+len(n.Removals) == 0 {
+	if len(n.Found)+len(n.Zones)+len(n.Removals)+len(n.Former) == 0 {
 		return nil, nil
 	}
 	text, err := json.Marshal(n)
-	if err == nil && len(text) > loader.NoteMax && n.Zones != nil {
-		// The zones are what is long, and what can be done without.
-		return (&note{Found: n.Found, Removals: n.Removals}).text()
+	if err != nil || len(text) <= loader.NoteMax {
+		return text, err
 	}
-	return text, err
+	// What is long, and can be done without.
+	less := *n
+	switch {
+	case n.Zones != nil:
+		less.Zones = nil
+	case n.Removals != nil:
+		less.Removals = n.Removals[: len(n.Removals)/2 : len(n.Removals)/2]
+		if len(less.Removals) == 0 {
+			less.Removals = nil
+		}
+	default:
+		return text, nil
+	}
+	return less.text()
 }
 
 // noteChanges leaves a note of the services in force, if it is another one than the
@@ -100,11 +113,11 @@ func (n *note) text() ([]byte, error) {
 // next process then waits for its sources.
 func (c *control) noteChanges() {
 	now := c.listing()
-	if c.unsettled || !c.inCharge || now == c.notedFor && !c.removals.changed {
+	if c.unsettled || !c.inCharge || !c.removals.ends.changed.Swap(false) && now == c.notedFor {
 		return
 	}
-	c.notedFor, c.removals.changed = now, false
-	text, err := noteOf(c.list(), c.removals.pending).text()
+	c.notedFor = now
+	text, err := noteOf(c.list(), c.removals.all(), c.former).text()
 	if err == nil && !bytes.Equal(text, c.noted) {
 		err = c.i.datapath.Note(text)
 	}
@@ -115,24 +128,31 @@ func (c *control) noteChanges() {
 	c.noted = text
 }
 
-// recall takes up what an earlier process noted. What it cannot read it does without.
+// noteOfBefore reads what an earlier process noted. What it cannot read it does without.
+func (c *control) noteOfBefore() *note {
+	n := &note{}
+	text, err := c.i.datapath.Noted()
+	if err == nil && len(text) > 0 {
+		err = json.Unmarshal(text, n)
+	}
+	if err != nil {
+		c.i.log.Warn("cannot read which services an earlier process had found, zones, and connections to end", "error", err)
+		return &note{}
+	}
+	c.noted = text
+	return n
+}
+
+// recall takes up what an earlier process noted that sets are made of.
 func (c *control) recall() error {
 	if !c.i.datapath.Adopted() {
 		return nil
 	}
-	text, err := c.i.datapath.Noted()
-	var n note
-	if err == nil && len(text) > 0 {
-		err = json.Unmarshal(text, &n)
-	}
-	if err != nil {
-		c.i.log.Warn("cannot read which services an earlier process had found, zones, and connections to end", "error", err)
+	n := c.noteOfBefore()
+	if len(c.noted) == 0 {
 		return nil
 	}
-	if len(text) == 0 {
-		return nil
-	}
-	c.noted, c.zones, c.owed = text, n.zones(), n.Removals
+	c.zones = n.zones()
 	c.sources.recall(n.Found)
 	// From the beginning, as if they had been there before.
 	c.i.snapshot.Store(nil)

@@ -17,13 +17,16 @@ import (
 type removals struct {
 	ends    *ends
 	pending []removal // by time
-	changed bool      // since it was last noted
 	timer   *time.Timer
 }
 
+// removal is what is to be ended at a time, which was so far off when it was said. due is
+// the same time, in ns of CLOCK_MONOTONIC.
 type removal struct {
 	gone
-	at time.Time
+	at    time.Time
+	due   int64
+	after time.Duration
 }
 
 // add does what a service wants to become of connections to an endpoint.
@@ -43,7 +46,7 @@ func (r *removals) add(g gone, how config.OnRemove, after time.Duration) {
 const lateConnects = time.Second
 
 func (r *removals) later(g gone, after time.Duration) {
-	next := removal{g, time.Now().Add(after)}
+	next := removal{g, time.Now().Add(after), monotonicNow() + int64(after), after}
 	// Behind those of the same time, so at the end where many go at once.
 	n, _ := slices.BinarySearchFunc(r.pending, next.at, func(p removal, at time.Time) int {
 		if p.at.After(at) {
@@ -84,10 +87,10 @@ func (r *removals) restore(spared []removal) {
 	}
 }
 
-// all is what is to be done still, the first first. Nothing may be under way.
+// all is what is to be done still, the first first.
 func (r *removals) all() []removal {
 	var all []removal
-	for _, g := range r.ends.queue {
+	for _, g := range r.ends.all() {
 		all = append(all, removal{gone: g})
 	}
 	return append(all, r.pending...)
@@ -112,7 +115,7 @@ func (r *removals) endDue() {
 }
 
 func (r *removals) arm() {
-	r.changed = true
+	r.ends.changed.Store(true)
 	if r.timer != nil {
 		r.timer.Stop()
 		r.timer = nil
@@ -125,8 +128,8 @@ func (r *removals) arm() {
 // formerly is where connections to a service were made: each side knows them by what
 // the service was then.
 type formerly struct {
-	name string
-	addr netip.AddrPort
+	Name string         `json:"name"`
+	Addr netip.AddrPort `json:"addr"`
 }
 
 // placesMax bounds the places of a service that gets a new name all the time.
@@ -183,7 +186,7 @@ func (c *control) removed(before, now []service) {
 			}
 			c.removals.add(g, by.OnRemove, by.RemoveAfter)
 			for _, p := range former[s.Name] {
-				if g := (gone{p.name, p.addr, e.Addr}); !present.has(g) {
+				if g := (gone{p.Name, p.Addr, e.Addr}); !present.has(g) {
 					c.removals.add(g, by.OnRemove, by.RemoveAfter)
 				}
 			}
@@ -267,17 +270,21 @@ func (c *control) left() []service {
 }
 
 // removedBefore does what services want to become of connections to endpoints that
-// were removed while no process was there, and what was still to be ended before. Of a service that is gone nobody knows what
-// it wanted, and one whose endpoints are not known has lost none.
-func (c *control) removedBefore(left []service) {
+// were removed while no process was there, and what was noted as still to be ended. Of
+// a service that is gone nobody knows what it wanted, and one whose endpoints are not
+// known has lost none.
+func (c *control) removedBefore(left []service, n *note) {
 	now := c.list()
 	listed := listingOf(now)
 	left = slices.DeleteFunc(left, func(s service) bool {
 		is := listed.same(&s)
 		return is == nil || !is.known
 	})
-	for _, r := range c.owed {
+	for _, r := range n.Removals {
 		c.removals.later(gone{r.Service, r.Addr, r.Endpoint}, r.left())
+	}
+	if len(n.Former) > 0 {
+		c.former = n.Former
 	}
 	former := c.former
 	c.removed(left, now) // and spares who is there

@@ -10,8 +10,10 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
+	"github.com/pillion-project/pillion/cmd/pillion/handover"
 	"github.com/pillion-project/pillion/redirect/upstream/discover"
 	"github.com/pillion-project/pillion/telemetry/admin"
 )
@@ -228,6 +230,36 @@ func TestReached(t *testing.T) {
 		}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("step %d: removed (-want +got)\n%s", n, diff)
+		}
+	}
+}
+
+// TestInheritFormer: connections that a service had under another name, before the
+// process that it was renamed in gave it away, are ended too.
+func TestInheritFormer(t *testing.T) {
+	other := netip.AddrPortFrom(somewhere.Addr(), 81)
+	b := service{Service: config.Service{Name: "b", Addr: somewhere, OnRemove: config.OnRemoveReset}, known: true}
+	b.endpoints = []discover.Endpoint{{Addr: other}}
+	gave := handover.Service{Name: "b", Addr: somewhere, Endpoints: []handover.Endpoint{{Addr: somewhere}, {Addr: other}}}
+	former := map[string][]formerly{"b": {{"a", somewhere}}}
+	want := map[gone]bool{goneOf("a"): true, goneOf("b"): true}
+	for how, begin := range map[string]func(c *control){
+		"take-over": func(c *control) { c.inherit(&handed{Services: []handover.Service{gave}, Former: former}) },
+		"restart": func(c *control) {
+			last := b
+			last.endpoints = endpointsOf(&gave)
+			c.removedBefore([]service{last}, &note{Former: former})
+		},
+	} {
+		c := newControl(&instance{plan: plan{config: &config.Config{}}})
+		c.services = listingOf([]service{b})
+		begin(c)
+		got := map[gone]bool{}
+		for _, r := range c.removals.all() {
+			got[r.gone] = true
+		}
+		if diff := cmp.Diff(want, got, cmp.AllowUnexported(gone{}), cmpopts.EquateComparable(netip.AddrPort{})); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", how, diff)
 		}
 	}
 }

@@ -146,22 +146,20 @@ func (c *control) filled(said *said, s, was *service, one *source, state *discov
 		one.before, one.told = nil, nil
 		return state.Endpoints
 	}
-	before, known, _ := c.inherited(said, s)
-	if !known {
-		if one.before == nil {
-			// Once: later it has what this source told.
-			one.before = []discover.Endpoint{}
-			if was != nil {
-				one.before = append(one.before, was.endpoints...)
-			}
+	if last, known, _ := c.inherited(said, s); known {
+		one.before = last
+	} else if one.before == nil {
+		// Once: later it has what this source told.
+		one.before = []discover.Endpoint{}
+		if was != nil {
+			one.before = append(one.before, was.endpoints...)
 		}
-		before = one.before
 	}
 	if one.told == nil {
 		one.told = map[netip.AddrPort]bool{}
 	}
-	had := make(map[netip.AddrPort]bool, len(before))
-	for _, e := range before {
+	had := make(map[netip.AddrPort]bool, len(one.before))
+	for _, e := range one.before {
 		had[e.Addr] = true
 	}
 	for _, e := range state.Endpoints {
@@ -169,7 +167,7 @@ func (c *control) filled(said *said, s, was *service, one *source, state *discov
 			one.told[e.Addr] = true
 		}
 	}
-	return state.With(slices.DeleteFunc(slices.Clone(before), func(e discover.Endpoint) bool { return one.told[e.Addr] }))
+	return state.With(slices.DeleteFunc(slices.Clone(one.before), func(e discover.Endpoint) bool { return one.told[e.Addr] }))
 }
 
 // inherited returns what an earlier process said of a service, or what it published

@@ -140,6 +140,11 @@ func TestLackingSet(t *testing.T) {
 			{"it is settled", func(c *control) { c.i.taking.tells(nil) }, nil, at(1, 1, 2, 3)},
 			{"another part", nil, lacking(at(1, 4)), at(1, 2, 3, 4)},
 		},
+		"a take-over, and then another one": {
+			{"what was said", func(c *control) { c.i.taking = &taking{}; c.i.taking.tells(given(at(1, 1, 2))) }, nil, at(1, 1, 2)},
+			{"a part", nil, lacking(at(1, 3)), at(1, 1, 2, 3)},
+			{"another part, settled", func(c *control) { c.i.taking.tells(nil) }, lacking(at(1, 4)), at(1, 1, 2, 4)},
+		},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			conf := config.Default()

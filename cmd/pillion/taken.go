@@ -105,6 +105,6 @@ func (s *survival) isOurs(conn *handover.Conn, how l4.Taking, p *plan) error {
 		s.clean()
 		return loader.Await(p.global.bpffs, p.name, deathLimit)
 	default:
-		return err
+		return unlessOurs(conn, err)
 	}
 }

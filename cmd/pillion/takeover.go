@@ -313,7 +313,24 @@ func (t *taking) receive(kept *survival) error {
 	kept.noteTaking(t.conn, l4.TakingSaid)
 	// Also when the other end is closed: it may have given up, and said so.
 	_, err = t.conn.Expect(handover.KindCommit)
-	return err
+	if err == nil || errors.Is(err, io.EOF) || errors.Is(err, handover.ErrRefused) {
+		return err
+	}
+	return unlessOurs(t.conn, err)
+}
+
+// unlessOurs returns why nothing was taken, unless the other process has said that all is
+// this one's: who gives up waiting for that (it is told to stop, or late) must not leave
+// the instance to nobody.
+func unlessOurs(conn *handover.Conn, why error) error {
+	switch kind, err := conn.Last(); {
+	case err != nil:
+		return errors.Join(why, err)
+	case kind == handover.KindCommit || kind == handover.KindFarewell: // that comes after it
+		return nil
+	default:
+		return why
+	}
 }
 
 // hungUp tells whether a frame could not be sent because the other end is closed.
@@ -468,5 +485,6 @@ func (c *control) inherit(h *handed) {
 	for _, r := range h.Removals {
 		c.removals.later(gone{r.Service, r.Addr, r.Endpoint}, r.After)
 	}
+	c.former = h.Former
 	c.removed(before, c.list())
 }

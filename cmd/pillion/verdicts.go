@@ -57,8 +57,9 @@ func (c *control) setDown(change check.Change) {
 		return // it, or its check, is gone meanwhile
 	}
 	for _, e := range s.cluster.Endpoints {
-		// Of a set that is kept, the kernel side has what an earlier process found.
-		if e.Addr != change.Addr || e.Down() == down && !s.kept {
+		// Before this process is in charge, and of a set that is kept, the kernel side has
+		// what an earlier one found.
+		if e.Addr != change.Addr || e.Down() == down && !s.kept && c.inCharge {
 			continue
 		}
 		e.SetDown(down)

@@ -254,6 +254,44 @@ func (c *Conn) receive(mayCome func(Kind) bool) (Frame, error) {
 	return f, nil
 }
 
+// Last has the other end send nothing more, which is EPIPE there, and returns of which kind
+// the next frame is that it had sent by then; 0: it had sent none. It waits for nothing,
+// also after [Conn.Interrupt], and nothing is to be received after it.
+func (c *Conn) Last() (kind Kind, err error) {
+	call := c.FD(func(fd int) {
+		if err = unix.Shutdown(fd, unix.SHUT_RD); err != nil {
+			return
+		}
+		buf, oob := make([]byte, headSize+pieceMax), make([]byte, unix.CmsgSpace(4*pieceFDs))
+		for again := true; again; {
+			var n, oobn int
+			n, oobn, _, _, err = unix.Recvmsg(fd, buf, oob, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+			// Closed without reading all: see read.
+			again = errors.Is(err, unix.EINTR) || errors.Is(err, unix.ECONNRESET)
+			if err == nil && n >= headSize {
+				kind = Kind(buf[0])
+			}
+			if oobn > 0 {
+				closeRights(oob[:oobn])
+			}
+		}
+	})
+	if err = errors.Join(call, err); err != nil {
+		return 0, fmt.Errorf("hear the last frame: %w", err)
+	}
+	return kind, nil
+}
+
+func closeRights(oob []byte) {
+	messages, _ := unix.ParseSocketControlMessage(oob)
+	for i := range messages {
+		fds, _ := unix.ParseUnixRights(&messages[i])
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+	}
+}
+
 func (c *Conn) read(buf, oob []byte) (n int, fds []int, flags int, err error) {
 	n, oobn, flags, _, err := c.c.ReadMsgUnix(buf, oob)
 	if errors.Is(err, syscall.ECONNRESET) {

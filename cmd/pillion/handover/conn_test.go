@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pillion-project/pillion/tests/testutil"
 	"golang.org/x/sys/unix"
 )
 
@@ -170,6 +171,43 @@ func TestInterrupt(t *testing.T) {
 	a.Interrupt()
 	if err := <-done; !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("interrupted: %v", err)
+	}
+}
+
+// TestLast: what the other end had sent is heard, also by who does not wait any more, and
+// it can send nothing after that.
+func TestLast(t *testing.T) {
+	for name, tt := range map[string]struct {
+		before func(t *testing.T, a *Conn)
+		want   Kind
+	}{
+		"nothing":        {func(*testing.T, *Conn) {}, 0},
+		"closed":         {func(_ *testing.T, a *Conn) { a.Close() }, 0},
+		"said":           {func(t *testing.T, a *Conn) { send(t, a, KindCommit, nil) }, KindCommit},
+		"with more":      {func(t *testing.T, a *Conn) { send(t, a, KindState, descriptors(t, 3)) }, KindState},
+		"and hung up":    {func(t *testing.T, a *Conn) { send(t, a, KindCommit, nil); a.Close() }, KindCommit},
+		"and was unread": {func(t *testing.T, a *Conn) { send(t, a, KindAbort, nil); a.Close() }, KindAbort},
+	} {
+		t.Run(name, func(t *testing.T) {
+			testutil.CheckLeaks(t)
+			a, b := pair(t)
+			send(t, b, KindHave, nil) // which is not read
+			tt.before(t, a)
+			b.Interrupt()
+			if got, err := b.Last(); err != nil || got != tt.want {
+				t.Errorf("%d, %v; want %d", got, err, tt.want)
+			}
+			if err := a.Send(KindCommit, nil, nil); !errors.Is(err, unix.EPIPE) && !errors.Is(err, net.ErrClosed) {
+				t.Errorf("the other end sends: %v", err)
+			}
+		})
+	}
+}
+
+func send(t *testing.T, c *Conn, kind Kind, fds []int) {
+	t.Helper()
+	if err := c.Send(kind, nil, fds); err != nil {
+		t.Fatal(err)
 	}
 }
 
