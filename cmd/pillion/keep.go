@@ -176,8 +176,14 @@ func (i *instance) store(ctx context.Context, unit string) (connections int, err
 
 // intoStore gives a descriptor to systemd, and makes sure that it is there: it says
 // nothing to one that it does not keep.
-func intoStore(ctx context.Context, unit string, f *os.File) error {
-	_ = notify("FDSTOREREMOVE=1\nFDNAME=" + storeName)
+func intoStore(ctx context.Context, unit string, f *os.File) (err error) {
+	empty := func() { _ = notify("FDSTOREREMOVE=1\nFDNAME=" + storeName) }
+	empty()
+	defer func() {
+		if err != nil {
+			empty() // it may be there all the same, late: this process goes on with the instance
+		}
+	}()
 	// It is not to be dropped because this end of it is closed.
 	if err := notifyWith("FDSTORE=1\nFDPOLL=0\nFDNAME="+storeName, int(f.Fd())); err != nil {
 		return err
@@ -189,7 +195,6 @@ func intoStore(ctx context.Context, unit string, f *os.File) error {
 	if err == nil && n != "0" {
 		return nil
 	}
-	_ = notify("FDSTOREREMOVE=1\nFDNAME=" + storeName)
 	return errors.Join(err, fmt.Errorf("systemd has not stored the descriptor of %s", unit))
 }
 
