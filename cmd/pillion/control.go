@@ -158,12 +158,14 @@ func (c *control) run(ctx context.Context) error {
 				return nil
 			}
 		case done := <-c.settled:
-			last := c.left()
+			last, n := c.left(), &note{}
+			if c.unsettled {
+				n = c.noteOfBefore() // the other process may have written it since the start
+			}
 			c.unsettled = false
 			t := c.i.taking
 			t.tells(t.lastServices())
 			c.update()
-			n := c.noteOfBefore() // the other process may have written it since the start
 			if t != nil && t.state.At > 0 {
 				c.inherit(&t.state)
 			} else {
