@@ -10,7 +10,6 @@ import (
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/redirect/upstream"
-	"github.com/pillion-project/pillion/redirect/upstream/discover"
 	"github.com/pillion-project/pillion/redirect/upstream/discover/watch"
 	"github.com/pillion-project/pillion/redirect/upstream/health/check"
 	"github.com/pillion-project/pillion/telemetry/admin"
@@ -33,10 +32,7 @@ type control struct {
 	closed   map[netip.AddrPort]bool // what close said of services; run's own
 	litter   litter                  // run's own
 	zones    zones                   // that an earlier process noted; run's own
-	// owing are the endpoints that the kernel side goes by of services for whose present
-	// ones it has no room; run's own.
-	owing    map[string][]discover.Endpoint
-	noted    []byte // what is left for the next one, and for which services; run's own
+	noted    []byte                  // what is left for the next one, and for which services; run's own
 	notedFor *listing
 	told     told  // run's own
 	taken    taken // run's own

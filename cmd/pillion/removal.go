@@ -8,8 +8,6 @@ import (
 
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/redirect/upstream"
-	"github.com/pillion-project/pillion/redirect/upstream/discover"
-	"github.com/pillion-project/pillion/telemetry/admin"
 )
 
 // removals has connections to endpoints that are gone ended, at once or after a time.
@@ -193,34 +191,6 @@ func (c *control) removed(before, now []service) {
 		}
 	}
 	c.removals.spare(present.has)
-}
-
-// reached is before, but for services for whose endpoints the kernel side has no room: they
-// lose none of those that they had until it has, since connections are still made there.
-func (c *control) reached(before []service, lacking []admin.Refusal) []service {
-	if len(lacking)+len(c.owing) == 0 {
-		return before
-	}
-	short := make(map[string]bool, len(lacking))
-	for _, r := range lacking {
-		short[r.Name] = true
-	}
-	all := slices.Clone(before)
-	owing := make(map[string][]discover.Endpoint)
-	for i := range all {
-		s := &all[i]
-		last, owed := c.owing[s.Name]
-		switch {
-		case short[s.Name] && owed:
-			owing[s.Name], s.endpoints = last, nil
-		case short[s.Name]:
-			owing[s.Name], s.endpoints = s.endpoints, nil
-		default:
-			s.endpoints = append(slices.Clip(last), s.endpoints...)
-		}
-	}
-	c.owing = owing
-	return all
 }
 
 // present are the endpoints of services, under the names of these and their addresses.

@@ -11,11 +11,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-
 	"github.com/pillion-project/pillion/cmd/pillion/config"
 	"github.com/pillion-project/pillion/cmd/pillion/handover"
 	"github.com/pillion-project/pillion/redirect/upstream/discover"
-	"github.com/pillion-project/pillion/telemetry/admin"
 )
 
 var somewhere = netip.MustParseAddrPort("10.0.0.1:80")
@@ -191,47 +189,6 @@ func TestEndsDone(t *testing.T) {
 			t.Errorf("when it was done (-want +got)\n%s", diff)
 		}
 	})
-}
-
-// TestReached: what the kernel side still goes by is not gone.
-func TestReached(t *testing.T) {
-	c := newControl(&instance{plan: plan{config: &config.Config{}}})
-	at := func(all ...uint16) service {
-		s := service{Service: config.Service{Name: "shop", Addr: somewhere, OnRemove: config.OnRemoveReset}}
-		for _, port := range all {
-			s.endpoints = append(s.endpoints, discover.Endpoint{Addr: netip.AddrPortFrom(somewhere.Addr(), port)})
-		}
-		return s
-	}
-	lacking := []admin.Refusal{{Name: "shop"}}
-	before := at(1, 2)
-	for n, step := range []struct {
-		now     service
-		lacking []admin.Refusal
-		want    []uint16
-	}{
-		{at(2, 3), nil, []uint16{1}},
-		{at(4), lacking, nil},
-		{at(5), lacking, nil},
-		{at(3, 5), nil, []uint16{2}}, // nobody was sent to 4
-		{at(5), nil, []uint16{3}},
-	} {
-		now := []service{step.now}
-		c.removed(c.reached([]service{before}, step.lacking), now)
-		before = step.now
-		got := map[uint16]bool{}
-		for _, r := range c.removals.all() {
-			got[r.endpoint.Port()] = true
-		}
-		c.removals.pending, c.removals.ends.queue = nil, nil
-		want := map[uint16]bool{}
-		for _, port := range step.want {
-			want[port] = true
-		}
-		if diff := cmp.Diff(want, got); diff != "" {
-			t.Errorf("step %d: removed (-want +got)\n%s", n, diff)
-		}
-	}
 }
 
 // TestInheritFormer: connections that a service had under another name, before the

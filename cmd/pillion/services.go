@@ -255,7 +255,7 @@ func (c *control) publish(next *config.Config) error {
 	}
 	c.departed = departed(c.departed, upstream.Removed(old, snapshot), services)
 	c.mu.Unlock()
-	c.removed(c.reached(before, lacking), services)
+	c.removed(before, services)
 	if err := c.checker.Set(targets(services)); err != nil {
 		return fmt.Errorf("check endpoints: %w", err)
 	}
