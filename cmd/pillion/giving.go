@@ -41,18 +41,23 @@ func (s *survival) gaveAway(log *slog.Logger) bool {
 		defer conn.Close()
 		s.noteGiving(conn, how) // it has another number
 		conn.Within(haveWithin(s.registry.Used()))
-		if how == l4.GivingSent {
+		switch how {
+		case l4.GivingSent:
 			if _, err = conn.Expect(handover.KindHave); err == nil {
-				how = l4.GivingGone
-				s.noteGiving(conn, how)
+				s.noteGiving(conn, l4.GivingGone)
+				// Nobody has said it before: who does not hear it has given up.
+				if err = conn.Send(handover.KindCommit, nil, nil); err == nil {
+					log.Info("handed over, by a worker that was killed")
+					return true
+				}
 			}
+		case l4.GivingGone:
+			// It may have been said already, and is then taken for a farewell.
+			err = conn.Send(handover.KindCommit, nil, nil)
+		default:
 		}
 	}
 	if how == l4.GivingGone {
-		if err == nil {
-			// It may have been said already, and is then taken for a farewell.
-			err = conn.Send(handover.KindCommit, nil, nil)
-		}
 		log.Info("handed over, by a worker that was killed", "error", err)
 		return true
 	}

@@ -256,7 +256,7 @@ func (c *Conn) receive(mayCome func(Kind) bool) (Frame, error) {
 
 // Last has the other end send nothing more, which is EPIPE there, and returns of which kind
 // the next frame is that it had sent by then; 0: it had sent none. It waits for nothing,
-// also after [Conn.Interrupt], and nothing is to be received after it.
+// also after [Conn.Interrupt], and nothing is to be received after it, such as a farewell.
 func (c *Conn) Last() (kind Kind, err error) {
 	call := c.FD(func(fd int) {
 		if err = unix.Shutdown(fd, unix.SHUT_RD); err != nil {
