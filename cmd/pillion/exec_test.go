@@ -30,16 +30,8 @@ func TestExecReload(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			f := tt.flags
 			f.file = write(t, dir, "p.yaml", oldConfig)
-			flags, err := f.overlay()
-			if err != nil {
-				t.Fatal(err)
-			}
-			before, err := f.configuration(flags)
-			if err != nil {
-				t.Fatal(err)
-			}
-			i := &instance{plan: plan{file: f.file, merge: flags.ParsePartial}}
-			c := &control{i: i, config: before, sources: newSources(i, nil)}
+			c := f.running(t)
+			before := c.config
 			text := []byte(oldConfig + tt.more)
 			next, refused, _, err := c.reread(before, text)
 			if err != nil {
@@ -92,4 +84,20 @@ func TestExecStart(t *testing.T) {
 	if _, err := f.configuration(nil); err == nil {
 		t.Error("a file that is not there is taken")
 	}
+}
+
+// running is the control of an exec with these flags and their file, without a kernel side.
+func (f *execFlags) running(t *testing.T) *control {
+	t.Helper()
+	flags, err := f.overlay()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := f.configuration(flags)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := &instance{plan: plan{file: f.file, merge: flags.ParsePartial}}
+	i.control = &control{i: i, config: c, sources: newSources(i, nil)}
+	return i.control
 }

@@ -334,17 +334,8 @@ func TestDiffAsReload(t *testing.T) {
 	if err := os.WriteFile(file, []byte(oldConfig), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	flags, err := f.overlay()
-	if err != nil {
-		t.Fatal(err)
-	}
-	before, err := f.configuration(flags)
-	if err != nil {
-		t.Fatal(err)
-	}
-	i := &instance{plan: plan{file: file, merge: flags.ParsePartial}}
-	c := &control{i: i, config: before, sources: newSources(i, nil)}
-	i.control = c
+	c := f.running(t)
+	before := c.config
 	for name, tt := range map[string]struct {
 		text             string
 		services, wanted int // that change; that are refused
