@@ -324,8 +324,8 @@ func (c *control) arrange(services []service, snapshot *upstream.Snapshot) {
 		services[i].cluster = snapshot.Cluster(services[i].Name)
 	}
 	if !c.inCharge && c.i.datapath != nil {
-		c.takeDown(services)
-	} else { // sets of before do not know that
+		c.takeDown(services) // sets that were made before do not know that
+	} else {
 		for _, s := range c.list() {
 			had[at{s.cluster, s.Addr}] = s.set
 		}
