@@ -97,11 +97,8 @@ func (n *note) text() ([]byte, error) {
 	switch {
 	case n.Zones != nil:
 		less.Zones = nil
-	case n.Removals != nil:
-		less.Removals = n.Removals[: len(n.Removals)/2 : len(n.Removals)/2]
-		if len(less.Removals) == 0 {
-			less.Removals = nil
-		}
+	case len(n.Removals) > 0:
+		less.Removals = n.Removals[:len(n.Removals)/2]
 	default:
 		return text, nil
 	}

@@ -271,9 +271,9 @@ func (c *Conn) Last() (kind Kind, err error) {
 			if err == nil && n >= headSize {
 				kind = Kind(buf[0])
 			}
-			if oobn > 0 {
-				closeRights(oob[:oobn])
-			}
+			f := Frame{}
+			f.FDs, _ = rightsIn(oob[:oobn])
+			f.Close()
 		}
 	})
 	if err = errors.Join(call, err); err != nil {
@@ -282,26 +282,25 @@ func (c *Conn) Last() (kind Kind, err error) {
 	return kind, nil
 }
 
-func closeRights(oob []byte) {
-	messages, _ := unix.ParseSocketControlMessage(oob)
-	for i := range messages {
-		fds, _ := unix.ParseUnixRights(&messages[i])
-		for _, fd := range fds {
-			unix.Close(fd)
-		}
-	}
-}
-
 func (c *Conn) read(buf, oob []byte) (n int, fds []int, flags int, err error) {
 	n, oobn, flags, _, err := c.c.ReadMsgUnix(buf, oob)
 	if errors.Is(err, syscall.ECONNRESET) {
 		// It closed without reading all. What it said before comes after that.
 		n, oobn, flags, _, err = c.c.ReadMsgUnix(buf, oob)
 	}
-	if err != nil || oobn == 0 {
+	if err != nil {
 		return n, nil, flags, err
 	}
-	messages, err := unix.ParseSocketControlMessage(oob[:oobn])
+	fds, err = rightsIn(oob[:oobn])
+	return n, fds, flags, err
+}
+
+// rightsIn returns the descriptors that came with a message.
+func rightsIn(oob []byte) (fds []int, err error) {
+	if len(oob) == 0 {
+		return nil, nil
+	}
+	messages, err := unix.ParseSocketControlMessage(oob)
 	for i := range messages {
 		got, parse := unix.ParseUnixRights(&messages[i])
 		if parse == nil {
@@ -309,7 +308,7 @@ func (c *Conn) read(buf, oob []byte) (n int, fds []int, flags int, err error) {
 		}
 		err = errors.Join(err, parse)
 	}
-	return n, fds, flags, err
+	return fds, err
 }
 
 // Close closes the descriptors of a frame.
