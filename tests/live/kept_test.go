@@ -196,7 +196,7 @@ func TestRemovedBefore(t *testing.T) {
 	t.Parallel()
 	onPaths(t, func(t *testing.T, path string) {
 		r := rig.New(t)
-		serve(t, r, 1, 2, 3)
+		serve(t, r, 1, 2)
 		of := func(n int, fate string) string {
 			text := "survive: crash\nservices:\n" + service(1, fmt.Sprintf("path: %s, on_remove: close, remove_after: 10s", path), n)
 			return text + service(2, fmt.Sprintf("path: %s, on_remove: %s", path, fate), n)

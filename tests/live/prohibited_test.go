@@ -53,13 +53,13 @@ func TestProhibited(t *testing.T) {
 		config += fmt.Sprintf("  - {name: %s, address: %q, endpoints: [%q, %q], policy: round_robin, %s}\n", name, at[name], shut, open, more)
 	}
 	s := newStage(t, r, config)
-	state := func(name string) (e admin.EndpointStatus) {
-		for _, e = range s.service(t, name).Endpoints {
+	state := func(name string) admin.EndpointStatus {
+		for _, e := range s.service(t, name).Endpoints {
 			if e.Address == shut.String() {
-				break
+				return e
 			}
 		}
-		return e
+		return admin.EndpointStatus{}
 	}
 	for name, to := range at {
 		seen := &admin.EndpointStatus{}

@@ -124,7 +124,8 @@ func isEndpoints(err error) bool {
 	}
 }
 
-// isICMP is true for what a machine itself forbids, too: see leaves.
+// isICMP is true for what an ICMP error may mean, as in a connection's dial, and a machine
+// itself may forbid: see leaves.
 func isICMP(err error) bool {
 	for _, e := range []syscall.Errno{unix.EACCES, unix.EPROTO, unix.ENOPROTOOPT, unix.EOPNOTSUPP, unix.ENONET} {
 		if errors.Is(err, e) {
